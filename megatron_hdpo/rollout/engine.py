@@ -1,0 +1,55 @@
+"""The protocol that every rollout engine keeps: the embedded one, and SGLang servers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from megatron_hdpo.rollout.types import GenerationRequest, GenerationResult
+
+WeightStream = Iterable[tuple[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class EngineHealth:
+    """alive: requests can be served now. detail: one line for a person, the reason when not alive."""
+
+    alive: bool
+    weight_version: int
+    detail: str = ""
+
+
+class Engine(Protocol):
+    """Samples responses with the weights it was last given.
+
+    Requests go in by `submit`, at any time, also while results are read; `results` yields each finished request once,
+    in the order in which they finish, until nothing submitted is left. A request whose sampling failed comes back with
+    errors, never as a shorter or an empty completion.
+    """
+
+    deterministic: bool
+    """Whether equal requests with equal seeds and weights give equal completions."""
+
+    @property
+    def weight_version(self) -> int:
+        """Version passed to the last completed `update_weights`; -1 before the first."""
+
+    def submit(self, requests: Sequence[GenerationRequest]) -> None:
+        """Queue requests. Raises ValueError, before anything is sampled, on a request that the engine cannot serve
+        (empty prompt, id outside the vocabulary, prompt plus response longer than the context, k > vocabulary)."""
+
+    def results(self) -> Iterator[GenerationResult]:
+        """Finished requests in order of completion, until none is outstanding."""
+
+    def update_weights(self, stream: WeightStream, version: int) -> None:
+        """Replace the weights by (Hugging Face name, full tensor) pairs and stamp them with `version`. Every parameter
+        must arrive exactly once with its shape; else ValueError, and the engine serves nothing until the next update."""
+
+    def health(self) -> EngineHealth:
+        """Whether requests can be served now; never raises."""
+
+    def close(self) -> None:
+        """Give back memory, processes and ports. Idempotent."""
