@@ -1,0 +1,122 @@
+"""What a Hugging Face `config.json` says about a decoder, in one neutral record."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+Family = Literal["llama", "qwen2", "qwen3"]
+
+
+class ArchitectureError(ValueError):
+    """A model that this package cannot build; the text names the key of its config.json."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes and switches of a decoder-only model.
+
+    vocab_size is the real vocabulary; rows that a tensor-parallel layout pads onto it carry no probability.
+    rope_scaling is Llama 3's factor, or None.
+    """
+
+    family: Family
+    num_layers: int
+    hidden_size: int
+    ffn_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_positions: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: float | None
+    qkv_bias: bool
+    qk_norm: bool
+    tied: bool
+
+    def padded_vocab_size(self, tensor_parallel: int, multiple: int = 128) -> int:
+        """Rows of the embedding over all shards: the vocabulary, rounded up so that the shards are equal."""
+        step = multiple * tensor_parallel
+        return -(-self.vocab_size // step) * step
+
+
+_FAMILIES: dict[str, Family] = {
+    "LlamaForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+# What Megatron's Llama 3 frequency scaling has built in.
+_LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def read_architecture(model_path: str | Path) -> Architecture:
+    """The architecture of a Hugging Face checkpoint folder. Raises ArchitectureError on what is not supported."""
+    path = Path(model_path) / "config.json"
+    if not path.is_file():
+        raise ArchitectureError(f"{path} does not exist: model.path must be a Hugging Face checkpoint folder")
+    return parse_architecture(json.loads(path.read_text()), str(path))
+
+
+def parse_architecture(config: dict[str, Any], origin: str = "config.json") -> Architecture:
+    """An Architecture from the parsed config.json of transformers 4 or 5."""
+
+    def refuse(reason: str) -> ArchitectureError:
+        return ArchitectureError(f"{origin}: {reason}")
+
+    names = config.get("architectures") or ["(none)"]
+    family = _FAMILIES.get(names[0])
+    if family is None:
+        raise refuse(f"architectures={names[0]} is not supported; supported: {', '.join(_FAMILIES)}")
+    if config.get("hidden_act", "silu") != "silu":
+        raise refuse(f"hidden_act={config['hidden_act']} is not supported; supported: silu")
+    if config.get("mlp_bias"):
+        raise refuse("mlp_bias=true is not supported")
+    if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or []):
+        raise refuse("sliding-window attention is not supported")
+    if family != "qwen2" and config.get("attention_bias"):
+        raise refuse("attention_bias=true is not supported: it would put a bias on the attention output too")
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    return Architecture(
+        family=family,
+        num_layers=config["num_hidden_layers"],
+        hidden_size=hidden,
+        ffn_size=config["intermediate_size"],
+        num_heads=heads,
+        num_kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or hidden // heads,
+        vocab_size=config["vocab_size"],
+        max_positions=config["max_position_embeddings"],
+        norm_eps=config["rms_norm_eps"],
+        rope_theta=_rope_theta(config),
+        rope_scaling=_rope_scaling(config, refuse),
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+        tied=bool(config.get("tie_word_embeddings", False)),
+    )
+
+
+def _rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
+    """transformers 5 keeps everything in rope_parameters; 4 has rope_theta and rope_scaling side by side."""
+    return config.get("rope_parameters") or config.get("rope_scaling") or {}
+
+
+def _rope_theta(config: dict[str, Any]) -> float:
+    theta = _rope_parameters(config).get("rope_theta", config.get("rope_theta"))
+    return float(10000.0 if theta is None else theta)
+
+
+def _rope_scaling(config: dict[str, Any], refuse: Any) -> float | None:
+    rope = _rope_parameters(config)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise refuse(f"rope_type={kind} is not supported; supported: default, llama3")
+    for key, value in _LLAMA3_SCALING.items():
+        if rope.get(key) != value:
+            raise refuse(f"rope {key}={rope.get(key)} is not supported; Megatron-Core has {value} built in")
+    return float(rope["factor"])

@@ -1,0 +1,168 @@
+"""The process groups of a run, its device, and host-side exchange of Python objects."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_hdpo.parallel.cpu import MegatronOnCpu
+from megatron_hdpo.parallel.layout import LayoutError, ParallelConfig
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """Everything that code needs to know about the ranks; passed in, never looked up.
+
+    groups: Megatron's process groups (tp, pp, dp, mp, embd, ...).
+    host: gloo group of all ranks, for Python objects. replica_host: gloo group of the ranks of one replica.
+    """
+
+    layout: ParallelConfig
+    device: torch.device
+    rank: int
+    world_size: int
+    groups: ProcessGroupCollection
+    host: dist.ProcessGroup
+    replica_host: dist.ProcessGroup
+
+    @property
+    def dp_rank(self) -> int:
+        """Index of this rank's data-parallel replica."""
+        return self.groups.dp.rank()
+
+    @property
+    def dp_size(self) -> int:
+        """Number of data-parallel replicas."""
+        return self.groups.dp.size()
+
+    @property
+    def is_leader(self) -> bool:
+        """True on the one rank that writes files and the console."""
+        return self.rank == 0
+
+    @property
+    def is_first_stage(self) -> bool:
+        """True where the embedding is."""
+        return self.groups.pp.rank() == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """True where the logits are."""
+        return self.groups.pp.rank() == self.groups.pp.size() - 1
+
+    @property
+    def replica_ranks(self) -> list[int]:
+        """Global ranks of this replica, in the order of `replica_host`."""
+        return dist.get_process_group_ranks(self.replica_host)
+
+    def megatron_calls(self) -> AbstractContextManager[Any]:
+        """Context in which Megatron-Core runs on this device; nothing on CUDA."""
+        return nullcontext() if self.device.type == "cuda" else MegatronOnCpu()
+
+    def gather_objects(self, value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+        """`value` of every rank of a host group (default: all ranks), in rank order, on every rank."""
+        group = group or self.host
+        gathered: list[Any] = [None] * group.size()
+        dist.all_gather_object(gathered, value, group=group)
+        return gathered
+
+    def broadcast_object(self, value: T, group: dist.ProcessGroup | None = None, source: int = 0) -> T:
+        """The value of the group's rank `source`, on every rank of the host group (default: all ranks)."""
+        group = group or self.host
+        box = [value]
+        dist.broadcast_object_list(box, src=dist.get_process_group_ranks(group)[source], group=group)
+        return box[0]
+
+    def barrier(self, what: str) -> None:
+        """Wait for all ranks; past the deadline every rank that did come raises and names those that did not."""
+        try:
+            dist.monitored_barrier(
+                group=self.host, timeout=timedelta(minutes=self.layout.timeout_minutes), wait_all_ranks=True
+            )
+        except RuntimeError as error:
+            raise RuntimeError(f"rank {self.rank}: not all ranks reached '{what}': {error}") from error
+
+
+def start(layout: ParallelConfig, device: str = "auto", seed: int = 0) -> ParallelContext:
+    """Join the process group that torchrun describes (or a world of one) and build Megatron's groups.
+
+    device: `cuda`, `cpu` or `auto` (cuda where there is one). NCCL on CUDA, gloo on the CPU.
+    Raises LayoutError when the number of ranks does not fit the layout, before any group is made.
+    """
+    target = _device(device)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size % layout.model_ranks:
+        raise LayoutError(
+            f"{world_size} ranks are no multiple of parallel.tensor x parallel.pipeline = "
+            f"{layout.tensor} x {layout.pipeline}: start with torchrun --nproc-per-node {layout.model_ranks} or a multiple"
+        )
+    timeout = timedelta(minutes=layout.timeout_minutes)
+    if not dist.is_initialized():
+        for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29511"), ("RANK", "0"), ("WORLD_SIZE", "1")):
+            os.environ.setdefault(name, value)
+        dist.init_process_group("nccl" if target.type == "cuda" else "gloo", timeout=timeout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        distributed_timeout_minutes=max(1, round(layout.timeout_minutes)),
+        create_gloo_process_groups=True,
+    )
+    context = ParallelContext(
+        layout=layout,
+        device=target,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        groups=ProcessGroupCollection.use_mpu_process_groups(),
+        host=dist.new_group(backend="gloo", timeout=timeout),
+        replica_host=_replica_group(timeout),
+    )
+    _seed(context, seed)
+    return context
+
+
+def stop() -> None:
+    """Tear down Megatron's groups and the process group."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise LayoutError("device=cuda, but torch sees no GPU on this machine: set device=cpu or device=auto")
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(name)
+
+
+def _replica_group(timeout: timedelta) -> dist.ProcessGroup:
+    """A gloo group for this rank's replica. new_group is collective: every rank makes every group in one order."""
+    mine = dist.get_process_group_ranks(parallel_state.get_model_parallel_group())
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    own = None
+    for ranks in sorted({tuple(ranks) for ranks in everyone}):
+        group = dist.new_group(list(ranks), backend="gloo", timeout=timeout)
+        own = group if dist.get_rank() in ranks else own
+    assert own is not None
+    return own
+
+
+def _seed(context: ParallelContext, seed: int) -> None:
+    torch.manual_seed(seed)
+    with context.megatron_calls():
+        # This tracker needs no CUDA generator; it suffices because dropout is 0 in every model here.
+        tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
