@@ -1,0 +1,27 @@
+"""Tasks by kind. To add one, write its class (see `base`) and name it here."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from megatron_hdpo.data.tasks.base import Task, TaskBase
+from megatron_hdpo.data.tasks.digit_sums import DigitSumsTask
+from megatron_hdpo.data.tasks.files import HuggingFaceTask, JsonlTask, ParquetTask
+from megatron_hdpo.data.tasks.reasoning_gym import ReasoningGymTask
+
+TaskConfig = Annotated[
+    DigitSumsTask | ReasoningGymTask | JsonlTask | ParquetTask | HuggingFaceTask, Field(discriminator="kind")
+]
+
+__all__ = [
+    "DigitSumsTask",
+    "HuggingFaceTask",
+    "JsonlTask",
+    "ParquetTask",
+    "ReasoningGymTask",
+    "Task",
+    "TaskBase",
+    "TaskConfig",
+]

@@ -1,0 +1,119 @@
+"""From one row of a file to one problem, or to the reason why it cannot be one."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_hdpo.data.problem import Problem
+from megatron_hdpo.rewards.extraction import last_boxed
+
+_MISSING = object()
+_NOT_PART_OF_A_QUESTION = re.compile(r"\s|\$|\\[,;! ]|\\left|\\right")
+
+
+class BadRow(ValueError):
+    """A row that cannot be used. reason: short, for counting; the message says what is wrong with this row."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class RowKeys:
+    """Where a row holds what; see the keys of the same names in the recipe."""
+
+    question: str
+    answer: str | None
+    solution: str
+    level: str
+    answer_pattern: str | None = None
+
+
+class RowReader:
+    """Makes problems out of rows of one task."""
+
+    def __init__(self, task: str, keys: RowKeys) -> None:
+        self.task, self.keys = task, keys
+
+    def selected(self, row: Any, wanted: Mapping[str, Sequence[Any]]) -> bool:
+        """Whether the row's value at every key of `wanted` is one of the listed ones."""
+        return all(self._required(row, key) in values for key, values in wanted.items())
+
+    def problem(self, row: Any, where: str) -> Problem:
+        """The row as a problem. `where` (file:line) becomes part of its id. Raises BadRow."""
+        question = self._text(row, self.keys.question, "question")
+        solution = self._optional(row, self.keys.solution)
+        answer = self._answer(row, solution)
+        return Problem(
+            id=f"{self.task}/{where.rpartition(':')[2]}",
+            task=self.task,
+            question=question,
+            answer=answer,
+            solution=ending_in_answer(solution, answer),
+            level=self._optional(row, self.keys.level),
+            metadata={"source": where},
+        )
+
+    def _answer(self, row: Any, solution: str | None) -> str:
+        if self.keys.answer is None:
+            boxed = last_boxed(solution or "")
+            if not boxed or not boxed.strip():
+                raise BadRow("no box in solution", "has no \\boxed{} answer in its solution, and answer_key is null")
+            return boxed.strip()
+        text = self._text(row, self.keys.answer, "answer")
+        if self.keys.answer_pattern is None:
+            return text
+        matches = [match.group(1) for match in re.finditer(self.keys.answer_pattern, text)]
+        if not matches or not (matches[-1] or "").strip():
+            raise BadRow("answer_pattern not found", f"answer_pattern finds nothing in the answer {text[:80]!r}")
+        return matches[-1].strip()
+
+    def _text(self, row: Any, key: str, what: str) -> str:
+        value = self._required(row, key)
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise BadRow(f"{what} is no text", f"the {what} at {key!r} is {type(value).__name__}, not text or a number")
+        if not str(value).strip():
+            raise BadRow(f"empty {what}", f"the {what} at {key!r} is empty")
+        return str(value).strip()
+
+    def _required(self, row: Any, key: str) -> Any:
+        value = lookup(row, key)
+        if value is _MISSING:
+            has = ", ".join(sorted(map(str, row))) if isinstance(row, Mapping) else type(row).__name__
+            raise BadRow("missing key", f"has no key {key!r} (it has: {has})")
+        return value
+
+    def _optional(self, row: Any, key: str) -> str | None:
+        value = lookup(row, key)
+        return None if value is _MISSING or value is None or not str(value).strip() else str(value).strip()
+
+
+def lookup(row: Any, key: str) -> Any:
+    """Value at a key, or at a path of keys and list positions joined by dots; `_MISSING` when there is none."""
+    if isinstance(row, Mapping) and key in row:
+        return row[key]
+    for part in key.split("."):
+        if isinstance(row, Mapping) and part in row:
+            row = row[part]
+        elif isinstance(row, list) and part.isdigit() and int(part) < len(row):
+            row = row[int(part)]
+        else:
+            return _MISSING
+    return row
+
+
+def ending_in_answer(solution: str | None, answer: str) -> str | None:
+    """The solution with its answer in a box at the end, added where it has no box: responses must learn to end so."""
+    if solution is None or last_boxed(solution) is not None:
+        return solution
+    return f"{solution}\n\\boxed{{{answer}}}"
+
+
+def question_key(question: str) -> str:
+    """Equal for questions that differ in case, spacing, dollar signs or LaTeX spacing only."""
+    return _NOT_PART_OF_A_QUESTION.sub("", unicodedata.normalize("NFKC", question)).casefold().rstrip(".")

@@ -1,0 +1,126 @@
+r"""Worked solutions for reasoning-gym sets, which mostly come without.
+
+A builder takes an entry of its set (question, answer, metadata) and returns a short solution that ends in
+`\boxed{answer}`, or None where it cannot make one. `@solution_builder("set")` adds one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from decimal import Decimal, DivisionByZero, InvalidOperation
+from typing import Any
+
+Entry = Mapping[str, Any]
+SolutionBuilder = Callable[[Entry], str | None]
+
+SOLUTION_BUILDERS: dict[str, SolutionBuilder] = {}
+
+_NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
+_EQUATION = re.compile(rf"({_NUMBER}(?:\s*[-+*/]\s*{_NUMBER})+)\s*=\s*({_NUMBER})")
+_TERM = re.compile(rf"\s*([-+*/]?)\s*({_NUMBER})")
+
+
+def solution_builder(dataset: str) -> Callable[[SolutionBuilder], SolutionBuilder]:
+    """Register the decorated function as builder of worked solutions for a reasoning-gym set."""
+
+    def register(builder: SolutionBuilder) -> SolutionBuilder:
+        SOLUTION_BUILDERS[dataset] = builder
+        return builder
+
+    return register
+
+
+def boxed(answer: str) -> str:
+    """The answer as responses should give it."""
+    return "\\boxed{" + answer + "}"
+
+
+@solution_builder("chain_sum")
+def chain_sum(entry: Entry) -> str:
+    """Running totals, one line per operation."""
+    first, *rest = entry["metadata"]["expression"].split()
+    total, lines = int(first), []
+    for sign, term in zip(rest[::2], rest[1::2], strict=True):
+        new_total = total + int(term) if sign == "+" else total - int(term)
+        lines.append(f"{total} {sign} {term} = {new_total}")
+        total = new_total
+    return "\n".join([*lines, boxed(entry["answer"])])
+
+
+@solution_builder("gsm_symbolic")
+def gsm_symbolic(entry: Entry) -> str | None:
+    """The true equations of the entry's chain of thought where they lead to the answer, else its lines of text."""
+    thought = entry["metadata"].get("answer_cot")
+    if not thought:
+        return None
+    text = thought.partition("####")[0].strip()
+    equations = list(dict.fromkeys(_true_equations(text)))
+    if equations and _same_number(equations[-1].rpartition("= ")[2], entry["answer"]):
+        return "\n".join([*equations, boxed(entry["answer"])])
+    return f"{text}\n{boxed(entry['answer'])}"
+
+
+@solution_builder("knights_knaves")
+def knights_knaves(entry: Entry) -> str:
+    """Everybody's role with the truth of what they say: the check that the assignment is the right one."""
+    metadata = entry["metadata"]
+    names, truth, terms = metadata["names"], metadata["solution"], metadata["knight_knave_terms"]
+    lines = []
+    for name, is_knight, statement in zip(names, truth, metadata["statements"], strict=True):
+        said = "true" if _holds(statement, truth) else "false"
+        role = terms["a_knight"] if is_knight else terms["a_knave"]
+        lines.append(f"{name} is {role}: the statement is {said}.")
+    return "\n".join([*lines, boxed(entry["answer"].rstrip("."))])
+
+
+def _holds(statement: tuple[Any, ...], truth: tuple[bool, ...]) -> bool:
+    operator, *parts = statement
+    if operator in ("telling-truth", "lying"):
+        return truth[parts[0]] == (operator == "telling-truth")
+    values = [_holds(part, truth) for part in parts]
+    return {
+        "not": lambda: not values[0],
+        "and": lambda: all(values),
+        "or": lambda: any(values),
+        "->": lambda: not values[0] or values[1],
+        "<=>": lambda: values[0] == values[1],
+    }[operator]()
+
+
+def _true_equations(text: str) -> list[str]:
+    """Equations `a op b ... = c` of a text, without units and currencies, those that hold."""
+    plain = re.sub(r"[€$£]", "", text.replace("\N{MULTIPLICATION SIGN}", "*"))
+    plain = re.sub(r"(?<=\d)\s*x\s*(?=\d)", " * ", plain)
+    plain = re.sub(r"(?<=\d)\s*/?[A-Za-z][A-Za-z' -]*(?:/[a-z]+)?(?=\s*[-+*/=])", "", plain)
+    return [f"{_spaced(left)} = {right}" for left, right in _EQUATION.findall(plain) if _is_true(left, right)]
+
+
+def _spaced(expression: str) -> str:
+    return " ".join(part for term in _TERM.findall(expression) for part in term if part)
+
+
+def _is_true(left: str, right: str) -> bool:
+    try:
+        return _evaluate(left) == Decimal(right.replace(",", ""))
+    except (DivisionByZero, InvalidOperation):
+        return False
+
+
+def _evaluate(expression: str) -> Decimal:
+    """Value of numbers joined by + - * /, products first. `expression` matches the left side of an equation."""
+    terms: list[Decimal] = []
+    for operator, number in _TERM.findall(expression):
+        value = Decimal(number.replace(",", ""))
+        if operator in ("*", "/"):
+            terms[-1] = terms[-1] * value if operator == "*" else terms[-1] / value
+        else:
+            terms.append(-value if operator == "-" else value)
+    return sum(terms, Decimal(0))
+
+
+def _same_number(left: str, right: str) -> bool:
+    try:
+        return Decimal(left.replace(",", "")) == Decimal(right.replace(",", ""))
+    except InvalidOperation:
+        return False
