@@ -1,0 +1,135 @@
+"""Log-probs at given ids, and the k most likely tokens, of a softmax over a sharded vocabulary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_hdpo.divergence.shard import Group, OwnedEntries, Shard, compute_dtype, row_blocks
+from megatron_hdpo.divergence.sweep import SoftmaxTerm, local_stats, shift_stats, write_dense
+from megatron_hdpo.divergence.targets import TopK, check_ids
+
+
+def vocab_parallel_logprobs(
+    logits_TV_local: Tensor,
+    ids: Tensor,
+    temperature: float = 1.0,
+    group: Group = None,
+    vocab_size: int | None = None,
+    inplace_backward: bool = False,
+) -> Tensor:
+    """ln softmax(logits / temperature) at global ids [...] or [..., K], in the shape of ids, differentiable.
+
+    Ids may repeat. id -1 gives 0 without gradient. Raises ValueError on ids beyond the vocabulary or of another shape.
+    Arguments and types as in logit_losses.
+    """
+    lead, width = logits_TV_local.shape[:-1], logits_TV_local.shape[-1]
+    if ids.shape != lead and ids.shape[:-1] != lead:
+        raise ValueError(f"ids have shape {list(ids.shape)}: the tokens' shape {list(lead)}, or that and K, is needed")
+    if not temperature > 0.0:
+        raise ValueError(f"temperature is {temperature}: it must be positive (greedy decoding counts as 1)")
+    logits_TV = logits_TV_local.reshape(-1, width)
+    shard = Shard.of(width, group, vocab_size)
+    k = 1 if ids.shape == lead else ids.shape[-1]
+    ids_TK = ids.detach().reshape(logits_TV.shape[0], k).to(device=logits_TV.device, dtype=torch.int64)
+    check_ids(ids_TK, shard.vocab_size, "ids")
+    out: Tensor = _LogProbs.apply(logits_TV, ids_TK, shard, temperature, inplace_backward)
+    return out.view(ids.shape)
+
+
+class _LogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_TV: Tensor, ids_TK: Tensor, shard: Shard, temperature: float, inplace: bool) -> Tensor:
+        owned = OwnedEntries.find(ids_TK, None, shard)
+        stats = local_stats(logits_TV, shard, temperature)
+        max_T = shard.all_reduce_max_(stats.max_T.clone())
+        stats = shift_stats(stats, max_T, temperature)
+        sum_T, z_TK = shard.all_reduce_sum(
+            [stats.sum_T, owned.gather(logits_TV, ids_TK.shape, compute_dtype(logits_TV))]
+        )
+        lse_T = max_T / temperature + sum_T.log()
+        ctx.owned, ctx.shard, ctx.temperature, ctx.inplace = owned, shard, temperature, inplace
+        ctx.save_for_backward(logits_TV, ids_TK, lse_T)
+        return (z_TK / temperature - lse_T.unsqueeze(-1)).masked_fill(ids_TK < 0, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        logits_TV, ids_TK, lse_T = ctx.saved_tensors
+        owned: OwnedEntries = ctx.owned
+        g_TK = grads[0].masked_fill(ids_TK < 0, 0.0) / ctx.temperature
+        total_T = -g_TK.sum(-1)
+        # Values at the ids are put together in full precision before the dense pass destroys the logits. Repeated
+        # ids add up: each occurrence gets the sum over its column, so that the order of the writes does not matter.
+        row_N, col_N = owned.row_N, owned.col_N
+        _, same_N = torch.unique(row_N * logits_TV.shape[1] + col_N, return_inverse=True)
+        added_N = torch.zeros_like(same_N, dtype=lse_T.dtype)
+        added_N.index_add_(0, same_N, g_TK[owned.target_N, owned.slot_N])
+        q_N = (logits_TV[row_N, col_N].to(lse_T.dtype) / ctx.temperature - lse_T[row_N]).exp()
+        value_N = q_N * total_T[row_N] + added_N[same_N]
+        reuse = ctx.inplace and logits_TV.is_contiguous()
+        grad_TV = logits_TV.detach() if reuse else torch.empty_like(logits_TV, memory_format=torch.contiguous_format)
+        write_dense(grad_TV, logits_TV, ctx.shard, [SoftmaxTerm(lse_T, ctx.temperature, total_T)])
+        grad_TV[row_N, col_N] = value_N.to(grad_TV.dtype)
+        return grad_TV, None, None, None, None
+
+
+@torch.no_grad()
+def vocab_parallel_topk(
+    logits_TV_local: Tensor,
+    k: int,
+    group: Group = None,
+    vocab_size: int | None = None,
+    temperature: float = 1.0,
+) -> TopK:
+    """The k most likely tokens, most likely first, with log-probs of softmax(logits / temperature) over all tokens.
+
+    One all-gather of T (2 k + 2) numbers. The same on every rank; padding never appears. Raises ValueError if k exceeds
+    the vocabulary. Arguments as in logit_losses; no gradient.
+    """
+    lead, width = logits_TV_local.shape[:-1], logits_TV_local.shape[-1]
+    logits_TV = logits_TV_local.detach().reshape(-1, width)
+    shard = Shard.of(width, group, vocab_size)
+    if not 1 <= k <= shard.vocab_size:
+        raise ValueError(f"top-k with k = {k}: it must lie between 1 and the vocabulary's {shard.vocab_size} tokens")
+    stats = local_stats(logits_TV, shard, temperature)
+    values_TK, ids_TK = _local_topk(logits_TV, min(k, width), shard)
+    packed = torch.cat([values_TK, bits(ids_TK, values_TK.dtype), stats.max_T[:, None], stats.sum_T[:, None]], dim=-1)
+    packed_RTP = shard.all_gather(packed)
+    lse_T = _join_lse(packed_RTP[..., -2], packed_RTP[..., -1], temperature)
+    n = values_TK.shape[1]
+    all_values = packed_RTP[..., :n].permute(1, 0, 2).flatten(1)
+    all_ids = ints(packed_RTP[..., n : 2 * n]).permute(1, 0, 2).flatten(1)
+    best_TK, where_TK = all_values.topk(k, dim=-1)
+    logprobs_TK = best_TK / temperature - lse_T.unsqueeze(-1)
+    return TopK(all_ids.gather(-1, where_TK).view(*lead, k), logprobs_TK.view(*lead, k))
+
+
+def _local_topk(logits_TV: Tensor, k: int, shard: Shard) -> tuple[Tensor, Tensor]:
+    """k largest logits of the shard with global ids; places that the shard cannot fill hold -inf and id -1."""
+    tokens, dtype = logits_TV.shape[0], compute_dtype(logits_TV)
+    values_TK = torch.full((tokens, k), -torch.inf, dtype=dtype, device=logits_TV.device)
+    ids_TK = torch.full((tokens, k), -1, dtype=torch.int64, device=logits_TV.device)
+    n = min(k, shard.valid)
+    if n:
+        for block in row_blocks(tokens, shard.valid, logits_TV):
+            value, col = logits_TV[block, : shard.valid].topk(n, dim=-1)
+            values_TK[block, :n] = value.to(dtype)
+            ids_TK[block, :n] = col + shard.start
+    return values_TK, ids_TK
+
+
+def bits(ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Integers in the bits of floats, so that they travel in the same collective as floats."""
+    return ids.to(torch.int64 if dtype == torch.float64 else torch.int32).view(dtype)
+
+
+def ints(floats: Tensor) -> Tensor:
+    return floats.contiguous().view(torch.int64 if floats.dtype == torch.float64 else torch.int32).to(torch.int64)
+
+
+def _join_lse(max_RT: Tensor, sum_RT: Tensor, temperature: float) -> Tensor:
+    max_T = max_RT.amax(0)
+    scale_RT = ((max_RT - max_T) / temperature).clamp_min(-1e30).exp()
+    return max_T / temperature + (sum_RT * scale_RT).sum(0).log()

@@ -1,0 +1,124 @@
+"""Where a rank's columns lie in the vocabulary, and the three collectives that the engine uses.
+
+Vocabulary shards are contiguous and equal: rank r of `size` holds columns [r * width, (r + 1) * width).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Group = dist.ProcessGroup | None
+
+# Scratch memory of one block of rows. On the CPU a block must stay in the core's cache, so that the several
+# elementwise operations of a sweep read the logits from memory once; on a GPU it must be large enough to fill it.
+_CPU_BLOCK_BYTES = 512 * 1024
+_GPU_BLOCK_BYTES = 256 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One rank's part of the vocabulary: `valid` of its `width` columns, from global id `start` on, are real tokens."""
+
+    group: Group
+    rank: int
+    size: int
+    width: int
+    vocab_size: int
+
+    @classmethod
+    def of(cls, width: int, group: Group, vocab_size: int | None) -> Shard:
+        """The shard of a rank whose logits have `width` columns. Raises ValueError if vocab_size does not fit."""
+        size = 1 if group is None else dist.get_world_size(group)
+        rank = 0 if group is None else dist.get_rank(group)
+        vocab_size = width * size if vocab_size is None else vocab_size
+        if not 0 < vocab_size <= width * size:
+            raise ValueError(
+                f"vocab_size is {vocab_size}, but {size} shard(s) of {width} columns hold {width * size}: "
+                "pass the tokenizer's vocabulary before padding, at least 1 and at most the padded size"
+            )
+        return cls(group, rank, size, width, vocab_size)
+
+    @property
+    def start(self) -> int:
+        return self.rank * self.width
+
+    @property
+    def valid(self) -> int:
+        return max(0, min(self.width, self.vocab_size - self.start))
+
+    def all_reduce_max_(self, tensor: Tensor) -> Tensor:
+        if self.size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
+        return tensor
+
+    def all_reduce_sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Sums of several tensors of one dtype over the ranks, in one collective; the inputs stay as they are."""
+        if self.size == 1:
+            return list(tensors)
+        flat = torch.cat([t.reshape(-1) for t in tensors])
+        dist.all_reduce(flat, op=dist.ReduceOp.SUM, group=self.group)
+        parts = flat.split([t.numel() for t in tensors])
+        return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """[...] -> [size, ...], rank by rank."""
+        if self.size == 1:
+            return tensor.unsqueeze(0)
+        out = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(out, tensor.contiguous(), group=self.group)
+        return torch.stack(out)
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """float64 in float64; everything else in float32."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def row_blocks(rows: int, width: int, tensor: Tensor, *, at_least: int = 1) -> Iterator[slice]:
+    """Slices of rows whose scratch [rows, width] in the compute dtype has the size the device likes."""
+    budget = _CPU_BLOCK_BYTES if tensor.device.type == "cpu" else _GPU_BLOCK_BYTES
+    step = max(at_least, budget // max(1, width * compute_dtype(tensor).itemsize))
+    for start in range(0, rows, step):
+        yield slice(start, min(rows, start + step))
+
+
+@dataclass(frozen=True)
+class OwnedEntries:
+    """The entries of an id matrix [R, K] that lie in this rank's shard, in order of token row.
+
+    row_N: token row of the logits; col_N: local column; target_N, slot_N: position in the [R, K] matrix.
+    """
+
+    row_N: Tensor
+    col_N: Tensor
+    target_N: Tensor
+    slot_N: Tensor
+
+    @classmethod
+    def find(cls, ids_RK: Tensor, row_R: Tensor | None, shard: Shard) -> OwnedEntries:
+        """row_R (increasing) names the token row of each row of ids; None: row i belongs to token i."""
+        local_RK = ids_RK - shard.start
+        owned_RK = (local_RK >= 0) & (local_RK < shard.valid) & (ids_RK >= 0)
+        target_N, slot_N = owned_RK.nonzero(as_tuple=True)
+        row_N = target_N if row_R is None else row_R[target_N]
+        return cls(row_N, local_RK[target_N, slot_N], target_N, slot_N)
+
+    def gather(self, logits_TV: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """This rank's logits at the entries, 0 where another rank owns them: a sum over ranks completes them."""
+        out_RK = torch.zeros(shape, dtype=dtype, device=logits_TV.device)
+        out_RK[self.target_N, self.slot_N] = logits_TV[self.row_N, self.col_N].to(dtype)
+        return out_RK
+
+    def write(self, values_RK: Tensor, grad_TV: Tensor) -> None:
+        grad_TV[self.row_N, self.col_N] = values_RK[self.target_N, self.slot_N].to(grad_TV.dtype)
+
+    def within(self, blocks: Sequence[slice]) -> list[slice]:
+        """For each block of token rows, which entries lie in it."""
+        edges = torch.tensor([block.start for block in blocks] + [blocks[-1].stop], device=self.row_N.device)
+        return [slice(a, b) for a, b in pairwise(torch.searchsorted(self.row_N, edges).tolist())]

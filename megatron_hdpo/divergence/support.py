@@ -1,0 +1,104 @@
+"""A divergence to a top-k target, from the student's log-probs on the support: value, gradient and diagnostics.
+
+Everything here is O(tokens x k) and local: the collectives are over once the student's normaliser is known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_hdpo.divergence.kinds import LOG_ZERO, DivergenceSpec, akl_weights, summands
+
+# Teacher log-probs are rounded, so their sum may pass 1: the tail bucket keeps at least this mass.
+TAIL_FLOOR = 1e-7
+
+
+@dataclass(frozen=True)
+class SupportTerms:
+    """Per target row: the divergence, its gradient to the student's logits (at temperature 1), and diagnostics.
+
+    grad_RK: gradient at the k ids. outside_R: gradient at every other token u, divided by q_u.
+    mass_R: sum_S q. covered_R: sum_S min(p^, q), p^ renormalised on S. top_R: q at the teacher's first choice.
+    """
+
+    value_R: Tensor
+    grad_RK: Tensor
+    outside_R: Tensor
+    mass_R: Tensor
+    covered_R: Tensor
+    top_R: Tensor
+
+
+def support_terms(
+    spec: DivergenceSpec, lp_RK: Tensor, lq_RK: Tensor, used_RK: Tensor, rest_R: Tensor | None, vocab_size: int
+) -> SupportTerms:
+    """lp_RK, lq_RK: log-probs over the full vocabulary; used_RK: which entries are in the support.
+
+    rest_R: the student's mass outside the support, summed over those tokens (bucket only; 1 - sum_S q would be noise).
+    """
+    lp_RK = lp_RK.masked_fill(~used_RK, LOG_ZERO)
+    lq_RK = lq_RK.masked_fill(~used_RK, LOG_ZERO)
+    some_R1 = used_RK.any(dim=-1, keepdim=True)
+    lp_hat_RK = lp_RK - lp_RK.logsumexp(-1, keepdim=True).masked_fill(~some_R1, 0.0)
+    q_RK = lq_RK.exp()
+    if spec.tail == "renormalise":
+        value_R, grad_RK, outside_R = _renormalised(spec, lp_hat_RK, lq_RK, some_R1)
+    elif spec.tail == "bucket":
+        assert rest_R is not None
+        whole_R = used_RK.sum(-1) >= vocab_size
+        value_R, grad_RK, outside_R = _bucket(spec, lp_RK, lq_RK, rest_R, whole_R)
+    else:
+        value_R, grad_RK, outside_R = _outside(spec, lp_hat_RK, lq_RK)
+    none_R = ~some_R1.squeeze(-1)
+    top_R = q_RK.gather(-1, lp_RK.argmax(-1, keepdim=True)).squeeze(-1)
+    return SupportTerms(
+        value_R.masked_fill(none_R, 0.0),
+        grad_RK.masked_fill(~used_RK, 0.0),
+        outside_R.masked_fill(none_R, 0.0),
+        q_RK.sum(-1),
+        torch.minimum(lp_hat_RK.exp(), q_RK).sum(-1),
+        top_R,
+    )
+
+
+_Terms = tuple[Tensor, Tensor, Tensor]
+
+
+def _terms(spec: DivergenceSpec, lp: Tensor, lq: Tensor) -> tuple[Tensor, Tensor]:
+    weights = akl_weights(lp, lq, spec.beta) if spec.base == "akl" else None
+    return summands(spec, lp, lq, weights)
+
+
+def _outside(spec: DivergenceSpec, lp_hat_RK: Tensor, lq_RK: Tensor) -> _Terms:
+    """Teacher renormalised on S and zero outside, where every token adds c q."""
+    t_RK, r_RK = _terms(spec, lp_hat_RK, lq_RK)
+    q_RK = lq_RK.exp()
+    rest_R = (1.0 - q_RK.sum(-1)).clamp_min(0.0)
+    c = spec.outside_constant
+    mean_R = r_RK.sum(-1) + c * rest_R
+    return t_RK.sum(-1) + c * rest_R, r_RK - q_RK * mean_R.unsqueeze(-1), c - mean_R
+
+
+def _bucket(spec: DivergenceSpec, lp_RK: Tensor, lq_RK: Tensor, rest_R: Tensor, whole_R: Tensor) -> _Terms:
+    """k entries and one for all other tokens. A support that is the whole vocabulary has no bucket (whole_R)."""
+    tiny = torch.finfo(rest_R.dtype).tiny
+    lp_tail_R = (1.0 - lp_RK.exp().sum(-1)).clamp_min(TAIL_FLOOR).log().masked_fill(whole_R, LOG_ZERO)
+    q_tail_R = rest_R.clamp_min(tiny)
+    lq_tail_R = q_tail_R.log().masked_fill(whole_R, LOG_ZERO)
+    lp = torch.cat([lp_RK, lp_tail_R.unsqueeze(-1)], dim=-1)
+    lq = torch.cat([lq_RK, lq_tail_R.unsqueeze(-1)], dim=-1)
+    t, r = _terms(spec, lp, lq)
+    mean_R = r.sum(-1)
+    grad_RK = r[..., :-1] - lq_RK.exp() * mean_R.unsqueeze(-1)
+    return t.sum(-1), grad_RK, r[..., -1] / q_tail_R - mean_R
+
+
+def _renormalised(spec: DivergenceSpec, lp_hat_RK: Tensor, lq_RK: Tensor, some_R1: Tensor) -> _Terms:
+    """Both sides renormalised on S: the student's normaliser is that of S, and tokens outside get no gradient."""
+    lq_hat_RK = lq_RK - lq_RK.logsumexp(-1, keepdim=True).masked_fill(~some_R1, 0.0)
+    t_RK, r_RK = _terms(spec, lp_hat_RK, lq_hat_RK)
+    grad_RK = r_RK - lq_hat_RK.exp() * r_RK.sum(-1, keepdim=True)
+    return t_RK.sum(-1), grad_RK, torch.zeros_like(t_RK[..., 0])

@@ -1,0 +1,121 @@
+"""What a student is compared with: a teacher's top-k, its logits, or the hidden states that its logits come from.
+
+Every target may cover a subset of the tokens: `rows` holds, strictly increasing, the index (into the flattened tokens)
+that each row of the target belongs to. Tokens that no row names have no target: divergence 0, no gradient.
+Targets are constants: no gradient flows into them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+def _check_rows(rows: Tensor | None, length: int, tokens: int, what: str) -> None:
+    if rows is None:
+        if length != tokens:
+            raise ValueError(f"{what} has {length} rows for {tokens} tokens: pass rows= to say which tokens they are")
+        return
+    if rows.dtype != torch.int64 or rows.shape != (length,):
+        raise ValueError(f"rows must be int64 [{length}], one per row of {what}; got {rows.dtype} {list(rows.shape)}")
+    if rows.device.type == "cpu" and length:  # a look at the values would stall a GPU
+        if length > 1 and not bool((rows[1:] > rows[:-1]).all()):
+            raise ValueError("rows must be strictly increasing: one target per token, in token order")
+        if int(rows[0]) < 0 or int(rows[-1]) >= tokens:
+            raise ValueError(f"rows must lie in [0, {tokens}); got {int(rows[0])} to {int(rows[-1])}")
+
+
+@dataclass(frozen=True)
+class TopK:
+    """A teacher's log-probs over the FULL vocabulary at k ids per token.
+
+    ids_TK: int64 [..., K] global token ids, distinct within a row. logprobs_TK: [..., K], at the temperature of the
+    divergence. An entry with id < 0 or log-prob -inf is padding and in no support: rows may have fewer than K entries,
+    or none (then divergence 0, no gradient). rows: int64 [R], see the module; ids and log-probs are then [R, K].
+    """
+
+    ids_TK: Tensor
+    logprobs_TK: Tensor
+    rows: Tensor | None = None
+
+    def flat(self, tokens: int, vocab_size: int, device: torch.device) -> TopK:
+        """The same target as 2-D tensors on `device`; raises ValueError on shapes or ids that cannot be."""
+        if self.ids_TK.shape != self.logprobs_TK.shape or self.ids_TK.dim() < 1:
+            raise ValueError(
+                f"TopK ids {list(self.ids_TK.shape)} and log-probs {list(self.logprobs_TK.shape)} must have one shape, "
+                "[..., K]"
+            )
+        k = self.ids_TK.shape[-1]
+        ids_RK = self.ids_TK.detach().reshape(-1, k).to(device=device, dtype=torch.int64)
+        rows = None if self.rows is None else self.rows.to(device)
+        _check_rows(rows, ids_RK.shape[0], tokens, "TopK")
+        check_ids(ids_RK, vocab_size, "TopK")
+        return TopK(ids_RK, self.logprobs_TK.detach().reshape(-1, k).to(device), rows)
+
+
+@dataclass(frozen=True)
+class FullLogits:
+    """A teacher's logits [..., V / tp], sharded like the student's; `rows` as in the module (then [R, V / tp])."""
+
+    logits_TV_local: Tensor
+    rows: Tensor | None = None
+
+    def flat(self, tokens: int, width: int) -> FullLogits:
+        logits_RV = self.logits_TV_local.detach()
+        if logits_RV.shape[-1] != width:
+            raise ValueError(
+                f"the teacher's shard has {logits_RV.shape[-1]} columns, the student's {width}: they must match"
+            )
+        logits_RV = logits_RV.reshape(-1, width)
+        _check_rows(self.rows, logits_RV.shape[0], tokens, "FullLogits")
+        return replace(self, logits_TV_local=logits_RV)
+
+    def block(self, rows: slice) -> Tensor:
+        return self.logits_TV_local[rows]
+
+    def __len__(self) -> int:
+        return self.logits_TV_local.shape[0]
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """A teacher's last hidden states [..., H] and its shard [V / tp, H] of the head: logits are made block by block.
+
+    Hidden states are those that the head reads (after the final norm), whole on every rank of the group.
+    """
+
+    hidden_TH: Tensor
+    head_weight_VH: Tensor
+    rows: Tensor | None = None
+
+    def flat(self, tokens: int, width: int) -> Hidden:
+        size = self.hidden_TH.shape[-1]
+        if self.head_weight_VH.shape != (width, size):
+            raise ValueError(
+                f"the teacher's head is {list(self.head_weight_VH.shape)}; the student's shard and the teacher's "
+                f"hidden size ask for [{width}, {size}]"
+            )
+        hidden_RH = self.hidden_TH.detach().reshape(-1, size)
+        _check_rows(self.rows, hidden_RH.shape[0], tokens, "Hidden")
+        return Hidden(hidden_RH, self.head_weight_VH.detach(), self.rows)
+
+    def block(self, rows: slice) -> Tensor:
+        return self.hidden_TH[rows] @ self.head_weight_VH.t()
+
+    def __len__(self) -> int:
+        return self.hidden_TH.shape[0]
+
+
+Target = TopK | FullLogits | Hidden
+
+
+def check_ids(ids: Tensor, vocab_size: int, what: str) -> None:
+    """Refuse ids beyond the vocabulary: no rank owns them, so they would silently count as logit 0."""
+    inside = ids < vocab_size
+    if ids.device.type == "cpu":
+        if not bool(inside.all()):
+            raise ValueError(f"{what} holds id {int(ids.max())}, but the vocabulary has {vocab_size} tokens")
+    else:  # no stall: the device reports it at its next synchronisation
+        torch._assert_async(inside.all(), f"{what} holds an id beyond the vocabulary of {vocab_size} tokens")
