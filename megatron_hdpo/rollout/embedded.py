@@ -1,0 +1,402 @@
+"""The embedded rollout engine: `transformers` on the trainer's own device, with a batched decoding loop of its own.
+
+A prompt is prefilled once and its keys and values copied to its n samples; all samples of all requests decode together,
+one slot each; a finished sample frees its slot at once, and waiting requests move in as soon as enough slots are free.
+
+Determinism: a sample is drawn with uniforms keyed by (request.seed, sample index) from its own logits, so neither the
+batch around it nor the number of ranks enters. What remains is floating point: matrix products round differently for
+different batch shapes, and a draw that falls within that error of the edge between two tokens goes the other way. In
+float32 that is of the order of one token in a hundred thousand; in bfloat16 of one in a hundred, after which the two
+texts part. The same requests submitted in the same order give the same bits on the same machine.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from transformers import PretrainedConfig
+
+from megatron_hdpo.rollout.embedded_model import EmbeddedModel
+from megatron_hdpo.rollout.engine import EngineHealth, WeightStream
+from megatron_hdpo.rollout.sampling import Draw, RowParams, row_params, sample, uniforms
+from megatron_hdpo.rollout.types import Completion, FinishReason, GenerationRequest, GenerationResult, TopLogprobs
+
+OnProgress = Callable[[int, int], None]
+
+
+class EmbeddedEngineConfig(BaseModel):
+    """Size and precision of the embedded engine."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "bfloat16", description="Precision of the engine's weights, activations and key-value cache."
+    )
+    max_batch_sequences: int = Field(64, ge=1, description="Samples that decode together at most.")
+    max_batch_tokens: int = Field(
+        262_144,
+        ge=1,
+        description="Bound of the key-value cache in tokens: samples decoding together times the longest prompt plus "
+        "max_new_tokens among them.",
+    )
+    prefill_tokens: int = Field(
+        8_192, ge=1, description="Prompt tokens, padding included, in one prefill pass; a longer prompt goes alone."
+    )
+    refill_fraction: float = Field(
+        0.25, ge=0, le=1, description="Share of the slots that must be free before waiting requests are admitted."
+    )
+    vocab_size: int | None = Field(
+        None, ge=1, description="Ids from here on are never sampled; for models whose vocabulary is padded."
+    )
+
+
+@dataclass
+class _Pending:
+    """A request on its way: its samples end one by one."""
+
+    request: GenerationRequest
+    completions: dict[int, Completion] = field(default_factory=dict)
+    errors: dict[int, str] = field(default_factory=dict)
+    admitted: int = 0
+
+    @property
+    def finished(self) -> bool:
+        return len(self.completions) + len(self.errors) == self.request.sampling.n
+
+    def result(self) -> GenerationResult:
+        return GenerationResult(
+            request_id=self.request.request_id,
+            completions=[self.completions[index] for index in sorted(self.completions)],
+            errors=[self.errors[index] for index in sorted(self.errors)],
+        )
+
+
+@dataclass
+class _Sequence:
+    """One sample while it decodes. `cached`: tokens in its slot, all but the last sampled one."""
+
+    pending: _Pending
+    index: int
+    uniforms: np.ndarray
+    cached: int
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    top_ids: list[np.ndarray] = field(default_factory=list)
+    top_logprobs: list[np.ndarray] = field(default_factory=list)
+
+    def completion(self, reason: FinishReason) -> Completion:
+        tops = None
+        if self.top_ids:
+            tops = TopLogprobs(np.stack(self.top_ids), np.stack(self.top_logprobs))
+        return Completion(
+            token_ids=np.array(self.ids, dtype=np.int32),
+            logprobs=np.array(self.logprobs, dtype=np.float32),
+            finish_reason=reason,
+            weight_versions=np.array(self.versions, dtype=np.int32),
+            top_logprobs=tops,
+        )
+
+
+class EmbeddedEngine:
+    """Engine protocol on `transformers`. Not for use by several threads at once.
+
+    model: a Hugging Face configuration, or the path of its config.json or of the folder that holds it; weights come by
+    `update_weights`. on_progress(generated_tokens, finished_requests) is called after every step, counted from the
+    moment the engine was last idle.
+    """
+
+    deterministic = True
+
+    def __init__(
+        self,
+        model: PretrainedConfig | str | Path,
+        config: EmbeddedEngineConfig | None = None,
+        device: torch.device | str = "cpu",
+        on_progress: OnProgress | None = None,
+    ) -> None:
+        self.config = config or EmbeddedEngineConfig()
+        self._device = torch.device(device)
+        dtype = getattr(torch, self.config.dtype)
+        self._model = EmbeddedModel(model, dtype, self._device, self.config.vocab_size)
+        self._cache = self._model.new_cache()
+        self._on_progress = on_progress
+        self._version = -1
+        self._unusable = "no weights yet: call update_weights"
+        self._waiting: deque[_Pending] = deque()
+        self._active: list[_Sequence] = []  # row r of the cache belongs to _active[r]
+        self._params: RowParams | None = None  # of _active; None when it changed
+        self._outstanding: set[str] = set()
+        self._finished: deque[GenerationResult] = deque()
+        self._generated, self._completed = 0, 0
+
+    @property
+    def weight_version(self) -> int:
+        """Version passed to the last completed `update_weights`; -1 before the first."""
+        return self._version
+
+    def submit(self, requests: Sequence[GenerationRequest]) -> None:
+        """Queue requests, all or none. Raises ValueError on a request that cannot be served."""
+        taken = set(self._outstanding)
+        for request in requests:
+            self._validate(request)
+            if request.request_id in taken:
+                raise ValueError(f"request {request.request_id}: this id is already outstanding")
+            taken.add(request.request_id)
+        if not self._outstanding:
+            self._generated, self._completed = 0, 0
+        self._outstanding = taken
+        self._waiting.extend(_Pending(request) for request in requests)
+
+    def results(self) -> Iterator[GenerationResult]:
+        """Finished requests in order of completion, until none is outstanding. Sampling goes on only while this is
+        read. Raises RuntimeError when there are no usable weights; an exception of the model itself (out of memory)
+        passes through after every outstanding request was dropped."""
+        while True:
+            while self._finished:
+                yield self._finished.popleft()
+            if not self._waiting and not self._active:
+                return
+            if self._unusable:
+                raise RuntimeError(f"embedded engine cannot sample: {self._unusable}")
+            try:
+                self._advance()
+            except BaseException:
+                self._drop_outstanding()
+                raise
+
+    def update_weights(self, stream: WeightStream, version: int) -> None:
+        """Replace all weights; see the protocol. Samples in progress go on with the new weights, their keys and values
+        being those of the old; `Completion.weight_versions` tells which token came from which."""
+        self._unusable = f"the update to version {version} did not complete; a full one must follow"
+        self._model.load(stream)
+        self._version = version
+        self._unusable = ""
+
+    def health(self) -> EngineHealth:
+        """Whether requests can be served now, and why not."""
+        return EngineHealth(alive=not self._unusable, weight_version=self._version, detail=self._unusable)
+
+    def release(self) -> None:
+        """Give the memory of weights and cache back to a trainer on the same device; the next `update_weights` brings
+        the engine back. Raises RuntimeError while requests are outstanding."""
+        if self._waiting or self._active:
+            raise RuntimeError(f"release with {len(self._outstanding)} requests outstanding: read results() first")
+        self._unusable = "memory was released: call update_weights"
+        self._model.release()
+        self._cache.drop()
+
+    def close(self) -> None:
+        """Drop what is outstanding and give the memory back. Idempotent."""
+        self._drop_outstanding()
+        self.release()
+        self._unusable = "closed"
+
+    def _drop_outstanding(self) -> None:
+        self._waiting.clear()
+        self._active.clear()
+        self._finished.clear()
+        self._outstanding.clear()
+        self._params = None
+
+    def _validate(self, request: GenerationRequest) -> None:
+        problem = _problem_with(request, self._model.vocab_size, self._model.context_length)
+        total = len(request.prompt_ids) + request.sampling.max_new_tokens
+        if not problem and total > self.config.max_batch_tokens:
+            problem = f"prompt plus response of {total} tokens exceed max_batch_tokens {self.config.max_batch_tokens}"
+        if problem:
+            raise ValueError(f"request {request.request_id}: {problem}")
+
+    @torch.inference_mode()  # around the whole step: what it writes into the cache must be written under it too
+    def _advance(self) -> None:
+        """Admit what fits, then one token for every active sample."""
+        self._admit()
+        if self._active:
+            logits_BV = self._model.decode(
+                np.array([s.ids[-1] for s in self._active]), np.array([s.cached for s in self._active]), self._cache
+            )
+            for sequence in self._active:
+                sequence.cached += 1
+            if self._params is None:
+                self._params = self._row_params(self._active)
+            ended = self._sample(self._active, logits_BV, self._params)
+            self._remove(ended)
+        if self._on_progress:
+            self._on_progress(self._generated, self._completed)
+
+    def _admit(self) -> None:
+        """Move waiting requests into free slots, when enough are free to make a prefill worth it."""
+        limit = self.config.max_batch_sequences
+        if self._active and limit - len(self._active) < max(1, self.config.refill_fraction * limit):
+            return
+        admitted: list[tuple[_Pending, int]] = []
+        rows = len(self._active)
+        longest = max((self._final_length(s.pending.request) for s in self._active), default=0)
+        while self._waiting:
+            pending = self._waiting[0]
+            wanted = pending.request.sampling.n - pending.admitted
+            longest = max(longest, self._final_length(pending.request))
+            room = min(limit, self.config.max_batch_tokens // longest) - rows
+            # Only a request that could never fit as a whole is split; its prompt is then prefilled for each part.
+            count = wanted if wanted <= room else room if rows == 0 else 0
+            if count <= 0:
+                break
+            admitted.append((pending, count))
+            rows += count
+            if count < wanted:
+                break
+            self._waiting.popleft()
+        for batch in self._prefill_batches(admitted):
+            self._prefill(batch)
+
+    @staticmethod
+    def _final_length(request: GenerationRequest) -> int:
+        return len(request.prompt_ids) + request.sampling.max_new_tokens
+
+    def _prefill_batches(self, admitted: list[tuple[_Pending, int]]) -> Iterator[list[tuple[_Pending, int]]]:
+        """Prompts of like length together, within the token budget of one pass."""
+        batch: list[tuple[_Pending, int]] = []
+        for item in sorted(admitted, key=lambda item: len(item[0].request.prompt_ids)):
+            if batch and (len(batch) + 1) * len(item[0].request.prompt_ids) > self.config.prefill_tokens:
+                yield batch
+                batch = []
+            batch.append(item)
+        if batch:
+            yield batch
+
+    def _prefill(self, batch: list[tuple[_Pending, int]]) -> None:
+        """Run the prompts, sample the first token of every new sample, and give a slot to each that goes on."""
+        prompts = [pending.request.prompt_ids for pending, _ in batch]
+        logits_RV, prefilled = self._model.prefill(prompts)
+        sequences: list[_Sequence] = []
+        sources: list[int] = []
+        for source, (pending, count) in enumerate(batch):
+            request = pending.request
+            for index in range(pending.admitted, pending.admitted + count):
+                numbers = uniforms(request.seed, index, request.sampling.max_new_tokens)
+                sequences.append(_Sequence(pending, index, numbers, cached=len(request.prompt_ids)))
+                sources.append(source)
+            pending.admitted += count
+        logits_BV = logits_RV[torch.tensor(sources, device=self._device)]
+        ended = set(self._sample(sequences, logits_BV, self._row_params(sequences)))
+        self._insert([s for r, s in enumerate(sequences) if r not in ended], batch, prefilled)
+
+    def _insert(self, sequences: list[_Sequence], batch: list[tuple[_Pending, int]], prefilled: object) -> None:
+        """Copy each prompt's keys and values to the slots of its samples."""
+        if not sequences:
+            return
+        first = len(self._active)
+        self._cache.reserve(first + len(sequences), max(s.cached for s in sequences) + 1, like=prefilled)
+        row = first
+        for source, (pending, _) in enumerate(batch):
+            count = sum(s.pending is pending for s in sequences)
+            if count:
+                self._cache.insert(row, count, prefilled, source, len(pending.request.prompt_ids))
+                row += count
+        self._active.extend(sequences)
+        self._params = None
+
+    def _row_params(self, sequences: list[_Sequence]) -> RowParams:
+        settings = [s.pending.request.sampling for s in sequences]
+        return row_params(
+            [s.temperature for s in settings],
+            [s.top_k for s in settings],
+            [s.top_p for s in settings],
+            self._model.vocab_size,
+            self._device,
+        )
+
+    def _sample(self, sequences: list[_Sequence], logits_BV: torch.Tensor, params: RowParams) -> list[int]:
+        """Draw one token per row; returns the rows that ended."""
+        u_B = torch.tensor([s.uniforms[len(s.ids)] for s in sequences], dtype=torch.float64, device=self._device)
+        top = max(s.pending.request.sampling.top_logprobs for s in sequences)
+        return self._record(sequences, sample(logits_BV, u_B, params, top))
+
+    def _record(self, sequences: list[_Sequence], draw: Draw) -> list[int]:
+        """Append the drawn tokens and close what they end; returns the rows that ended."""
+        ids, logprobs, finite = draw.ids_B.tolist(), draw.logprobs_B.tolist(), draw.finite_B.tolist()
+        if draw.top_ids_BK is not None and draw.top_logprobs_BK is not None:
+            top_ids, top_logprobs = draw.top_ids_BK.int().cpu().numpy(), draw.top_logprobs_BK.cpu().numpy()
+        ended = []
+        for row, sequence in enumerate(sequences):
+            if not finite[row]:
+                self._fail(sequence, f"logits are not finite at response token {len(sequence.ids)}")
+                ended.append(row)
+                continue
+            sampling = sequence.pending.request.sampling
+            sequence.ids.append(ids[row])
+            sequence.logprobs.append(logprobs[row])
+            sequence.versions.append(self._version)
+            self._generated += 1
+            if sampling.top_logprobs:
+                sequence.top_ids.append(top_ids[row, : sampling.top_logprobs])
+                sequence.top_logprobs.append(top_logprobs[row, : sampling.top_logprobs])
+            if ids[row] in sampling.stop_token_ids:
+                self._finish(sequence, "stop")
+                ended.append(row)
+            elif len(sequence.ids) == sampling.max_new_tokens:
+                self._finish(sequence, "length")
+                ended.append(row)
+        return ended
+
+    def _finish(self, sequence: _Sequence, reason: FinishReason) -> None:
+        sequence.pending.completions[sequence.index] = sequence.completion(reason)
+        self._hand_over(sequence.pending)
+
+    def _fail(self, sequence: _Sequence, reason: str) -> None:
+        sequence.pending.errors[sequence.index] = f"sample {sequence.index}: {reason}"
+        self._hand_over(sequence.pending)
+
+    def _hand_over(self, pending: _Pending) -> None:
+        if pending.finished:
+            self._outstanding.discard(pending.request.request_id)
+            self._finished.append(pending.result())
+            self._completed += 1
+
+    def _remove(self, ended: list[int]) -> None:
+        """Close the holes: rows from the end move into freed slots, so that the active rows stay a prefix."""
+        if not ended:
+            return
+        gone = set(ended)
+        keep = len(self._active) - len(ended)
+        holes = [row for row in ended if row < keep]
+        movers = [row for row in range(keep, len(self._active)) if row not in gone]
+        if holes:
+            self._cache.move(movers, holes, max(self._active[row].cached for row in movers))
+            for mover, hole in zip(movers, holes, strict=True):
+                self._active[hole] = self._active[mover]
+        del self._active[keep:]
+        self._params = None
+
+
+def _problem_with(request: GenerationRequest, vocab_size: int, context_length: int) -> str:
+    """What is wrong with a request, or an empty string."""
+    prompt, sampling = request.prompt_ids, request.sampling
+    if prompt.ndim != 1 or prompt.size == 0:
+        return f"prompt_ids has shape {prompt.shape}, want at least one token in one dimension"
+    if not np.issubdtype(prompt.dtype, np.integer):
+        return f"prompt_ids has dtype {prompt.dtype}, want integers"
+    if prompt.min() < 0 or prompt.max() >= vocab_size:
+        return f"prompt holds ids from {prompt.min()} to {prompt.max()}, outside the vocabulary of {vocab_size}"
+    if sampling.max_new_tokens < 1 or sampling.n < 1:
+        return f"max_new_tokens {sampling.max_new_tokens} and n {sampling.n} must both be at least 1"
+    if len(prompt) + sampling.max_new_tokens > context_length:
+        return f"{len(prompt)} prompt + {sampling.max_new_tokens} new tokens exceed the context of {context_length}"
+    if not 0 <= sampling.temperature < float("inf"):
+        return f"temperature {sampling.temperature} is not a finite number >= 0"
+    if not 0 < sampling.top_p <= 1:
+        return f"top_p {sampling.top_p} is not in (0, 1]"
+    if sampling.top_k is not None and sampling.top_k < 1:
+        return f"top_k {sampling.top_k} is not at least 1; None means no limit"
+    if not 0 <= sampling.top_logprobs <= vocab_size:
+        return f"top_logprobs {sampling.top_logprobs} is not between 0 and the vocabulary of {vocab_size}"
+    if not 0 <= request.seed < 2**64:
+        return f"seed {request.seed} is not in [0, 2**64)"
+    return ""

@@ -1,0 +1,158 @@
+"""The `transformers` model inside the embedded engine: built empty, filled from a weight stream, run step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig
+
+from megatron_hdpo.rollout.slot_cache import SlotCache
+
+SUPPORTED = ("llama", "qwen2", "qwen3")
+
+
+class EmbeddedModel:
+    """A decoder without weights until `load`; `prefill` and `decode` return float logits of the real vocabulary."""
+
+    def __init__(
+        self, config: PretrainedConfig | str | Path, dtype: torch.dtype, device: torch.device, vocab_size: int | None
+    ) -> None:
+        self.config = config if isinstance(config, PretrainedConfig) else AutoConfig.from_pretrained(config)
+        self.device, self.dtype = device, dtype
+        self.vocab_size = _checked_vocab_size(self.config, vocab_size)
+        _check_architecture(self.config)
+        self._model, self._shapes = _build_empty(self.config, dtype, device)
+
+    @property
+    def context_length(self) -> int:
+        """Longest prompt plus response in tokens."""
+        return int(self.config.max_position_embeddings)
+
+    def new_cache(self) -> SlotCache:
+        """An empty decoding cache for this model."""
+        return SlotCache(self.config.num_hidden_layers)
+
+    def release(self) -> None:
+        """Drop the weights' memory; `load` brings it back."""
+        for parameter in self._model.parameters():
+            parameter.data = torch.empty(0, dtype=self.dtype, device=self.device)
+
+    @torch.no_grad()
+    def load(self, stream: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Copy in (name, full tensor) pairs. Raises ValueError on a missing, unknown, repeated or misshapen parameter;
+        what the model then holds is undefined. A tied `lm_head.weight` may be absent, and must equal the embedding."""
+        parameters = dict(self._model.named_parameters())
+        seen: set[str] = set()
+        head: torch.Tensor | None = None
+        for name, tensor in stream:
+            if name in seen:
+                raise ValueError(f"weight {name} arrived twice in one update: every parameter must come exactly once")
+            seen.add(name)
+            if name == "lm_head.weight" and name not in parameters:
+                head = tensor
+                continue
+            self._check_weight(name, tensor)
+            target = parameters[name]
+            if target.numel() == 0:
+                target.data = torch.empty(self._shapes[name], dtype=self.dtype, device=self.device)
+            target.copy_(tensor)
+        missing = sorted(self._shapes.keys() - seen)
+        if missing:
+            raise ValueError(f"update lacks {len(missing)} of {len(self._shapes)} weights: {', '.join(missing[:5])}")
+        if head is not None:
+            self._check_tied_head(head)
+
+    def _check_weight(self, name: str, tensor: torch.Tensor) -> None:
+        if name not in self._shapes:
+            raise ValueError(f"unknown weight {name}: {self.config.model_type} with this config.json has no such one")
+        if tuple(tensor.shape) != self._shapes[name]:
+            raise ValueError(f"weight {name} has shape {tuple(tensor.shape)}, this model wants {self._shapes[name]}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"weight {name} has dtype {tensor.dtype}, a floating point dtype is wanted")
+
+    def _check_tied_head(self, head: torch.Tensor) -> None:
+        embedding = self._model.get_input_embeddings().weight
+        if head.shape != embedding.shape:
+            raise ValueError(f"weight lm_head.weight has shape {tuple(head.shape)}, want {tuple(embedding.shape)}")
+        if not torch.equal(head.to(embedding), embedding):
+            raise ValueError("lm_head.weight differs from the embedding although config.json ties them")
+
+    @torch.inference_mode()
+    def prefill(self, prompts: list[np.ndarray]) -> tuple[torch.Tensor, DynamicCache]:
+        """Run prompts side by side. Returns the logits after each one's last token, [B, V], and the cache, in which
+        columns beyond a prompt's own length are garbage (right padding: causality hides it from the prompt)."""
+        lengths = torch.tensor([len(p) for p in prompts], device=self.device)
+        ids_BP = torch.zeros(len(prompts), max(len(p) for p in prompts), dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            ids_BP[row, : len(prompt)] = torch.from_numpy(prompt.astype(np.int64))
+        cache = DynamicCache()
+        hidden_BPH = self._model.model(
+            input_ids=ids_BP.to(self.device), past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        return self._logits(hidden_BPH[torch.arange(len(prompts), device=self.device), lengths - 1]), cache
+
+    @torch.inference_mode()
+    def decode(self, tokens: np.ndarray, lengths: np.ndarray, cache: SlotCache) -> torch.Tensor:
+        """One token for each of the first B rows of `cache`, of which row r holds lengths[r] tokens; logits [B, V]."""
+        width = int(lengths.max()) + 1
+        cache.reserve(len(lengths), width)
+        positions_B = torch.from_numpy(lengths.astype(np.int64)).to(self.device)
+        cache.plan_step(positions_B, width)
+        columns_W = torch.arange(width, device=self.device)
+        mask_B11W = (columns_W[None] <= positions_B[:, None])[:, None, None]
+        output = self._model.model(
+            input_ids=torch.from_numpy(tokens.astype(np.int64)).to(self.device)[:, None],
+            attention_mask=mask_B11W,
+            position_ids=positions_B[:, None],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return self._logits(output.last_hidden_state[:, -1])
+
+    def _logits(self, hidden_BH: torch.Tensor) -> torch.Tensor:
+        return self._model.lm_head(hidden_BH)[:, : self.vocab_size]
+
+
+def _check_architecture(config: PretrainedConfig) -> None:
+    if config.model_type not in SUPPORTED:
+        raise ValueError(f"model_type {config.model_type!r}: the embedded engine serves {', '.join(SUPPORTED)}")
+    if "sliding_attention" in (getattr(config, "layer_types", None) or []):
+        raise ValueError("config.json asks for sliding window attention, which the embedded engine has not")
+
+
+def _checked_vocab_size(config: PretrainedConfig, vocab_size: int | None) -> int:
+    if vocab_size is None:
+        return int(config.vocab_size)
+    if not 0 < vocab_size <= config.vocab_size:
+        raise ValueError(f"vocab_size {vocab_size} is not between 1 and the model's {config.vocab_size}")
+    return vocab_size
+
+
+def _build_empty(
+    config: PretrainedConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.nn.Module, dict[str, tuple[int, ...]]]:
+    """The model with parameters of no size, and the shapes they are to have. Built on the meta device, since random
+    initialisation takes seconds."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    replaced: dict[int, torch.nn.Parameter] = {}  # by identity, so that tied parameters stay tied
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                if id(parameter) not in replaced:
+                    empty = torch.empty(0, dtype=dtype, device=device)
+                    replaced[id(parameter)] = torch.nn.Parameter(empty, requires_grad=False)
+                module._parameters[name] = replaced[id(parameter)]
+    # Rotary frequencies are computed, not loaded, and the meta device computed nothing.
+    with torch.device(device):
+        model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
+    left = [name for name, tensor in model.named_buffers() if tensor.is_meta]
+    if left:
+        raise RuntimeError(
+            f"buffers of {type(model).__name__} were not rebuilt: {left}; report the transformers version"
+        )
+    return model.eval(), shapes

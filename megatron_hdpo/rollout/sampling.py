@@ -1,0 +1,173 @@
+"""Pure sampling mathematics: from next-token logits and uniform numbers to token ids and their log-probs.
+
+Nothing here keeps state and nothing depends on the other rows of a batch, so a sample is a function of its own logits
+and of its own uniforms alone. Sums run over short blocks in float32 and over the blocks in float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+_BLOCK = 128  # tokens per block of the two-level search; divides the usual vocabulary sizes, so no copy is needed
+_FIRST_CANDIDATES = 256  # top-p looks at this many of the most likely tokens first; it seldom needs more
+
+
+@dataclass(frozen=True)
+class RowParams:
+    """Sampling parameters of B rows, on the device of the logits.
+
+    temperature_B: float32, 1 for greedy rows. greedy_B: bool. top_k_B: int64, vocabulary size for none.
+    top_p_B: float64, 1 for none. The flags are known on the host: asking the device for them would stall it.
+    """
+
+    temperature_B: torch.Tensor
+    greedy_B: torch.Tensor
+    top_k_B: torch.Tensor
+    top_p_B: torch.Tensor
+    any_scaled: bool
+    any_greedy: bool
+    any_truncated: bool
+
+
+@dataclass(frozen=True)
+class Draw:
+    """ids_B: int64. logprobs_B: float32. finite_B: bool, False where the logits were not a distribution.
+
+    top_ids_BK, top_logprobs_BK: the K most likely tokens (int64, float32), None where K is 0.
+    """
+
+    ids_B: torch.Tensor
+    logprobs_B: torch.Tensor
+    finite_B: torch.Tensor
+    top_ids_BK: torch.Tensor | None = None
+    top_logprobs_BK: torch.Tensor | None = None
+
+
+def uniforms(seed: int, sample_index: int, count: int) -> np.ndarray:
+    """float64 [count] in [0, 1): a pure function of (seed, sample_index), the same on every machine.
+
+    Philox 4x64 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") with the pair as its key; raw words
+    are used because NumPy promises their stream, and only theirs, to stay as it is.
+    """
+    words = np.random.Philox(key=np.array([seed, sample_index], dtype=np.uint64)).random_raw(count)
+    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def row_params(
+    temperatures: list[float], top_ks: list[int | None], top_ps: list[float], vocab_size: int, device: torch.device
+) -> RowParams:
+    """RowParams from per-row settings; temperature 0 means greedy, top_k None (or >= vocabulary) and top_p 1 mean off."""
+    greedy = [t == 0.0 for t in temperatures]
+    scales = [1.0 if t == 0.0 else t for t in temperatures]
+    ks = [vocab_size if k is None else min(k, vocab_size) for k in top_ks]
+    return RowParams(
+        temperature_B=torch.tensor(scales, dtype=torch.float32, device=device),
+        greedy_B=torch.tensor(greedy, device=device),
+        top_k_B=torch.tensor(ks, dtype=torch.int64, device=device),
+        top_p_B=torch.tensor(top_ps, dtype=torch.float64, device=device),
+        any_scaled=any(t != 1.0 for t in scales),
+        any_greedy=any(greedy),
+        any_truncated=any(not g and (k < vocab_size or p < 1.0) for g, k, p in zip(greedy, ks, top_ps, strict=True)),
+    )
+
+
+def sample(logits_BV: torch.Tensor, u_B: torch.Tensor, params: RowParams, top_logprobs: int = 0) -> Draw:
+    """Draw one token per row by inverse CDF in the order of token ids.
+
+    logits_BV: any float dtype, real vocabulary only. u_B: float64 uniforms in [0, 1). Log-probs are those of
+    log_softmax(logits / temperature) over all V, before top-k and top-p. Top-k is applied first, then top-p to what is
+    left, renormalised; both break ties in favour of the lower id.
+    """
+    scaled_BV = logits_BV.float()
+    if params.any_scaled:
+        scaled_BV = scaled_BV / params.temperature_B[:, None]
+    peak_B1 = scaled_BV.amax(-1, keepdim=True)
+    weights_BV = (scaled_BV - peak_B1).exp_()
+    normaliser_B = _blocks(weights_BV).sum(-1).sum(-1, dtype=torch.float64)
+    log_normaliser_B = peak_B1[:, 0].double() + normaliser_B.log()
+    tops = scaled_BV.topk(top_logprobs, dim=-1) if top_logprobs else None
+
+    if params.any_truncated:
+        weights_BV = truncate(weights_BV, normaliser_B, params.top_k_B, params.top_p_B)
+    ids_B = inverse_cdf(weights_BV, u_B)
+    if params.any_greedy:
+        ids_B = torch.where(params.greedy_B, scaled_BV.argmax(-1), ids_B)
+    chosen_B = scaled_BV.gather(1, ids_B[:, None])[:, 0]
+    return Draw(
+        ids_B=ids_B,
+        logprobs_B=(chosen_B.double() - log_normaliser_B).float(),
+        finite_B=normaliser_B.isfinite(),
+        top_ids_BK=tops.indices if tops else None,
+        top_logprobs_BK=(tops.values.double() - log_normaliser_B[:, None]).float() if tops else None,
+    )
+
+
+def truncate(
+    weights_BV: torch.Tensor, normaliser_B: torch.Tensor, top_k_B: torch.Tensor, top_p_B: torch.Tensor
+) -> torch.Tensor:
+    """Zero every weight outside top-k and then top-p (the smallest set of most likely tokens with mass >= p, Holtzman
+    et al. 2020). weights_BV: not negative, not necessarily normalised; normaliser_B: their float64 sums. Returns
+    float32 [B, V]; rows with neither limit come back unchanged."""
+    kept_B, threshold_B = _kept_counts(weights_BV, normaliser_B, top_k_B, top_p_B)
+    above_BV = weights_BV > threshold_B[:, None]
+    tied_BV = weights_BV == threshold_B[:, None]
+    room_B = kept_B - above_BV.sum(-1)
+    if bool((tied_BV.sum(-1) > room_B).any()):
+        tied_BV &= tied_BV.cumsum(-1) <= room_B[:, None]
+    limited_B1 = ((top_k_B < weights_BV.shape[-1]) | (top_p_B < 1.0))[:, None]
+    return torch.where(above_BV | tied_BV | ~limited_B1, weights_BV, 0.0)
+
+
+def _kept_counts(
+    weights_BV: torch.Tensor, normaliser_B: torch.Tensor, top_k_B: torch.Tensor, top_p_B: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many of the most likely tokens each row keeps (int64 [B]) and the smallest weight among them (float32 [B]).
+
+    A full sort of a vocabulary is dear, so a few candidates are sorted first, more only while some row needs more.
+    """
+    vocab = weights_BV.shape[-1]
+    no_k_B, no_p_B = top_k_B >= vocab, top_p_B >= 1.0
+    needed = int(torch.where(no_k_B, 1, top_k_B).max())
+    count = min(vocab, max(_FIRST_CANDIDATES, needed))
+    while True:
+        candidates_BC = weights_BV.topk(count, dim=-1).values
+        mass_BC = candidates_BC.double().cumsum(-1)
+        mass_in_k_B = mass_BC.gather(1, (top_k_B.clamp(max=count) - 1)[:, None])[:, 0]
+        target_B = top_p_B * torch.where(no_k_B, normaliser_B, mass_in_k_B)
+        if count == vocab or bool((~no_k_B | no_p_B | (mass_BC[:, -1] >= target_B)).all()):
+            break
+        count = min(vocab, count * 8)
+    before_BC = mass_BC - candidates_BC.double()
+    within_p_B = torch.where(no_p_B, count, (before_BC < target_B[:, None]).sum(-1).clamp(min=1))
+    kept_B = torch.minimum(top_k_B, within_p_B)
+    return kept_B, candidates_BC.gather(1, (kept_B - 1)[:, None])[:, 0]
+
+
+def inverse_cdf(weights_BV: torch.Tensor, u_B: torch.Tensor) -> torch.Tensor:
+    """The first id whose cumulative weight exceeds u times the row's sum; int64 [B]. Never an id of weight 0.
+
+    Searches blocks first and then one block, which reads the vocabulary once and keeps the cumulative sums short.
+    """
+    blocks_BNS = _blocks(weights_BV)
+    cdf_BN = blocks_BNS.sum(-1).double().cumsum(-1)
+    target_B1 = u_B[:, None] * cdf_BN[:, -1:]
+    block_B1 = torch.searchsorted(cdf_BN, target_B1, right=True).clamp_(max=cdf_BN.shape[1] - 1)
+    before_B1 = torch.where(block_B1 > 0, cdf_BN.gather(1, (block_B1 - 1).clamp_(min=0)), 0.0)
+    rows_B = torch.arange(weights_BV.shape[0], device=weights_BV.device)
+    inner_BS = blocks_BNS[rows_B, block_B1[:, 0]].double().cumsum(-1)
+    offset_B1 = torch.searchsorted(inner_BS, target_B1 - before_B1, right=True)
+    # Rounding can place the target at the block's very end: the last token with weight is then meant.
+    last_B1 = torch.searchsorted(inner_BS, inner_BS[:, -1:].contiguous())
+    ids_B = (block_B1 * _BLOCK + torch.minimum(offset_B1, last_B1))[:, 0]
+    return ids_B.clamp_(max=weights_BV.shape[-1] - 1)
+
+
+def _blocks(weights_BV: torch.Tensor) -> torch.Tensor:
+    """[B, V] as [B, V / block, block], with zeros behind the last token where the block does not divide V."""
+    padding = -weights_BV.shape[-1] % _BLOCK
+    if padding:
+        weights_BV = torch.nn.functional.pad(weights_BV, (0, padding))
+    return weights_BV.view(weights_BV.shape[0], -1, _BLOCK)

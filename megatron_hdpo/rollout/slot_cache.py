@@ -1,0 +1,106 @@
+"""A key-value cache for decoding with one length per row: rows are slots that fill from the left.
+
+Unlike a left-padded cache, rows of any length stand side by side, a new row takes a free slot at any time, and nothing
+is concatenated: a step writes one column per row in place and reads a view.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+_LENGTH_STEP = 64
+
+
+class SlotLayer(CacheLayerMixin):
+    """Keys and values of one layer, [slots, heads, capacity, head_dim] each."""
+
+    def __init__(self, view: SlotView) -> None:
+        super().__init__()
+        self._view = view
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        raise RuntimeError("a slot is filled by SlotCache.insert before it is decoded")
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write one new column per row, [B, heads, 1, head_dim], and return the columns in use, [B, heads, W, dim]."""
+        view = self._view
+        self.keys[view.rows_B, :, view.positions_B] = key_states[:, :, 0]
+        self.values[view.rows_B, :, view.positions_B] = value_states[:, :, 0]
+        rows = key_states.shape[0]
+        return self.keys[:rows, :, : view.width], self.values[:rows, :, : view.width]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._view.width, 0
+
+    def get_seq_length(self) -> int:
+        return self._view.width
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class SlotView:
+    """What every layer of one decoding step shares: which rows are written, where, and how many columns are read."""
+
+    def __init__(self) -> None:
+        self.rows_B = torch.empty(0, dtype=torch.int64)
+        self.positions_B = torch.empty(0, dtype=torch.int64)
+        self.width = 0
+
+
+class SlotCache(Cache):
+    """Keys and values of `rows` sequences; row r holds lengths[r] tokens. Grows by need, never beyond what is used."""
+
+    def __init__(self, num_layers: int) -> None:
+        self._view = SlotView()
+        super().__init__(layers=[SlotLayer(self._view) for _ in range(num_layers)])
+
+    def insert(self, row: int, repeats: int, prefilled: Cache, source_row: int, length: int) -> None:
+        """Copy `length` tokens of one row of a prefilled cache into slots row ... row + repeats - 1."""
+        for layer, source in zip(self.layers, prefilled.layers, strict=True):
+            layer.keys[row : row + repeats, :, :length] = source.keys[source_row, :, :length]
+            layer.values[row : row + repeats, :, :length] = source.values[source_row, :, :length]
+
+    def move(self, sources: list[int], targets: list[int], width: int) -> None:
+        """Copy rows onto other rows, to close the holes that finished sequences leave."""
+        for layer in self.layers:
+            for states in (layer.keys, layer.values):
+                states[targets, :, :width] = states[sources, :, :width]
+
+    def plan_step(self, positions_B: torch.Tensor, width: int) -> None:
+        """Announce the next decoding step: row r of B writes its token at positions_B[r]; `width` columns are read."""
+        self._view.rows_B = torch.arange(len(positions_B), device=positions_B.device)
+        self._view.positions_B = positions_B
+        self._view.width = width
+
+    def reserve(self, rows: int, length: int, like: Cache | None = None) -> None:
+        """Make room for `rows` sequences of `length` tokens, keeping what is held. `like`: a prefilled cache that
+        gives shapes, dtype and device, needed the first time."""
+        for index, layer in enumerate(self.layers):
+            if layer.keys is None or layer.keys.shape[0] < rows or layer.keys.shape[2] < length:
+                template = layer if layer.keys is not None else like.layers[index]  # type: ignore[union-attr]
+                layer.keys = _enlarged(layer.keys, template.keys, rows, length)
+                layer.values = _enlarged(layer.values, template.values, rows, length)
+                layer.is_initialized = True
+
+    def drop(self) -> None:
+        """Give the memory back."""
+        for layer in self.layers:
+            layer.keys, layer.values, layer.is_initialized = None, None, False
+
+
+def _enlarged(old: torch.Tensor | None, template: torch.Tensor, rows: int, length: int) -> torch.Tensor:
+    """A larger copy of `old`; length grows by half at least, so that a long response causes few copies."""
+    held_rows, held = (old.shape[0], old.shape[2]) if old is not None else (0, 0)
+    capacity = held if length <= held else max(length, held * 3 // 2)
+    capacity += -capacity % _LENGTH_STEP
+    # Zeros, not empty: a masked column has weight 0, and 0 times what an empty tensor happens to hold may be NaN.
+    new = template.new_zeros(max(rows, held_rows), template.shape[1], capacity, template.shape[3])
+    if old is not None:
+        new[:held_rows, :, :held] = old
+    return new
