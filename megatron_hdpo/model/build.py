@@ -7,11 +7,11 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from pydantic import BaseModel, ConfigDict, Field
 
 from megatron_hdpo.model.architecture import Architecture
+from megatron_hdpo.model.network import HeadlessGPTModel
 from megatron_hdpo.model.specs import SpecName, layer_spec, transformer_engine_available
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.parallel.layout import ParallelConfig, check_layout
@@ -29,7 +29,8 @@ class ModelConfig(BaseModel):
         "bfloat16", description="Type of weights and activations; main weights and gradients are fp32 either way."
     )
     spec: Literal["auto", "transformer_engine", "torch"] = Field(
-        "auto", description="Layer spec; auto takes Transformer Engine on a GPU where it is installed, else plain torch."
+        "auto",
+        description="Layer spec; auto takes Transformer Engine on a GPU where it is installed, else plain torch.",
     )
     recompute: bool = Field(False, description="Recompute every layer's activations in the backward pass.")
     max_sequence: int | None = Field(
@@ -82,6 +83,7 @@ def transformer_config(
         pipeline_model_parallel_size=layout.pipeline,
         sequence_parallel=layout.sequence,
         variable_seq_lengths=layout.pipeline > 1,
+        moe_token_dispatcher_type="alltoall",  # the only one that Megatron admits beside variable lengths; unused here
         deallocate_pipeline_outputs=True,
         calculate_per_token_loss=True,
         recompute_granularity="full" if config.recompute else None,
@@ -96,7 +98,7 @@ def transformer_config(
     )
 
 
-def build_model(architecture: Architecture, context: ParallelContext, config: ModelConfig) -> GPTModel:
+def build_model(architecture: Architecture, context: ParallelContext, config: ModelConfig) -> HeadlessGPTModel:
     """This rank's shard of the model on the run's device; its weights are undefined until they are loaded.
 
     Raises LayoutError when the layout does not divide the model.
@@ -113,7 +115,7 @@ def build_model(architecture: Architecture, context: ParallelContext, config: Mo
     spec = choose_spec(config, context.device)
     with context.megatron_calls():
         megatron_config = transformer_config(architecture, layout, config, spec)
-        model = GPTModel(
+        model = HeadlessGPTModel(
             config=megatron_config,
             transformer_layer_spec=layer_spec(spec, megatron_config),
             vocab_size=architecture.padded_vocab_size(layout.tensor),
@@ -132,7 +134,7 @@ def build_model(architecture: Architecture, context: ParallelContext, config: Mo
 
 
 def wrap_data_parallel(
-    model: GPTModel, context: ParallelContext, *, overlap_grad_reduce: bool = False
+    model: HeadlessGPTModel, context: ParallelContext, *, overlap_grad_reduce: bool = False
 ) -> DistributedDataParallel:
     """Megatron's DDP with fp32 gradients, laid out for the distributed optimizer."""
     with context.megatron_calls():

@@ -103,8 +103,8 @@ def start(layout: ParallelConfig, device: str = "auto", seed: int = 0) -> Parall
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size % layout.model_ranks:
         raise LayoutError(
-            f"{world_size} ranks are no multiple of parallel.tensor x parallel.pipeline = "
-            f"{layout.tensor} x {layout.pipeline}: start with torchrun --nproc-per-node {layout.model_ranks} or a multiple"
+            f"{world_size} ranks are no multiple of parallel.tensor x parallel.pipeline = {layout.tensor} x "
+            f"{layout.pipeline}: start with torchrun --nproc-per-node {layout.model_ranks} or a multiple"
         )
     timeout = timedelta(minutes=layout.timeout_minutes)
     if not dist.is_initialized():

@@ -1,0 +1,109 @@
+"""The loss of a micro-batch on the last pipeline stage: clipped surrogate plus divergence to a target.
+
+Both are sums over tokens divided by normalisers of the whole optimizer step, so that gradients of micro-batches and
+replicas add up to the gradient of the step, whatever the packing (methods: global token counts).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from megatron_hdpo.divergence import Losses, logit_losses
+from megatron_hdpo.model.micro_batch import LossInputs, MicroBatch
+from megatron_hdpo.objectives.interface import DistillConfig, LossSpec
+from megatron_hdpo.objectives.surrogate import Surrogate, clipped_surrogate
+
+
+@dataclass(frozen=True)
+class Normalisers:
+    """Global counts of the optimizer step; a term whose count is 0 is 0."""
+
+    surrogate: float
+    distill: float
+
+
+def micro_batch_loss(
+    logits_NV: Tensor,
+    batch: MicroBatch,
+    inputs: LossInputs,
+    spec: LossSpec,
+    normalisers: Normalisers,
+    groups: ProcessGroupCollection,
+    vocab_size: int,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss (a scalar with gradient) and detached sums over tokens, by metric name.
+
+    logits_NV: this rank's vocabulary shard of the rows of the N response tokens. All ranks of the tensor-parallel
+    group must call it together, also with N = 0.
+    """
+    losses = _logit_losses(logits_NV, batch, inputs, spec, groups, vocab_size)
+    own = losses.logprobs_T.detach()
+    old = torch.where(inputs.old_N.isnan(), own, inputs.old_N)
+    rollout = torch.where(inputs.rollout_N.isnan(), old, inputs.rollout_N)
+    surrogate = clipped_surrogate(losses.logprobs_T, old, rollout, inputs.advantages_N, spec.surrogate)
+    # Where the weight is zero the product must be zero too, also when a ratio overflowed.
+    weighted = torch.where(inputs.surrogate_weights_N != 0, surrogate.loss_T * inputs.surrogate_weights_N, 0.0)
+    surrogate_sum = weighted.sum()
+    total = surrogate_sum / normalisers.surrogate if normalisers.surrogate else surrogate_sum * 0.0
+    sums = _surrogate_sums(inputs, surrogate, surrogate_sum, own, rollout, losses)
+    if spec.distill is not None and inputs.target is not None and normalisers.distill:
+        distill_sum = (losses.divergence_T * inputs.distill_weights_N).sum()
+        total = total + spec.distill.coefficient * distill_sum / normalisers.distill
+        sums |= _distill_sums(losses, inputs, distill_sum)
+    return total, sums
+
+
+def _logit_losses(
+    logits_NV: Tensor,
+    batch: MicroBatch,
+    inputs: LossInputs,
+    spec: LossSpec,
+    groups: ProcessGroupCollection,
+    vocab_size: int,
+) -> Losses:
+    distill = spec.distill or DistillConfig()
+    return logit_losses(
+        logits_NV,
+        batch.sampled_ids_N,
+        inputs.target if spec.distill is not None else None,
+        kind=distill.kind,
+        beta=distill.beta,
+        tail=distill.tail,
+        clip=distill.clip,
+        distill_temperature=distill.temperature,
+        temperature=spec.temperature,
+        group=groups.tp,
+        vocab_size=vocab_size,
+        inplace_backward=True,
+    )
+
+
+def _surrogate_sums(
+    inputs: LossInputs, surrogate: Surrogate, surrogate_sum: Tensor, own_N: Tensor, rollout_N: Tensor, losses: Losses
+) -> dict[str, Tensor]:
+    """Sums over the tokens of the surrogate (weight not zero). k3 = r - 1 - ln r with r = trainer / engine."""
+    counted = inputs.surrogate_weights_N != 0
+    log_ratio = torch.where(counted, own_N - rollout_N, 0.0)
+    return {
+        "surrogate": surrogate_sum.detach(),
+        "surrogate_tokens": counted.sum(),
+        "clipped": (surrogate.clipped_T & counted).sum(),
+        "entropy": torch.where(counted, losses.entropy_T.detach(), 0.0).sum(),
+        "mismatch_k3": (log_ratio.exp() - 1 - log_ratio).sum(),
+        "mismatch_abs": log_ratio.abs().sum(),
+    }
+
+
+def _distill_sums(losses: Losses, inputs: LossInputs, distill_sum: Tensor) -> dict[str, Tensor]:
+    """Sums over the tokens with a target: divergence, and how much of the target the student covers."""
+    targeted = inputs.distill_weights_N != 0
+    return {
+        "divergence": distill_sum.detach(),
+        "distill_tokens": targeted.sum(),
+        "covered_mass": torch.where(targeted, losses.covered_mass_T, 0.0).sum(),
+        "student_mass_at_top1": torch.where(targeted, losses.teacher_top_T, 0.0).sum(),
+    }

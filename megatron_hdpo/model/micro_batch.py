@@ -1,0 +1,97 @@
+"""Micro-batches: packed examples, and for every response token the row of logits that predicts it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_hdpo.divergence import TopK
+from megatron_hdpo.model.packing import PackedSequences, pack
+from megatron_hdpo.objectives.interface import Example, Scoring
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """packed: prompts and responses. rows_N: the row of each response token's logits; the token itself is one row
+    further on. responses: number of tokens of each response, in order."""
+
+    packed: PackedSequences
+    rows_N: Tensor
+    sampled_ids_N: Tensor
+    responses: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """Per-token numbers of a micro-batch's N response tokens, float32 [N]; NaN in old_N: take the policy's own.
+
+    target: the teacher's top k at those tokens that have one (its `rows` index the N tokens); None when none has.
+    """
+
+    advantages_N: Tensor
+    surrogate_weights_N: Tensor
+    old_N: Tensor
+    rollout_N: Tensor
+    distill_weights_N: Tensor
+    target: TopK | None
+
+
+def response_micro_batch(
+    prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], device: torch.device, multiple: int
+) -> MicroBatch:
+    """Pack prompt + response pairs. The last prompt token predicts the first response token."""
+    sequences = [np.concatenate([prompt, response]) for prompt, response in zip(prompts, responses, strict=True)]
+    packed = pack(sequences, device, multiple)
+    rows = [
+        start + len(prompt) - 1 + np.arange(len(response))
+        for start, prompt, response in zip(packed.starts, prompts, responses, strict=True)
+    ]
+    rows_N = torch.from_numpy(_concatenate(rows, np.int64)).to(device)
+    sampled = torch.from_numpy(_concatenate(responses, np.int64)).to(device)
+    return MicroBatch(packed, rows_N, sampled, tuple(len(response) for response in responses))
+
+
+def example_micro_batch(examples: Sequence[Example], device: torch.device, multiple: int) -> MicroBatch:
+    """The token side of a micro-batch of examples; every pipeline stage needs it."""
+    return response_micro_batch([e.prompt_ids for e in examples], [e.response_ids for e in examples], device, multiple)
+
+
+def scoring_micro_batch(scorings: Sequence[Scoring], device: torch.device, multiple: int) -> MicroBatch:
+    """The token side of a micro-batch of scorings."""
+    return response_micro_batch([s.context_ids for s in scorings], [s.response_ids for s in scorings], device, multiple)
+
+
+def loss_inputs(examples: Sequence[Example], device: torch.device) -> LossInputs:
+    """The numbers of a micro-batch of examples; only the last pipeline stage needs them."""
+
+    def tokens(read: Callable[[Example], np.ndarray | None], missing: float) -> Tensor:
+        parts = [np.full(len(e.response_ids), missing) if (v := read(e)) is None else v for e in examples]
+        return torch.from_numpy(_concatenate(parts, np.float32)).to(device)
+
+    return LossInputs(
+        advantages_N=tokens(lambda e: e.advantages_T, 0.0),
+        surrogate_weights_N=tokens(lambda e: e.surrogate_weights_T, 0.0),
+        old_N=tokens(lambda e: e.old_logprobs_T, np.nan),
+        rollout_N=tokens(lambda e: e.rollout_logprobs_T, np.nan),
+        distill_weights_N=tokens(lambda e: e.distill_weights_T, 0.0),
+        target=_target(examples, device),
+    )
+
+
+def _target(examples: Sequence[Example], device: torch.device) -> TopK | None:
+    starts = np.cumsum([0, *(len(e.response_ids) for e in examples)])
+    targets = [(start, e.target) for start, e in zip(starts, examples, strict=False) if e.target is not None]
+    if not targets:
+        return None
+    rows = np.concatenate([start + np.arange(len(target.ids_TK)) for start, target in targets])
+    ids = np.concatenate([target.ids_TK for _, target in targets]).astype(np.int64)
+    logprobs = np.concatenate([target.logprobs_TK for _, target in targets])
+    return TopK(*(torch.from_numpy(part).to(device) for part in (ids, logprobs, rows)))
+
+
+def _concatenate(parts: Sequence[np.ndarray], dtype: type) -> np.ndarray:
+    return np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype=dtype)

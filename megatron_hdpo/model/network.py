@@ -1,0 +1,44 @@
+"""GPTModel that stops before its head.
+
+The head, the log-probs and the divergence run in one sweep over the response rows only (see model/loss.py): a prompt's
+logits are never made, and the vocabulary's shards never gathered.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from torch import Tensor
+
+
+class HeadlessGPTModel(GPTModel):
+    """Megatron's GPTModel; the last stage returns hidden states after the final norm, [rows / SP, 1, hidden]."""
+
+    def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:  # type: ignore[override]
+        return hidden_states
+
+    def head_weight(self) -> Tensor:
+        """This rank's shard of the head, [padded vocabulary / TP, hidden]; last stage only."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+def logits_of_rows(model: HeadlessGPTModel, hidden: Tensor, rows_N: Tensor, groups: ProcessGroupCollection) -> Tensor:
+    """Logits [N, padded vocabulary / TP] of the rows `rows_N` of a micro-batch, from the last stage's output.
+
+    Exact gradients under TP and SP: the hidden state's gradient is summed over the vocabulary shards.
+    """
+    if model.config.sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=groups.tp)
+        hidden_NH = hidden[:, 0].index_select(0, rows_N)
+    else:
+        hidden_NH = copy_to_tensor_model_parallel_region(hidden[:, 0].index_select(0, rows_N), group=groups.tp)
+    return torch.nn.functional.linear(hidden_NH, model.head_weight())

@@ -1,0 +1,74 @@
+"""Megatron's distributed optimizer and learning-rate schedule."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from pydantic import BaseModel, ConfigDict, Field
+
+from megatron_hdpo.parallel.context import ParallelContext
+
+
+class OptimizerConfig(BaseModel):
+    """AdamW on fp32 main weights, sharded over the data-parallel ranks."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    lr: float = Field(1e-6, gt=0, description="Peak learning rate.")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's moment decays.")
+    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
+    weight_decay: float = Field(0.01, ge=0, description="Decoupled weight decay of matrices; vectors have none.")
+    clip_grad: float = Field(1.0, ge=0, description="Global gradient norm is clipped to this; 0: not at all.")
+    warmup_steps: int = Field(0, ge=0, description="Optimizer steps of linear warm-up.")
+    warmup_start: float = Field(0.1, ge=0, le=1, description="The warm-up starts at this fraction of lr.")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="After the warm-up.")
+    min_lr: float = Field(0.0, ge=0, description="Where linear and cosine schedules end.")
+
+
+def build_optimizer(
+    config: OptimizerConfig, ddp: DistributedDataParallel, context: ParallelContext, total_steps: int
+) -> tuple[ChainedOptimizer, OptimizerParamScheduler]:
+    """The optimizer of this rank's shard, and the schedule over `total_steps` optimizer steps."""
+    with context.megatron_calls():
+        settings = MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            min_lr=config.min_lr,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.betas[0],
+            adam_beta2=config.betas[1],
+            adam_eps=config.eps,
+            clip_grad=config.clip_grad,
+            bf16=ddp.config.bf16,
+            params_dtype=ddp.config.params_dtype,
+            use_distributed_optimizer=True,
+        )
+        optimizer = get_megatron_optimizer(
+            settings,
+            [ddp],
+            config_overrides=get_standard_config_overrides(settings),
+            use_gloo_process_groups=False,
+            pg_collection=context.groups,
+        )
+    return optimizer, _schedule(config, optimizer, total_steps)
+
+
+def _schedule(config: OptimizerConfig, optimizer: ChainedOptimizer, total_steps: int) -> OptimizerParamScheduler:
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=config.warmup_start * config.lr if config.warmup_steps else config.lr,
+        max_lr=config.lr,
+        min_lr=config.min_lr if config.schedule != "constant" else config.lr,
+        lr_warmup_steps=config.warmup_steps,
+        lr_decay_steps=max(total_steps, config.warmup_steps + 1),
+        lr_decay_style=config.schedule,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=total_steps,
+        wd_incr_style="constant",
+    )

@@ -1,0 +1,176 @@
+"""HDPO: GRPO, and on prompts that every rollout failed, distillation from the model that has seen the answer.
+
+arXiv 2603.23871, Algorithm 1 and Eq. 5: L = L_GRPO + lambda * (1/N_tok) sum JSD_k(teacher(. | x + y*, ȳ_<t), q(. | x,
+ȳ_<t)) over the tokens of privileged rollouts ȳ that are right. The gradient flows through q only. N_tok counts the
+tokens of those rollouts, so the weight of the term does not depend on how many there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from megatron_hdpo.data.leakage import LeakageConfig, find_leak
+from megatron_hdpo.objectives.grpo import GRPO, GRPOConfig, group_shares
+from megatron_hdpo.objectives.interface import (
+    DistillConfig,
+    Example,
+    LossSpec,
+    PrivilegedPlan,
+    Score,
+    Scoring,
+    ScoringKey,
+)
+from megatron_hdpo.rollout.types import Group, Sample, TopLogprobs
+
+
+class PrivilegedConfig(BaseModel):
+    """The second try at cliff prompts, and which of its rollouts become distillation data."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    rollouts: int = Field(8, ge=1, description="Privileged rollouts per cliff prompt.")
+    max_prompts_per_step: int = Field(32, ge=0, description="Cliff prompts per step that get a second try, at most.")
+    success_threshold: float = Field(1.0, description="Reward from which a rollout counts as right.")
+    max_kept_per_prompt: int | None = Field(None, ge=1, description="Right rollouts kept per prompt, at most.")
+    drop_duplicates: bool = Field(True, description="Keep one of several equal rollouts of a prompt.")
+    leakage: LeakageConfig = Field(
+        default_factory=LeakageConfig, description="Drop rollouts that quote the reference or say that it was given."
+    )
+
+
+class HDPOConfig(GRPOConfig):
+    """Hybrid distillation policy optimisation: GRPO plus privileged self-distillation on cliff prompts."""
+
+    name: Literal["hdpo"] = "hdpo"  # type: ignore[assignment]
+    privileged: PrivilegedConfig = Field(default_factory=PrivilegedConfig, description="Privileged rollouts.")
+    distill: DistillConfig = Field(default_factory=DistillConfig, description="The divergence and its weight.")
+    logits_from: Literal["trainer", "rollout"] = Field(
+        "trainer",
+        description="Where the teacher's top k comes from: a forward pass of the trainer, or the engine that sampled "
+        "the privileged rollout (no extra forward; drifting teacher only).",
+    )
+
+
+class HDPO(GRPO):
+    """See HDPOConfig. leak_markers: strings of the privileged prompt that no honest response contains."""
+
+    config: HDPOConfig
+
+    def __init__(
+        self,
+        config: HDPOConfig,
+        temperature: float,
+        updates_per_step: int = 1,
+        leak_markers: Sequence[str] = (),
+    ) -> None:
+        super().__init__(config, temperature, updates_per_step)
+        self.leak_markers = tuple(leak_markers)
+        self.loss = LossSpec(config.surrogate, config.distill, temperature)
+
+    def is_cliff(self, group: Group) -> bool:
+        """Every judged rollout failed. A group without a judged rollout is no cliff: nothing is known of it."""
+        return bool(group.samples) and all(not self._right(sample) for sample in group.samples)
+
+    def privileged(self, groups: Sequence[Group]) -> list[PrivilegedPlan]:
+        """The cliffs of the step, in order, up to the cap."""
+        if self.config.distill.coefficient == 0:
+            return []
+        cliffs = [g for g, group in enumerate(groups) if self.is_cliff(group)]
+        cap = self.config.privileged.max_prompts_per_step
+        return [PrivilegedPlan(g, self.config.privileged.rollouts) for g in cliffs[:cap]]
+
+    def keep_privileged(self, group: Group) -> Group:
+        """The right, distinct, honest rollouts, first come first kept."""
+        kept: list[Sample] = []
+        seen: set[bytes] = set()
+        for sample in group.privileged:
+            reason = self._why_drop(sample, seen, len(kept))
+            if reason is None:
+                seen.add(sample.completion.token_ids.tobytes())
+                kept.append(sample)
+            else:
+                group.dropped[reason] = group.dropped.get(reason, 0) + 1
+        group.privileged = kept
+        return group
+
+    def scorings(self, groups: Sequence[Group]) -> list[Scoring]:
+        """The teacher's top k at each token of each kept rollout, after the privileged prompt."""
+        scorings = super().scorings(groups)
+        if self.config.logits_from == "rollout":
+            return scorings
+        for g, group in enumerate(groups):
+            for s, sample in enumerate(group.privileged):
+                assert group.privileged_prompt_ids is not None
+                scorings.append(
+                    Scoring(
+                        (g, "privileged", s, "teacher"),
+                        group.privileged_prompt_ids,
+                        sample.completion.token_ids,
+                        "teacher",
+                        top_k=self.config.distill.top_k,
+                        temperature=self.config.distill.temperature,
+                    )
+                )
+        return scorings
+
+    def examples(self, groups: Sequence[Group], scores: Mapping[ScoringKey, Score]) -> list[Example]:
+        """GRPO's examples, and one distillation example per kept privileged rollout, after the student's prompt."""
+        examples = super().examples(groups, scores)
+        for g, group in enumerate(groups):
+            for s, sample in enumerate(group.privileged):
+                score = scores.get((g, "privileged", s, "teacher"))
+                target = sample.completion.top_logprobs if score is None else score.top
+                if target is None:
+                    raise ValueError(
+                        f"problem {group.problem.id}: the engine returned no top log-probs with a privileged rollout; "
+                        "set objective.logits_from=trainer"
+                    )
+                examples.append(distillation_example(group, sample, target))
+        return examples
+
+    def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
+        """Shares of kinds of groups; cliffs, and how many of them a privileged rollout taught something about."""
+        cliffs = [group for group in groups if self.is_cliff(group)]
+        metrics = group_shares(groups, self.config.privileged.success_threshold)
+        metrics["privileged/cliff_prompts"] = float(len(cliffs))
+        if cliffs:
+            metrics["privileged/taught_prompts_rate"] = sum(bool(g.privileged) for g in cliffs) / len(cliffs)
+        return metrics
+
+    def _right(self, sample: Sample) -> bool:
+        return sample.reward >= self.config.privileged.success_threshold
+
+    def _why_drop(self, sample: Sample, seen: set[bytes], kept: int) -> str | None:
+        settings = self.config.privileged
+        if not self._right(sample):
+            return "wrong"
+        leakage = settings.leakage
+        if leakage.enabled and find_leak(sample.text, self.leak_markers, leakage.phrases):
+            return "leaked"
+        if settings.drop_duplicates and sample.completion.token_ids.tobytes() in seen:
+            return "duplicate"
+        if settings.max_kept_per_prompt is not None and kept >= settings.max_kept_per_prompt:
+            return "over_cap"
+        return None
+
+
+def distillation_example(group: Group, sample: Sample, target: TopLogprobs) -> Example:
+    """A privileged rollout seen by the student: its own prompt, the same response tokens, the teacher's top k."""
+    length = sample.length
+    if len(target.ids_TK) != length:
+        raise ValueError(
+            f"problem {group.problem.id}: target has {len(target.ids_TK)} rows for a response of {length} tokens"
+        )
+    return Example(
+        prompt_ids=group.prompt_ids,
+        response_ids=sample.completion.token_ids,
+        advantages_T=np.zeros(length, dtype=np.float32),
+        surrogate_weights_T=np.zeros(length, dtype=np.float32),
+        distill_weights_T=np.ones(length, dtype=np.float32),
+        distill_count=float(length),
+        target=target,
+    )

@@ -1,0 +1,153 @@
+"""What every objective is: groups of rollouts in, per-token numbers out.
+
+An objective is pure: it sees no process group, no model and no trainer. It asks for scorings (log-probs, a teacher's
+top-k) of responses under contexts, and turns groups and scores into examples. The trainer knows two losses only, a
+clipped surrogate and a divergence to a target, and nothing of methods:
+
+    L = sum_t w_t S_t / N_surrogate  +  coefficient * sum_t v_t D_t / N_distill
+
+with w_t = Example.surrogate_weights_T, v_t = Example.distill_weights_T, and both normalisers summed over every example
+of the optimizer step on every data-parallel replica (methods: global token counts).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from megatron_hdpo.rollout.types import Group, TopLogprobs
+
+ScoringKey = tuple[int, str, int, str]
+"""(index of the group, `student` or `privileged`, index of the sample, name given by the objective)."""
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """One forward pass that an objective asks for: `response_ids` after `context_ids`, by whose weights, for what.
+
+    weights: `policy` is the model before this step's update; `teacher` is what the recipe's teacher section says.
+    top_k: the k largest log-probs of every position at `temperature`, 0 for none.
+    """
+
+    key: ScoringKey
+    context_ids: np.ndarray
+    response_ids: np.ndarray
+    weights: Literal["policy", "teacher"] = "teacher"
+    top_k: int = 0
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class Score:
+    """The answer to a Scoring, one row per response token: log-prob of the token and entropy, float32 [T]."""
+
+    logprobs_T: np.ndarray
+    entropy_T: np.ndarray
+    top: TopLogprobs | None = None
+
+
+@dataclass(frozen=True)
+class Example:
+    """One response to train on, with its per-token numbers (float32 [T], response tokens only).
+
+    old_logprobs_T: denominators of the ratio; None takes the policy's own, detached (ratio 1, one update per step).
+    rollout_logprobs_T: what the engine said, for the mismatch metric and the importance cap.
+    surrogate_count and distill_count: what this response adds to the two normalisers, also where its weights are zero
+    (tokens for a token mean, 1 for a mean over sequences whose weights are 1/T).
+    """
+
+    prompt_ids: np.ndarray
+    response_ids: np.ndarray
+    advantages_T: np.ndarray
+    surrogate_weights_T: np.ndarray
+    surrogate_count: float = 0.0
+    old_logprobs_T: np.ndarray | None = None
+    rollout_logprobs_T: np.ndarray | None = None
+    distill_weights_T: np.ndarray | None = None
+    distill_count: float = 0.0
+    target: TopLogprobs | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and response."""
+        return len(self.prompt_ids) + len(self.response_ids)
+
+    @property
+    def inert(self) -> bool:
+        """True when no token has a gradient: it counts in the normalisers and need not be run."""
+        surrogate = np.any(self.surrogate_weights_T * self.advantages_T)
+        distill = self.distill_weights_T is not None and np.any(self.distill_weights_T)
+        return not (surrogate or distill)
+
+
+class SurrogateConfig(BaseModel):
+    """The clipped policy-gradient surrogate (PPO's, with the asymmetric and dual clips that followed it)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    clip_low: float = Field(0.2, gt=0, lt=1, description="The ratio is clipped below at 1 - clip_low.")
+    clip_high: float = Field(0.2, gt=0, description="The ratio is clipped above at 1 + clip_high.")
+    dual_clip: float | None = Field(None, gt=1, description="Bound c on the loss -c*A of negative advantages.")
+    importance_cap: float | None = Field(
+        None, gt=0, description="Weight tokens by min(cap, trainer probability / engine probability), detached."
+    )
+
+
+class DistillConfig(BaseModel):
+    """The divergence between a target and the policy, and its weight."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    coefficient: float = Field(0.1, ge=0, description="Weight of the divergence beside the surrogate (lambda).")
+    kind: Literal["jsd", "forward_kl", "reverse_kl", "skew_forward", "skew_reverse", "akl"] = Field(
+        "jsd", description="Which divergence."
+    )
+    beta: float = Field(0.5, ge=0, le=1, description="Weight of the teacher's leg of the JSD; the skew of skew kinds.")
+    tail: Literal["outside", "literal", "bucket", "renormalise"] = Field(
+        "outside", description="What becomes of the probability outside the teacher's top k."
+    )
+    top_k: int = Field(64, ge=1, description="Tokens of the teacher's distribution that are kept (k).")
+    temperature: float = Field(1.0, gt=0, description="Temperature of both distributions.")
+    clip: float | None = Field(None, gt=0, description="Upper bound of every vocabulary entry's summand (OPSD).")
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """The loss of one optimizer step. temperature: sampling temperature of the surrogate's log-probs."""
+
+    surrogate: SurrogateConfig
+    distill: DistillConfig | None
+    temperature: float
+
+
+@dataclass(frozen=True)
+class PrivilegedPlan:
+    """A second try with the ground truth in the prompt, for one group: how many rollouts."""
+
+    group: int
+    rollouts: int
+
+
+class Objective(Protocol):
+    """A method. One file per method under objectives/; see docs/adding-an-objective.md."""
+
+    loss: LossSpec
+
+    def privileged(self, groups: Sequence[Group]) -> list[PrivilegedPlan]:
+        """Which groups of the step get privileged rollouts. Sees all groups of the step."""
+
+    def keep_privileged(self, group: Group) -> Group:
+        """The group with those privileged samples that the objective uses; what falls is counted in `dropped`."""
+
+    def scorings(self, groups: Sequence[Group]) -> list[Scoring]:
+        """The forward passes needed before the update. Sees the groups of one data-parallel replica."""
+
+    def examples(self, groups: Sequence[Group], scores: Mapping[ScoringKey, Score]) -> list[Example]:
+        """What to train on, from the same groups and the answers to their scorings."""
+
+    def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
+        """Numbers of the method itself over all groups of the step (cliff rate, ...)."""

@@ -1,0 +1,44 @@
+"""The clipped surrogate of policy-gradient methods, per token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_hdpo.objectives.interface import SurrogateConfig
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """loss_T has the gradient; ratio_T, clipped_T (bool) and importance_T are detached."""
+
+    loss_T: Tensor
+    ratio_T: Tensor
+    clipped_T: Tensor
+    importance_T: Tensor
+
+
+def clipped_surrogate(
+    logprobs_T: Tensor,
+    old_logprobs_T: Tensor,
+    rollout_logprobs_T: Tensor,
+    advantages_T: Tensor,
+    config: SurrogateConfig,
+) -> Surrogate:
+    """max(-A r, -A clip(r, 1 - low, 1 + high)) with r = exp(log q - log q_old); where A < 0 and `dual_clip` is c, at
+    most -A c. Each token is weighted by the detached, capped probability ratio of trainer to engine when
+    `importance_cap` is set. All inputs [T]; pass logprobs_T.detach() as old_logprobs_T for one update per step.
+    """
+    ratio = (logprobs_T - old_logprobs_T).exp()
+    clipped_ratio = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    loss = torch.maximum(-advantages_T * ratio, -advantages_T * clipped_ratio)
+    if config.dual_clip is not None:
+        loss = torch.where(advantages_T < 0, torch.minimum(loss, -advantages_T * config.dual_clip), loss)
+    importance = (old_logprobs_T.detach() - rollout_logprobs_T).exp()
+    if config.importance_cap is not None:
+        importance = importance.clamp(max=config.importance_cap)
+        loss = loss * importance
+    clipped = (-advantages_T * clipped_ratio > -advantages_T * ratio).detach()
+    return Surrogate(loss, ratio.detach(), clipped, importance)
