@@ -1,0 +1,18 @@
+"""The error of this room."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class WeightsError(ValueError):
+    """Weights that do not fit: the text lists every name and says what to do."""
+
+
+def listed(title: str, lines: Iterable[str], limit: int = 20) -> list[str]:
+    """`title` with its lines below it, the first `limit` in full and the count of the rest; nothing for no lines."""
+    lines = list(lines)
+    if not lines:
+        return []
+    rest = [f"    ... and {len(lines) - limit} more"] if len(lines) > limit else []
+    return [f"  {title} ({len(lines)}):", *(f"    {line}" for line in lines[:limit]), *rest]

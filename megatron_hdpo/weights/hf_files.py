@@ -1,0 +1,108 @@
+"""Reading a Hugging Face folder's safetensors, one slice at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megatron_hdpo.weights.errors import WeightsError, listed
+from megatron_hdpo.weights.mapping import HfTensor
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_IGNORED_SUFFIX = "rotary_emb.inv_freq"
+"""Old exports hold this buffer; it follows from the configuration."""
+
+
+class HfWeights:
+    """The tensors of one Hugging Face folder, a single file or shards with an index; use it as a context manager.
+
+    Files are memory-mapped: only what is sliced is read. Raises WeightsError on a folder without safetensors, a shard
+    that is missing or damaged, and an index that names a tensor its shard lacks.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._stack = ExitStack()
+        self._file_of: dict[str, Any] = {}
+
+    def __enter__(self) -> HfWeights:
+        try:
+            for file, names in self._files().items():
+                self._open(file, names)
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors but those that are known to carry nothing."""
+        return [name for name in self._file_of if not name.endswith(_IGNORED_SUFFIX)]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Full shape of a tensor."""
+        return tuple(self._file_of[name].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """The file's own name of a tensor's type, such as BF16."""
+        return self._file_of[name].get_slice(name).get_dtype()
+
+    def read(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
+        """Rows (dim 0) or columns (dim 1) start:stop of a tensor, on the CPU, in the file's type."""
+        view = self._file_of[name].get_slice(name)
+        return view[start:stop] if dim == 0 else view[:, start:stop]
+
+    def mismatches(self, expected: Iterable[HfTensor], optional: Iterable[str] = ()) -> list[str]:
+        """Lines that list tensors that are missing, unexpected, of a wrong shape or of no floating-point type."""
+        shapes = {tensor.name: tensor.shape for tensor in expected}
+        present = self.names
+        both = [name for name in shapes if name in self._file_of]
+        wrong = [
+            f"{name}: {self.shape(name)}, expected {shapes[name]}" for name in both if self.shape(name) != shapes[name]
+        ]
+        foreign = [f"{name}: {self.dtype(name)}" for name in both if self.dtype(name) not in DTYPES]
+        return [
+            *listed("missing", (name for name in shapes if name not in self._file_of)),
+            *listed("unexpected", sorted(set(present) - shapes.keys() - set(optional))),
+            *listed("of a wrong shape", wrong),
+            *listed(f"of a type that is not one of {', '.join(DTYPES)} (quantised?)", foreign),
+        ]
+
+    def _files(self) -> dict[Path, list[str] | None]:
+        """Shards with the names that the index gives them (None: whatever is inside)."""
+        index = self.path / INDEX_FILE
+        if not index.is_file():
+            if not (self.path / SINGLE_FILE).is_file():
+                raise WeightsError(f"{self.path} holds neither {SINGLE_FILE} nor {INDEX_FILE}: no weights to read")
+            return {self.path / SINGLE_FILE: None}
+        files: dict[Path, list[str] | None] = {}
+        for name, file in json.loads(index.read_text())["weight_map"].items():
+            names = files.setdefault(self.path / file, [])
+            assert names is not None
+            names.append(name)
+        return files
+
+    def _open(self, file: Path, names: list[str] | None) -> None:
+        try:
+            handle = self._stack.enter_context(safe_open(file, framework="pt"))
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(f"{file} cannot be read ({error}): download the checkpoint again") from error
+        inside = set(handle.keys())
+        absent = [name for name in names or () if name not in inside]
+        if absent:
+            raise WeightsError("\n".join([f"{self.path / INDEX_FILE}", *listed(f"not in {file.name}", absent)]))
+        self._file_of.update(dict.fromkeys(inside if names is None else names, handle))
