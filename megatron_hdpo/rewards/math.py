@@ -67,9 +67,7 @@ def _parse_prediction(answer: ExtractedAnswer) -> list[Any]:
 
 
 def _parse(text: str) -> list[Any]:
-    return list(
-        parse(text, _TARGETS, fallback_mode="no_fallback", parsing_timeout=None, raise_on_error=True)  # type: ignore[arg-type]
-    )
+    return list(parse(text, _TARGETS, fallback_mode="no_fallback", parsing_timeout=None, raise_on_error=True))
 
 
 def _boxed(answer: str) -> str:

@@ -27,6 +27,9 @@ class Task(Protocol):
     def problems(self, report: LoadReport) -> list[Problem]:
         """All problems, in an order that is the same on every call. Raises DataError."""
 
+    def prepare(self) -> None:
+        """Load what `score` needs, ahead of the first call and of its time limit."""
+
     def score(self, problem: Problem, response: str) -> float:
         """Reward in [0, 1] of a response. Raises when the check itself fails; a failure is never a reward."""
 
@@ -47,10 +50,8 @@ class TaskBase(BaseModel):
         """The configured name, else the one that the source suggests."""
         return self.name or self.default_name()
 
-    @property
-    def needs_parsed_gold(self) -> bool:
-        """Whether every gold answer must be a mathematical expression, which is checked at load."""
-        return False
+    def prepare(self) -> None:
+        """Load what `score` needs; nothing by default."""
 
     def default_name(self) -> str:
         """Name made from the source of the problems."""

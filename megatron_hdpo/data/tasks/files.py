@@ -73,11 +73,16 @@ class FileTaskBase(TaskBase):
             raise DataError(f"task {self.task_name!r}: no problem is left of {self.source()}; check filter and limit")
         return problems
 
+    def prepare(self) -> None:
+        """Import sympy and math-verify, half a second that the first check should not pay for."""
+        if self.scorer == "math":
+            import megatron_hdpo.rewards.math  # noqa: F401
+
     def score(self, problem: Problem, response: str) -> float:
         """Binary reward of the final answer in `response`."""
         if self.scorer == "exact":
             return score_exact(problem.answer, response, self.answer_format)
-        from megatron_hdpo.rewards.math import score_math  # sympy: half a second that only scoring needs
+        from megatron_hdpo.rewards.math import score_math
 
         return score_math(problem.answer, response, self.answer_format)
 

@@ -56,14 +56,21 @@ class ReasoningGymTask(TaskBase):
             f"with these parameters, {count} were asked for; lower size or widen the parameters"
         )
 
+    def prepare(self) -> None:
+        """Import reasoning-gym and make the set's scorer."""
+        self._score_function()
+
     def score(self, problem: Problem, response: str) -> float:
         """The set's own score of the extracted answer, 0.0 without one."""
         answer = extract_answer(response, self.answer_format)
         if answer is None:
             return 0.0
         entry = {"question": problem.question, "answer": problem.answer, "metadata": problem.metadata}
-        score = float(_scorer(self.dataset, json.dumps(self.parameters, sort_keys=True))(answer.text, entry))
+        score = float(self._score_function()(answer.text, entry))
         return float(score >= self.success_threshold) if self.binary else score
+
+    def _score_function(self) -> Any:
+        return _scorer(self.dataset, json.dumps(self.parameters, sort_keys=True))
 
     def _entries(self) -> Iterator[dict[str, Any]]:
         for round_number in range(MAX_ROUNDS):

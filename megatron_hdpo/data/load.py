@@ -1,0 +1,169 @@
+"""From the recipe's data section to problems, prompts and tasks; all that can be wrong with them is found here."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from megatron_hdpo.data.errors import DataError
+from megatron_hdpo.data.leakage import LeakageConfig
+from megatron_hdpo.data.order import ProblemOrder
+from megatron_hdpo.data.problem import Problem
+from megatron_hdpo.data.prompts import PromptBuilder, PromptConfig, PromptTooLong, TokenizerLike
+from megatron_hdpo.data.report import LoadReport
+from megatron_hdpo.data.tasks import Task, TaskConfig
+from megatron_hdpo.data.tasks.files import FileTaskBase
+from megatron_hdpo.data.tasks.rows import question_key
+from megatron_hdpo.rewards.gold import GoldCache, check_golds
+from megatron_hdpo.rewards.pool import RewardConfig, RewardPool
+
+ENCODED_AT_LOAD = 100
+"""Problems of each task that are encoded at load, to find a tokenizer that has no tokens for the text."""
+
+_logger = logging.getLogger(__name__)
+
+
+class DataConfig(BaseModel):
+    """Problems to train and to evaluate on, and how they become prompts."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    train: list[TaskConfig] = Field(min_length=1, description="Tasks to train on.")
+    evaluation: list[TaskConfig] = Field(default_factory=list, description="Tasks to evaluate on.")
+    prompts: PromptConfig = Field(default_factory=PromptConfig, description="How problems become prompts.")
+    leakage: LeakageConfig = Field(default_factory=LeakageConfig, description="Which privileged responses are dropped.")
+    seed: int = Field(0, description="Seed of the order of the training problems.")
+    decontaminate: bool = Field(True, description="Leave out training problems whose question is evaluated on.")
+    cache_dir: Path | None = Field(None, description="Where parsed gold answers are remembered; by default ~/.cache.")
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> DataConfig:
+        names = [task.task_name for task in self.tasks]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"several tasks are called {', '.join(twice)}: give each its own `name`")
+        return self
+
+    @property
+    def tasks(self) -> list[Task]:
+        """All tasks, those to train on first."""
+        return [*self.train, *self.evaluation]
+
+
+@dataclass(frozen=True)
+class LoadedData:
+    """What a run works on. Train and evaluation problems fit their prompts, have readable gold and do not overlap."""
+
+    train: list[Problem]
+    evaluation: list[Problem]
+    tasks: dict[str, Task]
+    prompts: PromptBuilder
+    order: ProblemOrder
+    report: LoadReport
+
+
+def load(
+    config: DataConfig, tokenizer: TokenizerLike, pool: RewardPool | None = None, privileged: bool = True
+) -> LoadedData:
+    """Load and check all problems.
+
+    pool: parses gold answers that are not in the cache; without one, a pool is started for as long as that takes.
+    privileged: whether privileged prompts will be asked for, and must fit too.
+    Raises DataError for anything that cannot be used and is not to be dropped, and where nothing is left.
+    """
+    report, prompts = LoadReport(), PromptBuilder(tokenizer, config.prompts)
+    found = {task.task_name: task.problems(report) for task in config.tasks}
+    found = _with_readable_gold(config, found, pool, report)
+    found = {name: _that_fit(name, problems, prompts, privileged, report) for name, problems in found.items()}
+    evaluation = [problem for task in config.evaluation for problem in found[task.task_name]]
+    train = [problem for task in config.train for problem in found[task.task_name]]
+    if config.decontaminate:
+        train = _without_overlap(train, evaluation, report)
+    _check_not_empty(config, train, evaluation, report)
+    weights = {task.task_name: task.weight for task in config.train if task.weight is not None}
+    for line in report.lines():
+        _logger.info("%s", line)
+    return LoadedData(
+        train=train,
+        evaluation=evaluation,
+        tasks={task.task_name: task for task in config.tasks},
+        prompts=prompts,
+        order=ProblemOrder(train, weights, config.seed),
+        report=report,
+    )
+
+
+def _with_readable_gold(
+    config: DataConfig, found: dict[str, list[Problem]], pool: RewardPool | None, report: LoadReport
+) -> dict[str, list[Problem]]:
+    checked = {
+        task.task_name: task for task in config.tasks if isinstance(task, FileTaskBase) and task.needs_parsed_gold
+    }
+    answers = [problem.answer for name in checked for problem in found[name]]
+    cache = GoldCache(config.cache_dir or default_cache_dir())
+    with ExitStack() as stack:
+        if pool is None:
+            pool = stack.enter_context(RewardPool([], RewardConfig(workers=os.cpu_count())))
+        verdicts = check_golds(answers, pool.check_golds, cache)
+    kept: dict[str, list[Problem]] = {}
+    for name, problems in found.items():
+        kept[name] = []
+        for problem in problems:
+            error = verdicts[problem.answer].error if name in checked else None
+            if error is None:
+                kept[name].append(problem)
+            else:
+                message = f"{problem.metadata['source']}: {error}"
+                report.reject(name, checked[name].on_bad_row, "gold answer not readable", message)
+    return kept
+
+
+def _that_fit(
+    task: str, problems: Sequence[Problem], prompts: PromptBuilder, privileged: bool, report: LoadReport
+) -> list[Problem]:
+    kept = []
+    for index, problem in enumerate(problems):
+        if token := prompts.foreign_special_token(problem):
+            report.drop(task, "special token in its text", f"{problem.id} contains {token}")
+            continue
+        try:
+            prompts.check_length(problem, privileged)
+            if index < ENCODED_AT_LOAD:
+                prompts.student(problem)
+        except PromptTooLong as error:
+            report.drop(task, "prompt too long", str(error))
+            continue
+        kept.append(problem)
+    return kept
+
+
+def _without_overlap(train: list[Problem], evaluation: list[Problem], report: LoadReport) -> list[Problem]:
+    evaluated = {question_key(problem.question): problem.id for problem in evaluation}
+    kept = []
+    for problem in train:
+        twin = evaluated.get(question_key(problem.question))
+        if twin is None:
+            kept.append(problem)
+        else:
+            report.drop(problem.task, "also evaluated on", f"{problem.id} is {twin}")
+    return kept
+
+
+def _check_not_empty(config: DataConfig, train: list[Problem], evaluation: list[Problem], report: LoadReport) -> None:
+    """Count what is kept; raise DataError for a task of which nothing is."""
+    for problem in [*train, *evaluation]:
+        report.kept[problem.task] = report.kept.get(problem.task, 0) + 1
+    for task in config.tasks:
+        if not report.kept.get(task.task_name):
+            reasons = "; ".join(line for line in report.lines() if line.startswith(f"{task.task_name}: "))
+            raise DataError(f"task {task.task_name!r} has no problem left ({reasons})")
+
+
+def default_cache_dir() -> Path:
+    """The user's cache folder (XDG base directory specification)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_hdpo"

@@ -1,0 +1,123 @@
+"""Rewards from worker processes that can be killed: a hanging expression costs a worker, not the run."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from megatron_hdpo.data.problem import Problem
+from megatron_hdpo.data.tasks.base import Task
+from megatron_hdpo.rewards import worker
+from megatron_hdpo.rewards.gold import GoldVerdict
+from megatron_hdpo.rewards.killable import KillableWorkers
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+READY_SECONDS = 120.0
+
+
+class RewardConfig(BaseModel):
+    """Worker processes that score responses."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    workers: int | None = Field(None, ge=1, description="Worker processes; by default half the cores, at most 16.")
+    time_limit_s: float = Field(5.0, gt=0, description="Seconds after which a check is stopped and its worker killed.")
+    max_retries: int = Field(1, ge=0, description="Further tries of a check that failed, before it counts as failed.")
+    memory_limit_mib: int | None = Field(
+        2048, ge=64, description="Memory that a worker may take beyond its libraries (Linux); null for no limit."
+    )
+
+    @property
+    def worker_count(self) -> int:
+        """Number of worker processes."""
+        return self.workers or max(1, min(16, (os.cpu_count() or 1) // 2))
+
+
+class RewardPoolError(RuntimeError):
+    """The pool cannot work at all: its workers do not start, or it was closed."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Outcome of a check: a reward, or None and the error that kept it from being one.
+
+    seconds: time in the worker; of a failed check, time since it was submitted.
+    """
+
+    reward: float | None
+    error: str | None
+    seconds: float
+
+
+class RewardPool:
+    """Scores responses in killable worker processes, `submit` by `submit` from any thread, or many by `judge`."""
+
+    def __init__(self, tasks: Iterable[Task], config: RewardConfig | None = None) -> None:
+        """Nothing is started before the first use. Raises ValueError when two tasks share a name."""
+        self.config = config or RewardConfig()
+        tasks = list(tasks)
+        names = [task.task_name for task in tasks]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"tasks share a name: {', '.join(sorted(twice))}; give each its own `name`")
+        self._workers = KillableWorkers(
+            self.config.worker_count, worker.start, (pickle.dumps(tasks), self.config.memory_limit_mib)
+        )
+
+    def start(self) -> None:
+        """Start the workers and wait until one answers. Raises RewardPoolError with the reason when none does."""
+        outcome = self._workers.call(worker.ready, (), READY_SECONDS).result()
+        if outcome.error is not None:
+            raise RewardPoolError(f"reward workers do not start: {outcome.error}")
+
+    def submit(self, problem: Problem, response: str) -> Future[Judgement]:
+        """Check one response. The future never fails: a check that does comes back as a Judgement with an error."""
+        begin = time.monotonic()
+
+        def judgement(outcome: worker.Outcome) -> Judgement:
+            if outcome.error is not None:
+                return Judgement(None, outcome.error, time.monotonic() - begin)
+            reward, seconds = outcome.value
+            return Judgement(reward, None, seconds)
+
+        return _mapped(self._call(worker.judge, (problem, response)), judgement)
+
+    def judge(self, pairs: Sequence[tuple[Problem, str]]) -> list[Judgement]:
+        """Check many responses, answers in the order of `pairs`."""
+        return [future.result() for future in [self.submit(problem, response) for problem, response in pairs]]
+
+    def check_golds(self, answers: Sequence[str]) -> list[GoldVerdict]:
+        """Whether math-verify can parse each of these gold answers."""
+        outcomes = [future.result() for future in [self._call(worker.check_gold, (answer,)) for answer in answers]]
+        return [
+            GoldVerdict(outcome.value) if outcome.error is None else GoldVerdict(outcome.error, certain=False)
+            for outcome in outcomes
+        ]
+
+    def close(self) -> None:
+        """Stop all workers; checks under way come back as failed. Idempotent."""
+        self._workers.close()
+
+    def __enter__(self) -> RewardPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _call(self, function: Callable[..., worker.Outcome], args: tuple[object, ...]) -> Future[worker.Outcome]:
+        return self._workers.call(function, args, self.config.time_limit_s, self.config.max_retries)
+
+
+def _mapped(source: Future[S], function: Callable[[S], T]) -> Future[T]:
+    """A future of `function` of the result of one that never fails."""
+    target: Future[T] = Future()
+    source.add_done_callback(lambda done: target.set_result(function(done.result())))
+    return target

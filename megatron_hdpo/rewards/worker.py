@@ -1,0 +1,129 @@
+"""What runs inside a reward worker: a process without torch that may hang, crash or eat memory; the run goes on.
+
+The tasks live in a module variable: they belong to the process, and calls carry only a problem and a response.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import pickle
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megatron_hdpo.data.problem import Problem
+from megatron_hdpo.data.tasks.base import Task
+
+MIB = 1 << 20
+_PR_SET_PDEATHSIG = 1
+_LONGEST_ERROR = 2000
+
+
+class Outcome(NamedTuple):
+    """What a call gave: a value, or the error that kept it from giving one."""
+
+    value: Any
+    error: str | None
+
+
+@dataclass
+class _Worker:
+    tasks: dict[str, Task] = field(default_factory=dict)
+    error: str | None = None
+
+
+_worker = _Worker()
+
+
+def start(pickled_tasks: bytes, memory_limit_mib: int | None) -> None:
+    """Prepare the process. A task that cannot be prepared is reported by every check, not by a worker that dies."""
+    _die_at_once()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    try:
+        for task in pickle.loads(pickled_tasks):
+            task.prepare()
+            _worker.tasks[task.task_name] = task
+    except Exception as error:
+        _worker.error = f"the reward worker cannot prepare its tasks: {type(error).__name__}: {error}"
+    if memory_limit_mib is not None:
+        _limit_memory(memory_limit_mib)
+
+
+def judge(problem: Problem, response: str) -> Outcome:
+    """Outcome with (reward, seconds) of a response, or with the error that its scorer raised."""
+    return _guarded(lambda: _judge(problem, response))
+
+
+def check_gold(answer: str) -> Outcome:
+    """Outcome with the reason why a gold answer cannot be parsed, None when it can."""
+    return _guarded(lambda: _check_gold(answer))
+
+
+def ready() -> Outcome:
+    """Outcome with the names of the tasks that this worker scores, or with the error of their preparation."""
+    return _guarded(_task_names)
+
+
+def _guarded(function: Callable[[], Any]) -> Outcome:
+    """Exceptions become text here: many cannot be pickled, or not be unpickled, which would break the whole pool."""
+    try:
+        return Outcome(function(), None)
+    except BaseException as error:  # SystemExit and math-verify's TimeoutException are no Exceptions
+        return Outcome(None, f"{type(error).__name__}: {error}"[:_LONGEST_ERROR])
+
+
+def _judge(problem: Problem, response: str) -> tuple[float, float]:
+    _task_names()
+    begin = time.perf_counter()
+    reward = float(_task(problem).score(problem, response))
+    if not 0.0 <= reward <= 1.0:
+        raise ValueError(f"task {problem.task!r} scored {reward}: rewards lie between 0 and 1")
+    return reward, time.perf_counter() - begin
+
+
+def _check_gold(answer: str) -> str | None:
+    from megatron_hdpo.rewards.math import GoldError, parse_gold
+
+    try:
+        parse_gold(answer)
+    except GoldError as error:
+        return str(error)
+    return None
+
+
+def _task_names() -> list[str]:
+    if _worker.error:
+        raise RuntimeError(_worker.error)
+    return sorted(_worker.tasks)
+
+
+def _task(problem: Problem) -> Task:
+    try:
+        return _worker.tasks[problem.task]
+    except KeyError:
+        names = ", ".join(sorted(_worker.tasks))
+        raise LookupError(f"problem {problem.id} names the task {problem.task!r}; the pool has: {names}") from None
+
+
+def _die_at_once() -> None:
+    """On SIGTERM, also inside a long C call that never comes back to Python's handlers; and with the parent process."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def _limit_memory(limit_mib: int) -> None:
+    """Allow the address space that is mapped now, libraries and their thread stacks, and `limit_mib` more."""
+    if sys.platform != "linux":
+        return
+    import resource
+
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + limit_mib * MIB, resource.RLIM_INFINITY))
