@@ -6,6 +6,7 @@ Only rank 0 gets an enabled console; on the other ranks every call is silent (ph
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import threading
 import time
@@ -36,6 +37,8 @@ _STEP_METRICS = (
 )
 _COLUMNS = tuple(headline for name in _STEP_METRICS for headline in HEADLINES if headline.name == name)
 _COLUMN_WIDTH = 9
+_NUMBER = re.compile(r"-|nan|[+-]?(inf|[\d,]+(\.\d+)?(e[+-]?\d+)?%?)")
+"""A table's cell that stands on the right; "-" is an absent number."""
 
 _log = logging.getLogger("megatron_hdpo.console")
 _log.addHandler(
@@ -237,7 +240,7 @@ def _row(first: str, cells: Sequence[str], width: int) -> str:
 def _table(title: str, rows: Sequence[Mapping[str, object]]) -> Table:
     table = Table(title=escape(title), title_justify="left")
     for key in rows[0]:
-        numeric = any(isinstance(row.get(key), int | float) for row in rows)
+        numeric = all(_NUMBER.fullmatch(_text(row.get(key))) for row in rows)
         table.add_column(escape(str(key)), justify="right" if numeric else "left")
     for row in rows:
         table.add_row(*(escape(_text(row.get(key))) for key in rows[0]))

@@ -170,6 +170,15 @@ def test_once_is_said_once_and_warnings_carry_the_mark(caplog):
     assert all(getattr(record, SHOWN) for record in caplog.records)  # so that no handler prints them again
 
 
+def test_numbers_stand_on_the_right_also_when_formatted():
+    console, stream, _ = log_console()
+    rows = [{"name": "a", "change": "+0.118", "n": 5, "share": "43.8%"}, {"name": "bcd", "change": "-", "n": 1234}]
+    console.table("t", rows)
+    lines = stream.getvalue().splitlines()
+    assert "│ a    │ +0.118 │    5 │ 43.8% │" in lines
+    assert "│ bcd  │      - │ 1234 │     - │" in lines
+
+
 def test_empty_table():
     console, stream, _ = log_console()
     console.table("Evaluation", [])

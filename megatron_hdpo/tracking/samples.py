@@ -1,0 +1,84 @@
+"""A few saved rollouts for people to read."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_SHOWN_GROUPS = 4
+_READ_LINES = 256
+_TEXT_LENGTH = 3000
+
+
+@dataclass(frozen=True)
+class SampleText:
+    """kind: `rollout` or `privileged rollout`; reward None where the file has none."""
+
+    kind: str
+    reward: float | None
+    text: str
+
+
+@dataclass(frozen=True)
+class SampleGroup:
+    """One problem and some of its rollouts. source: file and line."""
+
+    source: str
+    question: str
+    answer: str
+    samples: list[SampleText]
+
+
+def pick_samples(folder: Path) -> tuple[list[SampleGroup], list[str]]:
+    """Groups from the newest `*.jsonl` of `folder`, those with privileged rollouts first; notes on unreadable lines.
+
+    A line is an object with `problem` (`question`, `answer`), `samples` and, where it was a cliff, `privileged`: lists
+    of objects with `text` and `reward`. Other keys do not matter. No folder, no groups.
+    """
+    files = sorted(folder.glob("*.jsonl"), key=lambda path: _natural(path.name))
+    if not files:
+        return [], []
+    groups, notes = [], []
+    with open(files[-1], encoding="utf-8", errors="replace") as lines:
+        for number, line in zip(range(1, _READ_LINES + 1), lines, strict=False):
+            source = f"{folder.name}/{files[-1].name}, line {number}"
+            try:
+                groups.append(_group(json.loads(line), source))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                notes.append(f"{source}: not a saved group of rollouts ({type(error).__name__}: {error})")
+    groups.sort(key=_interest, reverse=True)
+    return groups[:_SHOWN_GROUPS], notes[:_SHOWN_GROUPS]
+
+
+def _group(line: Mapping[str, Any], source: str) -> SampleGroup:
+    problem = line["problem"]
+    samples = _extremes(line["samples"], "rollout")
+    samples += _extremes(line.get("privileged") or [], "privileged rollout")
+    return SampleGroup(source, _cut(problem["question"]), _cut(problem["answer"]), samples)
+
+
+def _extremes(samples: Sequence[Mapping[str, Any]], kind: str) -> list[SampleText]:
+    """The best and, where it differs in reward, the worst."""
+    texts = [SampleText(kind, sample.get("reward"), _cut(sample["text"])) for sample in samples]
+    ranked = sorted(texts, key=lambda sample: -(sample.reward or 0.0))
+    return ranked[:1] + [sample for sample in ranked[-1:] if sample.reward != ranked[0].reward]
+
+
+def _interest(group: SampleGroup) -> tuple[bool, int]:
+    return any(sample.kind != "rollout" for sample in group.samples), len(group.samples)
+
+
+def _cut(text: Any) -> str:
+    text = str(text)
+    return (
+        text if len(text) <= _TEXT_LENGTH else f"{text[:_TEXT_LENGTH]} [... {len(text) - _TEXT_LENGTH} characters more]"
+    )
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    # step_9 before step_10, whether or not the numbers are padded.
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -1,0 +1,106 @@
+"""The final tables of a run: what changed from before to after, and where the time went."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_hdpo.tracking.names import HEADLINES, STEP_SECONDS, parse_pass_at, parse_phase, step_seconds
+
+Records = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class SummaryTable:
+    """title, and rows with the same keys, every cell a text ready to print."""
+
+    title: str
+    rows: list[dict[str, str]]
+
+
+def summarise(records: Records) -> list[SummaryTable]:
+    """Evaluation before and after, training metrics, seconds per phase; tables without a row are left out.
+
+    records: the steps of `read_metrics`. A metric that is absent or null in a step does not count in its mean.
+    """
+    tables = [
+        SummaryTable("Evaluation", _evaluation(records)),
+        SummaryTable("Training", _training(records)),
+        SummaryTable("Time per phase (seconds)", _time(records)),
+    ]
+    return [table for table in tables if table.rows]
+
+
+def series(records: Records, name: str) -> tuple[list[int], list[float]]:
+    """(steps, values) of a metric, only where it is a number."""
+    points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
+    return [step for step, _ in points], [float(value) for _, value in points]
+
+
+def evaluations(records: Records) -> list[tuple[str, str, int]]:
+    """(metric, evaluation set, k) of every pass@k, by set and k. The set of plain `eval/pass@k` is ""."""
+    names = {name for record in records for name in record}
+    found = [(name, *parsed) for name in names if (parsed := parse_pass_at(name)) is not None]
+    return sorted(found, key=lambda item: item[1:])
+
+
+def phases(records: Records) -> list[tuple[str, str]]:
+    """(metric, phase) of every `time/<phase>_s` but the step's total, the longest in all first."""
+    names = {name for record in records for name in record}
+    found = [(name, phase) for name in names if (phase := parse_phase(name)) is not None]
+    return sorted(found, key=lambda item: (-math.fsum(series(records, item[0])[1]), item[1]))
+
+
+def _evaluation(records: Records) -> list[dict[str, str]]:
+    rows = []
+    for name, dataset, k in evaluations(records):
+        steps, values = series(records, name)
+        if not steps:
+            continue
+        once = len(steps) == 1
+        rows.append(
+            {
+                "set": dataset or "held-out",
+                "metric": f"pass@{k}",
+                "before": f"{values[0]:.3f}",
+                "after": "-" if once else f"{values[-1]:.3f}",
+                "change": "-" if once else f"{values[-1] - values[0]:+.3f}",
+                "steps": str(steps[0]) if once else f"{steps[0]} to {steps[-1]}",
+            }
+        )
+    return rows
+
+
+def _training(records: Records) -> list[dict[str, str]]:
+    rows = []
+    for headline in HEADLINES:
+        _, values = series(records, headline.name)
+        if values:
+            cells = (values[0], values[-1], math.fsum(values) / len(values))
+            first, last, mean = (format(value, headline.spec) for value in cells)
+            row = {"metric": headline.label, "first": first, "last": last, "mean": mean, "steps": str(len(values))}
+            rows.append(row)
+    return rows
+
+
+def _time(records: Records) -> list[dict[str, str]]:
+    total = math.fsum(step_seconds(record) or 0.0 for record in records)
+    rows = [_time_row(phase, series(records, name)[1], total) for name, phase in phases(records)]
+    _, steps = series(records, STEP_SECONDS)
+    return [row for row in (*rows, _time_row("whole step", steps, total)) if row]
+
+
+def _time_row(label: str, seconds: Sequence[float], total: float) -> dict[str, str]:
+    if not seconds:
+        return {}
+    whole = math.fsum(seconds)
+    return {
+        "phase": label,
+        "first": f"{seconds[0]:,.2f}",
+        "last": f"{seconds[-1]:,.2f}",
+        "mean": f"{whole / len(seconds):,.2f}",
+        "total": f"{whole:,.1f}",
+        "share": f"{whole / total:.1%}" if total else "-",
+    }
