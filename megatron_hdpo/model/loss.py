@@ -91,6 +91,7 @@ def _surrogate_sums(
     return {
         "surrogate": surrogate_sum.detach(),
         "surrogate_tokens": counted.sum(),
+        "nll": -torch.where(counted, own_N, 0.0).sum(),
         "clipped": (surrogate.clipped_T & counted).sum(),
         "entropy": torch.where(counted, losses.entropy_T.detach(), 0.0).sum(),
         "mismatch_k3": (log_ratio.exp() - 1 - log_ratio).sum(),

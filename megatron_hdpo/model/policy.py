@@ -249,7 +249,7 @@ class Policy:
     ) -> dict[str, float]:
         """Metrics from the sums of the last stages, added up over replicas; sums hold no rank's share twice."""
         names = (
-            "surrogate", "surrogate_tokens", "clipped", "entropy", "mismatch_k3", "mismatch_abs",
+            "surrogate", "surrogate_tokens", "nll", "clipped", "entropy", "mismatch_k3", "mismatch_abs",
             "divergence", "distill_tokens", "covered_mass", "student_mass_at_top1",
         )  # fmt: skip
         mine = self.context.is_last_stage and self.context.groups.tp.rank() == 0
@@ -261,6 +261,7 @@ class Policy:
         if normalisers.surrogate:
             metrics["train/surrogate_loss"] = total["surrogate"] / normalisers.surrogate
         if total["surrogate_tokens"]:
+            metrics["train/nll"] = total["nll"] / total["surrogate_tokens"]
             metrics["train/entropy"] = total["entropy"] / total["surrogate_tokens"]
             metrics["train/clip_fraction"] = total["clipped"] / total["surrogate_tokens"]
             metrics["train/mismatch_k3"] = total["mismatch_k3"] / total["surrogate_tokens"]

@@ -23,7 +23,7 @@ from megatron_hdpo.objectives.interface import (
 )
 from megatron_hdpo.rollout.types import Group, Sample
 
-OverlongPolicy = Literal["keep", "mask"]
+OverlongPolicy = Literal["keep", "mask", "penalise"]
 
 
 class GRPOConfig(BaseModel):
@@ -34,8 +34,11 @@ class GRPOConfig(BaseModel):
     name: Literal["grpo"] = "grpo"
     advantage: AdvantageKind = Field("leave_one_out", description="Baseline and scale of the advantages.")
     overlong: OverlongPolicy = Field(
-        "keep", description="Responses cut at the length limit: train on them, or mask them out of the loss."
+        "keep",
+        description="Responses cut at the length limit: train on them as they are, mask them out of the loss, or take "
+        "overlong_penalty off their reward before advantages are computed.",
     )
+    overlong_penalty: float = Field(0.5, ge=0, description="Penalty of a cut response, for overlong=penalise.")
     surrogate: SurrogateConfig = Field(default_factory=SurrogateConfig, description="The clipped surrogate.")
 
 
@@ -90,11 +93,15 @@ class GRPO:
         """One example per student rollout."""
         examples = []
         for g, group in enumerate(groups):
-            values = advantages(np.array([sample.reward for sample in group.samples]), self.config.advantage)
+            values = advantages(np.array([self._reward(sample) for sample in group.samples]), self.config.advantage)
             for s, sample in enumerate(group.samples):
                 score = scores.get((g, "student", s, "old"))
                 examples.append(student_example(group, sample, float(values[s]), score, self.config.overlong))
         return examples
+
+    def _reward(self, sample: Sample) -> float:
+        cut = self.config.overlong == "penalise" and sample.completion.finish_reason == "length"
+        return sample.reward - (self.config.overlong_penalty if cut else 0.0)
 
     def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
         """Shares of groups that are solved (all right), cliffs (all wrong) and mixed (the only ones with signal)."""

@@ -37,9 +37,6 @@ class PrivilegedConfig(BaseModel):
     success_threshold: float = Field(1.0, description="Reward from which a rollout counts as right.")
     max_kept_per_prompt: int | None = Field(None, ge=1, description="Right rollouts kept per prompt, at most.")
     drop_duplicates: bool = Field(True, description="Keep one of several equal rollouts of a prompt.")
-    leakage: LeakageConfig = Field(
-        default_factory=LeakageConfig, description="Drop rollouts that quote the reference or say that it was given."
-    )
 
 
 class HDPOConfig(GRPOConfig):
@@ -56,7 +53,8 @@ class HDPOConfig(GRPOConfig):
 
 
 class HDPO(GRPO):
-    """See HDPOConfig. leak_markers: strings of the privileged prompt that no honest response contains."""
+    """See HDPOConfig. leakage: which privileged responses give their help away; leak_markers: strings of the privileged
+    prompt that no honest response contains."""
 
     config: HDPOConfig
 
@@ -65,9 +63,11 @@ class HDPO(GRPO):
         config: HDPOConfig,
         temperature: float,
         updates_per_step: int = 1,
+        leakage: LeakageConfig | None = None,
         leak_markers: Sequence[str] = (),
     ) -> None:
         super().__init__(config, temperature, updates_per_step)
+        self.leakage = leakage or LeakageConfig()
         self.leak_markers = tuple(leak_markers)
         self.loss = LossSpec(config.surrogate, config.distill, temperature)
 
@@ -148,8 +148,7 @@ class HDPO(GRPO):
         settings = self.config.privileged
         if not self._right(sample):
             return "wrong"
-        leakage = settings.leakage
-        if leakage.enabled and find_leak(sample.text, self.leak_markers, leakage.phrases):
+        if self.leakage.enabled and find_leak(sample.text, self.leak_markers, self.leakage.phrases):
             return "leaked"
         if settings.drop_duplicates and sample.completion.token_ids.tobytes() in seen:
             return "duplicate"

@@ -1,0 +1,6 @@
+"""`python -m megatron_hdpo train|evaluate|report|doctor`."""
+
+from megatron_hdpo.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Checkpoints of a run: model, optimizer, schedule and step, complete or not there at all.
+
+Everything else that a step needs is a pure function of the recipe and the step (data order, sampling seeds), or is
+saved once beside the checkpoints (the frozen teacher).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from pydantic import BaseModel, ConfigDict, Field
+
+from megatron_hdpo.model.network import HeadlessGPTModel
+from megatron_hdpo.model.policy import Policy
+from megatron_hdpo.parallel.context import ParallelContext
+
+_STATE = "run_state.json"
+# Saved and loaded in parallel without gathering; ties the optimizer's state to the TP x PP layout (not to DP).
+_OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "dp_reshardable"}
+
+
+class CheckpointConfig(BaseModel):
+    """When checkpoints are written, and how many stay."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    every: int = Field(50, ge=1, description="Steps between checkpoints; the last step always has one.")
+    keep: int = Field(2, ge=1, description="Newest checkpoints that stay on disk.")
+    export: bool = Field(True, description="Write the trained model as a Hugging Face checkpoint at the end (hf/).")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be used; the text says which, why, and what to do."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a checkpoint says about itself. step: optimizer steps of reinforcement learning that are done."""
+
+    step: int
+    tensor_parallel: int
+    pipeline_parallel: int
+    architecture: dict[str, Any]
+
+
+class CheckpointStore:
+    """Checkpoints under `<run>/checkpoints/step_<n>`. All methods but `latest` are collective."""
+
+    def __init__(self, run_dir: Path, context: ParallelContext, keep: int) -> None:
+        self.root = run_dir / "checkpoints"
+        self.context = context
+        self.keep = keep
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint; None when there is none. A checkpoint is complete once it has its name."""
+        found = sorted(self.root.glob("step_" + "[0-9]" * 8)) if self.root.is_dir() else []
+        return found[-1] if found else None
+
+    def save(self, step: int, policy: Policy) -> Path:
+        """Write the state after `step` steps; older checkpoints beyond `keep` are removed afterwards."""
+        final = self.root / f"step_{step:08d}"
+        state = RunState(
+            step,
+            self.context.layout.tensor,
+            self.context.layout.pipeline,
+            dict(vars(policy.architecture)),
+        )
+        self._write(final, self._sharded(policy), state)
+        if self.context.is_leader:
+            for old in sorted(self.root.glob("step_" + "[0-9]" * 8))[: -self.keep]:
+                shutil.rmtree(old)
+        self.context.barrier("checkpoint saved")
+        return final
+
+    def load(self, path: Path, policy: Policy) -> RunState:
+        """Restore model, optimizer and schedule in place. Raises CheckpointError when the checkpoint does not fit."""
+        state = read_state(path)
+        layout = self.context.layout
+        if (state.tensor_parallel, state.pipeline_parallel) != (layout.tensor, layout.pipeline):
+            raise CheckpointError(
+                f"{path} was written at tensor x pipeline = {state.tensor_parallel} x {state.pipeline_parallel}, this run "
+                f"has {layout.tensor} x {layout.pipeline}: the optimizer's state cannot change its layout. Start a new run "
+                "from the exported Hugging Face checkpoint, or resume at the old layout"
+            )
+        self._check_architecture(path, state, policy)
+        with self.context.megatron_calls():
+            loaded = dist_checkpointing.load(self._sharded(policy, loading=True), str(path))
+            policy.model.load_state_dict(loaded["model"])
+            assert policy.optimizer is not None and policy.schedule is not None
+            policy.optimizer.load_state_dict(loaded["optimizer"])
+            policy.schedule.load_state_dict(loaded["schedule"])
+        return state
+
+    def save_weights(self, name: str, model: HeadlessGPTModel) -> None:
+        """Write the weights that `model` holds now as `checkpoints/<name>` (the frozen teacher's, once per run)."""
+        with self.context.megatron_calls():
+            sharded = {"model": model.sharded_state_dict()}
+        self._write(self.root / name, sharded, None)
+
+    def load_weights(self, name: str, model: HeadlessGPTModel) -> None:
+        """Read weights that `save_weights` wrote into `model`. Raises CheckpointError when they are not there."""
+        path = self.root / name
+        if not path.is_dir():
+            raise CheckpointError(f"{path} is missing: a run with a frozen teacher cannot be resumed without it")
+        with self.context.megatron_calls():
+            model.load_state_dict(dist_checkpointing.load({"model": model.sharded_state_dict()}, str(path))["model"])
+
+    def _sharded(self, policy: Policy, loading: bool = False) -> dict[str, Any]:
+        assert policy.optimizer is not None and policy.schedule is not None
+        with self.context.megatron_calls():
+            model = policy.model.sharded_state_dict()
+            optimizer = policy.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_OPTIMIZER_METADATA)
+            return {"model": model, "optimizer": optimizer, "schedule": policy.schedule.state_dict()}
+
+    def _write(self, final: Path, sharded: dict[str, Any], state: RunState | None) -> None:
+        """Into a folder of another name first: a run killed while it writes leaves no checkpoint that looks whole."""
+        partial = final.with_name(final.name + ".partial")
+        if self.context.is_leader:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        self.context.barrier("checkpoint folder made")
+        with self.context.megatron_calls(), torch.no_grad():
+            dist_checkpointing.save(sharded, str(partial))
+        self.context.barrier("checkpoint written")
+        if self.context.is_leader:
+            if state is not None:
+                (partial / _STATE).write_text(json.dumps(vars(state), indent=1))
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+        self.context.barrier("checkpoint named")
+
+    @staticmethod
+    def _check_architecture(path: Path, state: RunState, policy: Policy) -> None:
+        now = json.loads(json.dumps(vars(policy.architecture)))
+        differing = [key for key in now if now[key] != state.architecture.get(key)]
+        if differing:
+            key = differing[0]
+            raise CheckpointError(
+                f"{path} is of another model: {key} is {state.architecture.get(key)} there and {now[key]} here; "
+                "train into another output folder"
+            )
+
+
+def read_state(path: Path) -> RunState:
+    """What the checkpoint at `path` says about itself. Raises CheckpointError when it says nothing."""
+    try:
+        return RunState(**json.loads((path / _STATE).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{path / _STATE} cannot be read ({error}): delete {path} to resume an older one"
+        ) from error

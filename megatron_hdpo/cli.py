@@ -1,0 +1,143 @@
+"""The command line. Every command takes a recipe and `key.path=value` overrides; torchrun starts the ranks."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_hdpo.run import Run
+
+USER_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command; exits with 2 and one message for what the user can mend."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except user_errors() as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.stdout.flush()
+        os._exit(USER_ERROR)  # other ranks may wait in a collective, which a normal exit would wait for
+
+
+def user_errors() -> tuple[type[Exception], ...]:
+    """Errors whose text is meant for the user, without a traceback."""
+    from megatron_hdpo.checkpoint.store import CheckpointError
+    from megatron_hdpo.config import RecipeError
+    from megatron_hdpo.data.errors import DataError
+    from megatron_hdpo.model.architecture import ArchitectureError
+    from megatron_hdpo.model.build import ModelError
+    from megatron_hdpo.parallel.layout import LayoutError
+    from megatron_hdpo.selftest import SelfTestError
+    from megatron_hdpo.tracking.backends import BackendMissing
+    from megatron_hdpo.weights.errors import WeightsError
+
+    return (
+        ArchitectureError, BackendMissing, CheckpointError, DataError, LayoutError, ModelError, RecipeError,
+        SelfTestError, WeightsError,
+    )  # fmt: skip
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="megatron_hdpo", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+    _recipe_command(commands, "train", _train, "train, or resume the run in the recipe's output folder")
+    _recipe_command(commands, "evaluate", _evaluate, "evaluate model.path on data.evaluation, without training")
+    _recipe_command(commands, "check", _check, "check recipe, data and layout; loads no weights")
+    report = commands.add_parser("report", help="tables, report.png and report.html of a run folder")
+    report.add_argument("run_dir", type=Path)
+    report.set_defaults(run=_report)
+    doctor = commands.add_parser("doctor", help="what this machine has, and what of it will not work")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _recipe_command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    text: str,
+) -> None:
+    command = commands.add_parser(name, help=text, description=text)
+    command.add_argument("recipe", type=Path, help="YAML file")
+    command.add_argument("overrides", nargs="*", metavar="key.path=value", help="e.g. train.steps=10")
+    command.set_defaults(run=run)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from megatron_hdpo.train import train
+
+    with _run(arguments) as run:
+        train(run)
+        report = run.recipe.output if run.context.is_leader else None
+    if report is not None:
+        _report(argparse.Namespace(run_dir=report))
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from megatron_hdpo.train import evaluate_now
+
+    with _run(arguments) as run:
+        run.sync(0)
+        metrics = evaluate_now(run)
+        run.console.table("Evaluation", [{"metric": name, "value": value} for name, value in metrics.items()])
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    from transformers import AutoTokenizer
+
+    from megatron_hdpo.config import check_recipe, load_recipe
+    from megatron_hdpo.data.load import load
+    from megatron_hdpo.model.architecture import read_architecture
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    world_size = int(os.environ.get("WORLD_SIZE", recipe.parallel.model_ranks))
+    for warning in check_recipe(recipe, read_architecture(recipe.model.path), world_size):
+        print(f"warning: {warning}")
+    data = load(recipe.data, AutoTokenizer.from_pretrained(recipe.model.path))
+    print("\n".join(data.report.lines()))
+    example = data.train[0]
+    print(f"\nfirst prompt ({example.id}):\n{data.prompts.render_student(example)}")
+    print(f"\nfirst privileged prompt:\n{data.prompts.render_privileged(example)}")
+    print("\nthe recipe is fine")
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from megatron_hdpo.tracking.console import Console
+    from megatron_hdpo.tracking.report import write_report
+
+    write_report(arguments.run_dir, Console(enabled=True))
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from megatron_hdpo.doctor import main
+
+    main()
+
+
+@contextmanager
+def _run(arguments: argparse.Namespace) -> Iterator[Run]:
+    """A built run inside its process group; everything is torn down at the end, also after an error."""
+    from megatron_hdpo.config import load_recipe
+    from megatron_hdpo.parallel.context import start, stop
+    from megatron_hdpo.run import build_run, set_threads
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    set_threads(recipe, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    context = start(recipe.parallel, recipe.device, recipe.seed)
+    run = build_run(recipe, context)
+    failed = True
+    try:
+        yield run
+        failed = False
+    finally:
+        run.close(failed)
+    stop()

@@ -1,0 +1,261 @@
+"""The recipe: a typed tree read from YAML, with `key.path=value` overrides. Unknown keys are refused.
+
+Each section's class lives beside the code that reads it; this module joins them and checks what only the whole recipe
+can tell. All errors of a recipe are reported together, by the path of their key, before any model is loaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from megatron_hdpo.checkpoint.store import CheckpointConfig
+from megatron_hdpo.data.load import DataConfig
+from megatron_hdpo.evaluation.evaluate import EvaluationConfig
+from megatron_hdpo.model.architecture import Architecture
+from megatron_hdpo.model.build import ModelConfig
+from megatron_hdpo.model.optimizer import OptimizerConfig
+from megatron_hdpo.objectives.hdpo import HDPOConfig
+from megatron_hdpo.objectives.registry import ObjectiveConfig
+from megatron_hdpo.parallel.layout import LayoutError, ParallelConfig, check_layout
+from megatron_hdpo.rewards.pool import RewardConfig
+from megatron_hdpo.rollout.config import RolloutConfig
+from megatron_hdpo.selftest import SelfTestConfig
+from megatron_hdpo.teachers.teacher import TeacherConfig
+from megatron_hdpo.tracking.backends import TrackingConfig
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run; one line per error, each with the path of its key."""
+
+
+class TrainConfig(BaseModel):
+    """The length of the run and the size of its micro-batches."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    steps: int = Field(100, ge=0, description="Rollout steps.")
+    updates_per_step: int = Field(1, ge=1, description="Optimizer steps per rollout step, each on a share of it.")
+    micro_batch_tokens: int = Field(8192, ge=2, description="Tokens of a packed micro-batch, at most.")
+
+
+class WarmupConfig(BaseModel):
+    """Supervised steps on worked solutions before reinforcement learning, for models too weak to start with."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["none", "sft"] = Field("none", description="sft: supervised fine-tuning; none: no warm-up.")
+    steps: int = Field(100, ge=1, description="Optimizer steps.")
+    examples_per_step: int = Field(64, ge=1, description="Worked solutions per step.")
+    privileged_share: float = Field(0.4, ge=0, le=1, description="Share of them after the privileged prompt.")
+    tasks: list[str] | None = Field(None, description="Names of training tasks to warm up on; default: all.")
+    optimizer: OptimizerConfig = Field(
+        default_factory=lambda: OptimizerConfig(lr=1e-5), description="Its own optimizer, dropped afterwards."
+    )
+
+
+class Recipe(BaseModel):
+    """Everything that a run is made of."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    output: Path = Field(description="Run folder: metrics, checkpoints, rollouts, logs. An existing one is resumed.")
+    seed: int = Field(0, ge=0, description="Seed of data order and sampling.")
+    device: Literal["auto", "cuda", "cpu"] = Field("auto", description="Where the model trains.")
+    threads_per_rank: int | None = Field(None, ge=1, description="CPU threads of each rank; default: cores / ranks.")
+    model: ModelConfig
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    data: DataConfig
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    reward: RewardConfig = Field(default_factory=RewardConfig)
+    objective: ObjectiveConfig
+    teacher: TeacherConfig = Field(default_factory=TeacherConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    warmup: WarmupConfig = Field(default_factory=WarmupConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    self_test: SelfTestConfig = Field(default_factory=SelfTestConfig)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file, after `key.path=value` overrides. Raises RecipeError with every error found."""
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: is not YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path}: must be a mapping of sections, not {type(tree).__name__}")
+    for override in overrides:
+        apply_override(tree, override)
+    return parse_recipe(tree, str(path))
+
+
+def parse_recipe(tree: dict[str, Any], origin: str = "recipe") -> Recipe:
+    """The typed recipe. Raises RecipeError with one line per wrong or unknown key."""
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise RecipeError("\n".join(f"{origin}: {line}" for line in _error_lines(error))) from error
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set one `key.path=value` in a tree of mappings and lists; the value is read as YAML. Raises RecipeError."""
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise RecipeError(f"override '{override}': write key.path=value")
+    node: Any = tree
+    *parents, last = path.split(".")
+    for depth, key in enumerate(parents):
+        if isinstance(node, dict) and node.get(key) is None:
+            node[key] = {}
+        node = _child(node, key, override, ".".join(parents[: depth + 1]))
+    value = yaml.safe_load(text)
+    if isinstance(node, list):
+        _child(node, last, override, path)
+        node[int(last)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise RecipeError(f"override '{override}': {'.'.join(parents)} is a value, not a section")
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write the recipe with every default filled in; reading it back gives the same recipe."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+def check_recipe(recipe: Recipe, architecture: Architecture, world_size: int) -> list[str]:
+    """Warnings of a recipe that runs but deserves a word. Raises RecipeError, with all reasons, for one that cannot."""
+    errors = [*_layout_errors(recipe, architecture, world_size), *_length_errors(recipe, architecture)]
+    errors += _objective_errors(recipe, architecture)
+    if errors:
+        raise RecipeError("\n".join(errors))
+    return list(_warnings(recipe))
+
+
+def _child(node: Any, key: str, override: str, path: str) -> Any:
+    if isinstance(node, list):
+        if not key.isdigit() or int(key) >= len(node):
+            raise RecipeError(f"override '{override}': {path}: the list has items 0 to {len(node) - 1}")
+        return node[int(key)]
+    if isinstance(node, dict):
+        return node[key]
+    raise RecipeError(f"override '{override}': {path} is below a value, not a section")
+
+
+def _error_lines(error: ValidationError) -> Iterator[str]:
+    for item in error.errors():
+        # A discriminated union puts its tag into the location; the recipe's reader knows no such key.
+        path = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            yield f"{path}: unknown key{_suggestion(path)}"
+        elif item["type"] == "missing":
+            yield f"{path}: required key is missing"
+        else:
+            given = "" if isinstance(item["input"], dict | list) else f" (given: {item['input']!r})"
+            yield f"{path}: {item['msg'].removeprefix('Value error, ')}{given}"
+
+
+def _suggestion(path: str) -> str:
+    *parents, key = path.split(".")
+    known: list[str] = []
+    model: Any = Recipe
+    for part in parents:
+        field = getattr(model, "model_fields", {}).get(part)
+        model = None if field is None else field.annotation
+    if model is not None:
+        known = list(getattr(model, "model_fields", {}))
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"; did you mean {close[0]}?" if close else (f"; known keys: {', '.join(known)}" if known else "")
+
+
+def _layout_errors(recipe: Recipe, architecture: Architecture, world_size: int) -> Iterator[str]:
+    try:
+        check_layout(
+            recipe.parallel,
+            world_size=world_size,
+            num_layers=architecture.num_layers,
+            num_heads=architecture.num_heads,
+            num_kv_heads=architecture.num_kv_heads,
+            ffn_size=architecture.ffn_size,
+        )
+    except LayoutError as error:
+        yield f"parallel: {error}"
+
+
+def max_sequence(recipe: Recipe, architecture: Architecture) -> int:
+    """Longest prompt plus response, in tokens."""
+    return recipe.model.max_sequence or architecture.max_positions
+
+
+def _length_errors(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
+    longest, response = max_sequence(recipe, architecture), recipe.rollout.max_new_tokens
+    prompts = recipe.data.prompts
+    if longest > architecture.max_positions:
+        yield f"model.max_sequence: {longest} is beyond the model's {architecture.max_positions} positions"
+    for key, prompt in (
+        ("max_prompt_tokens", prompts.max_prompt_tokens),
+        ("max_privileged_tokens", prompts.privileged_limit),
+    ):
+        if prompt + response > longest:
+            yield (
+                f"data.prompts.{key}: {prompt} + rollout.max_new_tokens {response} exceed the context of {longest} tokens"
+            )
+        if prompt + response > recipe.train.micro_batch_tokens:
+            yield (
+                f"train.micro_batch_tokens: {recipe.train.micro_batch_tokens} cannot hold one sequence of "
+                f"data.prompts.{key} {prompt} + rollout.max_new_tokens {response}"
+            )
+    evaluated = recipe.evaluation.max_new_tokens
+    if evaluated and prompts.max_prompt_tokens + evaluated > longest:
+        yield f"evaluation.max_new_tokens: {evaluated} does not fit the context of {longest} tokens"
+
+
+def _objective_errors(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
+    objective = recipe.objective
+    if not isinstance(objective, HDPOConfig):
+        if recipe.teacher.kind != "policy":
+            yield f"teacher.kind: {recipe.teacher.kind}, but objective {objective.name} has no teacher"
+        return
+    distill = objective.distill
+    if distill.top_k > architecture.vocab_size:
+        yield f"objective.distill.top_k: {distill.top_k} exceeds the vocabulary of {architecture.vocab_size} tokens"
+    if distill.kind == "reverse_kl" and distill.tail in ("outside", "literal"):
+        yield (
+            "objective.distill.kind: reverse_kl is infinite where the teacher is cut to zero; set "
+            "objective.distill.tail=bucket"
+        )
+    if distill.tail == "literal" and distill.kind != "jsd":
+        yield f"objective.distill.tail: literal is defined for kind=jsd only, not {distill.kind}"
+    if objective.logits_from == "rollout":
+        if recipe.teacher.kind != "policy":
+            yield f"objective.logits_from: rollout gives the policy's logits, but teacher.kind is {recipe.teacher.kind}"
+        if recipe.rollout.temperature != distill.temperature:
+            yield (
+                f"objective.logits_from: the engine's log-probs are at rollout.temperature {recipe.rollout.temperature}, "
+                f"objective.distill.temperature is {distill.temperature}: make them equal or set logits_from=trainer"
+            )
+
+
+def _warnings(recipe: Recipe) -> Iterator[str]:
+    if recipe.rollout.filtered and recipe.objective.surrogate.importance_cap is None:
+        yield (
+            "rollout.top_p/top_k truncate the distribution, log-probs are those of the whole: importance ratios are "
+            f"biased; objective.surrogate.importance_cap={DEFAULT_IMPORTANCE_CAP} is used"
+        )
+    if recipe.rollout.samples_per_prompt == 1:
+        yield "rollout.samples_per_prompt=1: a group of one has advantage 0, so the surrogate learns nothing"
+
+
+DEFAULT_IMPORTANCE_CAP = 2.0

@@ -1,0 +1,100 @@
+"""Evaluation on held-out problems: unbiased pass@k from n samples, mean reward, and greedy pass@1."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from megatron_hdpo.data.problem import Problem
+from megatron_hdpo.evaluation.passk import pass_at_k
+from megatron_hdpo.rollout.rollouts import RolloutCoordinator
+from megatron_hdpo.rollout.sampler import OnProgress
+from megatron_hdpo.rollout.types import Group, SamplingParams
+
+
+class EvaluationConfig(BaseModel):
+    """When and how the model is evaluated on data.evaluation."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    every: int | None = Field(None, ge=1, description="Steps between evaluations; null: before and after only.")
+    samples: int = Field(8, ge=1, description="Samples per problem (n).")
+    k: list[int] = Field(default_factory=lambda: [1, 4, 8], description="pass@k is reported for these k, each <= n.")
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling.")
+    max_new_tokens: int | None = Field(None, ge=1, description="Longest response; default: rollout.max_new_tokens.")
+    greedy: bool = Field(True, description="One greedy response per problem beside the samples (greedy pass@1).")
+    success_threshold: float = Field(1.0, description="Reward from which a response counts as right.")
+    before: bool = Field(True, description="Evaluate before the first step.")
+
+    @model_validator(mode="after")
+    def _k_within_samples(self) -> EvaluationConfig:
+        if too_large := [k for k in self.k if k > self.samples or k < 1]:
+            raise ValueError(
+                f"k={too_large} cannot be estimated from samples={self.samples}: each k must be 1..samples"
+            )
+        return self
+
+
+def evaluate(
+    config: EvaluationConfig,
+    problems: Sequence[Problem],
+    rollouts: RolloutCoordinator,
+    on_progress: OnProgress | None = None,
+) -> dict[str, float]:
+    """`eval/<task>/...` metrics. The seeds are the same at every evaluation, so that runs and steps compare."""
+    limit = config.max_new_tokens or rollouts.config.max_new_tokens
+    sampling = SamplingParams(
+        max_new_tokens=limit,
+        n=config.samples,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        stop_token_ids=rollouts.stop_token_ids,
+    )
+    groups = rollouts.groups(problems, sampling, ("evaluation",), on_progress)
+    metrics = _sampled_metrics(config, groups)
+    if config.greedy:
+        greedy = SamplingParams(max_new_tokens=limit, temperature=0.0, stop_token_ids=rollouts.stop_token_ids)
+        metrics |= _greedy_metrics(config, rollouts.groups(problems, greedy, ("greedy",), on_progress))
+    return metrics
+
+
+def evaluation_samples(config: EvaluationConfig, problems: Sequence[Problem]) -> int:
+    """Number of responses that an evaluation samples."""
+    return len(problems) * (config.samples + config.greedy)
+
+
+def _sampled_metrics(config: EvaluationConfig, groups: Sequence[Group]) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for task, members in _by_task(groups).items():
+        counts = [(len(g.samples), sum(s.reward >= config.success_threshold for s in g.samples)) for g in members]
+        for k in config.k:
+            enough = [(n, c) for n, c in counts if n >= k]
+            if enough:
+                metrics[f"eval/{task}/pass@{k}"] = float(np.mean([pass_at_k(n, c, k) for n, c in enough]))
+        rewards = [s.reward for g in members for s in g.samples]
+        if rewards:
+            metrics[f"eval/{task}/reward_mean"] = float(np.mean(rewards))
+            lengths = [s.length for g in members for s in g.samples]
+            metrics[f"eval/{task}/response_tokens"] = float(np.mean(lengths))
+        metrics[f"eval/{task}/samples"] = float(len(rewards))
+        metrics[f"eval/{task}/problems"] = float(len(members))
+    return metrics
+
+
+def _greedy_metrics(config: EvaluationConfig, groups: Sequence[Group]) -> dict[str, float]:
+    metrics = {}
+    for task, members in _by_task(groups).items():
+        judged = [g.samples[0].reward >= config.success_threshold for g in members if g.samples]
+        if judged:
+            metrics[f"eval/{task}/greedy"] = float(np.mean(judged))
+    return metrics
+
+
+def _by_task(groups: Sequence[Group]) -> Mapping[str, list[Group]]:
+    by_task: dict[str, list[Group]] = {}
+    for group in groups:
+        by_task.setdefault(group.problem.task, []).append(group)
+    return by_task

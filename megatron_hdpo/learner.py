@@ -1,0 +1,70 @@
+"""One step of learning from a step's groups: plan, score, update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+from megatron_hdpo.model.packing import split_by_tokens
+from megatron_hdpo.model.policy import Policy, share_examples
+from megatron_hdpo.objectives.interface import Example, Objective, Score, Scoring, ScoringKey
+from megatron_hdpo.rollout.types import Group
+from megatron_hdpo.teachers.teacher import Teacher
+from megatron_hdpo.tracking.console import Console
+
+
+class Learner:
+    """Joins objective, teacher and policy. Every method is collective over all ranks."""
+
+    def __init__(
+        self, policy: Policy, objective: Objective, teacher: Teacher, console: Console, updates_per_step: int = 1
+    ) -> None:
+        self.policy = policy
+        self.objective = objective
+        self.teacher = teacher
+        self.console = console
+        self.updates_per_step = updates_per_step
+
+    def learn(self, groups: Sequence[Group]) -> dict[str, float]:
+        """Update the policy on the groups of the step (the same list on every rank); returns its metrics."""
+        mine = self._share(groups)
+        examples = self._examples(mine)
+        metrics: dict[str, float] = {}
+        with self.console.phase("train", total=self._tokens(examples), unit="tok") as phase:
+            for update in range(self.updates_per_step):
+                part = examples[update :: self.updates_per_step]
+                metrics = _mean_of(metrics, self.policy.update(part, self.objective.loss, phase.advance), update)
+        return metrics
+
+    def _share(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups of this data-parallel replica: whole groups, token sums nearly equal between replicas."""
+        costs = [sum(s.length + len(g.prompt_ids) for s in (*g.samples, *g.privileged)) for g in groups]
+        context = self.policy.context
+        return [groups[i] for i in split_by_tokens(costs, context.dp_size)[context.dp_rank]]
+
+    def _examples(self, groups: Sequence[Group]) -> list[Example]:
+        scorings = self.objective.scorings(groups)
+        scores = self._scores([s for s in scorings if s.weights == "policy"], teacher=False)
+        scores |= self._scores([s for s in scorings if s.weights == "teacher"], teacher=True)
+        context = self.policy.context
+        examples = self.objective.examples(groups, scores) if context.is_last_stage else None
+        return share_examples(examples, context)
+
+    def _scores(self, scorings: Sequence[Scoring], teacher: bool) -> dict[ScoringKey, Score]:
+        if not any(self.policy.context.gather_objects(bool(scorings))):
+            return {}
+        total = sum(len(s.context_ids) + len(s.response_ids) for s in scorings)
+        with (
+            self.console.phase("teacher" if teacher else "score", total=total, unit="tok") as phase,
+            self.teacher.weights() if teacher else nullcontext(),
+        ):
+            return self.policy.score(scorings, phase.advance)
+
+    @staticmethod
+    def _tokens(examples: Sequence[Example]) -> int:
+        return sum(example.num_tokens for example in examples if not example.inert)
+
+
+def _mean_of(mean: dict[str, float], new: dict[str, float], count: int) -> dict[str, float]:
+    """Running mean of metrics over the updates of a step, each name over the updates that reported it."""
+    return new if not count else {k: (mean.get(k, v) * count + v) / (count + 1) for k, v in new.items()}

@@ -1,0 +1,50 @@
+"""The rollout section of the recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from megatron_hdpo.rollout.embedded import EmbeddedEngineConfig
+from megatron_hdpo.rollout.types import SamplingParams
+
+
+class RolloutConfig(BaseModel):
+    """How a step's rollouts are sampled. The privileged rollouts of a step use the same settings."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    engine: Literal["embedded"] = Field("embedded", description="Which engine samples.")
+    embedded: EmbeddedEngineConfig = Field(
+        default_factory=EmbeddedEngineConfig, description="The engine on every rank's own device."
+    )
+    prompts_per_step: int = Field(32, ge=1, description="Problems per step.")
+    samples_per_prompt: int = Field(16, ge=1, description="Rollouts per problem (the group size G).")
+    max_new_tokens: int = Field(2048, ge=1, description="Longest response in tokens.")
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature; the surrogate's log-probs use it too.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling; below 1 the importance ratios are biased.")
+    top_k: int | None = Field(None, ge=1, description="Sample from the k likeliest tokens; biases the ratios too.")
+    max_retries: int = Field(2, ge=0, description="New tries of a failed generation, before it is dropped and counted.")
+    save: bool = Field(True, description="Write every step's rollouts to rollouts/step_<n>.jsonl in the run folder.")
+    replay: Path | None = Field(
+        None, description="Take the rollouts from this folder of saved ones in place of an engine."
+    )
+
+    @property
+    def filtered(self) -> bool:
+        """Whether tokens are drawn from a truncated distribution."""
+        return self.top_p < 1.0 or self.top_k is not None
+
+    def sampling(self, n: int, stop_token_ids: tuple[int, ...], top_logprobs: int = 0) -> SamplingParams:
+        """Sampling parameters of `n` training rollouts of one prompt."""
+        return SamplingParams(
+            max_new_tokens=self.max_new_tokens,
+            n=n,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            top_logprobs=top_logprobs,
+            stop_token_ids=stop_token_ids,
+        )

@@ -1,0 +1,204 @@
+"""Everything that a run holds, built from its recipe in the order in which things can fail cheaply.
+
+Recipe and layout, then data, then the model, its engine and its optimizer: what is wrong with a recipe is said before
+any weight is read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from megatron_hdpo.checkpoint.store import CheckpointStore
+from megatron_hdpo.config import DEFAULT_IMPORTANCE_CAP, Recipe, check_recipe, save_recipe
+from megatron_hdpo.data.load import LoadedData, load
+from megatron_hdpo.learner import Learner
+from megatron_hdpo.model.architecture import Architecture, read_architecture
+from megatron_hdpo.model.build import build_model, wrap_data_parallel
+from megatron_hdpo.model.optimizer import OptimizerConfig, build_optimizer
+from megatron_hdpo.model.policy import Policy
+from megatron_hdpo.objectives.interface import Objective
+from megatron_hdpo.objectives.registry import build_objective
+from megatron_hdpo.parallel.context import ParallelContext
+from megatron_hdpo.rewards.pool import RewardPool
+from megatron_hdpo.rollout.embedded import EmbeddedEngine
+from megatron_hdpo.rollout.engine import Engine
+from megatron_hdpo.rollout.rollouts import RolloutCoordinator
+from megatron_hdpo.rollout.sampler import Sampler
+from megatron_hdpo.teachers.teacher import PolicyTeacher, Teacher
+from megatron_hdpo.tracking.console import Console
+from megatron_hdpo.tracking.logging import configure_logging
+from megatron_hdpo.tracking.tracker import Tracker
+from megatron_hdpo.weights.load import load_hf
+from megatron_hdpo.weights.stream import stream_hf
+
+FROZEN_TEACHER = "teacher"
+
+
+@dataclass
+class Run:
+    """A run between its steps."""
+
+    recipe: Recipe
+    context: ParallelContext
+    architecture: Architecture
+    data: LoadedData
+    policy: Policy
+    engine: Engine
+    rewards: RewardPool
+    rollouts: RolloutCoordinator
+    objective: Objective
+    learner: Learner
+    checkpoints: CheckpointStore
+    tracker: Tracker
+    console: Console
+    step: int = 0
+
+    @property
+    def resumed(self) -> bool:
+        """Whether this run goes on from a checkpoint."""
+        return self.checkpoints.latest() is not None
+
+    def sync(self, version: int) -> None:
+        """Stream the policy's weights into the engine and stamp them with `version`."""
+        self.engine.update_weights(stream_hf(self.policy.model, self.architecture, self.context), version)
+
+    def decode(self, token_ids: np.ndarray) -> str:
+        """Text of a response, special tokens left out."""
+        return self.rollouts.sampler.decode(token_ids)
+
+    def set_teacher(self, teacher: Teacher) -> None:
+        """Use this teacher from now on."""
+        self.learner.teacher = teacher
+
+    def rebuild_optimizer(self, config: OptimizerConfig, total_steps: int) -> None:
+        """A fresh optimizer and schedule for the weights that the model holds now."""
+        self.policy.optimizer, self.policy.schedule = build_optimizer(
+            config, self.policy.ddp, self.context, total_steps
+        )
+
+    def close(self, failed: bool) -> None:
+        """Stop workers and engine, close the trackers."""
+        self.rewards.close()
+        self.engine.close()
+        self.tracker.close(failed)
+
+
+def build_run(recipe: Recipe, context: ParallelContext, objective: Objective | None = None) -> Run:
+    """Build everything but the weights' state: the model holds the recipe's checkpoint, nothing is resumed yet.
+
+    objective: in place of the recipe's, for experiments that recipes do not offer.
+    Raises RecipeError, DataError, LayoutError, ... with what is wrong and where.
+    """
+    console = Console(enabled=context.is_leader)
+    configure_logging(recipe.output, context.rank, console)
+    architecture = read_architecture(recipe.model.path)
+    for warning in check_recipe(recipe, architecture, context.world_size):
+        console.warn(warning)
+    if context.is_leader:
+        save_recipe(recipe, recipe.output / "recipe.yaml")
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model.path)
+    rewards = RewardPool(recipe.data.tasks, recipe.reward)
+    data = _load_data(recipe, context, console, tokenizer, rewards)
+    policy = _build_policy(recipe, context, console, architecture)
+    engine = EmbeddedEngine(
+        recipe.model.path,
+        recipe.rollout.embedded.model_copy(update={"vocab_size": architecture.vocab_size}),
+        context.device,
+    )
+    sampler = Sampler(engine, rewards, partial(_decode, tokenizer), recipe.rollout.max_retries)
+    stops = stop_token_ids(tokenizer, recipe.model.path)
+    rollouts = RolloutCoordinator(recipe.rollout, context, sampler, data.prompts, stops, recipe.seed)
+    objective = objective or _build_objective(recipe, data)
+    store = CheckpointStore(recipe.output, context, recipe.checkpoint.keep)
+    tracker = Tracker(
+        recipe.tracking, recipe.output, console, resume_step=_resume_step(store), enabled=context.is_leader
+    )
+    tracker.log_config(recipe.model_dump(mode="json"))
+    learner = Learner(policy, objective, PolicyTeacher(), console, recipe.train.updates_per_step)
+    return Run(
+        recipe, context, architecture, data, policy, engine, rewards, rollouts, objective, learner, store, tracker,
+        console,
+    )  # fmt: skip
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_path: str | Path) -> tuple[int, ...]:
+    """Tokens that end a response: the tokenizer's end of sequence and those of generation_config.json."""
+    ids = {tokenizer.eos_token_id}
+    if (Path(model_path) / "generation_config.json").is_file():
+        configured = GenerationConfig.from_pretrained(model_path).eos_token_id
+        ids |= set(configured) if isinstance(configured, list) else {configured}
+    return tuple(sorted(i for i in ids if i is not None))
+
+
+def scaled_final_norm(stream: Iterable[tuple[str, Tensor]], scale: float) -> Iterator[tuple[str, Tensor]]:
+    """The stream with its final norm multiplied: weights that every log-prob feels."""
+    for name, tensor in stream:
+        yield name, tensor * scale if name == "model.norm.weight" and scale != 1.0 else tensor
+
+
+def set_threads(recipe: Recipe, local_world_size: int) -> None:
+    """CPU threads of this rank: the recipe's, else an equal share of the cores."""
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(recipe.threads_per_rank or max(1, cores // local_world_size))
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, token_ids: np.ndarray) -> str:
+    return tokenizer.decode(token_ids.tolist(), skip_special_tokens=True)
+
+
+def _load_data(
+    recipe: Recipe,
+    context: ParallelContext,
+    console: Console,
+    tokenizer: PreTrainedTokenizerBase,
+    rewards: RewardPool,
+) -> LoadedData:
+    """The leader loads first and leaves its parsed answers in the cache; what it finds wrong stops every rank."""
+    privileged = recipe.objective.name != "grpo" or recipe.warmup.kind == "sft"
+    with console.phase("load data"):
+        error, data = None, None
+        if context.is_leader:
+            try:
+                data = load(recipe.data, tokenizer, rewards, privileged)
+            except Exception as problem:
+                error = problem
+        error = context.broadcast_object(error)
+        if error is not None:
+            raise error
+        if data is None:
+            data = load(recipe.data, tokenizer, rewards, privileged)
+    for line in data.report.lines():
+        console.print(line)
+    return data
+
+
+def _build_policy(recipe: Recipe, context: ParallelContext, console: Console, architecture: Architecture) -> Policy:
+    with console.phase("load model"):
+        model = build_model(architecture, context, recipe.model)
+        load_hf(model, architecture, context, recipe.model.path)
+        ddp = wrap_data_parallel(model, context)
+    return Policy(architecture, context, ddp, recipe.train.micro_batch_tokens)
+
+
+def _build_objective(recipe: Recipe, data: LoadedData) -> Objective:
+    config = recipe.objective
+    if recipe.rollout.filtered and config.surrogate.importance_cap is None:
+        surrogate = config.surrogate.model_copy(update={"importance_cap": DEFAULT_IMPORTANCE_CAP})
+        config = config.model_copy(update={"surrogate": surrogate})
+    return build_objective(
+        config, recipe.rollout.temperature, recipe.train.updates_per_step, recipe.data.leakage, data.prompts.markers
+    )
+
+
+def _resume_step(store: CheckpointStore) -> int | None:
+    latest = store.latest()
+    return None if latest is None else int(latest.name.removeprefix("step_"))

@@ -1,0 +1,104 @@
+"""The training loop: sample and judge, try cliffs again with the answer, learn, sync; evaluate and save now and then."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron_hdpo.evaluation.evaluate import evaluate, evaluation_samples
+from megatron_hdpo.rollout.sample_log import read_groups, write_groups
+from megatron_hdpo.rollout.types import Group
+from megatron_hdpo.run import Run
+from megatron_hdpo.start import prepare
+from megatron_hdpo.weights.save import save_hf
+
+
+def train(run: Run) -> None:
+    """Train to the recipe's last step, from wherever the run folder stands. Collective over all ranks."""
+    prepare(run)
+    recipe, last = run.recipe, run.recipe.train.steps
+    if run.step == 0 and recipe.evaluation.before:
+        run.tracker.log(0, evaluate_now(run) | run.console.timer.metrics())
+    while run.step < last:
+        groups, metrics = rollouts_of_step(run)
+        metrics |= run.learner.learn(groups)
+        run.step += 1
+        if recipe.rollout.replay is None:
+            with run.console.phase("sync"):
+                run.sync(run.step)
+        if due(run.step, recipe.evaluation.every, last):
+            metrics |= evaluate_now(run)
+        if due(run.step, recipe.checkpoint.every, last):
+            with run.console.phase("save"):
+                run.checkpoints.save(run.step, run.policy)
+        metrics |= run.console.timer.metrics()
+        run.console.step(run.step, last, metrics)
+        run.tracker.log(run.step, metrics)
+    if recipe.checkpoint.export:
+        with run.console.phase("export"):
+            save_hf(run.policy.model, run.architecture, run.context, recipe.model.path, recipe.output / "hf")
+
+
+def due(step: int, every: int | None, last: int) -> bool:
+    """Whether something that happens every so many steps, and at the last one, happens after this step."""
+    return step == last or (every is not None and step % every == 0)
+
+
+def rollouts_of_step(run: Run) -> tuple[list[Group], dict[str, float]]:
+    """The judged groups of the next step, privileged rollouts included, with their metrics."""
+    rollout = run.recipe.rollout
+    file = f"step_{run.step + 1:08d}.jsonl"
+    if rollout.replay is not None:
+        groups = read_groups(rollout.replay / file)
+        return groups, rollout_metrics(groups) | run.objective.metrics(groups)
+    problems = run.data.order.batch(run.step, rollout.prompts_per_step)
+    total = len(problems) * rollout.samples_per_prompt
+    with run.console.phase("rollout", total=_share(run, total), unit="sample") as phase:
+        groups = run.rollouts.student(problems, run.step, phase.advance)
+    metrics = rollout_metrics(groups) | privileged_rollouts(run, groups) | run.objective.metrics(groups)
+    if rollout.save and run.context.is_leader:
+        write_groups(run.recipe.output / "rollouts" / file, groups, run.decode)
+    return groups, metrics
+
+
+def privileged_rollouts(run: Run, groups: Sequence[Group]) -> dict[str, float]:
+    """Give the objective's chosen groups their second try; nothing happens when it chooses none."""
+    plans = run.objective.privileged(groups)
+    if not plans:
+        return {}
+    from_engine = getattr(run.recipe.objective, "logits_from", "trainer") == "rollout"
+    top = run.objective.loss.distill.top_k if from_engine and run.objective.loss.distill else 0
+    total = sum(plan.rollouts for plan in plans)
+    with run.console.phase("privileged", total=_share(run, total), unit="sample") as phase:
+        return run.rollouts.privileged(groups, plans, run.step, top, run.objective.keep_privileged, phase.advance)
+
+
+def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Rewards, lengths and failures of the student's rollouts; means over nothing are absent."""
+    samples = [sample for group in groups for sample in group.samples]
+    metrics = {"rollout/samples": float(len(samples))}
+    for reason in ("generation_failed", "check_failed"):
+        metrics[f"rollout/{reason}"] = float(sum(group.dropped.get(reason, 0) for group in groups))
+    if samples:
+        metrics["rollout/reward_mean"] = float(np.mean([sample.reward for sample in samples]))
+        metrics["rollout/response_tokens"] = float(np.mean([sample.length for sample in samples]))
+        truncated = [sample.completion.finish_reason == "length" for sample in samples]
+        metrics["rollout/truncated_rate"] = float(np.mean(truncated))
+        metrics["rollout/nll"] = -float(np.mean(np.concatenate([s.completion.logprobs for s in samples])))
+    return metrics
+
+
+def evaluate_now(run: Run) -> dict[str, float]:
+    """Evaluation metrics of the weights that the engine holds; {} without evaluation problems or an engine."""
+    config, problems = run.recipe.evaluation, run.data.evaluation
+    if not problems or run.recipe.rollout.replay is not None:
+        return {}
+    total = _share(run, evaluation_samples(config, problems))
+    with run.console.phase("evaluate", total=total, unit="sample") as phase:
+        return evaluate(config, problems, run.rollouts, phase.advance)
+
+
+def _share(run: Run, samples: int) -> int:
+    """About how many samples this rank's engine takes of the step's."""
+    return -(-samples // run.context.world_size)

@@ -1,0 +1,81 @@
+"""Make a Hugging Face checkpoint of a tiny, randomly initialised model with a character tokenizer.
+
+    python tools/make_tiny_model.py OUT --family llama --layers 4 --hidden 96
+
+For the learning example (examples/digit_sums) and for tests; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
+
+CHARACTERS = "0123456789+=#"
+FAMILIES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+
+
+def character_tokenizer(characters: str = CHARACTERS) -> PreTrainedTokenizerFast:
+    """One token per character, and <pad>, <eos>, <unk>."""
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *characters])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", model_max_length=4096
+    )
+
+
+def make_tiny_model(
+    path: str | Path,
+    *,
+    family: str = "llama",
+    layers: int = 4,
+    hidden: int = 96,
+    heads: int = 4,
+    kv_heads: int = 4,
+    ffn: int = 256,
+    max_positions: int = 128,
+    tied: bool = False,
+    characters: str = CHARACTERS,
+    seed: int = 0,
+) -> Path:
+    """Write config, weights and tokenizer into the folder `path`; the same arguments give the same weights."""
+    path = Path(path)
+    tokenizer = character_tokenizer(characters)
+    config = FAMILIES[family](
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=hidden // heads,
+        max_position_embeddings=max_positions,
+        tie_word_embeddings=tied,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--family", choices=FAMILIES, default="llama")
+    for name, default in (("layers", 4), ("hidden", 96), ("heads", 4), ("kv-heads", 4), ("ffn", 256), ("seed", 0)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    arguments = vars(parser.parse_args())
+    print(make_tiny_model(arguments.pop("out"), **arguments))
+
+
+if __name__ == "__main__":
+    main()
