@@ -135,6 +135,7 @@ class PromptBuilder:
         environment = _environment()
         self._student = environment.from_string(config.student)
         self._privileged = environment.from_string(config.privileged)
+        self._overhead = len(self._wrap("").encode()) + 2
 
     @property
     def markers(self) -> tuple[str, str]:
@@ -178,9 +179,11 @@ class PromptBuilder:
 
         Byte-level tokenizers give at most one token per byte: what is short enough in bytes is not encoded.
         """
-        if _most_tokens(self.render_student(problem)) > self.config.max_prompt_tokens:
+        if self._most_tokens(self._student.render(question=problem.question)) > self.config.max_prompt_tokens:
             self.student(problem)
-        if privileged and _most_tokens(self.render_privileged(problem)) > self.config.privileged_limit:
+        if not privileged:
+            return
+        if self._most_tokens(self._render_reference(problem, problem.solution)) > self.config.privileged_limit:
             self.privileged(problem)
 
     def encode(self, text: str) -> np.ndarray:
@@ -229,6 +232,10 @@ class PromptBuilder:
         kept = self.tokenizer.decode(ids[: max(0, len(ids) - excess - 4)], skip_special_tokens=True)
         return kept.rstrip("\N{REPLACEMENT CHARACTER}").rstrip()
 
+    def _most_tokens(self, text: str) -> int:
+        """No fewer than the tokens of a message: one per byte, with the chat template, a space and a first token."""
+        return len(text.encode()) + self._overhead
+
     def _wrap(self, text: str) -> str:
         if not self.config.chat:
             return text
@@ -237,11 +244,6 @@ class PromptBuilder:
         return self.tokenizer.apply_chat_template(  # type: ignore[attr-defined]
             messages, tokenize=False, add_generation_prompt=True, **self.config.chat_template_kwargs
         )
-
-
-def _most_tokens(text: str) -> int:
-    """No fewer than the tokens of `text`: one per byte, a space in front, a beginning of sequence."""
-    return len(text.encode()) + 2
 
 
 def _environment() -> jinja2.Environment:

@@ -25,8 +25,8 @@ _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _ESCAPED_OR_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 _HASHES = re.compile(r"####[ \t]*(.+)")
-_PHRASE = re.compile(r"\banswer(?:\s+is|\s*:)\s*:?\s*(\S.*)", re.IGNORECASE)
-_TRAILING_PUNCTUATION = re.compile(r"(?<!\\)[.,;:\s]+$")
+_PHRASE = re.compile(r"\banswer(?:\s+is|\s*:)\s*:?[ \t]*", re.IGNORECASE)
+_TRAILING_PUNCTUATION = re.compile(r"(?<!\\)(?<!\\right)[.,;:\s]+$")
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def extract_answer(response: str, answer_format: AnswerFormat = "boxed") -> Extr
     candidates: list[tuple[str | None, AnswerSource]] = [
         (_last_group(_TAG, text), "tag"),
         (_last_group(_HASHES, text), "hashes"),
-        (_last_group(_PHRASE, text), "phrase"),
+        (_after_last(_PHRASE, text), "phrase"),
         (_last_line(text), "line"),
     ]
     found = (_answer(candidate, source) for candidate, source in candidates)
@@ -88,6 +88,12 @@ def _answer(text: str | None, source: AnswerSource) -> ExtractedAnswer | None:
 def _last_group(pattern: re.Pattern[str], text: str) -> str | None:
     matches = pattern.findall(text)
     return str(matches[-1]) if matches else None
+
+
+def _after_last(pattern: re.Pattern[str], text: str) -> str | None:
+    """The rest of the line after the last match."""
+    ends = [match.end() for match in pattern.finditer(text)]
+    return text[ends[-1] :].partition("\n")[0] if ends else None
 
 
 def _last_line(text: str) -> str | None:

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,6 +118,19 @@ def _die_at_once() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        _let_the_fork_server_end()
+
+
+def _let_the_fork_server_end() -> None:
+    """Close our copy of the pipe by which the fork server, our parent, sees that the main process lives.
+
+    multiprocessing gives it to every child, for grandchildren that we do not have, and has no public way to refuse it.
+    While a hanging worker holds it, the fork server outlives a killed main process, and the worker the fork server.
+    """
+    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    if server._forkserver_alive_fd is not None:
+        os.close(server._forkserver_alive_fd)
+        server._forkserver_alive_fd = None
 
 
 def _limit_memory(limit_mib: int) -> None:

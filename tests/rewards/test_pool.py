@@ -1,0 +1,175 @@
+"""The pool survives scorers that hang, crash, raise and eat memory, and its failures are never rewards."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+from hostile_task import PROBLEM, HostileTask
+
+from megatron_hdpo.data.problem import Problem
+from megatron_hdpo.data.tasks import JsonlTask
+from megatron_hdpo.rewards.pool import RewardConfig, RewardPool, RewardPoolError
+
+MATH = Problem(id="math/0", task="math", question="?", answer="1")
+TIME_LIMIT = 1.0
+
+
+@pytest.fixture(scope="module")
+def pool():
+    tasks = [HostileTask(), JsonlTask(kind="jsonl", path=Path("unread.jsonl"), name="math")]
+    config = RewardConfig(workers=2, time_limit_s=TIME_LIMIT, max_retries=0, memory_limit_mib=256)
+    with RewardPool(tasks, config) as pool:
+        pool.start()
+        yield pool
+
+
+def judge(pool, response):
+    return pool.submit(PROBLEM, response).result(timeout=60)
+
+
+def test_rewards_come_back_in_order(pool):
+    responses = [f"reward:{i / 1000}" for i in range(1000)]
+    judgements = pool.judge([(PROBLEM, response) for response in responses])
+    assert [j.reward for j in judgements] == [i / 1000 for i in range(1000)]
+    assert all(j.error is None and 0 <= j.seconds < TIME_LIMIT for j in judgements)
+
+
+@pytest.mark.parametrize(
+    ("response", "error"),
+    [
+        ("exit:1", "died with exit code 1"),
+        ("exit:0", "within the time limit"),
+        ("system_exit", "SystemExit: 3"),
+        ("segfault", "died with exit code -11"),
+        ("raise", "Unpicklable: one"),
+        ("hang", "within the time limit of 1 s"),
+        ("hang_in_c", "within the time limit of 1 s"),
+        ("ignore_term", "within the time limit of 1 s"),
+        ("allocate:4096", "MemoryError"),
+        ("reward:nan", "scored nan"),
+        ("reward:1.5", "scored 1.5"),
+        ("reward:many", "ValueError"),
+        ("no_such_verb", "AttributeError"),
+    ],
+)
+def test_a_failed_check_has_no_reward_but_an_error(pool, response, error):
+    judgement = judge(pool, response)
+    assert judgement.reward is None
+    assert error in judgement.error
+    assert judge(pool, "reward:1").reward == 1.0
+
+
+@pytest.mark.parametrize("answer", ["9^{9^{9^9}}", "(10^{10})!"])
+def test_expressions_that_never_end_cost_a_worker_only(pool, answer):
+    judgements = pool.judge([(MATH, rf"\boxed{{{answer}}}"), (MATH, r"\boxed{\frac{2}{2}}"), (MATH, r"\boxed{2}")])
+    assert [j.reward for j in judgements[1:]] == [1.0, 0.0]
+    assert judgements[0].reward is None and "time limit" in judgements[0].error
+
+
+def test_the_time_limit_does_not_count_waiting(pool):
+    """Six hanging checks on two workers hold everybody else up for about three time limits."""
+    judgements = pool.judge([(PROBLEM, "hang")] * 6 + [(PROBLEM, "reward:1")] * 200)
+    assert [j.reward for j in judgements] == [None] * 6 + [1.0] * 200
+
+
+def test_a_dead_worker_is_replaced_and_the_check_tried_again(tmp_path):
+    with RewardPool([HostileTask()], RewardConfig(workers=1, time_limit_s=10, max_retries=1)) as pool:
+        assert judge(pool, f"fail_once:{tmp_path / 'tried'}").reward == 1.0
+        begin = time.monotonic()
+        assert judge(pool, "exit:1").reward is None
+        assert judge(pool, "raise").error == "Unpicklable: one"
+        assert time.monotonic() - begin < 10
+
+
+def test_threads_may_submit_at_the_same_time(pool):
+    with ThreadPoolExecutor(4) as threads:
+        judgements = list(threads.map(lambda i: judge(pool, f"reward:{i % 2}"), range(200)))
+    assert [j.reward for j in judgements] == [float(i % 2) for i in range(200)]
+
+
+def test_a_worker_killed_from_outside_breaks_nothing(pool, tmp_path):
+    """The worker is idle: Pebble takes its end for the end of all workers, and its pool has to be replaced."""
+    for _ in range(2):
+        judge(pool, f"pid:{tmp_path / 'pids'}")
+        os.kill(int((tmp_path / "pids").read_text().split()[-1]), signal.SIGKILL)
+        time.sleep(0.3)
+    retrying = [pool.submit(PROBLEM, "reward:1") for _ in range(50)]
+    assert {future.result(timeout=60).reward for future in retrying} == {1.0}
+
+
+def test_workers_do_not_hold_torch(pool):
+    import torch  # noqa: F401  the parent does
+
+    assert judge(pool, "has_torch").reward == 0.0
+
+
+def test_an_unknown_task_is_an_error(pool):
+    judgement = pool.submit(Problem(id="x/0", task="x", question="?", answer="!"), "1").result()
+    assert judgement.reward is None and "the pool has: hostile, math" in judgement.error
+
+
+def test_tasks_that_cannot_be_prepared_say_so_at_the_start():
+    with (
+        RewardPool([HostileTask(prepare_error=True)], RewardConfig(workers=1)) as pool,
+        pytest.raises(RewardPoolError, match="cannot prepare its tasks: ImportError: no such library"),
+    ):
+        pool.start()
+
+
+def test_tasks_must_not_share_a_name():
+    with pytest.raises(ValueError, match="share a name: hostile"):
+        RewardPool([HostileTask(), HostileTask()])
+
+
+def test_close_ends_everything_at_once():
+    pool = RewardPool([HostileTask()], RewardConfig(workers=2, time_limit_s=60, max_retries=3))
+    pool.start()
+    futures = [pool.submit(PROBLEM, "hang") for _ in range(3000)]
+    workers = [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+    begin = time.monotonic()
+    pool.close()
+    pool.close()
+    assert time.monotonic() - begin < 15
+    assert {future.result(timeout=1).reward for future in futures} == {None}
+    assert "closed" in judge(pool, "reward:1").error
+    assert len(workers) >= 3
+
+
+PARENT = """
+import sys
+from hostile_task import PROBLEM, HostileTask
+from megatron_hdpo.rewards.pool import RewardConfig, RewardPool
+if __name__ == "__main__":
+    pool = RewardPool([HostileTask()], RewardConfig(workers=2, time_limit_s=600))
+    pool.judge([(PROBLEM, "pid:" + sys.argv[1])] * 4)
+    hanging = [pool.submit(PROBLEM, "hang_in_c"), pool.submit(PROBLEM, "hang")]
+    print("ready", flush=True)
+    hanging[0].result()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel kills the workers on Linux only")
+def test_no_worker_outlives_a_killed_parent(tmp_path):
+    script, pids = tmp_path / "parent.py", tmp_path / "pids"
+    script.write_text(PARENT)
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
+    parent = subprocess.Popen(
+        [sys.executable, str(script), str(pids)], env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE
+    )
+    assert parent.stdout.readline() == b"ready\n"
+    time.sleep(0.5)
+    family = psutil.Process(parent.pid).children(recursive=True)
+    assert {int(pid) for pid in pids.read_text().split()} <= {process.pid for process in family}
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    _, alive = psutil.wait_procs(family, timeout=15)
+    assert not [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
