@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from transformers import PretrainedConfig
+from transformers import Cache, PretrainedConfig
 
 from megatron_hdpo.rollout.embedded_model import EmbeddedModel
 from megatron_hdpo.rollout.engine import EngineHealth, WeightStream
@@ -126,7 +126,7 @@ class EmbeddedEngine:
         self._device = torch.device(device)
         dtype = getattr(torch, self.config.dtype)
         self._model = EmbeddedModel(model, dtype, self._device, self.config.vocab_size)
-        self._cache = self._model.new_cache()
+        self._cache = self._model.new_cache(self.config.max_batch_tokens)
         self._on_progress = on_progress
         self._version = -1
         self._unusable = "no weights yet: call update_weights"
@@ -288,12 +288,13 @@ class EmbeddedEngine:
         ended = set(self._sample(sequences, logits_BV, self._row_params(sequences)))
         self._insert([s for r, s in enumerate(sequences) if r not in ended], batch, prefilled)
 
-    def _insert(self, sequences: list[_Sequence], batch: list[tuple[_Pending, int]], prefilled: object) -> None:
+    def _insert(self, sequences: list[_Sequence], batch: list[tuple[_Pending, int]], prefilled: Cache) -> None:
         """Copy each prompt's keys and values to the slots of its samples."""
         if not sequences:
             return
         first = len(self._active)
-        self._cache.reserve(first + len(sequences), max(s.cached for s in sequences) + 1, like=prefilled)
+        longest = max(s.cached for s in (*self._active, *sequences))
+        self._cache.reserve(first + len(sequences), longest + 1, like=prefilled)
         row = first
         for source, (pending, _) in enumerate(batch):
             count = sum(s.pending is pending for s in sequences)

@@ -20,7 +20,7 @@ class EmbeddedModel:
     def __init__(
         self, config: PretrainedConfig | str | Path, dtype: torch.dtype, device: torch.device, vocab_size: int | None
     ) -> None:
-        self.config = config if isinstance(config, PretrainedConfig) else AutoConfig.from_pretrained(config)
+        self.config = config if isinstance(config, PretrainedConfig) else _read_config(Path(config))
         self.device, self.dtype = device, dtype
         self.vocab_size = _checked_vocab_size(self.config, vocab_size)
         _check_architecture(self.config)
@@ -31,9 +31,9 @@ class EmbeddedModel:
         """Longest prompt plus response in tokens."""
         return int(self.config.max_position_embeddings)
 
-    def new_cache(self) -> SlotCache:
+    def new_cache(self, max_tokens: int) -> SlotCache:
         """An empty decoding cache for this model."""
-        return SlotCache(self.config.num_hidden_layers)
+        return SlotCache(self.config.num_hidden_layers, max_tokens)
 
     def release(self) -> None:
         """Drop the weights' memory; `load` brings it back."""
@@ -114,6 +114,14 @@ class EmbeddedModel:
 
     def _logits(self, hidden_BH: torch.Tensor) -> torch.Tensor:
         return self._model.lm_head(hidden_BH)[:, : self.vocab_size]
+
+
+def _read_config(path: Path) -> PretrainedConfig:
+    """Checked here first, because transformers takes a path that does not exist for a name on its hub."""
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file; want a Hugging Face config.json or the folder that holds it")
+    return AutoConfig.from_pretrained(file)
 
 
 def _check_architecture(config: PretrainedConfig) -> None:

@@ -59,7 +59,7 @@ def uniforms(seed: int, sample_index: int, count: int) -> np.ndarray:
 def row_params(
     temperatures: list[float], top_ks: list[int | None], top_ps: list[float], vocab_size: int, device: torch.device
 ) -> RowParams:
-    """RowParams from per-row settings; temperature 0 means greedy, top_k None (or >= vocabulary) and top_p 1 mean off."""
+    """RowParams from per-row settings: temperature 0 means greedy, top_k None and top_p 1 mean no limit."""
     greedy = [t == 0.0 for t in temperatures]
     scales = [1.0 if t == 0.0 else t for t in temperatures]
     ks = [vocab_size if k is None else min(k, vocab_size) for k in top_ks]

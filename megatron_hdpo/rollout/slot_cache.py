@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-_LENGTH_STEP = 64
+_COLUMN_STEP = 64
 
 
 class SlotLayer(CacheLayerMixin):
@@ -54,11 +54,25 @@ class SlotView:
 
 
 class SlotCache(Cache):
-    """Keys and values of `rows` sequences; row r holds lengths[r] tokens. Grows by need, never beyond what is used."""
+    """Keys and values of sequences that decode together; slot r holds the tokens of row r from column 0 on.
 
-    def __init__(self, num_layers: int) -> None:
+    Grows by need, and never beyond `max_tokens` = slots x columns as long as no step needs more than that.
+    """
+
+    def __init__(self, num_layers: int, max_tokens: int) -> None:
         self._view = SlotView()
+        self._max_tokens = max_tokens
         super().__init__(layers=[SlotLayer(self._view) for _ in range(num_layers)])
+
+    @property
+    def slots(self) -> int:
+        """Slots for which there is memory."""
+        return self.layers[0].keys.shape[0] if self.layers[0].is_initialized else 0
+
+    @property
+    def columns(self) -> int:
+        """Tokens per slot for which there is memory."""
+        return self.layers[0].keys.shape[2] if self.layers[0].is_initialized else 0
 
     def insert(self, row: int, repeats: int, prefilled: Cache, source_row: int, length: int) -> None:
         """Copy `length` tokens of one row of a prefilled cache into slots row ... row + repeats - 1."""
@@ -67,7 +81,7 @@ class SlotCache(Cache):
             layer.values[row : row + repeats, :, :length] = source.values[source_row, :, :length]
 
     def move(self, sources: list[int], targets: list[int], width: int) -> None:
-        """Copy rows onto other rows, to close the holes that finished sequences leave."""
+        """Copy slots onto other slots, to close the holes that finished sequences leave."""
         for layer in self.layers:
             for states in (layer.keys, layer.values):
                 states[targets, :, :width] = states[sources, :, :width]
@@ -79,14 +93,26 @@ class SlotCache(Cache):
         self._view.width = width
 
     def reserve(self, rows: int, length: int, like: Cache | None = None) -> None:
-        """Make room for `rows` sequences of `length` tokens, keeping what is held. `like`: a prefilled cache that
-        gives shapes, dtype and device, needed the first time."""
-        for index, layer in enumerate(self.layers):
-            if layer.keys is None or layer.keys.shape[0] < rows or layer.keys.shape[2] < length:
-                template = layer if layer.keys is not None else like.layers[index]  # type: ignore[union-attr]
-                layer.keys = _enlarged(layer.keys, template.keys, rows, length)
-                layer.values = _enlarged(layer.values, template.values, rows, length)
-                layer.is_initialized = True
+        """Make room for `rows` sequences of `length` tokens, the longest in use included; what those hold is kept.
+        `like`: a prefilled cache that gives shape, dtype and device, needed while nothing is held."""
+        if rows <= self.slots and length <= self.columns:
+            return
+        slots, columns = self._capacity(rows, length)
+        templates = self.layers if self.layers[0].is_initialized else like.layers  # type: ignore[union-attr]
+        for layer, template in zip(self.layers, templates, strict=True):
+            layer.keys = _resized(layer.keys, template.keys, slots, columns)
+            layer.values = _resized(layer.values, template.values, slots, columns)
+            layer.is_initialized = True
+
+    def _capacity(self, rows: int, length: int) -> tuple[int, int]:
+        """Slots and columns to hold: generous, so that a long response causes few copies, unless memory forbids."""
+        columns = self.columns if length <= self.columns else max(length, self.columns * 3 // 2)
+        columns += -columns % _COLUMN_STEP
+        slots = max(rows, self.slots)
+        if slots * columns > self._max_tokens:
+            slots = rows
+            columns = max(length, min(columns, self._max_tokens // slots))
+        return slots, columns
 
     def drop(self) -> None:
         """Give the memory back."""
@@ -94,13 +120,10 @@ class SlotCache(Cache):
             layer.keys, layer.values, layer.is_initialized = None, None, False
 
 
-def _enlarged(old: torch.Tensor | None, template: torch.Tensor, rows: int, length: int) -> torch.Tensor:
-    """A larger copy of `old`; length grows by half at least, so that a long response causes few copies."""
-    held_rows, held = (old.shape[0], old.shape[2]) if old is not None else (0, 0)
-    capacity = held if length <= held else max(length, held * 3 // 2)
-    capacity += -capacity % _LENGTH_STEP
+def _resized(old: torch.Tensor | None, template: torch.Tensor, slots: int, columns: int) -> torch.Tensor:
     # Zeros, not empty: a masked column has weight 0, and 0 times what an empty tensor happens to hold may be NaN.
-    new = template.new_zeros(max(rows, held_rows), template.shape[1], capacity, template.shape[3])
+    new = template.new_zeros(slots, template.shape[1], columns, template.shape[3])
     if old is not None:
-        new[:held_rows, :, :held] = old
+        kept = old[:slots, :, :columns]
+        new[: kept.shape[0], :, : kept.shape[2]] = kept
     return new
