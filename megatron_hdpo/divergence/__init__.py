@@ -1,6 +1,7 @@
 """Divergences between a student and a teacher over a sharded vocabulary, exact in value and gradient; torch alone."""
 
 from megatron_hdpo.divergence.gather import vocab_parallel_logprobs, vocab_parallel_topk
+from megatron_hdpo.divergence.head import head_loss, head_losses
 from megatron_hdpo.divergence.kinds import KINDS, TAILS, DivergenceSpec
 from megatron_hdpo.divergence.losses import Losses, divergence, logit_losses, vocab_parallel_entropy
 from megatron_hdpo.divergence.targets import FullLogits, Hidden, Target, TopK
@@ -15,6 +16,8 @@ __all__ = [
     "Target",
     "TopK",
     "divergence",
+    "head_loss",
+    "head_losses",
     "logit_losses",
     "vocab_parallel_entropy",
     "vocab_parallel_logprobs",

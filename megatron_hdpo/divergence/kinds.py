@@ -63,7 +63,7 @@ class DivergenceSpec:
         if self.tail == "outside" and base in ("reverse_kl", "akl"):
             raise ValueError(
                 f"{self.kind} (beta {self.beta}) with tail 'outside' is infinite: the teacher is zero outside its "
-                "top-k while the student is not; use tail 'bucket', which keeps the teacher's remaining mass as one entry"
+                "top-k while the student is not; use tail 'bucket', which keeps the teacher's other mass as one entry"
             )
 
     @property
@@ -123,6 +123,11 @@ def _raw_summands(
         return p * (lp - lm), -(1.0 - b) * p * (q / mix)
     t = q * (lq - lm)
     return t, t + q * (1.0 - b * (q / mix))
+
+
+def needs_dense(spec: DivergenceSpec) -> bool:
+    """Whether a TopK target needs every token's own summand: a clip under a tail whose tokens do not vanish."""
+    return spec.clip is not None and spec.tail == "outside" and spec.outside_constant > 0.0
 
 
 def akl_weights(lp: Tensor, lq: Tensor, mu: float) -> tuple[Tensor, Tensor]:

@@ -85,7 +85,8 @@ def _outside(spec: DivergenceSpec, lp_hat_RK: Tensor, lq_RK: Tensor) -> _Terms:
 def _bucket(spec: DivergenceSpec, lp_RK: Tensor, lq_RK: Tensor, rest_R: Tensor, whole_R: Tensor) -> _Terms:
     """k entries and one for all other tokens. A support that is the whole vocabulary has no bucket (whole_R)."""
     tiny = torch.finfo(rest_R.dtype).tiny
-    lp_tail_R = (1.0 - lp_RK.exp().sum(-1)).clamp_min(TAIL_FLOOR).log().masked_fill(whole_R, LOG_ZERO)
+    p_tail_R = (1.0 - lp_RK.double().exp().sum(-1)).clamp_min(TAIL_FLOOR)  # a difference: in double precision
+    lp_tail_R = p_tail_R.log().to(lp_RK.dtype).masked_fill(whole_R, LOG_ZERO)
     q_tail_R = rest_R.clamp_min(tiny)
     lq_tail_R = q_tail_R.log().masked_fill(whole_R, LOG_ZERO)
     lp = torch.cat([lp_RK, lp_tail_R.unsqueeze(-1)], dim=-1)

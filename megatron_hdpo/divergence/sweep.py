@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -88,23 +89,37 @@ class SoftmaxTerm:
     slope_T: Tensor | None = None
 
 
-def write_dense(grad_TV: Tensor, logits_TV: Tensor, shard: Shard, terms: list[SoftmaxTerm]) -> None:
-    """grad := sum of the terms, padding columns 0. grad may be the storage of the logits."""
+def write_dense(
+    grad_TV: Tensor,
+    logits_TV: Tensor,
+    shard: Shard,
+    terms: list[SoftmaxTerm],
+    add: Callable[[slice, Tensor, Tensor], None] | None = None,
+    at_least: int = 1,
+) -> None:
+    """grad := sum of the terms, padding columns 0. grad may be the storage of the logits.
+
+    add(block, z, total): adds what is no multiple of a softmax to the total of a block of rows, in the compute dtype.
+    at_least: rows of a block, for an `add` that is cheaper on many.
+    """
     tokens, dtype = logits_TV.shape[0], compute_dtype(logits_TV)
     grad_TV[:, shard.valid :] = 0.0
-    if not terms:
+    if not terms and add is None:
         grad_TV.zero_()
-    if not terms or not shard.valid or not tokens:
+    if not (terms or add) or not shard.valid or not tokens:
         return
-    blocks = list(row_blocks(tokens, shard.valid, logits_TV))
-    direct = grad_TV.dtype == dtype and len(terms) == 1 and terms[0].slope_T is None
+    blocks = list(row_blocks(tokens, shard.valid, logits_TV, at_least=at_least))
+    direct = grad_TV.dtype == dtype and len(terms) == 1 and terms[0].slope_T is None and add is None
     scratch = None if direct else torch.empty((3, blocks[0].stop, shard.valid), dtype=dtype, device=logits_TV.device)
     for block in blocks:
         z, out = logits_TV[block, : shard.valid], grad_TV[block, : shard.valid]
         if scratch is None:
             _scaled_softmax(z, terms[0], block, out)
-        else:
-            out.copy_(_sum_of_terms(z, terms, block, scratch))
+            continue
+        total = _sum_of_terms(z, terms, block, scratch)
+        if add is not None:
+            add(block, z, total)
+        out.copy_(total)
 
 
 def _scaled_softmax(z: Tensor, term: SoftmaxTerm, block: slice, out: Tensor) -> None:
@@ -116,6 +131,8 @@ def _scaled_softmax(z: Tensor, term: SoftmaxTerm, block: slice, out: Tensor) -> 
 
 def _sum_of_terms(z: Tensor, terms: list[SoftmaxTerm], block: slice, scratch: Tensor) -> Tensor:
     total, lq, q = (s[: z.shape[0]] for s in scratch)
+    if not terms:
+        total.zero_()
     for i, term in enumerate(terms):
         lq.copy_(z).mul_(1.0 / term.temperature).sub_(term.lse_T[block].unsqueeze(-1))
         torch.exp(lq, out=q)

@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 
 
+def _to(rows: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if rows is None else rows.to(device)
+
+
 def _check_rows(rows: Tensor | None, length: int, tokens: int, what: str) -> None:
     if rows is None:
         if length != tokens:
@@ -42,17 +46,21 @@ class TopK:
 
     def flat(self, tokens: int, vocab_size: int, device: torch.device) -> TopK:
         """The same target as 2-D tensors on `device`; raises ValueError on shapes or ids that cannot be."""
-        if self.ids_TK.shape != self.logprobs_TK.shape or self.ids_TK.dim() < 1:
+        if self.ids_TK.shape != self.logprobs_TK.shape or not self.ids_TK.shape or not self.ids_TK.shape[-1]:
             raise ValueError(
                 f"TopK ids {list(self.ids_TK.shape)} and log-probs {list(self.logprobs_TK.shape)} must have one shape, "
-                "[..., K]"
+                "[..., K] with K at least 1"
             )
         k = self.ids_TK.shape[-1]
         ids_RK = self.ids_TK.detach().reshape(-1, k).to(device=device, dtype=torch.int64)
-        rows = None if self.rows is None else self.rows.to(device)
+        rows = _to(self.rows, device)
         _check_rows(rows, ids_RK.shape[0], tokens, "TopK")
         check_ids(ids_RK, vocab_size, "TopK")
         return TopK(ids_RK, self.logprobs_TK.detach().reshape(-1, k).to(device), rows)
+
+    def pruned(self) -> TopK:
+        """The same target with id -1 at every entry that is in no support."""
+        return replace(self, ids_TK=self.ids_TK.masked_fill(self.logprobs_TK == -torch.inf, -1).clamp_min(-1))
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,7 @@ class FullLogits:
     logits_TV_local: Tensor
     rows: Tensor | None = None
 
-    def flat(self, tokens: int, width: int) -> FullLogits:
+    def flat(self, tokens: int, width: int, device: torch.device) -> FullLogits:
         logits_RV = self.logits_TV_local.detach()
         if logits_RV.shape[-1] != width:
             raise ValueError(
@@ -70,9 +78,14 @@ class FullLogits:
             )
         logits_RV = logits_RV.reshape(-1, width)
         _check_rows(self.rows, logits_RV.shape[0], tokens, "FullLogits")
-        return replace(self, logits_TV_local=logits_RV)
+        return FullLogits(logits_RV.to(device), _to(self.rows, device))
+
+    @property
+    def height(self) -> int:
+        return 1
 
     def block(self, rows: slice) -> Tensor:
+        """[n, V / tp] logits of a slice of rows (flat targets only)."""
         return self.logits_TV_local[rows]
 
     def __len__(self) -> int:
@@ -90,7 +103,7 @@ class Hidden:
     head_weight_VH: Tensor
     rows: Tensor | None = None
 
-    def flat(self, tokens: int, width: int) -> Hidden:
+    def flat(self, tokens: int, width: int, device: torch.device) -> Hidden:
         size = self.hidden_TH.shape[-1]
         if self.head_weight_VH.shape != (width, size):
             raise ValueError(
@@ -99,9 +112,14 @@ class Hidden:
             )
         hidden_RH = self.hidden_TH.detach().reshape(-1, size)
         _check_rows(self.rows, hidden_RH.shape[0], tokens, "Hidden")
-        return Hidden(hidden_RH, self.head_weight_VH.detach(), self.rows)
+        return Hidden(hidden_RH.to(device), self.head_weight_VH.detach().to(device), _to(self.rows, device))
+
+    @property
+    def height(self) -> int:
+        return 128  # a matrix product on fewer rows wastes the machine
 
     def block(self, rows: slice) -> Tensor:
+        """[n, V / tp] logits of a slice of rows (flat targets only)."""
         return self.hidden_TH[rows] @ self.head_weight_VH.t()
 
     def __len__(self) -> int:

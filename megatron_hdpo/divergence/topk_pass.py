@@ -1,0 +1,229 @@
+"""Log-prob, entropy and divergence to a top-k target, from one read of the logits.
+
+    forward:  read the logits once -> all-reduce MAX of [T] -> all-reduce SUM of O(T + R k) numbers -> O(R k) arithmetic
+    backward: no communication; read the logits once, write the gradient once
+
+With q = softmax(z / t_s) at the sampling temperature and w = softmax(z / t_d) at the distillation's, the gradient is
+
+    g_u = (1/t_s) [ gl (1[u = y] - q_u) - gh q_u (ln q_u + H) ] + (1/t_d) gd (G_u on the support, w_u a elsewhere),
+
+a row-wise multiple of a softmax (two, if the temperatures differ) and k + 1 exceptions, which overwrite it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from megatron_hdpo.divergence.options import Options, Outputs, Upstream, at_rows, gradient_storage, spread
+from megatron_hdpo.divergence.shard import OwnedEntries, compute_dtype
+from megatron_hdpo.divergence.support import SupportTerms, support_terms
+from megatron_hdpo.divergence.sweep import SoftmaxTerm, local_stats, shift_stats, write_dense
+from megatron_hdpo.divergence.targets import TopK
+
+
+@dataclass(frozen=True)
+class Normalisers:
+    """The group's statistics: log-normalisers at both temperatures, and the logits that were asked for.
+
+    rest_R: the student's mass outside the support, where the tail needs it.
+    """
+
+    lse_T: Tensor
+    lse_distill_T: Tensor
+    entropy_T: Tensor | None
+    sampled_T: Tensor
+    support_RK: Tensor | None
+    rest_R: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Entries:
+    """Which logits a pass asks for beside the row statistics."""
+
+    sampled: OwnedEntries
+    support: OwnedEntries | None
+    target: TopK | None
+
+
+def _find_entries(ids_T: Tensor, target: TopK | None, options: Options) -> _Entries:
+    sampled = OwnedEntries.find(ids_T.unsqueeze(-1), None, options.shard)
+    support = None if target is None else OwnedEntries.find(target.ids_TK, target.rows, options.shard)
+    return _Entries(sampled, support, target)
+
+
+def _normalisers(logits_TV: Tensor, entries: _Entries, options: Options) -> Normalisers:
+    """Sweep the shard and join the ranks: two all-reduces, whatever is asked for."""
+    local, max_T = _local_sums(logits_TV, entries, options)
+    total = dict(zip(local, options.shard.all_reduce_sum(list(local.values())), strict=True))
+    sum_T, other_T = total["sum"], total.get("other", total["sum"])
+    rows = None if entries.target is None else entries.target.rows
+    return Normalisers(
+        max_T / options.temperature + sum_T.log(),
+        max_T / options.distill_temperature + other_T.log(),
+        sum_T.log() - total["energy"] / sum_T if "energy" in total else None,
+        total["sampled"],
+        total.get("support"),
+        total["rest"] / at_rows(other_T, rows) if "rest" in total else None,
+    )
+
+
+def _local_sums(logits_TV: Tensor, entries: _Entries, options: Options) -> tuple[dict[str, Tensor], Tensor]:
+    """This rank's summands of everything that is summed over ranks, and the maximum of the logits over the ranks."""
+    shard, dtype, target = options.shard, compute_dtype(logits_TV), entries.target
+    t_s, t_d = options.temperature, options.distill_temperature
+    holes = entries.support if options.spec.tail == "bucket" else None
+    two = target is not None and t_s != t_d
+    stats = local_stats(logits_TV, shard, t_s, entropy=options.entropy, holes=None if two else holes)
+    other = local_stats(logits_TV, shard, t_d, holes=holes) if two else stats
+    max_T = shard.all_reduce_max_(stats.max_T.clone())
+    stats = shift_stats(stats, max_T, t_s)
+    other = shift_stats(other, max_T, t_d) if two else stats
+    sampled_T1 = entries.sampled.gather(logits_TV, torch.Size((logits_TV.shape[0], 1)), dtype)
+    local = {"sum": stats.sum_T, "sampled": sampled_T1.squeeze(-1)}
+    if stats.energy_T is not None:
+        local["energy"] = stats.energy_T
+    if target is not None and entries.support is not None:
+        local["support"] = entries.support.gather(logits_TV, target.ids_TK.shape, dtype)
+        if other.rest_T is not None:
+            local["rest"] = at_rows(other.rest_T, target.rows)
+    if two:
+        local["other"] = other.sum_T
+    return local, max_T
+
+
+@dataclass(frozen=True)
+class TopKPass:
+    """A pass that has been made (see options.Pass), with or without a target."""
+
+    outputs: Outputs
+    options: Options
+    entries: _Entries
+    stats: Normalisers
+    terms: SupportTerms | None
+    ids_T: Tensor
+    logprobs_T: Tensor
+
+    @classmethod
+    def run(cls, logits_TV: Tensor, ids_T: Tensor | None, target: TopK | None, options: Options) -> TopKPass:
+        """ids_T: int64 [T] or None; target: flat (TopK.flat)."""
+        if ids_T is None:
+            ids_T = torch.full(logits_TV.shape[:1], -1, device=logits_TV.device)
+        if target is not None:
+            target = target.pruned()
+        entries = _find_entries(ids_T, target, options)
+        stats = _normalisers(logits_TV, entries, options)
+        logprobs_T = (stats.sampled_T / options.temperature - stats.lse_T).masked_fill(ids_T < 0, 0.0)
+        terms = None if target is None else _target_terms(stats, target, options)
+        outputs = _outputs(options, stats, logprobs_T, terms, target)
+        return cls(outputs, options, entries, stats, terms, ids_T, logprobs_T.detach())
+
+    def without_outputs(self) -> TopKPass:
+        return replace(self, outputs=Outputs.none())
+
+    def gradient(self, logits_TV: Tensor, upstream: Upstream, *, inplace: bool) -> Tensor:
+        scales = _Scales.of(self, upstream)
+        grad_TV = gradient_storage(logits_TV, inplace)
+        write_dense(grad_TV, logits_TV, self.options.shard, scales.softmax_terms(self))
+        # The sampled token first: the support may contain it, and its values are complete.
+        if scales.logprob_T is not None:
+            self.entries.sampled.write(scales.at_sampled(self).unsqueeze(-1), grad_TV)
+        if scales.divergence_R is not None and self.entries.support is not None:
+            self.entries.support.write(scales.at_support(self), grad_TV)
+        return grad_TV
+
+
+def _target_terms(stats: Normalisers, target: TopK, options: Options) -> SupportTerms:
+    assert stats.support_RK is not None
+    lq_RK = stats.support_RK / options.distill_temperature - at_rows(stats.lse_distill_T, target.rows).unsqueeze(-1)
+    lp_RK = target.logprobs_TK.to(lq_RK.dtype)
+    return support_terms(options.spec, lp_RK, lq_RK, target.ids_TK >= 0, stats.rest_R, options.shard.vocab_size)
+
+
+def _outputs(
+    options: Options, stats: Normalisers, logprobs_T: Tensor, terms: SupportTerms | None, target: TopK | None
+) -> Outputs:
+    shown_T = logprobs_T if options.logprobs else None
+    # Copies of references: what goes out gets a graph, what stays must not hold it.
+    entropy_T = None if stats.entropy_T is None else stats.entropy_T.detach()
+    if terms is None or target is None:
+        return Outputs(shown_T, entropy_T, None)
+    mine = terms.value_R, terms.mass_R, terms.covered_R, terms.top_R
+    return Outputs(shown_T, entropy_T, *(spread(x, target.rows, logprobs_T.shape[0]) for x in mine))
+
+
+@dataclass(frozen=True)
+class _Scales:
+    """Upstream gradients turned into row-wise factors; the temperatures' 1/t is in them.
+
+    dense part at the sampling temperature: q (scale_T + slope_T ln q); away_T: factor of w away from the support.
+    """
+
+    logprob_T: Tensor | None
+    divergence_R: Tensor | None
+    scale_T: Tensor | None
+    slope_T: Tensor | None
+    away_T: Tensor | None
+
+    @classmethod
+    def of(cls, made: TopKPass, upstream: Upstream) -> _Scales:
+        options, target = made.options, made.entries.target
+        logprob_T = scale_T = slope_T = divergence_R = away_T = None
+        if upstream.logprobs_T is not None:
+            logprob_T = upstream.logprobs_T.masked_fill(made.ids_T < 0, 0.0) / options.temperature
+            scale_T = -logprob_T
+        if upstream.entropy_T is not None and made.stats.entropy_T is not None:
+            slope_T = -upstream.entropy_T / options.temperature
+            from_entropy_T = slope_T * made.stats.entropy_T
+            scale_T = from_entropy_T if scale_T is None else scale_T + from_entropy_T
+        if upstream.divergence_T is not None and target is not None and made.terms is not None:
+            divergence_R = at_rows(upstream.divergence_T, target.rows) / options.distill_temperature
+            away_T = spread(divergence_R * made.terms.outside_R, target.rows, made.ids_T.shape[0])
+        return cls(logprob_T, divergence_R, scale_T, slope_T, away_T)
+
+    def softmax_terms(self, made: TopKPass) -> list[SoftmaxTerm]:
+        options, stats = made.options, made.stats
+        if self.away_T is not None and options.temperature == options.distill_temperature:
+            scale_T = self.away_T if self.scale_T is None else self.scale_T + self.away_T
+            return [SoftmaxTerm(stats.lse_T, options.temperature, scale_T, self.slope_T)]
+        terms = []
+        if self.scale_T is not None:
+            terms.append(SoftmaxTerm(stats.lse_T, options.temperature, self.scale_T, self.slope_T))
+        if self.away_T is not None:
+            terms.append(SoftmaxTerm(stats.lse_distill_T, options.distill_temperature, self.away_T))
+        return terms
+
+    def at_sampled(self, made: TopKPass) -> Tensor:
+        """Gradient at the sampled token, as if it were not in the support."""
+        assert self.logprob_T is not None and self.scale_T is not None
+        stats, options = made.stats, made.options
+        value_T = self.logprob_T + _dense_value(made.logprobs_T, self.scale_T, self.slope_T)
+        if self.away_T is not None:
+            value_T = (
+                value_T + (stats.sampled_T / options.distill_temperature - stats.lse_distill_T).exp() * self.away_T
+            )
+        return value_T
+
+    def at_support(self, made: TopKPass) -> Tensor:
+        """Gradient at the support's tokens, the sampled one among them or not."""
+        stats, target = made.stats, made.entries.target
+        assert target is not None and made.terms is not None and self.divergence_R is not None
+        assert stats.support_RK is not None
+
+        def column(values_T: Tensor) -> Tensor:
+            return at_rows(values_T, target.rows).unsqueeze(-1)
+
+        value_RK = self.divergence_R.unsqueeze(-1) * made.terms.grad_RK
+        if self.scale_T is not None:
+            lq_RK = stats.support_RK / made.options.temperature - column(stats.lse_T)
+            slope_R1 = None if self.slope_T is None else column(self.slope_T)
+            value_RK = value_RK + _dense_value(lq_RK, column(self.scale_T), slope_R1)
+        if self.logprob_T is not None:
+            value_RK = value_RK + column(self.logprob_T) * (target.ids_TK == column(made.ids_T))
+        return value_RK
+
+
+def _dense_value(lq: Tensor, scale: Tensor, slope: Tensor | None) -> Tensor:
+    return lq.exp() * (scale if slope is None else scale + slope * lq)
