@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -24,9 +23,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from transformers import Cache, PretrainedConfig
 
 from megatron_hdpo.rollout.embedded_model import EmbeddedModel
+from megatron_hdpo.rollout.embedded_state import PendingRequest, SequenceState, problem_with
 from megatron_hdpo.rollout.engine import EngineHealth, WeightStream
 from megatron_hdpo.rollout.sampling import Draw, RowParams, row_params, sample, uniforms
-from megatron_hdpo.rollout.types import Completion, FinishReason, GenerationRequest, GenerationResult, TopLogprobs
+from megatron_hdpo.rollout.types import FinishReason, GenerationRequest, GenerationResult
 
 OnProgress = Callable[[int, int], None]
 
@@ -57,54 +57,6 @@ class EmbeddedEngineConfig(BaseModel):
     )
 
 
-@dataclass
-class _Pending:
-    """A request on its way: its samples end one by one."""
-
-    request: GenerationRequest
-    completions: dict[int, Completion] = field(default_factory=dict)
-    errors: dict[int, str] = field(default_factory=dict)
-    admitted: int = 0
-
-    @property
-    def finished(self) -> bool:
-        return len(self.completions) + len(self.errors) == self.request.sampling.n
-
-    def result(self) -> GenerationResult:
-        return GenerationResult(
-            request_id=self.request.request_id,
-            completions=[self.completions[index] for index in sorted(self.completions)],
-            errors=[self.errors[index] for index in sorted(self.errors)],
-        )
-
-
-@dataclass
-class _Sequence:
-    """One sample while it decodes. `cached`: tokens in its slot, all but the last sampled one."""
-
-    pending: _Pending
-    index: int
-    uniforms: np.ndarray
-    cached: int
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
-    top_ids: list[np.ndarray] = field(default_factory=list)
-    top_logprobs: list[np.ndarray] = field(default_factory=list)
-
-    def completion(self, reason: FinishReason) -> Completion:
-        tops = None
-        if self.top_ids:
-            tops = TopLogprobs(np.stack(self.top_ids), np.stack(self.top_logprobs))
-        return Completion(
-            token_ids=np.array(self.ids, dtype=np.int32),
-            logprobs=np.array(self.logprobs, dtype=np.float32),
-            finish_reason=reason,
-            weight_versions=np.array(self.versions, dtype=np.int32),
-            top_logprobs=tops,
-        )
-
-
 class EmbeddedEngine:
     """Engine protocol on `transformers`. Not for use by several threads at once.
 
@@ -130,8 +82,8 @@ class EmbeddedEngine:
         self._on_progress = on_progress
         self._version = -1
         self._unusable = "no weights yet: call update_weights"
-        self._waiting: deque[_Pending] = deque()
-        self._active: list[_Sequence] = []  # row r of the cache belongs to _active[r]
+        self._waiting: deque[PendingRequest] = deque()
+        self._active: list[SequenceState] = []  # row r of the cache belongs to _active[r]
         self._params: RowParams | None = None  # of _active; None when it changed
         self._outstanding: set[str] = set()
         self._finished: deque[GenerationResult] = deque()
@@ -153,7 +105,7 @@ class EmbeddedEngine:
         if not self._outstanding:
             self._generated, self._completed = 0, 0
         self._outstanding = taken
-        self._waiting.extend(_Pending(request) for request in requests)
+        self._waiting.extend(PendingRequest(request) for request in requests)
 
     def results(self) -> Iterator[GenerationResult]:
         """Finished requests in order of completion, until none is outstanding. Sampling goes on only while this is
@@ -207,7 +159,7 @@ class EmbeddedEngine:
         self._params = None
 
     def _validate(self, request: GenerationRequest) -> None:
-        problem = _problem_with(request, self._model.vocab_size, self._model.context_length)
+        problem = problem_with(request, self._model.vocab_size, self._model.context_length)
         total = len(request.prompt_ids) + request.sampling.max_new_tokens
         if not problem and total > self.config.max_batch_tokens:
             problem = f"prompt plus response of {total} tokens exceed max_batch_tokens {self.config.max_batch_tokens}"
@@ -236,7 +188,7 @@ class EmbeddedEngine:
         limit = self.config.max_batch_sequences
         if self._active and limit - len(self._active) < max(1, self.config.refill_fraction * limit):
             return
-        admitted: list[tuple[_Pending, int]] = []
+        admitted: list[tuple[PendingRequest, int]] = []
         rows = len(self._active)
         longest = max((self._final_length(s.pending.request) for s in self._active), default=0)
         while self._waiting:
@@ -260,9 +212,11 @@ class EmbeddedEngine:
     def _final_length(request: GenerationRequest) -> int:
         return len(request.prompt_ids) + request.sampling.max_new_tokens
 
-    def _prefill_batches(self, admitted: list[tuple[_Pending, int]]) -> Iterator[list[tuple[_Pending, int]]]:
+    def _prefill_batches(
+        self, admitted: list[tuple[PendingRequest, int]]
+    ) -> Iterator[list[tuple[PendingRequest, int]]]:
         """Prompts of like length together, within the token budget of one pass."""
-        batch: list[tuple[_Pending, int]] = []
+        batch: list[tuple[PendingRequest, int]] = []
         for item in sorted(admitted, key=lambda item: len(item[0].request.prompt_ids)):
             if batch and (len(batch) + 1) * len(item[0].request.prompt_ids) > self.config.prefill_tokens:
                 yield batch
@@ -271,24 +225,26 @@ class EmbeddedEngine:
         if batch:
             yield batch
 
-    def _prefill(self, batch: list[tuple[_Pending, int]]) -> None:
+    def _prefill(self, batch: list[tuple[PendingRequest, int]]) -> None:
         """Run the prompts, sample the first token of every new sample, and give a slot to each that goes on."""
         prompts = [pending.request.prompt_ids for pending, _ in batch]
         logits_RV, prefilled = self._model.prefill(prompts)
-        sequences: list[_Sequence] = []
+        sequences: list[SequenceState] = []
         sources: list[int] = []
         for source, (pending, count) in enumerate(batch):
             request = pending.request
             for index in range(pending.admitted, pending.admitted + count):
                 numbers = uniforms(request.seed, index, request.sampling.max_new_tokens)
-                sequences.append(_Sequence(pending, index, numbers, cached=len(request.prompt_ids)))
+                sequences.append(SequenceState(pending, index, numbers, cached=len(request.prompt_ids)))
                 sources.append(source)
             pending.admitted += count
         logits_BV = logits_RV[torch.tensor(sources, device=self._device)]
         ended = set(self._sample(sequences, logits_BV, self._row_params(sequences)))
         self._insert([s for r, s in enumerate(sequences) if r not in ended], batch, prefilled)
 
-    def _insert(self, sequences: list[_Sequence], batch: list[tuple[_Pending, int]], prefilled: Cache) -> None:
+    def _insert(
+        self, sequences: list[SequenceState], batch: list[tuple[PendingRequest, int]], prefilled: Cache
+    ) -> None:
         """Copy each prompt's keys and values to the slots of its samples."""
         if not sequences:
             return
@@ -304,7 +260,7 @@ class EmbeddedEngine:
         self._active.extend(sequences)
         self._params = None
 
-    def _row_params(self, sequences: list[_Sequence]) -> RowParams:
+    def _row_params(self, sequences: list[SequenceState]) -> RowParams:
         settings = [s.pending.request.sampling for s in sequences]
         return row_params(
             [s.temperature for s in settings],
@@ -314,13 +270,13 @@ class EmbeddedEngine:
             self._device,
         )
 
-    def _sample(self, sequences: list[_Sequence], logits_BV: torch.Tensor, params: RowParams) -> list[int]:
+    def _sample(self, sequences: list[SequenceState], logits_BV: torch.Tensor, params: RowParams) -> list[int]:
         """Draw one token per row; returns the rows that ended."""
         u_B = torch.tensor([s.uniforms[len(s.ids)] for s in sequences], dtype=torch.float64, device=self._device)
         top = max(s.pending.request.sampling.top_logprobs for s in sequences)
         return self._record(sequences, sample(logits_BV, u_B, params, top))
 
-    def _record(self, sequences: list[_Sequence], draw: Draw) -> list[int]:
+    def _record(self, sequences: list[SequenceState], draw: Draw) -> list[int]:
         """Append the drawn tokens and close what they end; returns the rows that ended."""
         ids, logprobs, finite = draw.ids_B.tolist(), draw.logprobs_B.tolist(), draw.finite_B.tolist()
         if draw.top_ids_BK is not None and draw.top_logprobs_BK is not None:
@@ -347,15 +303,15 @@ class EmbeddedEngine:
                 ended.append(row)
         return ended
 
-    def _finish(self, sequence: _Sequence, reason: FinishReason) -> None:
+    def _finish(self, sequence: SequenceState, reason: FinishReason) -> None:
         sequence.pending.completions[sequence.index] = sequence.completion(reason)
         self._hand_over(sequence.pending)
 
-    def _fail(self, sequence: _Sequence, reason: str) -> None:
+    def _fail(self, sequence: SequenceState, reason: str) -> None:
         sequence.pending.errors[sequence.index] = f"sample {sequence.index}: {reason}"
         self._hand_over(sequence.pending)
 
-    def _hand_over(self, pending: _Pending) -> None:
+    def _hand_over(self, pending: PendingRequest) -> None:
         if pending.finished:
             self._outstanding.discard(pending.request.request_id)
             self._finished.append(pending.result())
@@ -375,29 +331,3 @@ class EmbeddedEngine:
                 self._active[hole] = self._active[mover]
         del self._active[keep:]
         self._params = None
-
-
-def _problem_with(request: GenerationRequest, vocab_size: int, context_length: int) -> str:
-    """What is wrong with a request, or an empty string."""
-    prompt, sampling = request.prompt_ids, request.sampling
-    if prompt.ndim != 1 or prompt.size == 0:
-        return f"prompt_ids has shape {prompt.shape}, want at least one token in one dimension"
-    if not np.issubdtype(prompt.dtype, np.integer):
-        return f"prompt_ids has dtype {prompt.dtype}, want integers"
-    if prompt.min() < 0 or prompt.max() >= vocab_size:
-        return f"prompt holds ids from {prompt.min()} to {prompt.max()}, outside the vocabulary of {vocab_size}"
-    if sampling.max_new_tokens < 1 or sampling.n < 1:
-        return f"max_new_tokens {sampling.max_new_tokens} and n {sampling.n} must both be at least 1"
-    if len(prompt) + sampling.max_new_tokens > context_length:
-        return f"{len(prompt)} prompt + {sampling.max_new_tokens} new tokens exceed the context of {context_length}"
-    if not 0 <= sampling.temperature < float("inf"):
-        return f"temperature {sampling.temperature} is not a finite number >= 0"
-    if not 0 < sampling.top_p <= 1:
-        return f"top_p {sampling.top_p} is not in (0, 1]"
-    if sampling.top_k is not None and sampling.top_k < 1:
-        return f"top_k {sampling.top_k} is not at least 1; None means no limit"
-    if not 0 <= sampling.top_logprobs <= vocab_size:
-        return f"top_logprobs {sampling.top_logprobs} is not between 0 and the vocabulary of {vocab_size}"
-    if not 0 <= request.seed < 2**64:
-        return f"seed {request.seed} is not in [0, 2**64)"
-    return ""

@@ -1,0 +1,202 @@
+"""Saved rollouts: exact round trip, readable text, and a clear report of what cannot be read or written."""
+
+import json
+import logging
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from megatron_hdpo.data.problem import Problem
+from megatron_hdpo.rollout.sample_log import read_groups, write_groups
+from megatron_hdpo.rollout.types import Completion, Group, Sample, TopLogprobs
+
+
+def decode(ids: np.ndarray) -> str:
+    return " ".join(f"<{i}>" for i in ids)
+
+
+def any_bits(shape):
+    """float32 of every bit pattern: subnormal, infinite, NaN with its payload."""
+    return arrays.arrays(np.uint32, shape).map(lambda bits: bits.view(np.float32))
+
+
+@st.composite
+def samples(draw) -> Sample:
+    length, k = draw(st.integers(1, 5)), draw(st.integers(0, 3))
+    ids = st.integers(0, 2**31 - 1)
+    tops = TopLogprobs(draw(arrays.arrays(np.int32, (length, k), elements=ids)), draw(any_bits((length, k))))
+    completion = Completion(
+        token_ids=draw(arrays.arrays(np.int32, length, elements=ids)),
+        logprobs=draw(any_bits(length)),
+        finish_reason=draw(st.sampled_from(["stop", "length"])),
+        weight_versions=draw(arrays.arrays(np.int32, length, elements=st.integers(-1, 9))),
+        top_logprobs=tops if k else None,
+    )
+    return Sample(completion, draw(st.text(max_size=20)), draw(st.floats(allow_nan=False, allow_infinity=False)))
+
+
+@st.composite
+def groups(draw) -> Group:
+    optional = st.none() | st.text(max_size=8)
+    problem = Problem(*[draw(st.text(max_size=12)) for _ in range(4)], draw(optional), draw(optional))
+    ids = arrays.arrays(np.int32, st.integers(1, 6), elements=st.integers(0, 10**6))
+    return Group(
+        problem=problem,
+        prompt_ids=draw(ids),
+        samples=draw(st.lists(samples(), max_size=3)),
+        privileged_prompt_ids=draw(st.none() | ids),
+        privileged=draw(st.lists(samples(), max_size=2)),
+        dropped=draw(st.dictionaries(st.sampled_from(["leaked", "duplicate", "wrong"]), st.integers(0, 9))),
+    )
+
+
+def assert_same_array(left: np.ndarray | None, right: np.ndarray | None) -> None:
+    if left is None or right is None:
+        assert left is right
+        return
+    assert left.dtype == right.dtype and left.shape == right.shape and left.tobytes() == right.tobytes()
+    assert left.flags.writeable
+
+
+def assert_same_sample(left: Sample, right: Sample) -> None:
+    assert (left.text, left.reward, left.completion.finish_reason) == (
+        right.text,
+        right.reward,
+        right.completion.finish_reason,
+    )
+    mine, its = left.completion, right.completion
+    for name in ("token_ids", "logprobs", "weight_versions"):
+        assert_same_array(getattr(mine, name), getattr(its, name))
+    assert (mine.top_logprobs is None) == (its.top_logprobs is None)
+    if mine.top_logprobs and its.top_logprobs:
+        assert_same_array(mine.top_logprobs.ids_TK, its.top_logprobs.ids_TK)
+        assert_same_array(mine.top_logprobs.logprobs_TK, its.top_logprobs.logprobs_TK)
+
+
+def assert_same_group(left: Group, right: Group) -> None:
+    assert (left.problem, left.dropped) == (right.problem, right.dropped)
+    assert_same_array(left.prompt_ids, right.prompt_ids)
+    assert_same_array(left.privileged_prompt_ids, right.privileged_prompt_ids)
+    for mine, its in ((left.samples, right.samples), (left.privileged, right.privileged)):
+        for a, b in zip(mine, its, strict=True):
+            assert_same_sample(a, b)
+
+
+@given(written=st.lists(groups(), min_size=1, max_size=3))
+@settings(max_examples=50, deadline=None)
+def test_round_trip_is_exact_to_the_bit(written, tmp_path_factory):
+    path = tmp_path_factory.mktemp("log") / "rollouts.jsonl"
+    write_groups(path, written[:1], decode)
+    write_groups(path, written[1:], decode)
+    read = read_groups(path)
+    for left, right in zip(read, written, strict=True):
+        assert_same_group(left, right)
+
+
+def example_group(**problem) -> Group:
+    completion = Completion(
+        token_ids=np.array([5, 6, 2], np.int32),
+        logprobs=np.array([-0.1, -0.2, -0.3], np.float32),
+        finish_reason="stop",
+        weight_versions=np.array([3, 3, 3], np.int32),
+    )
+    fields = {
+        "id": "sums/1",
+        "task": "sums",
+        "question": "What is 3 \u00d7 4?",
+        "answer": "12",
+        "level": "easy",
+        **problem,
+    }
+    return Group(
+        problem=Problem(**fields),
+        prompt_ids=np.array([1, 9], np.int32),
+        samples=[Sample(completion, "It is\n12", 1.0), Sample(completion, "13", 0.0)],
+        privileged_prompt_ids=np.array([1, 9, 12], np.int32),
+        privileged=[Sample(completion, "12", 1.0)],
+        dropped={"leaked": 2},
+    )
+
+
+def test_a_person_finds_texts_and_rewards_before_any_array(tmp_path):
+    path = tmp_path / "new" / "folder" / "rollouts.jsonl"
+    write_groups(path, [example_group()], decode)
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n") == 1 and text.endswith("\n")
+    assert "What is 3 \u00d7 4?" in text and text.index('"privileged": [{') < text.index("base64")
+    record = json.loads(text)
+    assert (record["level"], record["dropped"], record["prompt"]) == ("easy", {"leaked": 2}, "<1> <9>")
+    assert record["privileged_prompt"] == "<1> <9> <12>"
+    assert record["samples"] == [
+        {"reward": 1.0, "finish_reason": "stop", "tokens": 3, "text": "It is\n12"},
+        {"reward": 0.0, "finish_reason": "stop", "tokens": 3, "text": "13"},
+    ]
+    assert list(record)[-1] == "replay"
+
+
+def test_metadata_that_json_cannot_hold_is_left_out_by_name(tmp_path):
+    metadata = {"seed": 3, "parts": ["a", 1.5], "exact": Fraction(1, 3), "pair": (1, 2), "nan": float("nan")}
+    write_groups(tmp_path / "log", [example_group(metadata=metadata)], decode)
+    (group,) = read_groups(tmp_path / "log")
+    assert group.problem.metadata == {"seed": 3, "parts": ["a", 1.5]}
+    assert json.loads((tmp_path / "log").read_text())["metadata_left_out"] == ["exact", "pair", "nan"]
+
+
+def test_a_reward_that_is_no_number_is_refused_and_the_file_stays(tmp_path):
+    path = tmp_path / "log"
+    write_groups(path, [example_group()], decode)
+    before = path.read_bytes()
+    bad = example_group(id="sums/2")
+    bad.samples[1].reward = float("nan")
+    with pytest.raises(ValueError, match="sums/2: reward nan"):
+        write_groups(path, [example_group(), bad], decode)
+    assert path.read_bytes() == before
+
+
+def test_a_cut_off_last_line_is_named_and_swallows_nothing_written_later(tmp_path, caplog):
+    path = tmp_path / "log"
+    write_groups(path, [example_group(id=f"sums/{i}") for i in range(3)], decode)
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match=r"log:3: broken line, the file ends here"):
+        read_groups(path)
+    write_groups(path, [example_group(id="sums/9")], decode)
+    with pytest.raises(ValueError, match=r"log:3: broken line: "):
+        read_groups(path)
+    with caplog.at_level(logging.WARNING):
+        assert [g.problem.id for g in read_groups(path, skip_broken=True)] == ["sums/0", "sums/1", "sums/9"]
+    assert "log:3" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r.pop("format"), "format 1"),
+        (lambda r: r.pop("question"), "key 'question' is missing"),
+        (lambda r: r["replay"].pop("samples"), "key 'samples' is missing"),
+        (lambda r: r["samples"].pop(), "1 samples but arrays for 2"),
+        (lambda r: r["samples"][0].update(finish_reason="abort"), "finish_reason 'abort'"),
+        (lambda r: r["samples"][0].update(reward=None), "wrong type"),
+        (lambda r: r["replay"]["samples"][1]["logprobs"].update(shape=[2], base64="AAAAAAAAAAA="), "different lengths"),
+        (lambda r: r["replay"]["prompt_ids"].update(base64="!"), "log:2"),
+        (lambda r: r["replay"]["prompt_ids"].update(shape=[7]), "log:2"),
+    ],
+)
+def test_a_damaged_record_is_named_by_line_and_reason(tmp_path, change, message):
+    path = tmp_path / "log"
+    write_groups(path, [example_group(), example_group()], decode)
+    first, second = path.read_text().splitlines()
+    record = json.loads(second)
+    change(record)
+    path.write_text(first + "\n" + json.dumps(record) + "\n")
+    with pytest.raises(ValueError, match=message) as caught:
+        read_groups(path)
+    assert "log:2" in str(caught.value)
+
+
+def test_nothing_to_write_makes_no_file(tmp_path):
+    write_groups(tmp_path / "log", [], decode)
+    assert not (tmp_path / "log").exists()
