@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -46,7 +47,7 @@ def parse_phase(name: str) -> str | None:
     return None if match is None or name == STEP_SECONDS else match["phase"]
 
 
-def step_seconds(metrics: dict[str, float | None]) -> float | None:
+def step_seconds(metrics: Mapping[str, float | None]) -> float | None:
     """The seconds of one step: `time/step_s`, else the sum of its phases; None where neither was measured."""
     if metrics.get(STEP_SECONDS) is not None:
         return metrics[STEP_SECONDS]
