@@ -1,9 +1,9 @@
 """AKL's head and tail over a sharded vocabulary, without sorting it or moving it between ranks.
 
-The head is the teacher's most likely tokens whose cumulative mass stays within mu (the first always). It is found by
-the bits of the probabilities, eight at a time from the top: each round sums the mass of every value of the next eight
-bits, over the tokens that agree so far, and picks the value in which the cumulative mass passes mu. Tokens of one
-probability stay together: those at which mu is passed are tail, unless they are the first.
+The head is the teacher's most likely tokens whose cumulative mass stays within mu, the first always; tokens of one
+probability stay together. It is found by the bits of the probabilities, eight at a time from the top: each round sums
+the mass of every value of the next eight bits, over the tokens that agree so far, and picks the value in which the
+cumulative mass passes mu. The tokens of the last such value are tail, unless they are the first.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _head_key(logits_TV: Tensor, rows: DenseRows, mu: float) -> tuple[Tensor, Te
         down = mass.flip(-1).cumsum(-1)  # mass of the largest digits first
         passed = above_R.unsqueeze(-1) + down > mu
         if shift == bits - 8:
-            everything_R = ~passed.any(-1)
+            everything_R = ~passed.any(-1) | (mu >= 1.0)  # a sum to 1 may round to more
         place_R = passed.to(torch.int8).argmax(-1)
         before = torch.cat([torch.zeros_like(down[:, :1]), down[:, :-1]], dim=-1)
         above_R = above_R + before.gather(-1, place_R.unsqueeze(-1)).squeeze(-1)

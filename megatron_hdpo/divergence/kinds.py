@@ -133,14 +133,14 @@ def needs_dense(spec: DivergenceSpec) -> bool:
 def akl_weights(lp: Tensor, lq: Tensor, mu: float) -> tuple[Tensor, Tensor]:
     """AKL's weights [..., 1] of forward and reverse KL (arXiv 2404.02657), constants of the loss.
 
-    Head: the teacher's most likely entries whose cumulative mass stays within mu, the first always. The forward KL gets
-    the head's share of sum |p - q|, the reverse KL the rest.
+    Head: the teacher's most likely entries whose cumulative mass stays within mu, the first always; entries of one
+    probability stay together. The forward KL gets the head's share of sum |p - q|, the reverse KL the rest.
     """
-    p = lp.exp()
-    gap = (p - lq.exp()).abs()
-    order = p.argsort(dim=-1, descending=True, stable=True)
-    inside = p.gather(-1, order).cumsum(-1) <= mu
-    inside[..., 0] = True
+    gap = (lp.exp() - lq.exp()).abs()
+    p, order = lp.exp().sort(dim=-1, descending=True)
+    last = torch.cat([p[..., 1:] != p[..., :-1], torch.ones_like(p[..., :1], dtype=torch.bool)], dim=-1)
+    group_mass = p.cumsum(-1).masked_fill(~last, torch.inf).flip(-1).cummin(-1).values.flip(-1)
+    inside = (group_mass <= mu) | (p == p[..., :1]) | (mu >= 1.0)  # a sum to 1 may round to more
     head = (gap.gather(-1, order) * inside).sum(-1, keepdim=True)
     forward = head / gap.sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
     return forward, 1.0 - forward
