@@ -136,6 +136,7 @@ class PromptBuilder:
         self._student = environment.from_string(config.student)
         self._privileged = environment.from_string(config.privileged)
         self._overhead = len(self._wrap("").encode()) + 2
+        self._try_templates()
 
     @property
     def markers(self) -> tuple[str, str]:
@@ -225,6 +226,15 @@ class PromptBuilder:
             reference_begin=self.config.reference_begin,
             reference_end=self.config.reference_end,
         )
+
+    def _try_templates(self) -> None:
+        """Raise DataError for templates that parse but fail when they are rendered, with a solution or without."""
+        for solution in (None, "solution"):
+            try:
+                self.render_student(Problem("probe", "probe", "question", "answer", solution))
+                self.render_privileged(Problem("probe", "probe", "question", "answer", solution))
+            except jinja2.TemplateError as error:
+                raise DataError(f"a prompt template cannot be rendered: {error}") from error
 
     def _shortened(self, solution: str, excess: int) -> str:
         """The solution without at least `excess` of its last tokens (or of its characters, where those are fewer)."""

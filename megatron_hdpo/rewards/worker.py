@@ -127,7 +127,7 @@ def _let_the_fork_server_end() -> None:
     multiprocessing gives it to every child, for grandchildren that we do not have, and has no public way to refuse it.
     While a hanging worker holds it, the fork server outlives a killed main process, and the worker the fork server.
     """
-    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    server: Any = forkserver._forkserver
     if server._forkserver_alive_fd is not None:
         os.close(server._forkserver_alive_fd)
         server._forkserver_alive_fd = None

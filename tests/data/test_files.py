@@ -1,0 +1,144 @@
+"""Problems from files: what is read, and one clear error, with file and line, for each thing that can be wrong."""
+
+from __future__ import annotations
+
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from megatron_hdpo.data.errors import DataError
+from megatron_hdpo.data.problem import Problem
+from megatron_hdpo.data.report import LoadReport
+from megatron_hdpo.data.tasks import HuggingFaceTask, JsonlTask, ParquetTask
+from megatron_hdpo.data.tasks.rows import question_key
+
+GOOD = {"problem": "What is 2+2?", "answer": "4", "solution": "2+2 = 4", "level": 1}
+ROWS = [GOOD | {"problem": f"What is {i}+{i}?", "answer": 2 * i, "level": i % 3} for i in range(9)]
+
+
+def write(path, rows):
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n")
+    return path
+
+
+def read(path, report=None, **config):
+    return JsonlTask(kind="jsonl", path=path, **config).problems(report or LoadReport())
+
+
+@pytest.fixture
+def rows_file(tmp_path):
+    return write(tmp_path / "rows.jsonl", ROWS)
+
+
+def test_rows_become_problems(rows_file):
+    first = read(rows_file)[0]
+    assert (first.id, first.task, first.question) == ("rows/1", "rows", "What is 0+0?")
+    assert (first.answer, first.level) == ("0", "0")
+    assert first.metadata["source"] == f"{rows_file}:1"
+
+
+def test_solutions_end_in_the_answer(tmp_path):
+    rows = [GOOD, GOOD | {"problem": "b", "solution": r"so \boxed{4}."}, {"problem": "c", "answer": "4"}]
+    solutions = [p.solution for p in read(write(tmp_path / "a.jsonl", rows))]
+    assert solutions == ["2+2 = 4\n\\boxed{4}", r"so \boxed{4}.", None]
+
+
+def test_filter_limit_and_shuffle(rows_file):
+    assert [p.id for p in read(rows_file, filter={"level": [1, 2]})] == [f"rows/{i}" for i in (2, 3, 5, 6, 8, 9)]
+    assert len(read(rows_file, limit=4)) == 4
+    shuffled = [p.id for p in read(rows_file, shuffle_seed=1)]
+    assert sorted(shuffled) == sorted(p.id for p in read(rows_file)) != shuffled
+    assert shuffled[:3] == [p.id for p in read(rows_file, shuffle_seed=1, limit=3)]
+
+
+def test_nested_keys_patterns_and_answers_from_solutions(tmp_path):
+    row = {"prompt": [{"content": "Q"}], "reward_model": {"ground_truth": "1 + 1 #### 1\nno #### 2 "}}
+    keys = {"question_key": "prompt.0.content", "answer_key": "reward_model.ground_truth"}
+    path = write(tmp_path / "a.jsonl", [row])
+    (problem,) = read(path, answer_pattern=r"#### (.*)", **keys)
+    assert (problem.question, problem.answer) == ("Q", "2")
+    (problem,) = read(
+        write(tmp_path / "b.jsonl", [{"problem": "Q", "solution": r"\boxed{1} or \boxed{x^{2}}"}]), answer_key=None
+    )
+    assert problem.answer == "x^{2}"
+
+
+def test_parquet_and_hugging_face_read_the_same(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    (tmp_path / "set").mkdir()
+    table = pyarrow.Table.from_pylist([row | {"answer": str(row["answer"])} for row in ROWS])
+    pyarrow.parquet.write_table(table, tmp_path / "set" / "train.parquet")
+    parquet = ParquetTask(kind="parquet", path=tmp_path / "set" / "train.parquet").problems(LoadReport())
+    hub = HuggingFaceTask(kind="huggingface", dataset=str(tmp_path / "set"), split="train[:5]")
+    loaded = hub.problems(LoadReport())
+    assert [p.question for p in parquet] == [row["problem"] for row in ROWS]
+    assert [p.question for p in loaded] == [row["problem"] for row in ROWS[:5]]
+    assert loaded[4].metadata["source"] == f"{tmp_path / 'set'}[train[:5]]:5"
+
+
+def test_scorers():
+    math, exact = (JsonlTask(kind="jsonl", path="x.jsonl", scorer=scorer) for scorer in ("math", "exact"))
+    half = Problem("x/1", "x", "?", r"\frac{1}{2}")
+    assert (math.score(half, r"\boxed{0.5}"), exact.score(half, r"\boxed{0.5}")) == (1.0, 0.0)
+    assert (math.needs_parsed_gold, exact.needs_parsed_gold) == (True, False)
+
+
+BAD_ROWS = [
+    ("{not json", "not JSON", r"bad\.jsonl:2: not JSON: Expecting property name .* at column 2"),
+    ("[1, 2]", "missing key", r"bad\.jsonl:2: has no key 'problem' \(it has: list\)"),
+    ({"answer": "4"}, "missing key", r"bad\.jsonl:2: has no key 'problem' \(it has: answer\)"),
+    ({"problem": "q"}, "missing key", r"bad\.jsonl:2: has no key 'answer' \(it has: problem\)"),
+    (GOOD | {"problem": "  "}, "empty question", r"bad\.jsonl:2: the question at 'problem' is empty"),
+    (GOOD | {"problem": "q", "answer": ""}, "empty answer", r"bad\.jsonl:2: the answer at 'answer' is empty"),
+    (GOOD | {"problem": "q", "answer": None}, "answer is no text", r"the answer at 'answer' is NoneType"),
+    (GOOD | {"problem": ["q"]}, "question is no text", r"the question at 'problem' is list, not text"),
+    (GOOD | {"problem": "q", "answer": True}, "answer is no text", r"is bool, not text or a number"),
+    (GOOD | {"problem": "what is $2 + 2$?"}, "duplicate question", r"bad\.jsonl:2: has the same question as .*:1"),
+]
+
+
+@pytest.mark.parametrize(("row", "reason", "message"), BAD_ROWS)
+def test_bad_rows_stop_the_load_or_are_counted(tmp_path, row, reason, message):
+    path = write(tmp_path / "bad.jsonl", [GOOD, row, GOOD | {"problem": "another"}])
+    with pytest.raises(DataError, match=message) as error:
+        read(path)
+    assert "correct the row, or set on_bad_row: drop for task 'bad'" in str(error.value)
+    report = LoadReport()
+    assert [p.id for p in read(path, report, on_bad_row="drop")] == ["bad/1", "bad/3"]
+    assert report.counts == {"bad": {reason: 1}}
+    assert any("1 left out" in line and ":2" in line for line in report.lines())
+
+
+@pytest.mark.parametrize(
+    ("row", "config", "message"),
+    [
+        (GOOD, {"answer_pattern": r"#### (\d+)"}, "answer_pattern finds nothing in the answer '4'"),
+        (GOOD, {"answer_key": None}, r"has no \\boxed\{\} answer in its solution"),
+        (GOOD, {"filter": {"subject": ["algebra"]}}, "has no key 'subject'"),
+        (GOOD, {"filter": {"level": [9]}}, r"no problem is left of .*rows\.jsonl; check filter"),
+    ],
+)
+def test_keys_that_do_not_fit_the_rows_are_errors(tmp_path, row, config, message):
+    with pytest.raises(DataError, match=message):
+        read(write(tmp_path / "rows.jsonl", [row]), **config)
+
+
+def test_sources_that_cannot_be_read(tmp_path):
+    with pytest.raises(DataError, match=r"none\.jsonl does not exist; path must name a file"):
+        read(tmp_path / "none.jsonl")
+    with pytest.raises(DataError, match="is a folder"):
+        read(tmp_path)
+    write(tmp_path / "no.parquet", ["not parquet"])
+    with pytest.raises(DataError, match=r"no\.parquet is not a readable Parquet file"):
+        ParquetTask(kind="parquet", path=tmp_path / "no.parquet").problems(LoadReport())
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"the datasets library cannot load .*check dataset, subset and split"):
+        HuggingFaceTask(kind="huggingface", dataset=str(tmp_path / "empty")).problems(LoadReport())
+
+
+def test_questions_that_differ_in_spelling_only_are_the_same():
+    assert question_key("What is $2 + 2$ ?") == question_key("what is 2+2?")
+    assert question_key(r"\left( x \right)\,.") == question_key("(x)")
+    assert question_key("What is 2-2?") != question_key("What is 2+2?")

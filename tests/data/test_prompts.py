@@ -1,0 +1,169 @@
+"""What the prompts say, that the problem survives every length limit, and that wrong templates are refused at once."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from tiny_tokenizers import PROBLEM, byte_tokenizer, character_tokenizer
+
+from megatron_hdpo.data.errors import DataError
+from megatron_hdpo.data.prompts import PromptBuilder, PromptConfig, PromptTooLong
+
+BYTES = byte_tokenizer()
+
+
+def builder(tokenizer=BYTES, **config):
+    return PromptBuilder(tokenizer, PromptConfig(**config))
+
+
+def test_chat_prompts_end_where_the_assistant_begins():
+    prompts = builder(system="Be brief.", student="Q: {{ question }}")
+    text = prompts.render_student(PROBLEM)
+    assert text == "<|start|>system\nBe brief.<|end|>\n<|start|>user\nQ: What is 2+2?<|end|>\n<|start|>assistant\n"
+    ids = prompts.student(PROBLEM)
+    assert ids.dtype == np.int32 and BYTES.decode(ids) == text
+    assert list(ids).count(BYTES.eos_token_id) == 2 and ids[0] == BYTES.convert_tokens_to_ids("<|start|>")
+
+
+def test_chat_template_variables_are_passed_on():
+    assert builder(chat_template_kwargs={"enable_thinking": False}).render_student(PROBLEM).endswith("<think></think>")
+
+
+def test_raw_prompts_are_the_template_alone():
+    prompts = builder(byte_tokenizer(chat=False), chat=False, student="{{ question }}=")
+    assert prompts.render_student(PROBLEM) == "What is 2+2?="
+    assert BYTES.decode(prompts.student(PROBLEM)) == "What is 2+2?="
+
+
+@pytest.mark.parametrize(
+    ("context", "solution", "holds_solution", "holds_answer"),
+    [
+        ("both", True, True, True),
+        ("both", False, False, True),
+        ("answer", True, False, True),
+        ("answer", False, False, True),
+        ("solution", True, True, False),
+        ("solution", False, False, True),
+    ],
+)
+def test_privileged_context(context, solution, holds_solution, holds_answer):
+    problem = PROBLEM if solution else dataclasses.replace(PROBLEM, solution=None)
+    text = builder(privileged_context=context).render_privileged(problem)
+    assert ("2+2 = 4, so" in text) == holds_solution
+    assert ("Final answer: 4" in text) == holds_answer
+    assert text.index("What is 2+2?") < text.index("[REFERENCE]") < text.index("[END OF REFERENCE]")
+    assert "without mentioning the reference" in text
+
+
+def test_the_student_sees_nothing_of_the_truth():
+    text = builder().render_student(PROBLEM)
+    assert "2+2 = 4" not in text and "REFERENCE" not in text and "Final answer: 4" not in text
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.text(alphabet="ab \N{EURO SIGN}\n", min_size=1, max_size=400), st.integers(0, 450))
+def test_a_long_solution_is_cut_and_the_problem_kept(solution, room):
+    short = dataclasses.replace(PROBLEM, solution=None)
+    limit = len(builder().privileged(short)) + room
+    prompts = builder(max_privileged_tokens=limit)
+    problem = dataclasses.replace(PROBLEM, solution=solution)
+    ids = prompts.privileged(problem)
+    text = BYTES.decode(ids)
+    assert len(ids) <= limit
+    assert "What is 2+2?" in text and "Final answer: 4" in text and text.endswith("<|start|>assistant\n")
+    kept = text.partition("[REFERENCE]\n")[2].partition("Final answer")[0].strip()
+    assert solution.strip().startswith(kept)
+    if len(builder(max_privileged_tokens=10_000).privileged(problem)) <= limit:
+        assert text == builder().render_privileged(problem)
+
+
+def test_a_cut_solution_brings_the_answer_also_where_only_the_solution_was_asked_for():
+    problem = dataclasses.replace(PROBLEM, solution="so " * 200 + "it is 4")
+    assert "Final answer: 4" in BYTES.decode(
+        builder(privileged_context="solution", max_privileged_tokens=600).privileged(problem)
+    )
+
+
+def test_too_long_prompts_are_refused_and_the_quick_check_agrees():
+    student, privileged = (
+        len(builder().student(PROBLEM)),
+        len(builder().privileged(dataclasses.replace(PROBLEM, solution=None))),
+    )
+    fits = builder(max_prompt_tokens=student, max_privileged_tokens=privileged)
+    fits.check_length(PROBLEM, privileged=True)
+    with pytest.raises(
+        PromptTooLong, match=rf"t/1: the prompt has {student} tokens, max_prompt_tokens is {student - 1}"
+    ):
+        builder(max_prompt_tokens=student - 1).student(PROBLEM)
+    with pytest.raises(PromptTooLong):
+        builder(max_prompt_tokens=student - 1).check_length(PROBLEM, privileged=False)
+    small = builder(max_privileged_tokens=privileged - 1)
+    small.check_length(PROBLEM, privileged=False)
+    for call in (small.privileged, lambda problem: small.check_length(problem, privileged=True)):
+        with pytest.raises(PromptTooLong, match="without any solution"):
+            call(PROBLEM)
+
+
+def test_text_that_the_tokenizer_does_not_know_is_an_error():
+    tokenizer = character_tokenizer("0123456789+=")
+    prompts = builder(tokenizer, chat=False, student="{{ question }}", privileged="{{ solution }};{{ question }}")
+    problem = dataclasses.replace(PROBLEM, question="3+4=", solution="7")
+    assert tokenizer.decode(prompts.student(problem)) == "3+4="
+    with pytest.raises(DataError, match="no token for some characters of this prompt: '7;3"):
+        prompts.privileged(problem)
+
+
+def test_a_special_token_in_a_question_is_found():
+    assert builder().foreign_special_token(PROBLEM) is None
+    problem = dataclasses.replace(PROBLEM, question="What does <|end|> do?")
+    assert builder().foreign_special_token(problem) == "<|end|>"
+
+
+def test_round_trip():
+    assert builder().round_trip_difference(PROBLEM) is None
+    lossy = character_tokenizer("abc ")
+    lossy.backend_tokenizer.normalizer = __import__("tokenizers").normalizers.Lowercase()
+    prompts = builder(lossy, chat=False, student="{{ question }}")
+    assert "from character 1: 'BC' became 'bc'" in prompts.round_trip_difference(
+        dataclasses.replace(PROBLEM, question="aBC")
+    )
+
+
+def test_templates_come_from_files(tmp_path):
+    path = tmp_path / "student.jinja"
+    path.write_text("From a file: {{ question }}")
+    assert "From a file: What is 2+2?" in builder(student=str(path)).render_student(PROBLEM)
+
+
+@pytest.mark.parametrize(
+    ("key", "template", "message"),
+    [
+        ("student", "{{ question }} {{ answer }}", "unknown variables: answer; it may use: question"),
+        ("student", "{{ qestion }}", "unknown variables: qestion"),
+        ("student", "Solve this.", "does not use the variable question"),
+        ("student", "{{ question", r"does not parse: .* \(its line 1\)"),
+        ("privileged", "{{ question }} {{ solutions }}", "unknown variables: solutions"),
+        ("privileged", "no/such/file.jinja", "cannot read the template file no/such/file.jinja: No such file"),
+        ("reference_begin", "", "at least 1 character"),
+        ("max_prompt_tokens", 0, "greater than or equal to 1"),
+        ("chatt", True, "Extra inputs are not permitted"),
+    ],
+)
+def test_wrong_configurations_are_refused(key, template, message):
+    with pytest.raises(ValidationError, match=message):
+        PromptConfig(**{key: template})
+
+
+def test_chat_needs_a_chat_template():
+    with pytest.raises(DataError, match=r"no chat template; set prompts\.chat: false"):
+        builder(byte_tokenizer(chat=False))
+
+
+def test_templates_run_in_a_sandbox():
+    with pytest.raises(DataError, match=r"cannot be rendered: access to attribute '__class__' .* is unsafe"):
+        builder(student="{{ question.__class__.__mro__ }}")
