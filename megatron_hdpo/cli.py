@@ -114,7 +114,7 @@ def _report(arguments: argparse.Namespace) -> None:
     from megatron_hdpo.tracking.console import Console
     from megatron_hdpo.tracking.report import write_report
 
-    write_report(arguments.run_dir, Console(enabled=True))
+    write_report(arguments.run_dir).show(Console(enabled=True))
 
 
 def _doctor(arguments: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_hdpo.checkpoint.store import CheckpointConfig
 from megatron_hdpo.data.load import DataConfig
+from megatron_hdpo.data.tasks import TaskConfig
 from megatron_hdpo.evaluation.evaluate import EvaluationConfig
 from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.model.build import ModelConfig
@@ -53,7 +54,12 @@ class WarmupConfig(BaseModel):
     steps: int = Field(100, ge=1, description="Optimizer steps.")
     examples_per_step: int = Field(64, ge=1, description="Worked solutions per step.")
     privileged_share: float = Field(0.4, ge=0, le=1, description="Share of them after the privileged prompt.")
-    tasks: list[str] | None = Field(None, description="Names of training tasks to warm up on; default: all.")
+    plain: list[TaskConfig] = Field(
+        default_factory=list, description="Tasks solved after the student's prompt; default: data.train."
+    )
+    privileged: list[TaskConfig] = Field(
+        default_factory=list, description="Tasks solved after the privileged prompt; default: data.train."
+    )
     optimizer: OptimizerConfig = Field(
         default_factory=lambda: OptimizerConfig(lr=1e-5), description="Its own optimizer, dropped afterwards."
     )

@@ -40,8 +40,6 @@ from megatron_hdpo.tracking.tracker import Tracker
 from megatron_hdpo.weights.load import load_hf
 from megatron_hdpo.weights.stream import stream_hf
 
-FROZEN_TEACHER = "teacher"
-
 
 @dataclass
 class Run:

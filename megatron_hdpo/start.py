@@ -3,32 +3,41 @@
 from __future__ import annotations
 
 from megatron_hdpo.rollout.types import Group
-from megatron_hdpo.run import FROZEN_TEACHER, Run, scaled_final_norm
+from megatron_hdpo.run import Run, scaled_final_norm
 from megatron_hdpo.selftest import run_self_test
 from megatron_hdpo.teachers.teacher import FrozenTeacher
 from megatron_hdpo.warmup import warm_up
 from megatron_hdpo.weights.stream import stream_hf
 
+FROZEN_TEACHER = "teacher"
+WARMED_UP = "warmed_up"
+
 
 def prepare(run: Run) -> None:
     """Bring the run to the state in which `run.step` is the next step to take."""
     latest = run.checkpoints.latest()
-    fresh = latest is None
-    if fresh and run.recipe.warmup.kind == "sft":
-        warm_up(run, run.recipe.warmup)
+    if latest is None and run.recipe.warmup.kind == "sft":
+        _warm_up_once(run)
     run.rebuild_optimizer(run.recipe.optimizer, run.recipe.train.steps * run.recipe.train.updates_per_step)
-    _set_teacher(run, fresh)
+    _set_teacher(run, fresh=latest is None)
     if latest is not None:
         with run.console.phase("resume"):
             run.step = run.checkpoints.load(latest, run.policy).step
         run.console.print(f"resumed from {latest.name}")
-    elif run.recipe.warmup.kind == "sft":
-        run.checkpoints.save(0, run.policy)  # so that a run killed in its first steps does not warm up again
     if run.recipe.rollout.replay is None:
         with run.console.phase("sync"):
             run.sync(run.step)
         if run.recipe.self_test.enabled:
             _self_test(run)
+
+
+def _warm_up_once(run: Run) -> None:
+    """A run that was stopped before its first checkpoint does not warm up again."""
+    if run.checkpoints.has_weights(WARMED_UP):
+        run.checkpoints.load_weights(WARMED_UP, run.policy.model)
+    else:
+        warm_up(run, run.recipe.warmup)
+        run.checkpoints.save_weights(WARMED_UP, run.policy.model)
 
 
 def _set_teacher(run: Run, fresh: bool) -> None:

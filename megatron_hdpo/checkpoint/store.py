@@ -97,8 +97,12 @@ class CheckpointStore:
             policy.schedule.load_state_dict(loaded["schedule"])
         return state
 
+    def has_weights(self, name: str) -> bool:
+        """Whether `save_weights` has written `name` completely."""
+        return (self.root / name).is_dir()
+
     def save_weights(self, name: str, model: HeadlessGPTModel) -> None:
-        """Write the weights that `model` holds now as `checkpoints/<name>` (the frozen teacher's, once per run)."""
+        """Write the weights that `model` holds now as `checkpoints/<name>` (a frozen teacher's, a warm-up's)."""
         with self.context.megatron_calls():
             sharded = {"model": model.sharded_state_dict()}
         self._write(self.root / name, sharded, None)
