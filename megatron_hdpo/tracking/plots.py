@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from io import BytesIO
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -21,7 +22,7 @@ from megatron_hdpo.tracking.summary import Records, evaluations, phases, series
 # Okabe and Ito's palette (2008), told apart also by colour-blind readers.
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#8C8C8C"
 _COLORS = (BLUE, ORANGE, GREEN, RED, PURPLE)
-_STYLES = ("-", "--", ":", "-.")
+_STYLES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")
 _SMOOTH_FROM = 40
 """Number of steps from which a running mean is drawn over the single steps."""
 Handles = list[Line2D | Patch]

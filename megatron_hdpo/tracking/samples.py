@@ -16,10 +16,10 @@ _TEXT_LENGTH = 3000
 
 @dataclass(frozen=True)
 class SampleText:
-    """kind: `rollout` or `privileged rollout`; reward None where the file has none."""
+    """kind: `rollout` or `privileged rollout`."""
 
     kind: str
-    reward: float | None
+    reward: float
     text: str
 
 
@@ -30,14 +30,15 @@ class SampleGroup:
     source: str
     question: str
     answer: str
+    privileged_prompt: str | None
     samples: list[SampleText]
 
 
 def pick_samples(folder: Path) -> tuple[list[SampleGroup], list[str]]:
     """Groups from the newest `*.jsonl` of `folder`, those with privileged rollouts first; notes on unreadable lines.
 
-    A line is an object with `problem` (`question`, `answer`), `samples` and, where it was a cliff, `privileged`: lists
-    of objects with `text` and `reward`. Other keys do not matter. No folder, no groups.
+    Lines are those of `rollout.sample_log.write_groups`; only `question`, `answer`, `samples`, `privileged` (`text` and
+    `reward` of each) and `privileged_prompt` are read, so that a report needs no engine. No folder, no groups.
     """
     files = sorted(folder.glob("*.jsonl"), key=lambda path: _natural(path.name))
     if not files:
@@ -45,6 +46,8 @@ def pick_samples(folder: Path) -> tuple[list[SampleGroup], list[str]]:
     groups, notes = [], []
     with open(files[-1], encoding="utf-8", errors="replace") as lines:
         for number, line in zip(range(1, _READ_LINES + 1), lines, strict=False):
+            if not line.strip():
+                continue
             source = f"{folder.name}/{files[-1].name}, line {number}"
             try:
                 groups.append(_group(json.loads(line), source))
@@ -55,16 +58,18 @@ def pick_samples(folder: Path) -> tuple[list[SampleGroup], list[str]]:
 
 
 def _group(line: Mapping[str, Any], source: str) -> SampleGroup:
-    problem = line["problem"]
     samples = _extremes(line["samples"], "rollout")
-    samples += _extremes(line.get("privileged") or [], "privileged rollout")
-    return SampleGroup(source, _cut(problem["question"]), _cut(problem["answer"]), samples)
+    samples += _extremes(line["privileged"], "privileged rollout")
+    prompt = line["privileged_prompt"]
+    return SampleGroup(
+        source, _cut(line["question"]), _cut(line["answer"]), None if prompt is None else _cut(prompt), samples
+    )
 
 
 def _extremes(samples: Sequence[Mapping[str, Any]], kind: str) -> list[SampleText]:
     """The best and, where it differs in reward, the worst."""
-    texts = [SampleText(kind, sample.get("reward"), _cut(sample["text"])) for sample in samples]
-    ranked = sorted(texts, key=lambda sample: -(sample.reward or 0.0))
+    texts = [SampleText(kind, float(sample["reward"]), _cut(sample["text"])) for sample in samples]
+    ranked = sorted(texts, key=lambda sample: -sample.reward)
     return ranked[:1] + [sample for sample in ranked[-1:] if sample.reward != ranked[0].reward]
 
 

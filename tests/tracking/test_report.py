@@ -1,6 +1,5 @@
 import base64
 import io
-import json
 import math
 import re
 from html.parser import HTMLParser
@@ -9,6 +8,9 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from megatron_hdpo.data.problem import Problem
+from megatron_hdpo.rollout.sample_log import write_groups
+from megatron_hdpo.rollout.types import Completion, Group, Sample
 from megatron_hdpo.tracking.console import Console
 from megatron_hdpo.tracking.metrics import MetricsFileError, MetricsWriter, read_metrics
 from megatron_hdpo.tracking.names import parse_pass_at, parse_phase, step_seconds
@@ -52,15 +54,23 @@ def run(tmp_path):
     return folder
 
 
-def save_rollouts(folder, name, lines):
-    (folder / "rollouts").mkdir(exist_ok=True)
-    (folder / "rollouts" / name).write_text("".join(line + "\n" for line in lines))
+def save_rollouts(run, name, groups):
+    write_groups(run / "rollouts" / name, groups, decode=lambda ids: f"prompt of {len(ids)} ids")
 
 
 def group(question, rewards, privileged=()):
-    samples = [{"text": f"{question} rollout {reward}", "reward": reward} for reward in rewards]
-    shown = [{"text": f"{question} shown {reward}", "reward": reward} for reward in privileged]
-    return json.dumps({"problem": {"question": question, "answer": "4"}, "samples": samples, "privileged": shown})
+    return Group(
+        problem=Problem(id="t/0", task="t", question=question, answer="4"),
+        prompt_ids=np.zeros(3, np.int32),
+        samples=[sample(f"{question} rollout {reward}", reward) for reward in rewards],
+        privileged_prompt_ids=np.zeros(7, np.int32) if privileged else None,
+        privileged=[sample(f"{question} shown {reward}", reward) for reward in privileged],
+    )
+
+
+def sample(text, reward):
+    ids = np.zeros(2, np.int32)
+    return Sample(Completion(ids, np.zeros(2, np.float32), "stop", ids), text, reward)
 
 
 def test_tables_say_before_after_first_last_mean(run):
@@ -121,11 +131,21 @@ def test_html_is_complete_self_contained_and_escaped(run):
     attack = "<script>alert('x')</script>"
     (run / "recipe.yaml").write_text("model:\n  path: '<b>&amp;'\n")
     save_rollouts(run, "step_9.jsonl", [group("old question", [0.0])])
-    save_rollouts(run, "step_10.jsonl", [group("easy", [1.0, 0.0]), group(attack, [0.0], [0.0, 1.0]), "{oops"])
+    save_rollouts(run, "step_10.jsonl", [group("easy", [1.0, 0.0]), group(attack, [0.0], [0.0, 1.0])])
+    with open(run / "rollouts" / "step_10.jsonl", "a") as file:
+        file.write("{oops")
     report = write_report(run)
     page = Page(report.html.read_text(encoding="utf-8"))
     assert "script" not in page.tags and "b" not in page.tags
-    for expected in ("my <run>", attack, "path: '<b>&amp;'", f"{attack} shown 1.0", "easy rollout 0.0", "pass@4"):
+    for expected in (
+        "my <run>",
+        attack,
+        "path: '<b>&amp;'",
+        f"{attack} shown 1.0",
+        "prompt of 7 ids",
+        "easy rollout 0.0",
+        "pass@4",
+    ):
         assert expected in page.text
     assert "old question" not in page.text  # the newest file, also where numbers are not padded
     assert "step_10.jsonl, line 3: not a saved group" in page.text
