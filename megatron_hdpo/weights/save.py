@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Callable
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -16,24 +13,9 @@ from torch import Tensor, nn
 
 from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.parallel.context import ParallelContext
-from megatron_hdpo.weights.errors import WeightsError
+from megatron_hdpo.weights.folder import copy_description, prepare, publish, staging_of, together
 from megatron_hdpo.weights.hf_files import INDEX_FILE, SINGLE_FILE
 from megatron_hdpo.weights.stream import Bucket, WeightGatherer
-
-_COPIED = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-    "additional_chat_templates",
-    "*.tiktoken",
-    "LICENSE*",
-)
-"""What describes the model and its tokenizer, not its weights; the rest of the source folder stays behind."""
 
 
 def save_hf(
@@ -54,11 +36,11 @@ def save_hf(
     appears complete or not at all; an existing one is replaced only with `overwrite`.
     Raises WeightsError, on every rank, when the folder exists or cannot be written.
     """
-    out = Path(out_path)
-    staging = out.with_name(f".{out.name}.partial")
+    source, out = Path(source_path), Path(out_path)
     dtype = dtype or next(model.parameters()).dtype
-    _together(context, lambda: _prepare(Path(source_path), out, staging, dtype, overwrite))
-    gatherer = WeightGatherer(model, architecture, context, to="leader", bucket_bytes=min(2**26, max_shard_bytes))
+    together(context, partial(prepare, out, source, overwrite))
+    together(context, partial(copy_description, source, staging_of(out), dtype))
+    gatherer = WeightGatherer(model, architecture, context, to="leader", bucket_bytes=min(2**25, max_shard_bytes))
     shards = _plan(gatherer.buckets, max_shard_bytes // dtype.itemsize)
     held: dict[str, Tensor] = {}
     files: dict[str, str] = {}
@@ -69,41 +51,9 @@ def save_hf(
             for name, value in chain.from_iterable(map(gatherer.gather, buckets)):
                 held[name] = value.to(device="cpu", dtype=dtype)
                 files[name] = file
-        _together(context, partial(save_file, held, staging / file, metadata={"format": "pt"}))
+        together(context, partial(save_file, held, staging_of(out) / file, metadata={"format": "pt"}))
     num_bytes = dtype.itemsize * sum(bucket.numel for bucket in gatherer.buckets)
-    _together(context, lambda: _finish(staging, out, files, num_bytes))
-
-
-def _together(context: ParallelContext, write: Callable[[], None]) -> None:
-    """Run `write` on the leader; its failure is raised on every rank, so that none waits for a rank that gave up."""
-    problem = None
-    if context.is_leader:
-        try:
-            write()
-        except Exception as error:
-            problem = str(error) if isinstance(error, WeightsError) else f"{type(error).__name__}: {error}"
-    problem = context.broadcast_object(problem)
-    if problem is not None:
-        raise WeightsError(f"saving the Hugging Face folder failed: {problem}")
-
-
-def _prepare(source: Path, out: Path, staging: Path, dtype: torch.dtype, overwrite: bool) -> None:
-    if out.resolve() == source.resolve():
-        raise WeightsError(f"{out} is the folder that the model came from: choose another")
-    if out.exists() and not overwrite:
-        raise WeightsError(f"{out} exists: remove it, choose another folder, or allow overwriting")
-    if not (source / "config.json").is_file():
-        raise WeightsError(f"{source / 'config.json'} does not exist: the config and tokenizer are copied from there")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    for file in sorted({file for pattern in _COPIED for file in source.glob(pattern)}):
-        copy = shutil.copytree if file.is_dir() else shutil.copyfile
-        copy(file, staging / file.name)
-    config = json.loads((staging / "config.json").read_text())
-    # transformers 4 wrote torch_dtype, 5 writes dtype; 5 reads either, 4 only the first.
-    key = "dtype" if "dtype" in config else "torch_dtype"
-    config[key] = str(dtype).removeprefix("torch.")
-    (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    together(context, partial(_finish, out, files, num_bytes))
 
 
 def _plan(buckets: list[Bucket], limit: int) -> list[list[Bucket]]:
@@ -123,24 +73,8 @@ def _shard_name(number: int, count: int) -> str:
     return SINGLE_FILE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
-def _finish(staging: Path, out: Path, files: dict[str, str], num_bytes: int) -> None:
+def _finish(out: Path, files: dict[str, str], num_bytes: int) -> None:
     if len(set(files.values())) > 1:
         index = {"metadata": {"total_size": num_bytes}, "weight_map": files}
-        (staging / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
-    for file in staging.iterdir():
-        _to_disk(file)
-    replaced = out.with_name(f".{out.name}.replaced")
-    if out.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        out.rename(replaced)
-    staging.rename(out)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _to_disk(path: Path) -> None:
-    """Bytes must be on the disk before the rename is, or a power cut leaves a complete-looking folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        (staging_of(out) / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+    publish(out)

@@ -27,7 +27,7 @@ def stream_hf(
     context: ParallelContext,
     *,
     to: Receivers = "all",
-    bucket_bytes: int = 64 * 2**20,
+    bucket_bytes: int = 32 * 2**20,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (Hugging Face name, full tensor) for every tensor of the checkpoint, once, in one order on every layout.
 
@@ -68,7 +68,7 @@ class WeightGatherer:
         context: ParallelContext,
         *,
         to: Receivers,
-        bucket_bytes: int = 64 * 2**20,
+        bucket_bytes: int = 32 * 2**20,
     ) -> None:
         self.architecture, self.context, self.to = architecture, context, to
         self.bound: Bound = bind(model, architecture, context)
@@ -99,7 +99,7 @@ class WeightGatherer:
             # The embedding opens the first bucket.
             if not copy.duplicate or bucket.slots[0].sources != copy.sources:
                 continue
-            if not _same_bits(flat[: parameter.numel()], parameter.detach().view(-1)):
+            if not same_bits(flat[: parameter.numel()], parameter.detach().view(-1)):
                 name = copy.sources[0].name
                 raise WeightsError(
                     f"rank {self.context.rank}: the last stage's copy of {name} differs from the first stage's"
@@ -171,7 +171,7 @@ def _assemble(architecture: Architecture, bucket: Bucket, gathered: Tensor) -> I
 
 def _full_tensors(slot: Slot, shards: list[Shard], parts: list[Tensor]) -> list[Tensor]:
     if slot.split == "copy":
-        if any(not _same_bits(part, parts[0]) for part in parts[1:]):
+        if any(not same_bits(part, parts[0]) for part in parts[1:]):
             raise WeightsError(f"{slot.sources[0].name} differs between tensor-parallel ranks, which must hold copies")
         return [parts[0].clone()]
     full = [parts[0].new_empty(source.shape) for source in slot.sources]
@@ -182,6 +182,6 @@ def _full_tensors(slot: Slot, shards: list[Shard], parts: list[Tensor]) -> list[
     return full
 
 
-def _same_bits(a: Tensor, b: Tensor) -> bool:
+def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equality that takes a NaN for equal to the same NaN: broken weights are to be found by who looks for them."""
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))

@@ -27,15 +27,18 @@ SIZES: dict[str, Any] = {
 }
 LLAMA3 = {
     "rope_type": "llama3",
-    "rope_theta": 50000.0,
+    "rope_theta": 5000.0,
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+LONG = {"max_position_embeddings": 16384}
 CASES: dict[str, Any] = {
     "llama": lambda: LlamaConfig(**SIZES, tie_word_embeddings=False),
-    "llama_tied_rope3": lambda: LlamaConfig(**SIZES, tie_word_embeddings=True, rope_parameters=LLAMA3),
+    "llama_tied_rope3": lambda: LlamaConfig(
+        **SIZES | LONG, head_dim=32, tie_word_embeddings=True, rope_parameters=LLAMA3
+    ),
     "qwen2": lambda: Qwen2Config(**SIZES, tie_word_embeddings=False),
     "qwen2_tied": lambda: Qwen2Config(**SIZES, tie_word_embeddings=True),
     "qwen3": lambda: Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=False),

@@ -1,0 +1,135 @@
+"""Megatron's distributed checkpoints (torch_dist): weights of a model in a folder that knows no layout.
+
+A tensor is stored under its global shape, with the offset of every piece; a run at any TP x PP reads what it needs.
+`model.json` beside them names the architecture, `hugging_face/` holds the config and tokenizer files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from torch import nn
+
+from megatron_hdpo.model.architecture import Architecture, ArchitectureError
+from megatron_hdpo.parallel.context import ParallelContext
+from megatron_hdpo.weights.errors import WeightsError, listed
+from megatron_hdpo.weights.folder import copy_description, prepare, publish, staging_of, together
+from megatron_hdpo.weights.load import zero_padding
+from megatron_hdpo.weights.parameters import unwrap
+
+DESCRIPTION = "hugging_face"
+_RECORD = "model.json"
+_TRAINING_RECORD = "run_state.json"  # what a checkpoint of a training run says about itself
+_MARKER = "metadata.json"  # Megatron's own, written last
+_VERSION = 1
+_NOT_WEIGHTS = ("optimizer", "chained_")
+"""Keys of a training checkpoint that are the optimizer's."""
+
+
+def is_megatron_checkpoint(path: Path) -> bool:
+    """Whether a folder holds a complete distributed checkpoint."""
+    return (path / _MARKER).is_file()
+
+
+def read_record(path: Path) -> Architecture:
+    """The architecture that a Megatron checkpoint names. Raises WeightsError when it names none that is known."""
+    record = next((path / name for name in (_RECORD, _TRAINING_RECORD) if (path / name).is_file()), None)
+    if record is None:
+        raise WeightsError(f"{path} has neither {_RECORD} nor {_TRAINING_RECORD}: its architecture is unknown")
+    try:
+        return Architecture(**json.loads(record.read_text())["architecture"])
+    except (ValueError, TypeError, KeyError, ArchitectureError) as error:
+        raise WeightsError(f"{record} does not describe an architecture of this version: {error}") from error
+
+
+def stored_dtype(path: Path) -> torch.dtype:
+    """Type of the stored weights."""
+    return dist_checkpointing.load_tensors_metadata(str(path))["embedding.word_embeddings.weight"].dtype
+
+
+def save_megatron(
+    model: nn.Module,
+    architecture: Architecture,
+    context: ParallelContext,
+    source_path: str | Path,
+    out_path: str | Path,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write the model's weights as a distributed checkpoint, each rank its own shard; config from `source_path`.
+
+    Collective over all ranks. Atomic like `save_hf`, with the same errors. The script that calls this needs a
+    `__main__` guard: Megatron writes from a process of its own.
+    """
+    source, out = Path(source_path), Path(out_path)
+    dtype = next(model.parameters()).dtype
+    together(context, partial(prepare, out, source, overwrite))
+    with context.megatron_calls(), torch.no_grad():
+        dist_checkpointing.save(_sharded(model), str(staging_of(out)), ("torch_dist", 1))
+    record = {"format": "megatron_hdpo weights", "version": _VERSION, "architecture": vars(architecture)}
+    together(context, partial(copy_description, source, staging_of(out) / DESCRIPTION, dtype))
+    together(context, lambda: (staging_of(out) / _RECORD).write_text(json.dumps(record, indent=2) + "\n"))
+    together(context, partial(publish, out))
+
+
+def load_megatron(model: nn.Module, architecture: Architecture, context: ParallelContext, path: str | Path) -> None:
+    """Fill this rank's parameters from a distributed checkpoint written at any layout; padded rows become zero.
+
+    Collective over all ranks. Raises WeightsError that lists every tensor that is missing, unknown or of a wrong
+    shape. An optimizer's state in the checkpoint is ignored.
+    """
+    with context.megatron_calls(), torch.no_grad():
+        sharded = _sharded(model)
+        lines = _mismatches(sharded, context, path)
+        if lines:
+            raise WeightsError("\n".join([f"{path} does not hold the weights of its {architecture.family}", *lines]))
+        state = dist_checkpointing.load(sharded, str(path))
+        own = dict(unwrap(model).named_parameters())
+        for name, parameter in own.items():
+            parameter.copy_(state[name])
+    zero_padding(model, architecture, context)
+
+
+def _sharded(model: nn.Module) -> dict[str, Any]:
+    """Megatron's sharded state dict without Transformer Engine's extra states: they are no weights, and a plain-torch
+    model has none to offer or to take."""
+    state = unwrap(model).sharded_state_dict()  # type: ignore[operator]
+    return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+
+
+def _mismatches(sharded: dict[str, Any], context: ParallelContext, path: str | Path) -> list[str]:
+    stored = dist_checkpointing.load_tensors_metadata(str(path))
+    wanted = {tensor.key: tensor for value in sharded.values() for tensor in _tensors(value)}
+    wrong = [
+        f"{key}: {tuple(stored[key].global_shape)}, expected {tuple(tensor.global_shape)}"
+        for key, tensor in wanted.items()
+        # The padded vocabulary depends on the layout; what is behind the last token is dropped.
+        if key in stored and not tensor.allow_shape_mismatch and stored[key].global_shape != tensor.global_shape
+    ]
+    # Every rank raises what any of them found: one that went on alone would wait for the others forever.
+    gathered = context.gather_objects((sorted(wanted), wrong))
+    known = {key for keys, _ in gathered for key in keys}
+    wrong = sorted({line for _, lines in gathered for line in lines})
+    return [
+        *listed("missing", sorted(known - stored.keys())),
+        *listed("unexpected", sorted(key for key in stored.keys() - known if not key.startswith(_NOT_WEIGHTS))),
+        *listed("of a wrong shape", wrong),
+    ]
+
+
+def _tensors(value: Any) -> Iterator[ShardedTensor]:
+    if isinstance(value, ShardedTensorFactory):
+        value = value.build()
+    if isinstance(value, ShardedTensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
