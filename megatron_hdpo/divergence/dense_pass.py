@@ -26,8 +26,9 @@ from megatron_hdpo.divergence.sweep import RowStats, SoftmaxTerm, local_stats, s
 
 @dataclass(frozen=True)
 class _Normalisers:
-    """Group statistics: the student's for all tokens, the teacher's for the rows of the target."""
+    """Group statistics of the student for all tokens, of the teacher for its rows; local_max_T: this rank's alone."""
 
+    local_max_T: Tensor
     lse_T: Tensor
     lse_distill_T: Tensor
     entropy_T: Tensor | None
@@ -58,7 +59,7 @@ def _normalisers(logits_TV: Tensor, sampled: OwnedEntries, teacher: Teacher, opt
     taught = None if isinstance(teacher, ScatteredTopK) else _teacher_stats(teacher, shard, t_d, logits_TV)
     maxima = torch.cat([student.max_T] if taught is None else [student.max_T, taught.max_T])
     max_T, max_R = shard.all_reduce_max_(maxima).tensor_split([tokens])
-    student = shift_stats(student, max_T, t_s)
+    local_max_T, student = student.max_T, shift_stats(student, max_T, t_s)
     other = student if t_s == t_d else shift_stats(other, max_T, t_d)
     sampled_T1 = sampled.gather(logits_TV, torch.Size((tokens, 1)), compute_dtype(logits_TV))
     local = {"sum": student.sum_T, "other": other.sum_T, "sampled": sampled_T1.squeeze(-1)}
@@ -75,7 +76,7 @@ def _normalisers(logits_TV: Tensor, sampled: OwnedEntries, teacher: Teacher, opt
         best_R = max_R / t_d - lse_teacher_R
     entropy_T = total["sum"].log() - total["energy"] / total["sum"] if "energy" in total else None
     lse_T, lse_d_T = max_T / t_s + total["sum"].log(), max_T / t_d + total["other"].log()
-    return _Normalisers(lse_T, lse_d_T, entropy_T, total["sampled"], lse_teacher_R, best_R)
+    return _Normalisers(local_max_T, lse_T, lse_d_T, entropy_T, total["sampled"], lse_teacher_R, best_R)
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,9 @@ class DensePass:
             scale_T = entropy_T if scale_T is None else scale_T + entropy_T
         terms = []
         if scale_T is not None:
-            terms.append(SoftmaxTerm(self.stats.lse_T, self.options.temperature, scale_T, slope_T))
+            terms.append(
+                SoftmaxTerm(self.stats.local_max_T, self.stats.lse_T, self.options.temperature, scale_T, slope_T)
+            )
         grad_TV = gradient_storage(logits_TV, inplace)
         adder = _Adder(self, logprob_T, self._weight_of_rows(upstream))
         write_dense(grad_TV, logits_TV, self.options.shard, terms, adder, self.rows.teacher.height)

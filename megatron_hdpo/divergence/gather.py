@@ -44,19 +44,20 @@ class _LogProbs(torch.autograd.Function):
     def forward(ctx: Any, logits_TV: Tensor, ids_TK: Tensor, shard: Shard, temperature: float, inplace: bool) -> Tensor:
         owned = OwnedEntries.find(ids_TK, None, shard)
         stats = local_stats(logits_TV, shard, temperature)
-        max_T = shard.all_reduce_max_(stats.max_T.clone())
+        local_max_T = stats.max_T
+        max_T = shard.all_reduce_max_(local_max_T.clone())
         stats = shift_stats(stats, max_T, temperature)
         sum_T, z_TK = shard.all_reduce_sum(
             [stats.sum_T, owned.gather(logits_TV, ids_TK.shape, compute_dtype(logits_TV))]
         )
         lse_T = max_T / temperature + sum_T.log()
         ctx.owned, ctx.shard, ctx.temperature, ctx.inplace = owned, shard, temperature, inplace
-        ctx.save_for_backward(logits_TV, ids_TK, lse_T)
+        ctx.save_for_backward(logits_TV, ids_TK, local_max_T, lse_T)
         return (z_TK / temperature - lse_T.unsqueeze(-1)).masked_fill(ids_TK < 0, 0.0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        logits_TV, ids_TK, lse_T = ctx.saved_tensors
+        logits_TV, ids_TK, local_max_T, lse_T = ctx.saved_tensors
         owned: OwnedEntries = ctx.owned
         g_TK = grads[0].masked_fill(ids_TK < 0, 0.0) / ctx.temperature
         total_T = -g_TK.sum(-1)
@@ -70,7 +71,7 @@ class _LogProbs(torch.autograd.Function):
         value_N = q_N * total_T[row_N] + added_N[same_N]
         reuse = ctx.inplace and logits_TV.is_contiguous()
         grad_TV = logits_TV.detach() if reuse else torch.empty_like(logits_TV, memory_format=torch.contiguous_format)
-        write_dense(grad_TV, logits_TV, ctx.shard, [SoftmaxTerm(lse_T, ctx.temperature, total_T)])
+        write_dense(grad_TV, logits_TV, ctx.shard, [SoftmaxTerm(local_max_T, lse_T, ctx.temperature, total_T)])
         grad_TV[row_N, col_N] = value_N.to(grad_TV.dtype)
         return grad_TV, None, None, None, None
 

@@ -17,7 +17,7 @@ Group = dist.ProcessGroup | None
 
 # Scratch memory of one block of rows. On the CPU a block must stay in the core's cache, so that the several
 # elementwise operations of a sweep read the logits from memory once; on a GPU it must be large enough to fill it.
-_CPU_BLOCK_BYTES = 512 * 1024
+_CPU_BLOCK_BYTES = 1024 * 1024
 _GPU_BLOCK_BYTES = 256 * 1024 * 1024
 
 

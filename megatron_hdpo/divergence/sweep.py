@@ -37,33 +37,46 @@ def local_stats(
     if not shard.valid or not tokens:
         return stats
     blocks = list(row_blocks(tokens, shard.valid, logits_TV))
-    height = blocks[0].stop
-    scratch = torch.empty((2 if entropy else 1, height, shard.valid), dtype=dtype, device=device)
+    spare = entropy or temperature != 1.0 or logits_TV.dtype != dtype
+    scratch = torch.empty((2 if spare else 1, blocks[0].stop, shard.valid), dtype=dtype, device=device)
     parts = holes.within(blocks) if holes is not None else [slice(0, 0)] * len(blocks)
     for block, part in zip(blocks, parts, strict=True):
-        _block_stats(logits_TV[block, : shard.valid], stats, block, temperature, scratch)
+        rows = block.stop - block.start
+        e, top_N = _block_stats(logits_TV[block, : shard.valid], stats, block, temperature, scratch[:, :rows])
         if holes is not None and rest_T is not None:
-            e = scratch[-1, : block.stop - block.start]
             e[holes.row_N[part] - block.start, holes.col_N[part]] = 0.0
-            torch.sum(e, dim=-1, out=rest_T[block])
+            torch.div(e.sum(dim=-1), top_N, out=rest_T[block])
     return stats
 
 
-def _block_stats(z: Tensor, stats: RowStats, block: slice, temperature: float, scratch: Tensor) -> None:
-    """Statistics of one block of rows; leaves e in the last scratch."""
-    rows = z.shape[0]
-    d, e = scratch[0, :rows], scratch[-1, :rows]
-    if z.dtype != d.dtype:
-        z = d.copy_(z)
-    torch.amax(z, dim=-1, out=stats.max_T[block])
-    torch.sub(z, stats.max_T[block].unsqueeze(-1), out=d)
-    if temperature != 1.0:
-        d.mul_(1.0 / temperature)
-    torch.exp(d, out=e)
-    torch.sum(e, dim=-1, out=stats.sum_T[block])
+def _block_stats(
+    z: Tensor, stats: RowStats, block: slice, temperature: float, scratch: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Statistics of one block of rows; gives its softmax over the shard and that one's largest entries [n]."""
+    e, spare = scratch[0], scratch[-1]
+    torch.amax(z, dim=-1, out=stats.max_T[block]) if z.dtype == e.dtype else stats.max_T[block].copy_(z.amax(dim=-1))
+    z = local_softmax(z, temperature, e, spare)
+    top_N = e.amax(dim=-1)
+    torch.div(e.sum(dim=-1), top_N, out=stats.sum_T[block])
     if stats.energy_T is not None:
-        d.mul_(e)
-        torch.sum(d, dim=-1, out=stats.energy_T[block])
+        torch.sub(z, stats.max_T[block].unsqueeze(-1) / temperature, out=spare).mul_(e)
+        torch.div(spare.sum(dim=-1), top_N, out=stats.energy_T[block])
+    return e, top_N
+
+
+def local_softmax(z: Tensor, temperature: float, out: Tensor, spare: Tensor) -> Tensor:
+    """out := softmax(z / temperature) over this shard's columns; gives z / temperature in the dtype of out.
+
+    torch's softmax reads and writes once and costs half of torch.exp, but its sum drifts on long rows (by 1e-5 at
+    150,000 columns in float32). So nobody relies on its scale: its largest entry, which ought to be exp(max - lse),
+    tells by how much it is off.
+    """
+    if z.dtype != out.dtype:
+        z = spare.copy_(z)
+    if temperature != 1.0:
+        z = torch.mul(z, 1.0 / temperature, out=spare)
+    torch.softmax(z, dim=-1, out=out)
+    return z
 
 
 def shift_stats(stats: RowStats, max_T: Tensor, temperature: float) -> RowStats:
@@ -81,12 +94,20 @@ def shift_stats(stats: RowStats, max_T: Tensor, temperature: float) -> RowStats:
 
 @dataclass(frozen=True)
 class SoftmaxTerm:
-    """A row-wise term of the gradient: softmax(z / temperature) * (scale_T + slope_T * log softmax)."""
+    """A row-wise term of the gradient: q (scale_T + slope_T ln q) with q = softmax(z / temperature) over all ranks.
 
+    max_T: the largest logit of each row in this rank's shard; lse_T: the normaliser over all ranks.
+    """
+
+    max_T: Tensor
     lse_T: Tensor
     temperature: float
     scale_T: Tensor
     slope_T: Tensor | None = None
+
+    def correction(self, local_N1: Tensor, block: slice) -> Tensor:
+        """[n, 1] factor from a softmax over this shard, whose largest entry is local_N1, to q."""
+        return (self.max_T[block] / self.temperature - self.lse_T[block]).exp().unsqueeze(-1) / local_N1
 
 
 def write_dense(
@@ -109,39 +130,48 @@ def write_dense(
     if not (terms or add) or not shard.valid or not tokens:
         return
     blocks = list(row_blocks(tokens, shard.valid, logits_TV, at_least=at_least))
-    direct = grad_TV.dtype == dtype and len(terms) == 1 and terms[0].slope_T is None and add is None
-    scratch = None if direct else torch.empty((3, blocks[0].stop, shard.valid), dtype=dtype, device=logits_TV.device)
+    direct = len(terms) == 1 and terms[0].slope_T is None and add is None
+    plain = direct and grad_TV.dtype == dtype and terms[0].temperature == 1.0
+    count = 1 if plain else 2 if direct else 3
+    scratch = torch.empty((count, blocks[0].stop, shard.valid), dtype=dtype, device=logits_TV.device)
     for block in blocks:
         z, out = logits_TV[block, : shard.valid], grad_TV[block, : shard.valid]
-        if scratch is None:
-            _scaled_softmax(z, terms[0], block, out)
+        if direct:
+            _write_softmax(z, terms[0], block, out, scratch[:, : z.shape[0]])
             continue
-        total = _sum_of_terms(z, terms, block, scratch)
+        total = _sum_of_terms(z, terms, block, scratch[:, : z.shape[0]])
         if add is not None:
             add(block, z, total)
         out.copy_(total)
 
 
-def _scaled_softmax(z: Tensor, term: SoftmaxTerm, block: slice, out: Tensor) -> None:
-    if term.temperature != 1.0:
-        z = torch.mul(z, 1.0 / term.temperature, out=out)
-    torch.sub(z, term.lse_T[block].unsqueeze(-1), out=out)
-    out.exp_().mul_(term.scale_T[block].unsqueeze(-1))
+def _write_softmax(z: Tensor, term: SoftmaxTerm, block: slice, out: Tensor, scratch: Tensor) -> None:
+    """out := q scale."""
+    q = scratch[0]
+    local_softmax(z, term.temperature, q, scratch[-1])
+    factor_N1 = term.correction(q.amax(dim=-1, keepdim=True), block).mul_(term.scale_T[block].unsqueeze(-1))
+    if out.dtype == q.dtype:
+        torch.mul(q, factor_N1, out=out)
+    else:
+        out.copy_(q.mul_(factor_N1))
 
 
 def _sum_of_terms(z: Tensor, terms: list[SoftmaxTerm], block: slice, scratch: Tensor) -> Tensor:
-    total, lq, q = (s[: z.shape[0]] for s in scratch)
+    """Sum of the terms for a block of rows, in the first scratch."""
+    total, lq, q = scratch
     if not terms:
         total.zero_()
     for i, term in enumerate(terms):
-        lq.copy_(z).mul_(1.0 / term.temperature).sub_(term.lse_T[block].unsqueeze(-1))
-        torch.exp(lq, out=q)
+        out = q if i else total
+        z_t = local_softmax(z, term.temperature, out, lq)
+        factor_N1 = term.correction(out.amax(dim=-1, keepdim=True), block)
+        scale_N1 = term.scale_T[block].unsqueeze(-1)
         if term.slope_T is None:
-            q.mul_(term.scale_T[block].unsqueeze(-1))
+            out.mul_(factor_N1 * scale_N1)
         else:
-            q.mul_(lq.mul_(term.slope_T[block].unsqueeze(-1)).add_(term.scale_T[block].unsqueeze(-1)))
+            torch.sub(z_t, term.lse_T[block].unsqueeze(-1), out=lq)
+            lq.mul_(term.slope_T[block].unsqueeze(-1)).add_(scale_N1)
+            out.mul_(lq).mul_(factor_N1)
         if i:
             total.add_(q)
-        else:
-            total.copy_(q)
     return total
