@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel import random as megatron_random
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
@@ -30,23 +31,26 @@ class MegatronOnCpu(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._replaced: dict[str, Any] = {}
+        self._replaced: list[tuple[Any, str, Any]] = []
 
     def __enter__(self) -> MegatronOnCpu:
-        stand_ins: dict[str, Callable[..., Any]] = {
-            "current_device": lambda: _CPU,
-            "synchronize": lambda *args, **kwargs: None,
-        }
-        self._replaced = {name: getattr(torch.cuda, name) for name in stand_ins}
-        for name, stand_in in stand_ins.items():
-            setattr(torch.cuda, name, stand_in)
+        # A CPU run has no CUDA generator for activation recomputation to keep; the CPU's own is kept by its caller.
+        stand_ins: list[tuple[Any, str, Callable[..., Any]]] = [
+            (torch.cuda, "current_device", lambda: _CPU),
+            (torch.cuda, "synchronize", lambda *args, **kwargs: None),
+            (megatron_random, "_get_cuda_rng_state", lambda *args, **kwargs: None),
+            (megatron_random, "_set_cuda_rng_state", lambda *args, **kwargs: None),
+        ]
+        self._replaced = [(module, name, getattr(module, name)) for module, name, _ in stand_ins]
+        for module, name, stand_in in stand_ins:
+            setattr(module, name, stand_in)
         super().__enter__()
         return self
 
     def __exit__(self, *exc: object) -> None:
         super().__exit__(*exc)
-        for name, original in self._replaced.items():
-            setattr(torch.cuda, name, original)
+        for module, name, original in self._replaced:
+            setattr(module, name, original)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

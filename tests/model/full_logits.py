@@ -1,0 +1,131 @@
+"""The loss of a step from the full logits of a `transformers` model in float64, by the definitions and autograd alone.
+
+Nothing here comes from the package but the record types: L = sum w S / N_s + c sum v D / N_d.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from megatron_hdpo.objectives.interface import Example, LossSpec, Scoring
+
+
+@dataclass
+class Reference:
+    """What one step must give: gradients by Hugging Face name, metrics by name."""
+
+    loss: float
+    gradients: dict[str, np.ndarray]
+    metrics: dict[str, float]
+
+
+def load(path: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).eval()
+
+
+def response_logits(model: PreTrainedModel, context: np.ndarray, response: np.ndarray) -> Tensor:
+    """[T, V]: row t is what the model says after the context and t response tokens, one sequence at a time."""
+    ids = torch.tensor([*context.tolist(), *response.tolist()])
+    return model(ids[None]).logits[0, len(context) - 1 : -1]
+
+
+def reference_step(path: Path, examples: Sequence[Example], spec: LossSpec) -> Reference:
+    model = load(path)
+    surrogate_count = sum(e.surrogate_count for e in examples)
+    distill_count = sum(e.distill_count for e in examples)
+    sums: dict[str, float] = dict.fromkeys(_SUMS, 0.0)
+    loss = torch.zeros((), dtype=torch.float64)
+    for example in examples:
+        logits = response_logits(model, example.prompt_ids, example.response_ids)
+        for t in range(len(example.response_ids)):
+            surrogate = _surrogate(example, t, torch.log_softmax(logits[t] / spec.temperature, -1), spec, sums)
+            if surrogate_count:
+                loss = loss + surrogate / surrogate_count
+            if spec.distill is not None and example.target is not None:
+                term = _distillation(example, t, torch.softmax(logits[t] / spec.distill.temperature, -1), spec, sums)
+                loss = loss + spec.distill.coefficient * term / distill_count
+    loss.backward()
+    gradients = {name: p.grad.numpy() for name, p in model.named_parameters()}
+    return Reference(float(loss), gradients, _metrics(sums, surrogate_count, distill_count))
+
+
+_SUMS = ("surrogate", "tokens", "nll", "entropy", "clipped", "k3", "abs", "jsd", "targets", "covered", "top1")
+
+
+def _surrogate(example: Example, t: int, logprobs_V: Tensor, spec: LossSpec, sums: dict[str, float]) -> Tensor:
+    weight = float(example.surrogate_weights_T[t])
+    if weight == 0.0:
+        return torch.zeros((), dtype=torch.float64)
+    config, advantage = spec.surrogate, float(example.advantages_T[t])
+    own = logprobs_V[int(example.response_ids[t])]
+    old = own.detach() if example.old_logprobs_T is None else torch.tensor(float(example.old_logprobs_T[t])).double()
+    rollout = old if example.rollout_logprobs_T is None else torch.tensor(float(example.rollout_logprobs_T[t])).double()
+    ratio = torch.exp(own - old)
+    unclipped = -advantage * ratio
+    clipped = -advantage * torch.clamp(ratio, 1 - config.clip_low, 1 + config.clip_high)
+    token = unclipped if unclipped >= clipped else clipped
+    if advantage < 0 and config.dual_clip is not None and token > -advantage * config.dual_clip:
+        token = torch.tensor(-advantage * config.dual_clip).double()
+    if config.importance_cap is not None:
+        token = token * min(config.importance_cap, float(torch.exp(old - rollout)))
+    if np.any(example.surrogate_weights_T * example.advantages_T) or example.target is not None:  # inert: no metrics
+        log_ratio = float(own.detach() - rollout)
+        sums["tokens"] += 1
+        sums["nll"] -= float(own.detach())
+        sums["entropy"] -= float((logprobs_V.exp() * logprobs_V).sum().detach())
+        sums["clipped"] += float(clipped > unclipped)
+        sums["k3"] += np.exp(log_ratio) - 1 - log_ratio
+        sums["abs"] += abs(log_ratio)
+    sums["surrogate"] += weight * float(token.detach())
+    return weight * token
+
+
+def _distillation(example: Example, t: int, q_V: Tensor, spec: LossSpec, sums: dict[str, float]) -> Tensor:
+    """b KL(p^|M) + (1 - b) KL(q|M) over the whole vocabulary, p^ the teacher renormalised on its top k."""
+    assert spec.distill is not None and example.target is not None and example.distill_weights_T is not None
+    beta, weight = spec.distill.beta, float(example.distill_weights_T[t])
+    ids = torch.from_numpy(example.target.ids_TK[t]).long()
+    masses = torch.from_numpy(example.target.logprobs_TK[t]).double().exp()
+    p_V = torch.zeros_like(q_V).detach()
+    p_V[ids] = masses / masses.sum()
+    m_V = beta * p_V + (1 - beta) * q_V
+    teacher_leg = (p_V[ids] * (p_V[ids] / m_V[ids]).log()).sum()
+    student_leg = (q_V * (q_V / m_V).log()).sum()
+    value = beta * teacher_leg + (1 - beta) * student_leg
+    if weight:
+        sums["jsd"] += weight * float(value.detach())
+        sums["targets"] += 1
+        sums["covered"] += float(torch.minimum(p_V, q_V).sum().detach())
+        sums["top1"] += float(q_V[ids[masses.argmax()]].detach())
+    return weight * value
+
+
+def _metrics(sums: dict[str, float], surrogate_count: float, distill_count: float) -> dict[str, float]:
+    metrics = {"distill/tokens": sums["targets"]}
+    if surrogate_count:
+        metrics["train/surrogate_loss"] = sums["surrogate"] / surrogate_count
+    if sums["tokens"]:
+        names = {"nll": "nll", "entropy": "entropy", "clip_fraction": "clipped"}
+        names |= {"mismatch_k3": "k3", "mismatch_abs": "abs"}
+        metrics |= {f"train/{name}": sums[key] / sums["tokens"] for name, key in names.items()}
+    if sums["targets"]:
+        metrics["distill/jsd"] = sums["jsd"] / distill_count
+        metrics["distill/covered_mass"] = sums["covered"] / sums["targets"]
+        metrics["distill/student_mass_at_top1"] = sums["top1"] / sums["targets"]
+    return metrics
+
+
+@torch.no_grad()
+def reference_score(model: PreTrainedModel, scoring: Scoring) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Log-probs [T], entropy [T] and all log-probs [T, V] at the scoring's temperature."""
+    logits = response_logits(model, scoring.context_ids, scoring.response_ids) / scoring.temperature
+    logprobs_TV = torch.log_softmax(logits, -1)
+    logprobs_T = logprobs_TV[torch.arange(len(logits)), torch.from_numpy(scoring.response_ids).long()]
+    return logprobs_T.numpy(), -(logprobs_TV.exp() * logprobs_TV).sum(-1).numpy(), logprobs_TV.numpy()

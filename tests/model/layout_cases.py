@@ -1,0 +1,215 @@
+"""What every rank of a layout does in the tests of the policy: one world, many cases, results by name."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tiny_policy import (
+    ALL_IN_ONE,
+    MODELS,
+    ONE_PER_MICRO_BATCH,
+    OPTIMIZER,
+    SEVERAL,
+    SPEC,
+    build_policy,
+    gradients_of,
+    joined,
+    make_examples,
+    make_scorings,
+    padding_gradient,
+    weights_of,
+)
+
+from megatron_hdpo.model.policy import Policy
+from megatron_hdpo.objectives.interface import Example
+
+# name: (world size, tensor, pipeline, sequence parallel); replicas take what is left.
+LAYOUTS: dict[str, tuple[int, int, int, bool]] = {
+    "one_rank": (1, 1, 1, False),
+    "tp2": (2, 2, 1, False),
+    "tp2_sp": (2, 2, 1, True),
+    "pp2": (2, 1, 2, False),
+    "dp2": (2, 1, 1, False),
+    "tp2_pp2": (4, 2, 2, False),
+    "tp2_pp2_sp": (4, 2, 2, True),
+    "tp2_dp2": (4, 2, 1, False),
+    "pp2_dp2": (4, 1, 2, False),
+}
+
+
+@dataclass
+class Outcome:
+    """What a case gave: metrics, gradients or weights by Hugging Face name, and what only this case has."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    tensors: dict[str, np.ndarray] = field(default_factory=dict)
+    more: dict[str, Any] = field(default_factory=dict)
+
+
+def run_layouts(names: Sequence[str], paths: dict[str, Path]) -> dict[tuple[str, str, str], Outcome]:
+    """(layout, model, case) -> Outcome on rank 0; other ranks return digests of their tensors only."""
+    outcomes: dict[tuple[str, str, str], Outcome] = {}
+    for layout in names:
+        _, tensor, pipeline, sequence = LAYOUTS[layout]
+        with joined(tensor, pipeline, sequence) as context:
+            for model in models_of(layout):
+                path, cases = paths[model], CASES if model == "llama" else CASES_OF_EVERY_MODEL
+                for case, run in cases.items():
+                    outcome = run(lambda path=path, **options: build_policy(path, context, **options))
+                    outcome.more["digest"] = digest(outcome.tensors)
+                    if context.rank:
+                        outcome.tensors = {}
+                    outcomes[layout, model, case] = outcome
+    return outcomes
+
+
+def models_of(layout: str) -> list[str]:
+    """Every architecture on one and two ranks; on four what can differ there: untied, and tied with QK norms."""
+    return list(MODELS) if LAYOUTS[layout][0] < 4 else ["llama", "qwen3_tied"]
+
+
+def digest(tensors: dict[str, np.ndarray]) -> str:
+    """Equal if and only if every bit of every tensor is."""
+    made = hashlib.sha256()
+    for name in sorted(tensors):
+        made.update(name.encode() + tensors[name].tobytes())
+    return made.hexdigest()
+
+
+def share(policy: Policy, examples: Sequence[Example]) -> list[Example]:
+    """This replica's examples."""
+    return list(examples)[policy.context.dp_rank :: policy.context.dp_size]
+
+
+def _accumulate(policy: Policy, examples: Sequence[Example], spec: Any = SPEC) -> Outcome:
+    metrics = policy.accumulate_gradients(examples, spec)
+    outcome = Outcome(metrics, more={"padding": padding_gradient(policy)})
+    outcome.tensors = gradients_of(policy)
+    return outcome
+
+
+Build = Callable[..., Policy]
+
+
+def _gradients(build: Build, **options: Any) -> Outcome:
+    policy = build(**options)
+    return _accumulate(policy, share(policy, make_examples()))
+
+
+def _gradients_twice(build: Build) -> Outcome:
+    """The buffers hold the first step's gradients when the second one begins."""
+    policy = build()
+    _accumulate(policy, share(policy, make_examples(seed=5)))
+    return _accumulate(policy, share(policy, make_examples()))
+
+
+def _one_replica_has_all(build: Build) -> Outcome:
+    """Other replicas hold nothing, not even a count."""
+    policy = build()
+    return _accumulate(policy, make_examples() if policy.context.dp_rank == 0 else [])
+
+
+def _one_replica_is_inert(build: Build) -> Outcome:
+    """The last replica's examples have no gradient, but their tokens count."""
+    policy = build()
+    inert = [_without_gradient(example) for example in make_examples()]
+    if policy.context.dp_size == 1:
+        return _accumulate(policy, [*make_examples(), *inert])
+    return _accumulate(policy, make_examples() if policy.context.dp_rank == 0 else inert)
+
+
+def _without_gradient(example: Example) -> Example:
+    zeros = np.zeros_like(example.advantages_T)
+    return replace(example, advantages_T=zeros, distill_weights_T=None if example.target is None else zeros)
+
+
+def no_targets() -> list[Example]:
+    return [replace(e, target=None, distill_weights_T=None, distill_count=0.0) for e in make_examples()]
+
+
+def _no_distillation_token(build: Build) -> Outcome:
+    policy = build()
+    return _accumulate(policy, share(policy, no_targets()))
+
+
+def _everything_inert(build: Build) -> Outcome:
+    policy = build()
+    return _accumulate(policy, share(policy, [_without_gradient(e) for e in make_examples()]))
+
+
+def _nothing_at_all(build: Build) -> Outcome:
+    return _accumulate(build(), [])
+
+
+def overflowing() -> tuple[list[Example], list[Example]]:
+    """Examples in which a ratio and an importance weight overflow float32 where the weight is zero; and the same with
+    harmless numbers there."""
+    examples = make_examples()
+    for index in (0, 1):
+        weights = examples[index].surrogate_weights_T.copy()
+        weights[2:4] = 0.0
+        examples[index] = replace(examples[index], surrogate_weights_T=weights)
+    wild = list(examples)
+    old, rollout = examples[0].old_logprobs_T.copy(), examples[0].rollout_logprobs_T.copy()
+    old[2], rollout[3] = -300.0, -300.0
+    wild[0] = replace(examples[0], old_logprobs_T=old, rollout_logprobs_T=rollout)
+    old = examples[1].old_logprobs_T.copy()
+    old[2:4] = -300.0
+    wild[1] = replace(examples[1], old_logprobs_T=old)
+    return wild, examples
+
+
+def _overflow_at_zero_weight(build: Build) -> Outcome:
+    policy = build()
+    return _accumulate(policy, share(policy, overflowing()[0]))
+
+
+def _update(build: Build) -> Outcome:
+    policy = build(optimizer=OPTIMIZER)
+    metrics = policy.update(share(policy, make_examples()), SPEC)
+    return Outcome(metrics, weights_of(policy))
+
+
+def _update_after_a_bad_gradient(build: Build) -> Outcome:
+    """One replica meets an advantage that is not a number; the next step is as if that had never been."""
+    policy = build(optimizer=OPTIMIZER)
+    before = digest(weights_of(policy))
+    examples = make_examples()
+    bad = replace(examples[0], advantages_T=examples[0].advantages_T * np.nan)
+    first = policy.update(share(policy, [bad, *examples[1:]]), SPEC)
+    unchanged = digest(weights_of(policy)) == before
+    metrics = policy.update(share(policy, examples), SPEC)
+    return Outcome(metrics, weights_of(policy), {"bad": first, "unchanged": unchanged})
+
+
+def _score(build: Build) -> Outcome:
+    policy = build()
+    mine = make_scorings()[policy.context.dp_rank :: policy.context.dp_size]
+    seen: list[int] = []
+    scores = policy.score(mine, on_progress=seen.append)
+    return Outcome(more={"scores": scores, "last": policy.context.is_last_stage, "rows": sum(seen)})
+
+
+CASES_OF_EVERY_MODEL: dict[str, Callable[[Build], Outcome]] = {
+    "gradients": lambda build: _gradients(build, budget=SEVERAL),
+    "update": _update,
+    "score": _score,
+}
+CASES: dict[str, Callable[[Build], Outcome]] = CASES_OF_EVERY_MODEL | {
+    "one_per_micro_batch": lambda build: _gradients(build, budget=ONE_PER_MICRO_BATCH),
+    "all_in_one": lambda build: _gradients(build, budget=ALL_IN_ONE),
+    "recompute": lambda build: _gradients(build, recompute=True),
+    "gradients_twice": _gradients_twice,
+    "one_replica_has_all": _one_replica_has_all,
+    "one_replica_is_inert": _one_replica_is_inert,
+    "no_distillation_token": _no_distillation_token,
+    "everything_inert": _everything_inert,
+    "nothing_at_all": _nothing_at_all,
+    "overflow_at_zero_weight": _overflow_at_zero_weight,
+    "update_after_a_bad_gradient": _update_after_a_bad_gradient,
+}

@@ -1,0 +1,213 @@
+"""The policy on every layout of one, two and four ranks, against `transformers` and autograd in float64.
+
+Gradients are compared tensor by tensor: a loss can be right where its gradient is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from distributed_helper import run_ranks
+from full_logits import Reference, load, reference_score, reference_step
+from layout_cases import CASES, LAYOUTS, Outcome, models_of, no_targets, overflowing, run_layouts
+from tiny_policy import MODELS, OPTIMIZER, SPEC, make_checkpoint, make_examples, make_scorings
+
+TOLERANCE = 2e-5  # of float32 sums in another order; wrong gradients are off by 1e-2 or more
+Get = Callable[[str, str, str], Outcome]
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {model: make_checkpoint(model, folder) for model in MODELS}
+
+
+@pytest.fixture(scope="module")
+def worlds(paths: dict[str, Path]) -> Callable[[int], list[dict[tuple[str, str, str], Outcome]]]:
+    """The outcomes of every rank of a world of this size; each world runs once, all its layouts one after another."""
+
+    @cache
+    def run(size: int) -> list[dict[tuple[str, str, str], Outcome]]:
+        names = [name for name, layout in LAYOUTS.items() if layout[0] == size]
+        return run_ranks(size, run_layouts, names, paths, timeout=400.0)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def outcome(worlds) -> Get:
+    return lambda layout, model, case: worlds(LAYOUTS[layout][0])[0][layout, model, case]
+
+
+@pytest.fixture(scope="module")
+def reference(paths: dict[str, Path]) -> Callable[[str], Reference]:
+    return cache(lambda model: reference_step(paths[model], make_examples(), SPEC))
+
+
+EVERY_MODEL = [pytest.param(layout, model, id=f"{layout}-{model}") for layout in LAYOUTS for model in models_of(layout)]
+
+
+def assert_same_tensors(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray], tolerance: float) -> None:
+    """The distance of each tensor, relative to its norm (or to a thousandth of all tensors' norm, if that is more)."""
+    assert actual.keys() == expected.keys()
+    floor = 1e-3 * norm(expected)
+    off = {n: np.linalg.norm(actual[n] - e) / max(np.linalg.norm(e), floor) for n, e in expected.items()}
+    worst = max(off, key=off.__getitem__)
+    assert off[worst] < tolerance, f"{worst} is off by {off[worst]:.1e}; all: {off}"
+
+
+def assert_same_metrics(actual: dict[str, float], expected: dict[str, float]) -> None:
+    for name, value in expected.items():
+        assert actual[name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
+
+
+def norm(tensors: dict[str, np.ndarray]) -> float:
+    return float(np.sqrt(sum(np.sum(tensor.astype(np.float64) ** 2) for tensor in tensors.values())))
+
+
+@pytest.mark.parametrize(("layout", "model"), EVERY_MODEL)
+def test_gradients_are_those_of_the_full_logits(layout: str, model: str, outcome: Get, reference) -> None:
+    result, expected = outcome(layout, model, "gradients"), reference(model)
+    assert_same_tensors(result.tensors, expected.gradients, TOLERANCE)
+    assert_same_metrics(result.metrics, expected.metrics)
+    live = sum(example.num_tokens for example in make_examples() if not example.inert)
+    assert result.metrics["train/tokens"] == live
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "case", ["one_per_micro_batch", "all_in_one", "recompute", "gradients_twice", "one_replica_has_all"]
+)
+def test_gradients_do_not_depend_on(case: str, layout: str, outcome: Get, reference) -> None:
+    result, expected = outcome(layout, "llama", case), reference("llama")
+    assert_same_tensors(result.tensors, expected.gradients, TOLERANCE)
+    assert_same_metrics(result.metrics, expected.metrics)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rows_behind_the_vocabulary_have_no_gradient(layout: str, worlds) -> None:
+    for rank in worlds(LAYOUTS[layout][0]):
+        assert rank[layout, "llama", "gradients"].more["padding"] == 0.0
+
+
+@pytest.mark.parametrize(("layout", "model"), EVERY_MODEL)
+def test_one_step_of_adamw(layout: str, model: str, outcome: Get, worlds, reference, paths) -> None:
+    """The weights after one update, by AdamW's definition from the reference's gradients."""
+    result, expected = outcome(layout, model, "update"), reference(model)
+    total = norm(expected.gradients)
+    assert total > OPTIMIZER.clip_grad  # else this would not see whether the norm is clipped
+    assert result.metrics["train/grad_norm"] == pytest.approx(total, rel=1e-5)
+    assert (result.metrics["train/lr"], result.metrics["train/skipped"]) == (OPTIMIZER.lr, 0.0)
+    before = {name: p.detach().numpy() for name, p in load(paths[model]).named_parameters()}
+    after = {}
+    for name, gradient in expected.gradients.items():
+        clipped = gradient * OPTIMIZER.clip_grad / total
+        decay = OPTIMIZER.weight_decay if gradient.ndim > 1 else 0.0
+        step = clipped / (np.abs(clipped) + OPTIMIZER.eps)  # AdamW's first: both moments are the gradient's own
+        after[name] = before[name] * (1 - OPTIMIZER.lr * decay) - OPTIMIZER.lr * step
+    moved = {name: result.tensors[name] - before[name] for name in before}
+    assert_same_tensors(moved, {name: after[name] - before[name] for name in before}, 1e-4)
+    digests = {rank[layout, model, "update"].more["digest"] for rank in worlds(LAYOUTS[layout][0])}
+    assert len(digests) == 1  # every rank, of every replica, holds the same model
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tokens_without_gradient_count(layout: str, outcome: Get, reference) -> None:
+    """As many tokens again, of the same kinds, none with a gradient: both terms of the loss are halved."""
+    result, expected = outcome(layout, "llama", "one_replica_is_inert"), reference("llama")
+    halved = {name: gradient / 2 for name, gradient in expected.gradients.items()}
+    assert_same_tensors(result.tensors, halved, TOLERANCE)
+    for name in ("train/surrogate_loss", "distill/jsd"):
+        assert result.metrics[name] == pytest.approx(expected.metrics[name] / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_step_without_a_distillation_token(layout: str, outcome: Get, paths) -> None:
+    expected = reference_step(paths["llama"], no_targets(), SPEC)
+    result = outcome(layout, "llama", "no_distillation_token")
+    assert_same_tensors(result.tensors, expected.gradients, TOLERANCE)
+    assert_same_metrics(result.metrics, expected.metrics)
+    assert result.metrics["distill/tokens"] == 0.0
+    assert "distill/jsd" not in result.metrics
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", ["everything_inert", "nothing_at_all"])
+def test_a_step_without_work(case: str, layout: str, outcome: Get) -> None:
+    result = outcome(layout, "llama", case)
+    assert norm(result.tensors) == 0.0
+    assert result.metrics["train/tokens"] == 0.0
+    assert result.metrics.get("train/surrogate_loss", 0.0) == 0.0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_overflow_where_the_weight_is_zero(layout: str, outcome: Get, paths) -> None:
+    wild, tame = overflowing()
+    gap = max(float(np.max(np.abs(a.old_logprobs_T - b.old_logprobs_T))) for a, b in zip(wild[:2], tame, strict=False))
+    assert np.isinf(np.exp(np.float32(gap)))
+    expected = reference_step(paths["llama"], tame, SPEC)
+    result = outcome(layout, "llama", "overflow_at_zero_weight")
+    assert_same_tensors(result.tensors, expected.gradients, TOLERANCE)
+    assert_same_metrics(result.metrics, expected.metrics)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_gradient_that_is_no_number_changes_nothing(layout: str, outcome: Get) -> None:
+    """And the next step is, bit for bit, as if it had never been: moments, step count and schedule included."""
+    result = outcome(layout, "llama", "update_after_a_bad_gradient")
+    assert result.more["bad"]["train/skipped"] == 1.0
+    assert np.isnan(result.more["bad"]["train/grad_norm"])
+    assert result.more["unchanged"]
+    assert result.metrics["train/skipped"] == 0.0
+    assert result.more["digest"] == outcome(layout, "llama", "update").more["digest"]
+
+
+@pytest.mark.parametrize(("layout", "model"), EVERY_MODEL)
+def test_scores_are_those_of_transformers(layout: str, model: str, worlds, paths) -> None:
+    theirs = load(paths[model])
+    ranks = [rank[layout, model, "score"] for rank in worlds(LAYOUTS[layout][0])]
+    for result in ranks:
+        assert bool(result.more["scores"]) == result.more["last"]  # other stages know nothing
+    for scoring in make_scorings():
+        logprobs_T, entropy_T, all_TV = reference_score(theirs, scoring)
+        found = [r.more["scores"][scoring.key] for r in ranks if scoring.key in r.more["scores"]]
+        assert len(found) == LAYOUTS[layout][1]  # the tensor-parallel ranks of one replica's last stage
+        for score in found:
+            np.testing.assert_allclose(score.logprobs_T, logprobs_T, atol=2e-5)
+            np.testing.assert_allclose(score.entropy_T, entropy_T, atol=2e-5)
+            _check_top(score.top, all_TV, scoring.top_k)
+
+
+def _check_top(top, all_TV: np.ndarray, k: int) -> None:
+    if k == 0:
+        assert top is None
+        return
+    assert top.ids_TK.shape == top.logprobs_TK.shape == (len(all_TV), k)
+    assert all(len(set(ids)) == k for ids in top.ids_TK.tolist())
+    np.testing.assert_allclose(top.logprobs_TK, -np.sort(-all_TV, axis=-1)[:, :k], atol=2e-5)
+    np.testing.assert_allclose(top.logprobs_TK, np.take_along_axis(all_TV, top.ids_TK.astype(int), -1), atol=2e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_progress_counts_every_token(layout: str, worlds) -> None:
+    """Each rank reports the rows that went through its own stage; sequence parallelism may pad them."""
+    _, tensor, pipeline, sequence = LAYOUTS[layout]
+    replicas: dict[int, int] = {}
+    for index, rank in enumerate(worlds(LAYOUTS[layout][0])):
+        replicas.setdefault((index // tensor) % (LAYOUTS[layout][0] // tensor // pipeline), 0)
+        replicas[(index // tensor) % (LAYOUTS[layout][0] // tensor // pipeline)] = rank[layout, "llama", "score"].more[
+            "rows"
+        ]
+    total = sum(len(s.context_ids) + len(s.response_ids) for s in make_scorings())
+    padding = len(make_scorings()) * (tensor - 1) if sequence else 0
+    assert total <= sum(replicas.values()) <= total + padding + len(replicas)
+
+
+def test_every_case_is_looked_at() -> None:
+    """A case that no test reads is time for nothing."""
+    source = Path(__file__).read_text()
+    assert all(f'"{case}"' in source for case in CASES)
