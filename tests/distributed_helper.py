@@ -34,7 +34,8 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
         for rank in range(world_size):
             receiver, sender = context.Pipe(duplex=False)
             environment = _environment(rank, world_size, store.port)
-            process = context.Process(target=_work, args=(sender, environment, function, args), daemon=True)
+            # Not daemons: those may not start processes, which Megatron's checkpoint writer does.
+            process = context.Process(target=_work, args=(sender, environment, function, args))
             process.start()
             sender.close()
             pipes[receiver] = rank

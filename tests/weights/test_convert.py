@@ -1,0 +1,143 @@
+"""Conversion in both directions and between layouts, the proof of it, and the two tools."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import runpy
+import sys
+from pathlib import Path
+from unittest.mock import ANY
+
+import pytest
+import torch
+from distributed_helper import run_ranks
+from megatron.core.transformer.identity_op import IdentityOp
+from safetensors.torch import load_file, save_file
+from tiny import build, layout, make_checkpoint
+
+from megatron_hdpo.parallel.context import ParallelContext
+from megatron_hdpo.weights.convert import convert, inspect, open_model
+from megatron_hdpo.weights.errors import WeightsError
+from megatron_hdpo.weights.load import load_hf
+from megatron_hdpo.weights.megatron_files import load_megatron
+from megatron_hdpo.weights.stream import stream_hf
+from megatron_hdpo.weights.verify import Check, verify
+
+ROOT = Path(__file__).parents[2]
+
+
+def _conversions(folder: Path, cases: list[str]) -> None:
+    """Each case: Hugging Face -> Megatron -> Megatron -> Hugging Face, every step at a layout of its own."""
+    steps = [((2, 1), "hf", "a", "megatron"), ((1, 2), "a", "b", "megatron"), ((2, 2), "b", "c", "megatron")]
+    for (tensor, pipeline), source, out, to in [*steps, ((1, 4), "c", "back", "huggingface")]:
+        with layout(tensor, pipeline) as context:
+            for case in cases:
+                convert(folder / case / source, folder / case / out, to, context)
+    with layout(1, 1) as context:
+        checkpoint = inspect(folder / cases[0] / "c")
+        model = open_model(checkpoint, context)
+        padding = model.embedding.word_embeddings.weight[checkpoint.architecture.vocab_size :]
+        assert len(padding) == 13 and not padding.any()
+        convert(folder / cases[0] / "hf", folder / cases[0] / "half", "megatron", context, dtype="bfloat16")
+        assert next(open_model(inspect(folder / cases[0] / "half"), context).parameters()).dtype == torch.bfloat16
+        with pytest.raises(WeightsError, match="exists: remove it"):
+            convert(folder / cases[0] / "hf", folder / cases[0] / "half", "megatron", context)
+        _wrong_shape(folder / cases[0], folder / cases[1], context)
+
+
+def _wrong_shape(one: Path, other: Path, context: ParallelContext) -> None:
+    """A Megatron checkpoint of another model: every key is named, on every rank."""
+    model, architecture = build(one / "hf", context)
+    with pytest.raises(WeightsError) as error:
+        load_megatron(model, architecture, context, other / "c")
+    assert "missing" in str(error.value) and "decoder.layers.self_attention.linear_qkv.bias" in str(error.value)
+    assert "unexpected" in str(error.value) and "decoder.layers.self_attention.q_layernorm.weight" in str(error.value)
+    assert "of a wrong shape" in str(error.value) and "(4, 192, 64), expected (4, 96, 64)" in str(error.value)
+
+
+def test_conversions_between_layouts(tmp_path: Path) -> None:
+    cases = ["qwen2_tied", "qwen3"]
+    for case in cases:
+        make_checkpoint(case, tmp_path / case / "hf")
+    run_ranks(4, _conversions, tmp_path, cases)
+    for case in cases:
+        first, back = (load_file(tmp_path / case / name / "model.safetensors") for name in ("hf", "back"))
+        assert first.keys() == back.keys()
+        assert all(torch.equal(first[name], back[name]) for name in first)
+        assert not list((tmp_path / case).glob(".*"))
+
+
+def _use_engine_names(model: torch.nn.Module) -> None:
+    """Move the norms to where the Transformer Engine spec has them."""
+    for layer in model.decoder.layers:
+        layer.self_attention.linear_qkv.layer_norm_weight = layer.input_layernorm.weight
+        layer.mlp.linear_fc1.layer_norm_weight = layer.pre_mlp_layernorm.weight
+        layer.input_layernorm, layer.pre_mlp_layernorm = IdentityOp(), IdentityOp()
+
+
+def _engine_round_trip(path: Path) -> None:
+    with layout(1, 1) as context:
+        model, architecture = build(path, context)
+        _use_engine_names(model)
+        load_hf(model, architecture, context, path)
+        names = dict(model.named_parameters())
+        assert "decoder.layers.3.mlp.linear_fc1.layer_norm_weight" in names
+        assert not any(".input_layernorm." in name for name in names)
+        expected = load_file(path / "model.safetensors")
+        streamed = dict(stream_hf(model, architecture, context))
+        assert streamed.keys() == expected.keys()
+        assert all(torch.equal(value, expected[name]) for name, value in streamed.items())
+
+
+def test_names_of_the_transformer_engine_spec(tmp_path: Path) -> None:
+    make_checkpoint("qwen3", tmp_path / "qwen3")
+    run_ranks(1, _engine_round_trip, tmp_path / "qwen3")
+
+
+def _proofs(folder: Path) -> dict[str, list[Check]]:
+    with layout(1, 2) as context:
+        convert(folder / "good", folder / "megatron", "megatron", context)
+        pairs = [("good", None), ("good", "megatron"), ("megatron", None), ("good", "bad"), ("good", "less")]
+        return {
+            f"{a} {b}": verify(folder / a, None if b is None else folder / b, context, scratch=folder) for a, b in pairs
+        }
+
+
+def test_proof_of_a_conversion(tmp_path: Path) -> None:
+    make_checkpoint("llama", tmp_path / "good")
+    state = load_file(tmp_path / "good" / "model.safetensors")
+    name = "model.layers.2.self_attn.k_proj.weight"
+    for folder, change in (("bad", {name: state[name] * (1 + 1e-6)}), ("less", {name: None})):
+        (tmp_path / folder).mkdir()
+        kept = {key: value for key, value in (state | change).items() if value is not None}
+        save_file(kept, tmp_path / folder / "model.safetensors")
+        (tmp_path / folder / "config.json").write_text((tmp_path / "good" / "config.json").read_text())
+    first, second = run_ranks(2, _proofs, tmp_path)
+    assert first == second, "all ranks know the outcome"
+    for key in ("good None", "good megatron", "megatron None"):
+        assert all(check.passed for check in first[key]), first[key]
+        assert "log-probs" in first[key][-1].name
+    assert "bit-equal" in first["good bad"][-1].summary and name in first["good bad"][-1].details[1]
+    assert not first["good less"][-1].passed and name in first["good less"][-1].details[0]
+
+
+def _tool(name: str, *arguments: object) -> tuple[int, str]:
+    """Run a tool as its own main program; returns its exit status and what it printed."""
+    sys.argv = [name, *map(str, arguments)]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed), pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "tools" / name), run_name="__main__")
+    return end.value.code, printed.getvalue()
+
+
+def test_tools(tmp_path: Path) -> None:
+    make_checkpoint("llama_tied_rope3", tmp_path / "hf")
+    convert_to = ("convert_checkpoint.py", tmp_path / "hf", tmp_path / "megatron", "--to", "megatron")
+    assert run_ranks(2, _tool, *convert_to, "--tensor", 2)[0] == (0, ANY)
+    ((status, printed),) = run_ranks(1, _tool, "verify_checkpoint.py", tmp_path / "hf", tmp_path / "megatron")
+    assert status == 0 and printed.count("passed") == 5 and "FAILED" not in printed, printed
+    ((status, printed),) = run_ranks(1, _tool, "verify_checkpoint.py", tmp_path / "hf", "--max-difference", "0")
+    assert status == 1 and "FAILED" in printed and "prompt 0 (3 tokens)" in printed, printed
+    ((status, printed),) = run_ranks(1, _tool, "convert_checkpoint.py", tmp_path, tmp_path / "x", "--to", "huggingface")
+    assert status == 2 and "is neither a Hugging Face folder" in printed, printed
