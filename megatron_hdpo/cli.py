@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,8 +23,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         arguments.run(arguments)
     except user_errors() as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        if _first_to_fail():
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(USER_ERROR)  # other ranks may wait in a collective, which a normal exit would wait for
 
@@ -35,15 +36,37 @@ def user_errors() -> tuple[type[Exception], ...]:
     from megatron_hdpo.data.errors import DataError
     from megatron_hdpo.model.architecture import ArchitectureError
     from megatron_hdpo.model.build import ModelError
+    from megatron_hdpo.model.policy import TrainingError
     from megatron_hdpo.parallel.layout import LayoutError
+    from megatron_hdpo.rewards.pool import RewardPoolError
     from megatron_hdpo.selftest import SelfTestError
     from megatron_hdpo.tracking.backends import BackendMissing
+    from megatron_hdpo.tracking.metrics import MetricsFileError
+    from megatron_hdpo.tracking.report import ReportError
     from megatron_hdpo.weights.errors import WeightsError
 
     return (
-        ArchitectureError, BackendMissing, CheckpointError, DataError, LayoutError, ModelError, RecipeError,
-        SelfTestError, WeightsError,
+        ArchitectureError, BackendMissing, CheckpointError, DataError, LayoutError, MetricsFileError, ModelError,
+        RecipeError, ReportError, RewardPoolError, SelfTestError, TrainingError, WeightsError,
     )  # fmt: skip
+
+
+def _first_to_fail() -> bool:
+    """Whether this rank is the one to speak: an error of every rank is said once, and one of rank 3 alone is said too.
+
+    Ranks count themselves in torchrun's own store, which is there before any process group; without one, rank 0 speaks.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return os.environ.get("RANK", "0") == "0"
+    from torch.distributed import TCPStore
+
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10), wait_for_workers=False)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return store.add(f"megatron_hdpo/failed/{attempt}", 1) == 1
+    except (KeyError, ValueError, RuntimeError):
+        return os.environ.get("RANK", "0") == "0"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -92,17 +115,16 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    from transformers import AutoTokenizer
-
     from megatron_hdpo.config import check_recipe, load_recipe
     from megatron_hdpo.data.load import load
     from megatron_hdpo.model.architecture import read_architecture
+    from megatron_hdpo.run import load_tokenizer
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     world_size = int(os.environ.get("WORLD_SIZE", recipe.parallel.model_ranks))
     for warning in check_recipe(recipe, read_architecture(recipe.model.path), world_size):
         print(f"warning: {warning}")
-    data = load(recipe.data, AutoTokenizer.from_pretrained(recipe.model.path))
+    data = load(recipe.data, load_tokenizer(recipe.model.path))
     print("\n".join(data.report.lines()))
     example = data.train[0]
     print(f"\nfirst prompt ({example.id}):\n{data.prompts.render_student(example)}")

@@ -6,8 +6,7 @@ can tell. All errors of a recipe are reported together, by the path of their key
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_hdpo.checkpoint.store import CheckpointConfig
+from megatron_hdpo.config_errors import error_lines
 from megatron_hdpo.data.load import DataConfig
 from megatron_hdpo.data.tasks import TaskConfig
 from megatron_hdpo.evaluation.evaluate import EvaluationConfig
@@ -94,11 +94,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file, after `key.path=value` overrides. Raises RecipeError with every error found."""
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: is not UTF-8 text: {error}") from error
     except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: is not YAML: {error}") from error
+        raise RecipeError(f"{path}: {_yaml_problem(error)}") from error
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}: must be a mapping of sections, not {type(tree).__name__}")
     for override in overrides:
@@ -111,7 +113,7 @@ def parse_recipe(tree: dict[str, Any], origin: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise RecipeError("\n".join(f"{origin}: {line}" for line in _error_lines(error))) from error
+        raise RecipeError("\n".join(f"{origin}: {line}" for line in error_lines(error, Recipe))) from error
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
@@ -125,7 +127,10 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         if isinstance(node, dict) and node.get(key) is None:
             node[key] = {}
         node = _child(node, key, override, ".".join(parents[: depth + 1]))
-    value = yaml.safe_load(text)
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override '{override}': the value {_yaml_problem(error)}") from error
     if isinstance(node, list):
         _child(node, last, override, path)
         node[int(last)] = value
@@ -153,37 +158,34 @@ def check_recipe(recipe: Recipe, architecture: Architecture, world_size: int) ->
 def _child(node: Any, key: str, override: str, path: str) -> Any:
     if isinstance(node, list):
         if not key.isdigit() or int(key) >= len(node):
-            raise RecipeError(f"override '{override}': {path}: the list has items 0 to {len(node) - 1}")
+            has = f"has items 0 to {len(node) - 1}" if node else "is empty"
+            raise RecipeError(f"override '{override}': {path}: the list {has}")
         return node[int(key)]
     if isinstance(node, dict):
         return node[key]
     raise RecipeError(f"override '{override}': {path} is below a value, not a section")
 
 
-def _error_lines(error: ValidationError) -> Iterator[str]:
-    for item in error.errors():
-        # A discriminated union puts its tag into the location; the recipe's reader knows no such key.
-        path = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            yield f"{path}: unknown key{_suggestion(path)}"
-        elif item["type"] == "missing":
-            yield f"{path}: required key is missing"
-        else:
-            given = "" if isinstance(item["input"], dict | list) else f" (given: {item['input']!r})"
-            yield f"{path}: {item['msg'].removeprefix('Value error, ')}{given}"
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses a key given twice; PyYAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable) and key in seen and key_node.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key} is given twice", key_node.start_mark
+                )
+            seen.add(key if isinstance(key, Hashable) else None)
+        return super().construct_mapping(node, deep)
 
 
-def _suggestion(path: str) -> str:
-    *parents, key = path.split(".")
-    known: list[str] = []
-    model: Any = Recipe
-    for part in parents:
-        field = getattr(model, "model_fields", {}).get(part)
-        model = None if field is None else field.annotation
-    if model is not None:
-        known = list(getattr(model, "model_fields", {}))
-    close = difflib.get_close_matches(key, known, n=1)
-    return f"; did you mean {close[0]}?" if close else (f"; known keys: {', '.join(known)}" if known else "")
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return f"is not YAML: {error}"
+    return f"is not YAML: line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', None)}"
 
 
 def _layout_errors(recipe: Recipe, architecture: Architecture, world_size: int) -> Iterator[str]:

@@ -18,11 +18,11 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from megatron_hdpo.checkpoint.store import CheckpointStore
-from megatron_hdpo.config import DEFAULT_IMPORTANCE_CAP, Recipe, check_recipe, save_recipe
+from megatron_hdpo.config import DEFAULT_IMPORTANCE_CAP, Recipe, RecipeError, check_recipe, save_recipe
 from megatron_hdpo.data.load import LoadedData, load
 from megatron_hdpo.learner import Learner
 from megatron_hdpo.model.architecture import Architecture, read_architecture
-from megatron_hdpo.model.build import build_model, wrap_data_parallel
+from megatron_hdpo.model.build import ModelError, build_model, wrap_data_parallel
 from megatron_hdpo.model.optimizer import OptimizerConfig, build_optimizer
 from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.objectives.interface import Objective
@@ -83,6 +83,18 @@ class Run:
             config, self.policy.ddp, self.context, total_steps
         )
 
+    def open_record(self, resume_step: int | None) -> None:
+        """Write recipe.yaml and open metrics and trackers; from here on the run folder is this run's.
+
+        Not before everything that can be wrong with the recipe is known: what is refused must leave the folder of the
+        run that it would have resumed as it was. resume_step: the step of the loaded checkpoint, None at a fresh start.
+        """
+        recipe, leader = self.recipe, self.context.is_leader
+        self.tracker = Tracker(recipe.tracking, recipe.output, self.console, resume_step=resume_step, enabled=leader)
+        self.tracker.log_config(recipe.model_dump(mode="json"))
+        if leader:
+            save_recipe(recipe, recipe.output / "recipe.yaml")
+
     def close(self, failed: bool) -> None:
         """Stop workers and engine, close the trackers."""
         self.rewards.close()
@@ -97,13 +109,11 @@ def build_run(recipe: Recipe, context: ParallelContext, objective: Objective | N
     Raises RecipeError, DataError, LayoutError, ... with what is wrong and where.
     """
     console = Console(enabled=context.is_leader)
-    configure_logging(recipe.output, context.rank, console)
+    _open_logs(recipe, context, console)
     architecture = read_architecture(recipe.model.path)
     for warning in check_recipe(recipe, architecture, context.world_size):
         console.warn(warning)
-    if context.is_leader:
-        save_recipe(recipe, recipe.output / "recipe.yaml")
-    tokenizer = AutoTokenizer.from_pretrained(recipe.model.path)
+    tokenizer = load_tokenizer(recipe.model.path)
     rewards = RewardPool(recipe.data.tasks, recipe.reward)
     data = _load_data(recipe, context, console, tokenizer, rewards)
     policy = _build_policy(recipe, context, console, architecture)
@@ -117,15 +127,21 @@ def build_run(recipe: Recipe, context: ParallelContext, objective: Objective | N
     rollouts = RolloutCoordinator(recipe.rollout, context, sampler, data.prompts, stops, recipe.seed)
     objective = objective or _build_objective(recipe, data)
     store = CheckpointStore(recipe.output, context, recipe.checkpoint.keep)
-    tracker = Tracker(
-        recipe.tracking, recipe.output, console, resume_step=_resume_step(store), enabled=context.is_leader
-    )
-    tracker.log_config(recipe.model_dump(mode="json"))
+    tracker = Tracker(recipe.tracking, recipe.output, console, enabled=False)
     learner = Learner(policy, objective, PolicyTeacher(), console, recipe.train.updates_per_step)
     return Run(
         recipe, context, architecture, data, policy, engine, rewards, rollouts, objective, learner, store, tracker,
         console,
     )  # fmt: skip
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face folder. Raises ModelError when there is none that transformers can load."""
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ModelError(f"model.path: {path} holds no tokenizer that transformers can load: {reason}") from error
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_path: str | Path) -> tuple[int, ...]:
@@ -135,6 +151,11 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_path: str | Path) -
         configured = GenerationConfig.from_pretrained(model_path).eos_token_id
         ids |= set(configured) if isinstance(configured, list) else {configured}
     return tuple(sorted(i for i in ids if i is not None))
+
+
+def rollouts_file(step: int) -> str:
+    """Name of the file with the rollouts that a step, counted from 1, learned from."""
+    return f"step_{step:08d}.jsonl"
 
 
 def scaled_final_norm(stream: Iterable[tuple[str, Tensor]], scale: float) -> Iterator[tuple[str, Tensor]]:
@@ -147,6 +168,13 @@ def set_threads(recipe: Recipe, local_world_size: int) -> None:
     """CPU threads of this rank: the recipe's, else an equal share of the cores."""
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(recipe.threads_per_rank or max(1, cores // local_world_size))
+
+
+def _open_logs(recipe: Recipe, context: ParallelContext, console: Console) -> None:
+    try:
+        configure_logging(recipe.output, context.rank, console)
+    except OSError as error:
+        raise RecipeError(f"output: the folder {recipe.output} cannot be written: {error.strerror}") from error
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, token_ids: np.ndarray) -> str:
@@ -195,8 +223,3 @@ def _build_objective(recipe: Recipe, data: LoadedData) -> Objective:
     return build_objective(
         config, recipe.rollout.temperature, recipe.train.updates_per_step, recipe.data.leakage, data.prompts.markers
     )
-
-
-def _resume_step(store: CheckpointStore) -> int | None:
-    latest = store.latest()
-    return None if latest is None else int(latest.name.removeprefix("step_"))

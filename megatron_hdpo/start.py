@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from megatron_hdpo.data.errors import DataError
 from megatron_hdpo.rollout.types import Group
-from megatron_hdpo.run import Run, scaled_final_norm
+from megatron_hdpo.run import Run, rollouts_file, scaled_final_norm
 from megatron_hdpo.selftest import run_self_test
 from megatron_hdpo.teachers.teacher import FrozenTeacher
 from megatron_hdpo.warmup import warm_up
+from megatron_hdpo.weights.host import copy_to_host, load_from_host
 from megatron_hdpo.weights.stream import stream_hf
 
 FROZEN_TEACHER = "teacher"
@@ -16,19 +20,52 @@ WARMED_UP = "warmed_up"
 def prepare(run: Run) -> None:
     """Bring the run to the state in which `run.step` is the next step to take."""
     latest = run.checkpoints.latest()
-    if latest is None and run.recipe.warmup.kind == "sft":
-        _warm_up_once(run)
-    run.rebuild_optimizer(run.recipe.optimizer, run.recipe.train.steps * run.recipe.train.updates_per_step)
-    _set_teacher(run, fresh=latest is None)
-    if latest is not None:
-        with run.console.phase("resume"):
-            run.step = run.checkpoints.load(latest, run.policy).step
-        run.console.print(f"resumed from {latest.name}")
+    if latest is None:
+        _begin(run)
+    else:
+        _resume(run, latest)
     if run.recipe.rollout.replay is None:
         with run.console.phase("sync"):
             run.sync(run.step)
         if run.recipe.self_test.enabled:
             _self_test(run)
+
+
+def _begin(run: Run) -> None:
+    _check_replay(run)
+    run.open_record(None)
+    if run.recipe.warmup.kind == "sft":
+        _warm_up_once(run)
+    _build_optimizer(run)
+    if run.recipe.teacher.kind == "frozen":
+        run.checkpoints.save_weights(FROZEN_TEACHER, run.policy.model)
+        run.set_teacher(FrozenTeacher(run.policy.model))
+
+
+def _resume(run: Run, latest: Path) -> None:
+    """Nothing in the run folder is touched before the checkpoint has turned out to fit this recipe."""
+    _build_optimizer(run)
+    with run.console.phase("resume"):
+        _allocate_optimizer_state(run)
+        run.step = run.checkpoints.load(latest, run.policy).step
+        if run.recipe.teacher.kind == "frozen":
+            _restore_teacher(run)
+    _check_replay(run)
+    run.open_record(run.step)
+    run.console.print(f"resumed from {latest.name}")
+
+
+def _build_optimizer(run: Run) -> None:
+    run.rebuild_optimizer(run.recipe.optimizer, run.recipe.train.steps * run.recipe.train.updates_per_step)
+
+
+def _allocate_optimizer_state(run: Run) -> None:
+    """A checkpoint's moments are read into those that the optimizer has; a fresh one of torch has none yet, on which
+    Megatron's `state_dict` stops. The values that this makes up are all overwritten by the checkpoint."""
+    assert run.policy.optimizer is not None
+    with run.context.megatron_calls():
+        for optimizer in run.policy.optimizer.chained_optimizers:
+            optimizer._init_optimizer_states_with_dummy_values()
 
 
 def _warm_up_once(run: Run) -> None:
@@ -40,15 +77,25 @@ def _warm_up_once(run: Run) -> None:
         run.checkpoints.save_weights(WARMED_UP, run.policy.model)
 
 
-def _set_teacher(run: Run, fresh: bool) -> None:
-    """The frozen teacher is the model as reinforcement learning found it; a resumed run reads it back."""
-    if run.recipe.teacher.kind != "frozen":
-        return
-    if fresh:
-        run.checkpoints.save_weights(FROZEN_TEACHER, run.policy.model)
-    else:
-        run.checkpoints.load_weights(FROZEN_TEACHER, run.policy.model)
+def _restore_teacher(run: Run) -> None:
+    """The frozen teacher is the model as reinforcement learning found it, saved then and read back here."""
+    policy = copy_to_host(run.policy.model)
+    run.checkpoints.load_weights(FROZEN_TEACHER, run.policy.model)
     run.set_teacher(FrozenTeacher(run.policy.model))
+    load_from_host(run.policy.model, policy)
+
+
+def _check_replay(run: Run) -> None:
+    """Raise DataError, before anything is trained, when a step of this run has no saved rollouts."""
+    folder = run.recipe.rollout.replay
+    if folder is None:
+        return
+    for step in range(run.step + 1, run.recipe.train.steps + 1):
+        if not (folder / rollouts_file(step)).is_file():
+            raise DataError(
+                f"rollout.replay: {folder} has no {rollouts_file(step)}, and train.steps is {run.recipe.train.steps}: "
+                "name the rollouts folder of a run with at least as many steps"
+            )
 
 
 def _self_test(run: Run) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
+from megatron_hdpo.data.errors import DataError
 from megatron_hdpo.evaluation.evaluate import evaluate, evaluation_samples
 from megatron_hdpo.rollout.sample_log import read_groups, write_groups
 from megatron_hdpo.rollout.types import Group
-from megatron_hdpo.run import Run
+from megatron_hdpo.run import Run, rollouts_file
 from megatron_hdpo.start import prepare
 from megatron_hdpo.weights.save import save_hf
 
@@ -18,6 +20,11 @@ def train(run: Run) -> None:
     """Train to the recipe's last step, from wherever the run folder stands. Collective over all ranks."""
     prepare(run)
     recipe, last = run.recipe, run.recipe.train.steps
+    if run.step >= last > 0:
+        run.console.print(
+            f"nothing left to train: {recipe.output} is at step {run.step} of {last}; raise train.steps to go on, or "
+            "name another output folder"
+        )
     if run.step == 0 and recipe.evaluation.before:
         run.tracker.log(0, evaluate_now(run) | run.console.timer.metrics())
     while run.step < last:
@@ -29,15 +36,23 @@ def train(run: Run) -> None:
                 run.sync(run.step)
         if due(run.step, recipe.evaluation.every, last):
             metrics |= evaluate_now(run)
-        if due(run.step, recipe.checkpoint.every, last):
-            with run.console.phase("save"):
-                run.checkpoints.save(run.step, run.policy)
-        metrics |= run.console.timer.metrics()
-        run.console.step(run.step, last, metrics)
-        run.tracker.log(run.step, metrics)
+        _record_and_save(run, metrics)
     if recipe.checkpoint.export:
         with run.console.phase("export"):
             save_hf(run.policy.model, run.architecture, run.context, recipe.model.path, recipe.output / "hf")
+
+
+def _record_and_save(run: Run, metrics: dict[str, float]) -> None:
+    """The step's line first, then its checkpoint: a run killed in between repeats the step and replaces the line; the
+    other way round the line would be missing for ever. What saving took is merged into the line afterwards."""
+    metrics |= run.console.timer.metrics()
+    run.console.step(run.step, run.recipe.train.steps, metrics)
+    run.tracker.log(run.step, metrics)
+    if due(run.step, run.recipe.checkpoint.every, run.recipe.train.steps):
+        with run.console.phase("save"):
+            run.checkpoints.save(run.step, run.policy)
+        saving = run.console.timer.metrics()
+        run.tracker.log(run.step, saving | {"time/step_s": metrics["time/step_s"] + saving["time/step_s"]})
 
 
 def due(step: int, every: int | None, last: int) -> bool:
@@ -48,9 +63,9 @@ def due(step: int, every: int | None, last: int) -> bool:
 def rollouts_of_step(run: Run) -> tuple[list[Group], dict[str, float]]:
     """The judged groups of the next step, privileged rollouts included, with their metrics."""
     rollout = run.recipe.rollout
-    file = f"step_{run.step + 1:08d}.jsonl"
+    file = rollouts_file(run.step + 1)
     if rollout.replay is not None:
-        groups = read_groups(rollout.replay / file)
+        groups = _replayed(rollout.replay / file)
         return groups, rollout_metrics(groups) | run.objective.metrics(groups)
     problems = run.data.order.batch(run.step, rollout.prompts_per_step)
     total = len(problems) * rollout.samples_per_prompt
@@ -58,8 +73,23 @@ def rollouts_of_step(run: Run) -> tuple[list[Group], dict[str, float]]:
         groups = run.rollouts.student(problems, run.step, phase.advance)
     metrics = rollout_metrics(groups) | privileged_rollouts(run, groups) | run.objective.metrics(groups)
     if rollout.save and run.context.is_leader:
-        write_groups(run.recipe.output / "rollouts" / file, groups, run.decode)
+        _save_rollouts(run.recipe.output / "rollouts" / file, groups, run)
     return groups, metrics
+
+
+def _replayed(path: Path) -> list[Group]:
+    try:
+        return read_groups(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"rollout.replay: {error}") from error
+
+
+def _save_rollouts(path: Path, groups: Sequence[Group], run: Run) -> None:
+    """In place of what an earlier try at this step wrote: a resumed run repeats steps whose rollouts are there."""
+    partial = path.with_suffix(".partial")
+    partial.unlink(missing_ok=True)
+    write_groups(partial, groups, run.decode)
+    partial.replace(path)
 
 
 def privileged_rollouts(run: Run, groups: Sequence[Group]) -> dict[str, float]:
