@@ -7,6 +7,12 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -130,7 +136,21 @@ def build_model(architecture: Architecture, context: ParallelContext, config: Mo
             rope_scaling_factor=architecture.rope_scaling or 1.0,
             pg_collection=context.groups,
         )
+    _mark_shards(model)
     return model.to(context.device)
+
+
+def _mark_shards(model: HeadlessGPTModel) -> None:
+    """Mark the weights that tensor-parallel ranks share, as the initialisation that is skipped here would have done.
+
+    The gradient norm takes what is not marked for a copy, and counts it on the first rank of the group alone.
+    """
+    for module in model.modules():
+        if not isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
+            continue
+        dim = 1 if isinstance(module, RowParallelLinear) else 0
+        if module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(module.weight, True, dim, 1)
 
 
 def wrap_data_parallel(
