@@ -42,12 +42,12 @@ def micro_batch_loss(
     """
     losses = _logit_losses(logits_NV, batch, inputs, spec, groups, vocab_size)
     own = losses.logprobs_T.detach()
-    old = torch.where(inputs.old_N.isnan(), own, inputs.old_N)
-    rollout = torch.where(inputs.rollout_N.isnan(), old, inputs.rollout_N)
+    # Where the weight is zero, loss and gradient must be zero too: there no ratio is made, which might overflow.
+    unweighted = inputs.surrogate_weights_N == 0
+    old = torch.where(inputs.old_N.isnan() | unweighted, own, inputs.old_N)
+    rollout = torch.where(inputs.rollout_N.isnan() | unweighted, old, inputs.rollout_N)
     surrogate = clipped_surrogate(losses.logprobs_T, old, rollout, inputs.advantages_N, spec.surrogate)
-    # Where the weight is zero the product must be zero too, also when a ratio overflowed.
-    weighted = torch.where(inputs.surrogate_weights_N != 0, surrogate.loss_T * inputs.surrogate_weights_N, 0.0)
-    surrogate_sum = weighted.sum()
+    surrogate_sum = (surrogate.loss_T * inputs.surrogate_weights_N).sum()
     total = surrogate_sum / normalisers.surrogate if normalisers.surrogate else surrogate_sum * 0.0
     sums = _surrogate_sums(inputs, surrogate, surrogate_sum, own, rollout, losses)
     if spec.distill is not None and inputs.target is not None and normalisers.distill:

@@ -31,14 +31,20 @@ def clipped_surrogate(
     most -A c. Each token is weighted by the detached, capped probability ratio of trainer to engine when
     `importance_cap` is set. All inputs [T]; pass logprobs_T.detach() as old_logprobs_T for one update per step.
     """
-    ratio = (logprobs_T - old_logprobs_T).exp()
+    log_ratio = logprobs_T - old_logprobs_T
+    ratio = log_ratio.detach().exp()
     clipped_ratio = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-    loss = torch.maximum(-advantages_T * ratio, -advantages_T * clipped_ratio)
+    clipped = -advantages_T * clipped_ratio > -advantages_T * ratio
+    bound = -advantages_T * clipped_ratio
+    held = clipped
     if config.dual_clip is not None:
-        loss = torch.where(advantages_T < 0, torch.minimum(loss, -advantages_T * config.dual_clip), loss)
+        dual = (advantages_T < 0) & (ratio > config.dual_clip)
+        bound = torch.where(dual, -advantages_T * config.dual_clip, bound)
+        held = held | dual
+    # A ratio that a clip holds has no gradient; exp of it, should it overflow, would make that 0 * inf.
+    loss = torch.where(held, bound, -advantages_T * torch.where(held, 0.0, log_ratio).exp())
     importance = (old_logprobs_T.detach() - rollout_logprobs_T).exp()
     if config.importance_cap is not None:
         importance = importance.clamp(max=config.importance_cap)
         loss = loss * importance
-    clipped = (-advantages_T * clipped_ratio > -advantages_T * ratio).detach()
-    return Surrogate(loss, ratio.detach(), clipped, importance)
+    return Surrogate(loss, ratio, clipped, importance)
