@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 from megatron_hdpo.model.packing import split_by_tokens
-from megatron_hdpo.model.policy import Policy, share_examples
+from megatron_hdpo.model.policy import Policy, TrainingError, share_examples
 from megatron_hdpo.objectives.interface import Example, Objective, Score, Scoring, ScoringKey
 from megatron_hdpo.rollout.types import Group
 from megatron_hdpo.teachers.teacher import Teacher
@@ -17,13 +17,21 @@ class Learner:
     """Joins objective, teacher and policy. Every method is collective over all ranks."""
 
     def __init__(
-        self, policy: Policy, objective: Objective, teacher: Teacher, console: Console, updates_per_step: int = 1
+        self,
+        policy: Policy,
+        objective: Objective,
+        teacher: Teacher,
+        console: Console,
+        updates_per_step: int = 1,
+        max_skipped_updates: int = 3,
     ) -> None:
         self.policy = policy
         self.objective = objective
         self.teacher = teacher
         self.console = console
         self.updates_per_step = updates_per_step
+        self.max_skipped_updates = max_skipped_updates
+        self._skipped_in_a_row = 0
 
     def learn(self, groups: Sequence[Group]) -> dict[str, float]:
         """Update the policy on the groups of the step (the same list on every rank); returns its metrics."""
@@ -33,8 +41,19 @@ class Learner:
         with self.console.phase("train", total=self._tokens(examples), unit="tok") as phase:
             for update in range(self.updates_per_step):
                 part = examples[update :: self.updates_per_step]
-                metrics = _mean_of(metrics, self.policy.update(part, self.objective.loss, phase.advance), update)
+                new = self.policy.update(part, self.objective.loss, phase.advance)
+                self._stop_when_only_skipping(new)
+                metrics = _mean_of(metrics, new, update)
         return metrics
+
+    def _stop_when_only_skipping(self, metrics: dict[str, float]) -> None:
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if metrics["train/skipped"] else 0
+        if self._skipped_in_a_row > self.max_skipped_updates:
+            raise TrainingError(
+                f"{self._skipped_in_a_row} updates in a row had a gradient that is not finite (norm "
+                f"{metrics['train/grad_norm']}): the weights are as before them. Lower optimizer.lr or "
+                "objective.distill.coefficient, or look for the first such step in metrics.jsonl"
+            )
 
     def _share(self, groups: Sequence[Group]) -> list[Group]:
         """The groups of this data-parallel replica: whole groups, token sums nearly equal between replicas."""

@@ -128,7 +128,9 @@ def build_run(recipe: Recipe, context: ParallelContext, objective: Objective | N
     objective = objective or _build_objective(recipe, data)
     store = CheckpointStore(recipe.output, context, recipe.checkpoint.keep)
     tracker = Tracker(recipe.tracking, recipe.output, console, enabled=False)
-    learner = Learner(policy, objective, PolicyTeacher(), console, recipe.train.updates_per_step)
+    learner = Learner(
+        policy, objective, PolicyTeacher(), console, recipe.train.updates_per_step, recipe.train.max_skipped_updates
+    )
     return Run(
         recipe, context, architecture, data, policy, engine, rewards, rollouts, objective, learner, store, tracker,
         console,
@@ -140,7 +142,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = " ".join(str(error).split())
         raise ModelError(f"model.path: {path} holds no tokenizer that transformers can load: {reason}") from error
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from megatron_hdpo.data.errors import DataError
 from megatron_hdpo.evaluation.evaluate import evaluate, evaluation_samples
+from megatron_hdpo.model.policy import TrainingError
 from megatron_hdpo.rollout.sample_log import read_groups, write_groups
 from megatron_hdpo.rollout.types import Group
 from megatron_hdpo.run import Run, rollouts_file
@@ -71,7 +72,9 @@ def rollouts_of_step(run: Run) -> tuple[list[Group], dict[str, float]]:
     total = len(problems) * rollout.samples_per_prompt
     with run.console.phase("rollout", total=_share(run, total), unit="sample") as phase:
         groups = run.rollouts.student(problems, run.step, phase.advance)
-    metrics = rollout_metrics(groups) | privileged_rollouts(run, groups) | run.objective.metrics(groups)
+    privileged_rollouts(run, groups)
+    check_versions(groups, run.step)
+    metrics = rollout_metrics(groups) | run.objective.metrics(groups)
     if rollout.save and run.context.is_leader:
         _save_rollouts(run.recipe.output / "rollouts" / file, groups, run)
     return groups, metrics
@@ -92,16 +95,28 @@ def _save_rollouts(path: Path, groups: Sequence[Group], run: Run) -> None:
     partial.replace(path)
 
 
-def privileged_rollouts(run: Run, groups: Sequence[Group]) -> dict[str, float]:
+def privileged_rollouts(run: Run, groups: Sequence[Group]) -> None:
     """Give the objective's chosen groups their second try; nothing happens when it chooses none."""
     plans = run.objective.privileged(groups)
     if not plans:
-        return {}
+        return
     from_engine = getattr(run.recipe.objective, "logits_from", "trainer") == "rollout"
     top = run.objective.loss.distill.top_k if from_engine and run.objective.loss.distill else 0
     total = sum(plan.rollouts for plan in plans)
     with run.console.phase("privileged", total=_share(run, total), unit="sample") as phase:
-        return run.rollouts.privileged(groups, plans, run.step, top, run.objective.keep_privileged, phase.advance)
+        run.rollouts.privileged(groups, plans, run.step, top, run.objective.keep_privileged, phase.advance)
+
+
+def check_versions(groups: Sequence[Group], version: int) -> None:
+    """Raise TrainingError when a token was sampled by other weights than those of this step."""
+    for group in groups:
+        for sample in (*group.samples, *group.privileged):
+            found = sample.completion.weight_versions
+            if np.any(found != version):
+                raise TrainingError(
+                    f"step {version}: problem {group.problem.id} was answered by weights of version "
+                    f"{sorted(set(found.tolist()))}, not {version}: the engine missed a weight update"
+                )
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:

@@ -139,7 +139,7 @@ class HDPO(GRPO):
         metrics["privileged/cliff_prompts"] = float(len(cliffs))
         if cliffs:
             metrics["privileged/taught_prompts_rate"] = sum(bool(g.privileged) for g in cliffs) / len(cliffs)
-        return metrics
+        return metrics | _privileged_metrics(groups)
 
     def _right(self, sample: Sample) -> bool:
         return sample.reward >= self.config.privileged.success_threshold
@@ -155,6 +155,20 @@ class HDPO(GRPO):
         if settings.max_kept_per_prompt is not None and kept >= settings.max_kept_per_prompt:
             return "over_cap"
         return None
+
+
+_RIGHT_BUT_DROPPED = ("leaked", "duplicate", "over_cap")
+
+
+def _privileged_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Privileged rollouts that were judged, how many were right, and why right ones were dropped."""
+    kept = sum(len(group.privileged) for group in groups)
+    dropped = {r: sum(g.dropped.get(r, 0) for g in groups) for r in ("wrong", *_RIGHT_BUT_DROPPED)}
+    right = kept + sum(dropped[reason] for reason in _RIGHT_BUT_DROPPED)
+    judged = right + dropped["wrong"]
+    metrics = {"privileged/rollouts": float(judged), "privileged/kept": float(kept)}
+    metrics |= {f"privileged/{reason}": float(dropped[reason]) for reason in _RIGHT_BUT_DROPPED}
+    return metrics | ({"privileged/success_rate": right / judged} if judged else {})
 
 
 def distillation_example(group: Group, sample: Sample, target: TopLogprobs) -> Example:

@@ -68,28 +68,24 @@ class RolloutCoordinator:
         top_logprobs: int,
         keep: Callable[[Group], Group],
         on_progress: OnProgress | None = None,
-    ) -> dict[str, float]:
-        """Give the planned groups their privileged rollouts, filtered by `keep`; returns metrics of the filter."""
+    ) -> None:
+        """Give the planned groups their privileged rollouts, filtered by `keep`."""
         requests = []
         for plan in plans:
             group = groups[plan.group]
             group.privileged_prompt_ids = self.prompts.privileged(group.problem)
             sampling = self.config.sampling(plan.rollouts, self.stop_token_ids, top_logprobs)
             seed = rollout_seed(self.seed, "privileged", step, group.problem.id)
-            requests.append(RolloutRequest(str(plan.group), group.problem, group.privileged_prompt_ids, sampling, seed))
+            requests.append(
+                RolloutRequest(str(plan.group), group.problem, group.privileged_prompt_ids, sampling, seed)
+            )
         rollouts = self._sample_shared(requests, on_progress)
-        sampled = right = kept = 0
         for plan in plans:
             group = groups[plan.group]
             group.privileged = rollouts[str(plan.group)].samples
             for reason, count in rollouts[str(plan.group)].dropped.items():
                 group.dropped[f"privileged_{reason}"] = count
-            sampled += len(group.privileged)
-            right += sum(sample.reward >= 1.0 for sample in group.privileged)
             keep(group)
-            kept += len(group.privileged)
-        metrics = {"privileged/rollouts": float(sampled), "privileged/kept": float(kept)}
-        return metrics | ({"privileged/success_rate": right / sampled} if sampled else {})
 
     def _sample_shared(self, requests: Sequence[RolloutRequest], on_progress: OnProgress | None) -> dict[str, Rollouts]:
         """Each rank samples every world-size-th request; the results of all, on every rank."""

@@ -1,0 +1,42 @@
+"""Packaging. The extras: quickstart (fetching its model), gpu (Transformer Engine), tracking, dev."""
+
+from setuptools import find_packages, setup
+
+CORE = [
+    "torch>=2.11,<2.15",
+    "megatron-core>=0.16.1,<0.17",
+    "psutil",  # megatron-core's checkpoints need it and do not say so
+    "einops",  # likewise
+    "transformers>=5.0,<6",
+    "tokenizers",
+    "safetensors",
+    "numpy>=1.26",
+    "pydantic>=2.7,<3",
+    "PyYAML>=6",
+    "jinja2>=3.1",
+    "datasets>=3",
+    "pyarrow",
+    "reasoning-gym==0.1.25",
+    "math-verify==0.9.0",
+    "pebble>=5.2",
+    "rich>=13",
+    "matplotlib>=3.8",
+    "tensorboard",
+]
+
+setup(
+    name="megatron-hdpo",
+    version="0.1.0",
+    description="HDPO and on-policy self-distillation on Megatron-Core",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_hdpo*"]),
+    package_data={"megatron_hdpo.tracking": ["templates/*.j2"]},
+    install_requires=CORE,
+    extras_require={
+        "quickstart": ["gguf", "accelerate"],
+        "gpu": ["transformer-engine[pytorch]>=2.10,<2.12"],
+        "tracking": ["wandb>=0.21", "mlflow>=3"],
+        "dev": ["pytest>=8", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML", "triton>=3.7.1"],
+    },
+    entry_points={"console_scripts": ["megatron_hdpo = megatron_hdpo.cli:main"]},
+)
