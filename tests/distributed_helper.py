@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch.distributed as dist
@@ -42,9 +45,20 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
             processes.append(process)
         return _collect(pipes, time.monotonic() + timeout, timeout)
     finally:
-        for process in processes:
+        _end(processes, grace=5.0 if not pipes else 0.0)
+
+
+def _end(processes: list[BaseProcess], grace: float) -> None:
+    """Let ranks that returned clean up for `grace` seconds in all, then kill those left, with what they started."""
+    deadline = time.monotonic() + grace
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+        if process.is_alive():  # never by the number of a process that is gone: it may be another's by now
+            assert process.pid is not None
+            with suppress(ProcessLookupError):  # no group yet: it had not begun its work
+                os.killpg(process.pid, signal.SIGKILL)
             process.kill()
-            process.join()
+        process.join()
 
 
 def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
@@ -80,6 +94,7 @@ def _collect(pipes: dict[Connection, int], deadline: float, timeout: float) -> l
 
 
 def _work(sender: Connection, environment: dict[str, str], function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.setpgid(0, 0)  # Megatron's checkpoint writer starts processes: they are to end with the rank
     os.environ.update(environment)
     import torch
 

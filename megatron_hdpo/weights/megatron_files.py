@@ -30,8 +30,8 @@ _RECORD = "model.json"
 _TRAINING_RECORD = "run_state.json"  # what a checkpoint of a training run says about itself
 _MARKER = "metadata.json"  # Megatron's own, written last
 _VERSION = 1
-_NOT_WEIGHTS = ("optimizer", "chained_")
-"""Keys of a training checkpoint that are the optimizer's."""
+_NOT_WEIGHTS = "optimizer."
+"""Start of the keys of a training checkpoint that are the optimizer's."""
 
 
 def is_megatron_checkpoint(path: Path) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from distributed_helper import run_ranks
-from tiny import CASES, build, layout, make_checkpoint
+from tiny_checkpoints import CASES, build, layout, make_checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_hdpo.weights.load import load_hf

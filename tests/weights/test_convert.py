@@ -14,8 +14,12 @@ import torch
 from distributed_helper import run_ranks
 from megatron.core.transformer.identity_op import IdentityOp
 from safetensors.torch import load_file, save_file
-from tiny import build, layout, make_checkpoint
+from tiny_checkpoints import build, layout, make_checkpoint
 
+from megatron_hdpo.checkpoint.store import CheckpointStore
+from megatron_hdpo.model.build import wrap_data_parallel
+from megatron_hdpo.model.optimizer import OptimizerConfig, build_optimizer
+from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.weights.convert import convert, inspect, open_model
 from megatron_hdpo.weights.errors import WeightsError
@@ -93,6 +97,36 @@ def _engine_round_trip(path: Path) -> None:
 def test_names_of_the_transformer_engine_spec(tmp_path: Path) -> None:
     make_checkpoint("qwen3", tmp_path / "qwen3")
     run_ranks(1, _engine_round_trip, tmp_path / "qwen3")
+
+
+def _training_checkpoint(folder: Path) -> None:
+    """What a run saves after two optimizer steps holds the model's weights for any layout, the optimizer's beside."""
+    with layout(2, 1) as context:
+        model, architecture = build(folder / "hf", context)
+        ddp = wrap_data_parallel(model, context)
+        load_hf(ddp, architecture, context, folder / "hf")
+        optimizer, schedule = build_optimizer(OptimizerConfig(lr=1e-3), ddp, context, total_steps=2)
+        with context.megatron_calls():
+            for _ in range(2):
+                for parameter in model.parameters():
+                    parameter.main_grad.fill_(0.1)
+                optimizer.step()
+        store = CheckpointStore(folder / "run", context, keep=1)
+        path = store.save(2, Policy(architecture, context, ddp, 256, optimizer, schedule))
+        trained = dict(stream_hf(ddp, architecture, context))
+    with layout(1, 2) as context:
+        with pytest.raises(WeightsError, match="--config"):
+            inspect(path)
+        found = dict(stream_hf(open_model(inspect(path, folder / "hf"), context), architecture, context))
+    first = load_file(folder / "hf" / "model.safetensors")
+    assert found.keys() == trained.keys() == first.keys()
+    assert all(torch.equal(found[name], trained[name]) for name in first)
+    assert not any(torch.equal(trained[name], first[name]) for name in first)
+
+
+def test_checkpoint_of_a_training_run(tmp_path: Path) -> None:
+    make_checkpoint("qwen3_tied", tmp_path / "hf")
+    run_ranks(2, _training_checkpoint, tmp_path)
 
 
 def _proofs(folder: Path) -> dict[str, list[Check]]:

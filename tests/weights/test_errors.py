@@ -12,7 +12,7 @@ import pytest
 import torch
 from distributed_helper import run_ranks
 from safetensors.torch import load_file, save_file
-from tiny import build, layout, make_checkpoint
+from tiny_checkpoints import build, layout, make_checkpoint
 
 from megatron_hdpo.weights.errors import WeightsError
 from megatron_hdpo.weights.host import copy_to_host, load_from_host

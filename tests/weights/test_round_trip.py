@@ -8,7 +8,7 @@ import pytest
 import torch
 from distributed_helper import run_ranks
 from safetensors.torch import load_file
-from tiny import CASES, build, layout, make_checkpoint
+from tiny_checkpoints import CASES, build, layout, make_checkpoint
 
 from megatron_hdpo.model.build import wrap_data_parallel
 from megatron_hdpo.weights.load import load_hf

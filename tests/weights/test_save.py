@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed_helper import run_ranks
-from tiny import build, layout, make_checkpoint
+from tiny_checkpoints import build, layout, make_checkpoint
 from transformers import AutoModelForCausalLM
 
 from megatron_hdpo.weights.errors import WeightsError
