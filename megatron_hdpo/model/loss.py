@@ -12,7 +12,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_hdpo.divergence import Losses, logit_losses
+from megatron_hdpo.divergence import Losses, head_loss
 from megatron_hdpo.model.micro_batch import LossInputs, MicroBatch
 from megatron_hdpo.objectives.interface import DistillConfig, LossSpec
 from megatron_hdpo.objectives.surrogate import Surrogate, clipped_surrogate
@@ -27,20 +27,55 @@ class Normalisers:
 
 
 def micro_batch_loss(
-    logits_NV: Tensor,
+    hidden_NH: Tensor,
+    head_weight_VH: Tensor,
     batch: MicroBatch,
     inputs: LossInputs,
     spec: LossSpec,
     normalisers: Normalisers,
     groups: ProcessGroupCollection,
     vocab_size: int,
+    head_chunk: int = 1024,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss (a scalar with gradient) and detached sums over tokens, by metric name.
 
-    logits_NV: this rank's vocabulary shard of the rows of the N response tokens. All ranks of the tensor-parallel
-    group must call it together, also with N = 0.
+    hidden_NH: what the head reads at the rows of the N response tokens, whole on every tensor-parallel rank; its
+    gradient comes back complete. head_weight_VH: this rank's shard of the head. Logits exist for `head_chunk` tokens
+    at a time. All ranks of the tensor-parallel group must call it together, also with N = 0.
     """
-    losses = _logit_losses(logits_NV, batch, inputs, spec, groups, vocab_size)
+    sums: dict[str, Tensor] = {}
+
+    def objective(losses: Losses, places: Tensor) -> Tensor:
+        total, chunk_sums = _chunk_loss(losses, inputs.at(places), spec, normalisers)
+        for name, value in chunk_sums.items():
+            sums[name] = sums[name] + value if name in sums else value
+        return total
+
+    distill = spec.distill or DistillConfig()
+    total, _ = head_loss(
+        hidden_NH,
+        head_weight_VH,
+        batch.sampled_ids_N,
+        objective,
+        inputs.target if spec.distill is not None else None,
+        kind=distill.kind,
+        beta=distill.beta,
+        tail=distill.tail,
+        clip=distill.clip,
+        distill_temperature=distill.temperature,
+        temperature=spec.temperature,
+        chunk=head_chunk,
+        group=groups.tp,
+        vocab_size=vocab_size,
+    )
+    return total, sums
+
+
+def _chunk_loss(
+    losses: Losses, inputs: LossInputs, spec: LossSpec, normalisers: Normalisers
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A chunk's part of the loss, and its sums."""
+    assert losses.logprobs_T is not None
     own = losses.logprobs_T.detach()
     # Where the weight is zero, loss and gradient must be zero too: there no ratio is made, which might overflow.
     unweighted = inputs.surrogate_weights_N == 0
@@ -50,36 +85,11 @@ def micro_batch_loss(
     surrogate_sum = (surrogate.loss_T * inputs.surrogate_weights_N).sum()
     total = surrogate_sum / normalisers.surrogate if normalisers.surrogate else surrogate_sum * 0.0
     sums = _surrogate_sums(inputs, surrogate, surrogate_sum, own, rollout, losses)
-    if spec.distill is not None and inputs.target is not None and normalisers.distill:
+    if spec.distill is not None and losses.divergence_T is not None and normalisers.distill:
         distill_sum = (losses.divergence_T * inputs.distill_weights_N).sum()
         total = total + spec.distill.coefficient * distill_sum / normalisers.distill
         sums |= _distill_sums(losses, inputs, distill_sum)
     return total, sums
-
-
-def _logit_losses(
-    logits_NV: Tensor,
-    batch: MicroBatch,
-    inputs: LossInputs,
-    spec: LossSpec,
-    groups: ProcessGroupCollection,
-    vocab_size: int,
-) -> Losses:
-    distill = spec.distill or DistillConfig()
-    return logit_losses(
-        logits_NV,
-        batch.sampled_ids_N,
-        inputs.target if spec.distill is not None else None,
-        kind=distill.kind,
-        beta=distill.beta,
-        tail=distill.tail,
-        clip=distill.clip,
-        distill_temperature=distill.temperature,
-        temperature=spec.temperature,
-        group=groups.tp,
-        vocab_size=vocab_size,
-        inplace_backward=True,
-    )
 
 
 def _surrogate_sums(

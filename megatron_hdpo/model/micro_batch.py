@@ -39,6 +39,11 @@ class LossInputs:
     distill_weights_N: Tensor
     target: TopK | None
 
+    def at(self, places: Tensor) -> LossInputs:
+        """The numbers of some of the tokens (int64 indices into the N), without their targets."""
+        fields = (self.advantages_N, self.surrogate_weights_N, self.old_N, self.rollout_N, self.distill_weights_N)
+        return LossInputs(*(values[places] for values in fields), target=None)
+
 
 def response_micro_batch(
     prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], device: torch.device, multiple: int

@@ -8,13 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
 
@@ -31,14 +27,9 @@ class HeadlessGPTModel(GPTModel):
         return self.output_layer.weight
 
 
-def logits_of_rows(model: HeadlessGPTModel, hidden: Tensor, rows_N: Tensor, groups: ProcessGroupCollection) -> Tensor:
-    """Logits [N, padded vocabulary / TP] of the rows `rows_N` of a micro-batch, from the last stage's output.
-
-    Exact gradients under TP and SP: the hidden state's gradient is summed over the vocabulary shards.
-    """
+def hidden_rows(model: HeadlessGPTModel, output: Tensor, rows_N: Tensor, groups: ProcessGroupCollection) -> Tensor:
+    """Hidden states [N, hidden] at the rows `rows_N` of a micro-batch, from the last stage's output, whole on every
+    tensor-parallel rank. Their gradient must come back complete and equal on every rank, as `head_loss` gives it."""
     if model.config.sequence_parallel:
-        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=groups.tp)
-        hidden_NH = hidden[:, 0].index_select(0, rows_N)
-    else:
-        hidden_NH = copy_to_tensor_model_parallel_region(hidden[:, 0].index_select(0, rows_N), group=groups.tp)
-    return torch.nn.functional.linear(hidden_NH, model.head_weight())
+        output = gather_from_sequence_parallel_region(output, tensor_parallel_output_grad=False, group=groups.tp)
+    return output[:, 0].index_select(0, rows_N)

@@ -12,8 +12,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import ChainedOptimizer
@@ -32,7 +34,7 @@ from megatron_hdpo.model.micro_batch import (
     loss_inputs,
     scoring_micro_batch,
 )
-from megatron_hdpo.model.network import HeadlessGPTModel, logits_of_rows
+from megatron_hdpo.model.network import HeadlessGPTModel, hidden_rows
 from megatron_hdpo.model.packing import bin_by_tokens
 from megatron_hdpo.objectives.interface import Example, LossSpec, Score, Scoring, ScoringKey
 from megatron_hdpo.parallel.context import ParallelContext
@@ -57,7 +59,7 @@ class Work:
 class Policy:
     """A model under Megatron's DDP with, for training, its optimizer and schedule.
 
-    micro_batch_tokens: rows of a packed micro-batch, at most.
+    micro_batch_tokens: rows of a packed micro-batch, at most. head_chunk: tokens that have logits at a time.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Policy:
         micro_batch_tokens: int,
         optimizer: ChainedOptimizer | None = None,
         schedule: OptimizerParamScheduler | None = None,
+        head_chunk: int = 1024,
     ) -> None:
         self.architecture = architecture
         self.context = context
@@ -76,6 +79,7 @@ class Policy:
         self.micro_batch_tokens = micro_batch_tokens
         self.optimizer = optimizer
         self.schedule = schedule
+        self.head_chunk = head_chunk
         self.model.config.finalize_model_grads_func = self._finalize
         self._rows_multiple = context.layout.tensor if context.layout.sequence else 1
 
@@ -98,23 +102,29 @@ class Policy:
         return scores
 
     def _score_step(self, scores: dict[ScoringKey, Score], work: Work, output: Tensor) -> tuple[Tensor, int, dict]:
-        logits = logits_of_rows(self.model, output, work.batch.rows_N, self.context.groups)
+        hidden_NH = hidden_rows(self.model, output, work.batch.rows_N, self.context.groups)
         row = 0
         for scoring, length in zip(work.scorings, work.batch.responses, strict=True):
             rows = slice(row, row + length)
-            scores[scoring.key] = self._score_one(scoring, logits[rows], work.batch.sampled_ids_N[rows])
+            scores[scoring.key] = self._score_one(scoring, hidden_NH[rows], work.batch.sampled_ids_N[rows])
             row += length
         return output.sum() * 0.0, 0, {}
 
-    def _score_one(self, scoring: Scoring, logits_TV: Tensor, ids_T: Tensor) -> Score:
+    def _score_one(self, scoring: Scoring, hidden_TH: Tensor, ids_T: Tensor) -> Score:
+        """Chunk by chunk, so that no more than `head_chunk` tokens have logits at a time."""
         shard = {"group": self.context.groups.tp, "vocab_size": self.architecture.vocab_size}
-        losses = logit_losses(logits_TV, ids_T, None, temperature=scoring.temperature, **shard)
-        top = None
-        if scoring.top_k:
-            scaled = logits_TV if scoring.temperature == 1.0 else logits_TV / scoring.temperature
-            found = vocab_parallel_topk(scaled, scoring.top_k, **shard)
-            top = TopLogprobs(found.ids_TK.to(torch.int32).cpu().numpy(), found.logprobs_TK.float().cpu().numpy())
-        return Score(losses.logprobs_T.float().cpu().numpy(), losses.entropy_T.float().cpu().numpy(), top)
+        logprobs, entropies, ids, tops = [], [], [], []
+        for hidden, sampled in zip(hidden_TH.split(self.head_chunk), ids_T.split(self.head_chunk), strict=True):
+            logits = F.linear(hidden, self.model.head_weight())
+            losses = logit_losses(logits, sampled, None, temperature=scoring.temperature, **shard)
+            logprobs.append(as_float(losses.logprobs_T))
+            entropies.append(as_float(losses.entropy_T))
+            if scoring.top_k:
+                found = vocab_parallel_topk(logits / scoring.temperature, scoring.top_k, **shard)
+                ids.append(found.ids_TK.to(torch.int32).cpu().numpy())
+                tops.append(as_float(found.logprobs_TK))
+        top = TopLogprobs(np.concatenate(ids), np.concatenate(tops)) if scoring.top_k else None
+        return Score(np.concatenate(logprobs), np.concatenate(entropies), top)
 
     # ------------------------------------------------------------------ training
 
@@ -155,9 +165,16 @@ class Policy:
     ) -> tuple[Tensor, int, dict]:
         assert work.inputs is not None
         groups = self.context.groups
-        logits = logits_of_rows(self.model, output, work.batch.rows_N, groups)
         loss, batch_sums = micro_batch_loss(
-            logits, work.batch, work.inputs, spec, normalisers, groups, self.architecture.vocab_size
+            hidden_rows(self.model, output, work.batch.rows_N, groups),
+            self.model.head_weight(),
+            work.batch,
+            work.inputs,
+            spec,
+            normalisers,
+            groups,
+            self.architecture.vocab_size,
+            self.head_chunk,
         )
         for name, value in batch_sums.items():
             sums[name] = sums.get(name, 0.0) + float(value)
@@ -299,3 +316,9 @@ def share_examples(examples: Sequence[Example] | None, context: ParallelContext)
         return list(examples)
     assert shared is not None
     return shared
+
+
+def as_float(tensor: Tensor | None) -> np.ndarray:
+    """A tensor as a float32 array on the host."""
+    assert tensor is not None
+    return tensor.detach().float().cpu().numpy()
