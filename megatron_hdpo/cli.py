@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,9 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torch.distributed import Store
+
     from megatron_hdpo.run import Run
 
 USER_ERROR = 2
+_FAILED = "megatron_hdpo/failed"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -25,8 +30,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     except user_errors() as error:
         if _first_to_fail():
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(USER_ERROR)  # other ranks may wait in a collective, which a normal exit would wait for
+        _leave()
+    except Exception:
+        if not _another_failed():
+            raise
+        logging.getLogger(__name__).info("ended because another rank did", exc_info=True)
+        _leave()
+
+
+def _leave() -> None:
+    """End at once: other ranks may wait in a collective, which a normal exit would wait for."""
+    sys.stdout.flush()
+    os._exit(USER_ERROR)
 
 
 def user_errors() -> tuple[type[Exception], ...]:
@@ -56,17 +71,30 @@ def _first_to_fail() -> bool:
 
     Ranks count themselves in torchrun's own store, which is there before any process group; without one, rank 0 speaks.
     """
+    store = _agent_store()
+    return os.environ.get("RANK", "0") == "0" if store is None else store.add(_FAILED, 1) == 1
+
+
+def _another_failed() -> bool:
+    """Whether another rank has ended with a message of its own: what breaks here then is only its echo."""
+    store = _agent_store()
+    if store is None or int(os.environ["WORLD_SIZE"]) == 1:
+        return False
+    time.sleep(0.5)  # a connection may break a moment before the rank at its other end has counted itself
+    return bool(store.check([_FAILED]))
+
+
+def _agent_store() -> Store | None:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return os.environ.get("RANK", "0") == "0"
-    from torch.distributed import TCPStore
+        return None
+    from torch.distributed import PrefixStore, TCPStore
 
     try:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10), wait_for_workers=False)
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return store.add(f"megatron_hdpo/failed/{attempt}", 1) == 1
+        return PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     except (KeyError, ValueError, RuntimeError):
-        return os.environ.get("RANK", "0") == "0"
+        return None
 
 
 def _parser() -> argparse.ArgumentParser:

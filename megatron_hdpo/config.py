@@ -43,6 +43,9 @@ class TrainConfig(BaseModel):
     steps: int = Field(100, ge=0, description="Rollout steps.")
     updates_per_step: int = Field(1, ge=1, description="Optimizer steps per rollout step, each on a share of it.")
     micro_batch_tokens: int = Field(8192, ge=2, description="Tokens of a packed micro-batch, at most.")
+    max_skipped_updates: int = Field(
+        3, ge=0, description="Updates in a row that may be skipped because a gradient is not finite, before the run stops."
+    )
 
 
 class WarmupConfig(BaseModel):
@@ -184,7 +187,7 @@ class _Loader(yaml.SafeLoader):
 def _yaml_problem(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     if mark is None:
-        return f"is not YAML: {error}"
+        return f"is not YAML: {' '.join(str(error).split())}"
     return f"is not YAML: line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', None)}"
 
 

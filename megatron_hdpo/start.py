@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from megatron_hdpo.data.errors import DataError
 from megatron_hdpo.rollout.types import Group
 from megatron_hdpo.run import Run, rollouts_file, scaled_final_norm
@@ -47,7 +49,8 @@ def _resume(run: Run, latest: Path) -> None:
     _build_optimizer(run)
     with run.console.phase("resume"):
         _allocate_optimizer_state(run)
-        run.step = run.checkpoints.load(latest, run.policy).step
+        with torch.no_grad():  # in float32 the main weights that are written are views of the model's own
+            run.step = run.checkpoints.load(latest, run.policy).step
         if run.recipe.teacher.kind == "frozen":
             _restore_teacher(run)
     _check_replay(run)

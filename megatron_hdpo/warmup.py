@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_hdpo.config import WarmupConfig
+from megatron_hdpo.data.errors import DataError
 from megatron_hdpo.data.load import load
 from megatron_hdpo.data.problem import Problem
 from megatron_hdpo.data.sft import SupervisedData, SupervisedExample
@@ -43,15 +44,19 @@ def _supervised_data(run: Run, tasks: Sequence[TaskConfig], privileged: bool) ->
     if tasks:
         config = run.recipe.data.model_copy(update={"train": list(tasks)})
         problems = load(config, run.data.prompts.tokenizer, run.rewards).train
-    data = SupervisedData(
-        problems,
-        run.data.prompts,
-        privileged_share=float(privileged),
-        max_response_tokens=run.recipe.rollout.max_new_tokens,
-        seed=run.recipe.seed,
-    )
+    key = f"warmup.{'privileged' if privileged else 'plain'}" if tasks else "warmup on data.train"
+    try:
+        data = SupervisedData(
+            problems,
+            run.data.prompts,
+            privileged_share=float(privileged),
+            max_response_tokens=run.recipe.rollout.max_new_tokens,
+            seed=run.recipe.seed,
+        )
+    except DataError as error:
+        raise DataError(f"{key}: {error}") from error
     if data.left_out:
-        run.console.warn(f"warm-up: {data.left_out} problems without a worked solution that fits are left out")
+        run.console.warn(f"{key}: {data.left_out} problems without a worked solution that fits are left out")
     return data
 
 
