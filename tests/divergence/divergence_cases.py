@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -119,9 +119,11 @@ def engine(case: Case, group: Any, rank: int, size: int) -> dict[str, Tensor]:
     return {**out, "gradient": leaf.grad}
 
 
-def reference(case: Case) -> dict[str, Tensor]:
-    """The same by definition, whole."""
+def reference(case: Case, logits_TV: Tensor | None = None) -> dict[str, Tensor]:
+    """The same by definition, whole; for other logits than the case's, if given."""
     data = build(case)
+    if logits_TV is not None:
+        data = replace(data, logits_TV=logits_TV)
     leaf = data.logits_TV.double().requires_grad_()
     rows = range(case.tokens) if data.rows is None else data.rows.tolist()
     row_of = {token: r for r, token in enumerate(rows)}

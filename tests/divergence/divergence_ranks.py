@@ -32,6 +32,10 @@ def _serve(rank: int, port: int, jobs: Any, results: Any) -> None:
     os._exit(0)  # nothing to tear down, and gloo's own end waits for its peers
 
 
+def _ready(group: Any, rank: int, size: int) -> None:
+    dist.barrier(group)
+
+
 class Ranks:
     """`run(size, function, *arguments)` calls function(group, rank, size, *arguments) in `size` processes."""
 
@@ -48,13 +52,14 @@ class Ranks:
         ]
         for process in self.processes:
             process.start()
+        self.run(WORLD, _ready, deadline_s=300)  # a busy machine takes long to import
 
-    def run(self, size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    def run(self, size: int, function: Callable[..., Any], *arguments: Any, deadline_s: float = 60) -> list[Any]:
         for rank in range(size):
             self.jobs[rank].put((size, function, arguments))
         answers, errors = {}, []
         for _ in range(size):
-            rank, answer, error = self.results.get(timeout=60)
+            rank, answer, error = self.results.get(timeout=deadline_s)
             answers[rank] = answer
             errors += [f"rank {rank}:\n{error}"] if error else []
         assert not errors, "\n".join(errors)
