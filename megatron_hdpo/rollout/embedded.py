@@ -4,10 +4,11 @@ A prompt is prefilled once and its keys and values copied to its n samples; all 
 one slot each; a finished sample frees its slot at once, and waiting requests move in as soon as enough slots are free.
 
 Determinism: a sample is drawn with uniforms keyed by (request.seed, sample index) from its own logits, so neither the
-batch around it nor the number of ranks enters. What remains is floating point: matrix products round differently for
-different batch shapes, and a draw that falls within that error of the edge between two tokens goes the other way. In
-float32 that is of the order of one token in a hundred thousand; in bfloat16 of one in a hundred, after which the two
-texts part. The same requests submitted in the same order give the same bits on the same machine.
+batch around it nor the number of ranks enters, and the same requests submitted in the same order give the same bits on
+the same machine. What remains is floating point: matrix products round differently for different batch shapes, and a
+draw within that error of an edge between two tokens goes the other way, after which the two texts part. In float32
+log-probs move by some 1e-5 and such draws are rare; in bfloat16 they move by up to a tenth, and a sample alone and the
+same one in a batch part sooner or later: sooner the flatter the distribution.
 """
 
 from __future__ import annotations
@@ -272,9 +273,9 @@ class EmbeddedEngine:
 
     def _sample(self, sequences: list[SequenceState], logits_BV: torch.Tensor, params: RowParams) -> list[int]:
         """Draw one token per row; returns the rows that ended."""
-        u_B = torch.tensor([s.uniforms[len(s.ids)] for s in sequences], dtype=torch.float64, device=self._device)
+        u_B2 = torch.from_numpy(np.stack([s.uniforms[len(s.ids)] for s in sequences])).to(self._device)
         top = max(s.pending.request.sampling.top_logprobs for s in sequences)
-        return self._record(sequences, sample(logits_BV, u_B, params, top))
+        return self._record(sequences, sample(logits_BV, u_B2, params, top))
 
     def _record(self, sequences: list[SequenceState], draw: Draw) -> list[int]:
         """Append the drawn tokens and close what they end; returns the rows that ended."""

@@ -47,13 +47,13 @@ class Draw:
 
 
 def uniforms(seed: int, sample_index: int, count: int) -> np.ndarray:
-    """float64 [count] in [0, 1): a pure function of (seed, sample_index), the same on every machine.
+    """float64 [count, 2] in [0, 1), a pair per token: a pure function of (seed, sample_index), equal on every machine.
 
     Philox 4x64 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") with the pair as its key; raw words
     are used because NumPy promises their stream, and only theirs, to stay as it is.
     """
-    words = np.random.Philox(key=np.array([seed, sample_index], dtype=np.uint64)).random_raw(count)
-    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    words = np.random.Philox(key=np.array([seed, sample_index], dtype=np.uint64)).random_raw(2 * count)
+    return ((words >> np.uint64(11)).astype(np.float64) * 2.0**-53).reshape(count, 2)
 
 
 def row_params(
@@ -74,10 +74,10 @@ def row_params(
     )
 
 
-def sample(logits_BV: torch.Tensor, u_B: torch.Tensor, params: RowParams, top_logprobs: int = 0) -> Draw:
-    """Draw one token per row by inverse CDF in the order of token ids.
+def sample(logits_BV: torch.Tensor, u_B2: torch.Tensor, params: RowParams, top_logprobs: int = 0) -> Draw:
+    """Draw one token per row by `inverse_cdf`, or the most likely one where the row is greedy.
 
-    logits_BV: any float dtype, real vocabulary only. u_B: float64 uniforms in [0, 1). Log-probs are those of
+    logits_BV: any float dtype, real vocabulary only. u_B2: float64 uniforms in [0, 1). Log-probs are those of
     log_softmax(logits / temperature) over all V, before top-k and top-p. Top-k is applied first, then top-p to what is
     left, renormalised; both break ties in favour of the lower id.
     """
@@ -92,7 +92,7 @@ def sample(logits_BV: torch.Tensor, u_B: torch.Tensor, params: RowParams, top_lo
 
     if params.any_truncated:
         weights_BV = truncate(weights_BV, normaliser_B, params.top_k_B, params.top_p_B)
-    ids_B = inverse_cdf(weights_BV, u_B)
+    ids_B = inverse_cdf(weights_BV, u_B2)
     if params.any_greedy:
         ids_B = torch.where(params.greedy_B, scaled_BV.argmax(-1), ids_B)
     chosen_B = scaled_BV.gather(1, ids_B[:, None])[:, 0]
@@ -146,23 +146,25 @@ def _kept_counts(
     return kept_B, candidates_BC.gather(1, (kept_B - 1)[:, None])[:, 0]
 
 
-def inverse_cdf(weights_BV: torch.Tensor, u_B: torch.Tensor) -> torch.Tensor:
-    """The first id whose cumulative weight exceeds u times the row's sum; int64 [B]. Never an id of weight 0.
+def inverse_cdf(weights_BV: torch.Tensor, u_B2: torch.Tensor) -> torch.Tensor:
+    """Draw an id with probability proportional to its weight; int64 [B]. Never an id of weight 0.
 
-    Searches blocks first and then one block, which reads the vocabulary once and keeps the cumulative sums short.
+    Inverse CDF twice: u_B2[:, 0] picks a block of consecutive ids by the blocks' sums, u_B2[:, 1] an id within it.
+    Exact as one search over all ids is, and firmer: where rounding moves a cumulative sum, one search would lose every
+    draw near any of V edges, this one only near those of the blocks and of one block.
     """
     blocks_BNS = _blocks(weights_BV)
-    cdf_BN = blocks_BNS.sum(-1).double().cumsum(-1)
-    target_B1 = u_B[:, None] * cdf_BN[:, -1:]
-    block_B1 = torch.searchsorted(cdf_BN, target_B1, right=True).clamp_(max=cdf_BN.shape[1] - 1)
-    before_B1 = torch.where(block_B1 > 0, cdf_BN.gather(1, (block_B1 - 1).clamp_(min=0)), 0.0)
+    block_B = _first_beyond(blocks_BNS.sum(-1), u_B2[:, 0])
     rows_B = torch.arange(weights_BV.shape[0], device=weights_BV.device)
-    inner_BS = blocks_BNS[rows_B, block_B1[:, 0]].double().cumsum(-1)
-    offset_B1 = torch.searchsorted(inner_BS, target_B1 - before_B1, right=True)
-    # Rounding can place the target at the block's very end: the last token with weight is then meant.
-    last_B1 = torch.searchsorted(inner_BS, inner_BS[:, -1:].contiguous())
-    ids_B = (block_B1 * _BLOCK + torch.minimum(offset_B1, last_B1))[:, 0]
-    return ids_B.clamp_(max=weights_BV.shape[-1] - 1)
+    ids_B = block_B * _BLOCK + _first_beyond(blocks_BNS[rows_B, block_B], u_B2[:, 1])
+    return ids_B.clamp_(max=weights_BV.shape[1] - 1)  # a row of NaN ends in the padding; its draw is not used
+
+
+def _first_beyond(weights_BN: torch.Tensor, u_B: torch.Tensor) -> torch.Tensor:
+    """The first index whose cumulative weight exceeds u times the row's sum; int64 [B]."""
+    cdf_BN = weights_BN.double().cumsum(-1)
+    index_B1 = torch.searchsorted(cdf_BN, u_B[:, None] * cdf_BN[:, -1:], right=True)
+    return index_B1[:, 0].clamp_(max=weights_BN.shape[1] - 1)  # a row of NaN finds no index
 
 
 def _blocks(weights_BV: torch.Tensor) -> torch.Tensor:

@@ -37,13 +37,14 @@ def truncated(weights: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
 
 def test_uniforms_are_a_pure_function_with_independent_streams():
     # Fixed for ever: saved seeds must go on meaning the same samples.
-    np.testing.assert_allclose(uniforms(7, 3, 3), FIRST_OF_7_3, rtol=0, atol=1e-15)
+    np.testing.assert_allclose(uniforms(7, 3, 3).ravel()[:3], FIRST_OF_7_3, rtol=0, atol=1e-15)
     np.testing.assert_array_equal(uniforms(7, 3, 1000)[:10], uniforms(7, 3, 10))
-    streams = np.stack([uniforms(seed, index, 2000) for seed in (0, 1, 2**64 - 1) for index in (0, 1)])
+    pairs = np.stack([uniforms(seed, index, 2000) for seed in (0, 1, 2**64 - 1) for index in (0, 1)])
+    streams = pairs.transpose(0, 2, 1).reshape(12, 2000)
     assert streams.min() >= 0 and streams.max() < 1
     correlations = np.corrcoef(streams) - np.eye(len(streams))
     assert np.abs(correlations).max() < 0.1  # 4.5 standard errors
-    np.testing.assert_allclose(streams.mean(), 0.5, atol=0.013)
+    np.testing.assert_allclose(streams.mean(), 0.5, atol=0.01)
 
 
 # ---- inverse CDF
@@ -51,26 +52,42 @@ def test_uniforms_are_a_pure_function_with_independent_streams():
 
 @given(
     weights=st.lists(st.sampled_from([0.0, 0.0, 1.0, 2.0, 0.25]), min_size=1, max_size=400).filter(any),
-    u=st.floats(0, 1, exclude_max=True),
+    u=st.tuples(st.floats(0, 1, exclude_max=True), st.floats(0, 1, exclude_max=True)),
 )
-@example(weights=[0.0, 1.0, 0.0], u=1 - 2**-53)
-@example(weights=[1.0, 0.0], u=1 - 2**-53)
-@example(weights=[0.0, 1.0], u=0.0)
-@example(weights=[1.0] * 128 + [0.0] * 128, u=1 - 2**-53)
+@example(weights=[0.0, 1.0, 0.0], u=(0.0, 1 - 2**-53))
+@example(weights=[1.0, 0.0], u=(1 - 2**-53, 1 - 2**-53))
+@example(weights=[0.0, 1.0], u=(0.0, 0.0))
+@example(weights=[0.0] * 128 + [1.0] * 128 + [0.0] * 128, u=(1 - 2**-53, 0.0))
 @settings(max_examples=200, deadline=None)
-def test_inverse_cdf_is_the_first_id_beyond_u(weights, u):
+def test_inverse_cdf_takes_the_first_block_and_then_the_first_id_beyond_u(weights, u):
     # These weights and their sums are exact in floating point, so the reference admits one answer.
-    cdf = np.cumsum(np.array(weights))
-    expected = int(np.searchsorted(cdf, u * cdf[-1], side="right"))
+    blocks = [weights[start : start + 128] for start in range(0, len(weights), 128)]
+    block = first_beyond([sum(b) for b in blocks], u[0])
     (drawn,) = inverse_cdf(torch.tensor([weights]), torch.tensor([u], dtype=torch.float64)).tolist()
-    assert drawn == expected and weights[drawn] > 0
+    assert drawn == 128 * block + first_beyond(blocks[block], u[1]) and weights[drawn] > 0
+
+
+def first_beyond(weights: list[float], u: float) -> int:
+    cdf = np.cumsum(np.array(weights))
+    return int(np.searchsorted(cdf, u * cdf[-1], side="right"))
+
+
+def test_a_draw_survives_rounding_errors_of_the_logits():
+    """Among 50,000 nearly equal tokens one search over all cumulative sums loses over a draw in a thousand here."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 50_000, generator=generator)
+    u = torch.from_numpy(uniforms(0, 0, 400))
+    params = row_params([1.0] * 400, [None] * 400, [1.0] * 400, 50_000, CPU)
+    exact = sample(logits.expand(400, -1), u, params).ids_B
+    moved = sample((logits + 2e-5 * torch.randn(1, 50_000, generator=generator)).expand(400, -1), u, params).ids_B
+    assert (exact == moved).all() and len(set(exact.tolist())) > 390
 
 
 def test_inverse_cdf_never_returns_an_id_of_weight_zero_on_a_large_vocabulary():
     generator = torch.Generator().manual_seed(0)
     weights = torch.rand(64, 49_157, generator=generator) * (torch.rand(64, 49_157, generator=generator) < 0.01)
     for u in (0.0, 1 - 2**-53, 0.5):
-        drawn = inverse_cdf(weights, torch.full((64,), u, dtype=torch.float64))
+        drawn = inverse_cdf(weights, torch.full((64, 2), u, dtype=torch.float64))
         assert (weights.gather(1, drawn[:, None]) > 0).all()
 
 
@@ -89,24 +106,26 @@ def chi_square(logits: torch.Tensor, settings_: dict, draws: int = 40_000) -> tu
     return float(((counts[probs > 0] - expected) ** 2 / expected).sum()), int((probs > 0).sum()) - 1
 
 
-@pytest.mark.parametrize("settings_", [{}, {"t": 0.6}, {"t": 1.7}, {"k": 9}, {"p": 0.7}, {"t": 1.3, "k": 12, "p": 0.8}])
+@pytest.mark.parametrize(
+    "settings_", [{}, {"t": 0.6}, {"t": 1.7}, {"k": 50}, {"p": 0.7}, {"t": 1.3, "k": 90, "p": 0.8}]
+)
 def test_draws_follow_the_exact_distribution(settings_):
-    logits = torch.randn(40, generator=torch.Generator().manual_seed(1)) * 1.2
+    logits = torch.randn(300, generator=torch.Generator().manual_seed(1)) * 1.2
     statistic, freedom = chi_square(logits, settings_)
-    assert freedom >= 4
+    assert freedom >= 20
     # Mean f, variance 2f: beyond 4 standard deviations lies less than one run in a thousand; the draws are fixed.
     assert statistic < freedom + 4 * np.sqrt(2 * freedom)
 
 
 def test_the_chi_square_test_would_notice_a_slightly_wrong_temperature():
-    logits = torch.randn(40, generator=torch.Generator().manual_seed(1)) * 1.2
+    logits = torch.randn(300, generator=torch.Generator().manual_seed(1)) * 1.2
     wrong, freedom = chi_square(logits * 1.05, {})
     right = torch.softmax(logits.double(), -1)
     assert wrong < freedom + 4 * np.sqrt(2 * freedom)  # right for its own logits
     draws = 40_000
     u = torch.from_numpy(np.concatenate([uniforms(11, index, 100) for index in range(draws // 100)]))
-    params = row_params([1.0] * draws, [None] * draws, [1.0] * draws, 40, CPU)
-    counts = torch.bincount(sample((logits * 1.05).expand(draws, -1), u, params).ids_B, minlength=40)
+    params = row_params([1.0] * draws, [None] * draws, [1.0] * draws, 300, CPU)
+    counts = torch.bincount(sample((logits * 1.05).expand(draws, -1), u, params).ids_B, minlength=300)
     assert float(((counts - draws * right) ** 2 / (draws * right)).sum()) > freedom + 4 * np.sqrt(2 * freedom)
 
 
@@ -163,7 +182,7 @@ def test_logprobs_are_of_the_full_vocabulary_at_the_rows_temperature(seed, vocab
     logits = torch.randn(5, vocab, generator=generator) * scale
     temperatures = [1.0, 0.3, 2.0, 0.0, 1.0]
     params = row_params(temperatures, [None, 2, None, None, 1], [1.0, 0.9, 0.4, 1.0, 1.0], vocab, CPU)
-    u = torch.rand(5, dtype=torch.float64, generator=generator)
+    u = torch.rand(5, 2, dtype=torch.float64, generator=generator)
     untouched = logits.clone()
     draw = sample(logits, u, params, top_logprobs=min(4, vocab))
     scales = torch.tensor([t or 1.0 for t in temperatures], dtype=torch.float64)
@@ -179,7 +198,7 @@ def test_logprobs_are_of_the_full_vocabulary_at_the_rows_temperature(seed, vocab
 def test_a_row_does_not_depend_on_the_rows_beside_it():
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(30, 1000, generator=generator) * 2
-    u = torch.rand(30, dtype=torch.float64, generator=generator)
+    u = torch.rand(30, 2, dtype=torch.float64, generator=generator)
     temperatures = [0.5 + 0.05 * i for i in range(30)]
     ks = [None if i % 3 else 400 - i for i in range(30)]
     ps = [1.0 if i % 2 else 0.9 for i in range(30)]
@@ -195,7 +214,7 @@ def test_rows_that_are_no_distribution_are_named_and_spoil_no_other():
     logits[1, 3], logits[2, 5] = float("nan"), float("inf")
     logits[3, 1:] = -float("inf")
     params = row_params([1.0] * 4, [None, 3, 3, None], [0.9] * 4, 10, CPU)
-    draw = sample(logits, torch.full((4,), 0.5, dtype=torch.float64), params)
+    draw = sample(logits, torch.full((4, 2), 0.5, dtype=torch.float64), params)
     assert draw.finite_B.tolist() == [True, False, False, True]
     assert draw.ids_B[0] == 4 and draw.ids_B[3] == 0 and draw.logprobs_B[3] == 0
 
@@ -203,6 +222,6 @@ def test_rows_that_are_no_distribution_are_named_and_spoil_no_other():
 def test_bfloat16_logits_are_computed_in_float32():
     logits = torch.randn(8, 500, generator=torch.Generator().manual_seed(0)).bfloat16()
     params = row_params([0.7] * 8, [None] * 8, [1.0] * 8, 500, CPU)
-    draw = sample(logits, torch.linspace(0, 0.99, 8, dtype=torch.float64), params)
+    draw = sample(logits, torch.rand(8, 2, dtype=torch.float64), params)
     reference = torch.log_softmax(logits.double() / 0.7, -1).gather(1, draw.ids_B[:, None])[:, 0]
     torch.testing.assert_close(draw.logprobs_B.double(), reference, rtol=0, atol=1e-5)
