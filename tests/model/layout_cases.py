@@ -188,7 +188,7 @@ def _update_after_a_bad_gradient(build: Build) -> Outcome:
 
 
 def _score(build: Build) -> Outcome:
-    policy = build()
+    policy = build(head_chunk=5)  # shorter than some responses
     mine = make_scorings()[policy.context.dp_rank :: policy.context.dp_size]
     seen: list[int] = []
     scores = policy.score(mine, on_progress=seen.append)
@@ -203,6 +203,7 @@ CASES_OF_EVERY_MODEL: dict[str, Callable[[Build], Outcome]] = {
 CASES: dict[str, Callable[[Build], Outcome]] = CASES_OF_EVERY_MODEL | {
     "one_per_micro_batch": lambda build: _gradients(build, budget=ONE_PER_MICRO_BATCH),
     "all_in_one": lambda build: _gradients(build, budget=ALL_IN_ONE),
+    "head_in_chunks": lambda build: _gradients(build, budget=ALL_IN_ONE, head_chunk=5),
     "recompute": lambda build: _gradients(build, recompute=True),
     "gradients_twice": _gradients_twice,
     "one_replica_has_all": _one_replica_has_all,

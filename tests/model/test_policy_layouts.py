@@ -80,7 +80,8 @@ def test_gradients_are_those_of_the_full_logits(layout: str, model: str, outcome
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
-    "case", ["one_per_micro_batch", "all_in_one", "recompute", "gradients_twice", "one_replica_has_all"]
+    "case",
+    ["one_per_micro_batch", "all_in_one", "head_in_chunks", "recompute", "gradients_twice", "one_replica_has_all"],
 )
 def test_gradients_do_not_depend_on(case: str, layout: str, outcome: Get, reference) -> None:
     result, expected = outcome(layout, "llama", case), reference("llama")

@@ -82,6 +82,7 @@ def build_policy(
     recompute: bool = False,
     optimizer: OptimizerConfig | None = None,
     total_steps: int = 10,
+    head_chunk: int = 1024,
 ) -> Policy:
     """The checkpoint as a policy in fp32; without an optimizer unless one is configured."""
     architecture = read_architecture(path)
@@ -89,7 +90,7 @@ def build_policy(
     load_hf(model, architecture, context, path)
     ddp = wrap_data_parallel(model, context)
     pair = (None, None) if optimizer is None else build_optimizer(optimizer, ddp, context, total_steps)
-    return Policy(architecture, context, ddp, budget, *pair)
+    return Policy(architecture, context, ddp, budget, *pair, head_chunk=head_chunk)
 
 
 def weights_of(policy: Policy) -> dict[str, np.ndarray]:

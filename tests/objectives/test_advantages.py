@@ -6,7 +6,7 @@ import statistics
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_hdpo.objectives.advantages import advantages
@@ -44,6 +44,7 @@ def test_leave_one_out_is_the_default() -> None:
     np.testing.assert_array_equal(advantages(rewards), advantages(rewards, "leave_one_out"))
 
 
+@settings(deadline=None)
 @given(rewards_lists, st.sampled_from(KINDS))
 def test_definitions(rewards: list[float], kind: str) -> None:
     """One rollout at a time, with the standard library's statistics, in exact fractions of the decimals given."""
@@ -60,6 +61,7 @@ def test_definitions(rewards: list[float], kind: str) -> None:
     np.testing.assert_allclose(advantages(np.array(rewards), kind), expected, rtol=1e-9, atol=1e-9)
 
 
+@settings(deadline=None)
 @given(rewards_lists, st.sampled_from((*KINDS, "none")), st.randoms())
 def test_order_does_not_matter(rewards: list[float], kind: str, random) -> None:
     order = list(range(len(rewards)))
@@ -68,12 +70,14 @@ def test_order_does_not_matter(rewards: list[float], kind: str, random) -> None:
     np.testing.assert_allclose(shuffled, advantages(np.array(rewards), kind)[order], atol=1e-9)
 
 
+@settings(deadline=None)
 @given(rewards_lists, st.sampled_from(KINDS), st.floats(-3, 3))
 def test_a_constant_added_to_all_rewards_changes_nothing(rewards: list[float], kind: str, shift: float) -> None:
     moved = advantages(np.array(rewards) + shift, kind)
     np.testing.assert_allclose(moved, advantages(np.array(rewards), kind), atol=1e-6)
 
 
+@settings(deadline=None)
 @given(st.floats(-2, 2), st.integers(1, 9), st.sampled_from(KINDS))
 def test_equal_rewards_give_no_signal(reward: float, size: int, kind: str) -> None:
     np.testing.assert_allclose(advantages(np.full(size, reward), kind), 0.0, atol=1e-9)
