@@ -44,7 +44,9 @@ class TrainConfig(BaseModel):
     updates_per_step: int = Field(1, ge=1, description="Optimizer steps per rollout step, each on a share of it.")
     micro_batch_tokens: int = Field(8192, ge=2, description="Tokens of a packed micro-batch, at most.")
     max_skipped_updates: int = Field(
-        3, ge=0, description="Updates in a row that may be skipped because a gradient is not finite, before the run stops."
+        3,
+        ge=0,
+        description="Updates in a row that may be skipped because a gradient is not finite, before the run stops.",
     )
 
 
@@ -82,7 +84,7 @@ class Recipe(BaseModel):
     data: DataConfig
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     reward: RewardConfig = Field(default_factory=RewardConfig)
-    objective: ObjectiveConfig
+    objective: ObjectiveConfig = Field(description="The method, chosen by its name.")
     teacher: TeacherConfig = Field(default_factory=TeacherConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
@@ -106,6 +108,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: {_yaml_problem(error)}") from error
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}: must be a mapping of sections, not {type(tree).__name__}")
+    tree = _unshared(tree)
     for override in overrides:
         apply_override(tree, override)
     return parse_recipe(tree, str(path))
@@ -184,6 +187,13 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _unshared(node: Any) -> Any:
+    """The tree with a copy for every alias (`*name`), so that an override changes the one place that it names."""
+    if isinstance(node, dict):
+        return {key: _unshared(value) for key, value in node.items()}
+    return [_unshared(value) for value in node] if isinstance(node, list) else node
+
+
 def _yaml_problem(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     if mark is None:
@@ -221,7 +231,8 @@ def _length_errors(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
     ):
         if prompt + response > longest:
             yield (
-                f"data.prompts.{key}: {prompt} + rollout.max_new_tokens {response} exceed the context of {longest} tokens"
+                f"data.prompts.{key}: {prompt} + rollout.max_new_tokens {response} exceed the context of {longest} "
+                "tokens"
             )
         if prompt + response > recipe.train.micro_batch_tokens:
             yield (
@@ -254,7 +265,8 @@ def _objective_errors(recipe: Recipe, architecture: Architecture) -> Iterator[st
             yield f"objective.logits_from: rollout gives the policy's logits, but teacher.kind is {recipe.teacher.kind}"
         if recipe.rollout.temperature != distill.temperature:
             yield (
-                f"objective.logits_from: the engine's log-probs are at rollout.temperature {recipe.rollout.temperature}, "
+                "objective.logits_from: the engine's log-probs are at rollout.temperature "
+                f"{recipe.rollout.temperature}, "
                 f"objective.distill.temperature is {distill.temperature}: make them equal or set logits_from=trainer"
             )
 

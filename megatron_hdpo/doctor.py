@@ -80,8 +80,8 @@ def _transformer_engine() -> tuple[str, bool]:
         import transformer_engine.pytorch  # noqa: F401
     except Exception as error:
         return (
-            f"Transformer Engine is installed but does not load ({type(error).__name__}: {error}); Megatron-Core cannot be "
-            "imported beside it: complete it (transformer-engine[pytorch], for this torch and CUDA) or uninstall it",
+            f"Transformer Engine is installed but does not load ({type(error).__name__}: {error}); Megatron-Core "
+            "cannot be imported beside it: complete it (transformer-engine[pytorch], for this torch and CUDA) or uninstall it",
             False,
         )
     return "Transformer Engine loads", True

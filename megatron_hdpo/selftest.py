@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from megatron_hdpo.model.policy import Policy, share_examples
 from megatron_hdpo.objectives.interface import (
     DistillConfig,
     Example,
@@ -19,7 +20,6 @@ from megatron_hdpo.objectives.interface import (
     Scoring,
     SurrogateConfig,
 )
-from megatron_hdpo.model.policy import Policy, share_examples
 from megatron_hdpo.rollout.types import Group
 
 
@@ -130,8 +130,8 @@ def run_self_test(
     divergence = check_alignment(policy, groups)
     if not abs(divergence) <= config.max_divergence:
         raise SelfTestError(
-            f"self-test (b): a teacher with the student's own prompt has divergence {divergence:.3g} per token, at most "
-            f"{config.max_divergence:g} is allowed: teacher and student tokens are misaligned"
+            f"self-test (b): a teacher with the student's own prompt has divergence {divergence:.3g} per token, at "
+            f"most {config.max_divergence:g} is allowed: teacher and student tokens are misaligned"
         )
     _check_weights_arrive(policy, sample, sync, limit, temperature)
     return SelfTestResult(mean, largest, divergence, tokens)

@@ -1,4 +1,4 @@
-"""The training loop: sample and judge, try cliffs again with the answer, learn, sync; evaluate and save now and then."""
+"""The training loop: sample and judge, try cliffs again with the answer, learn, sync; evaluate and save."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Load a trained Hugging Face checkpoint with plain `transformers` and let it answer one problem.
 
-    python examples/quickstart/show_result.py runs/quickstart/hf
+python examples/quickstart/show_result.py runs/quickstart/hf
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def main() -> None:
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     output = model.generate(**prompt, max_new_tokens=48, do_sample=False)
     print(f"\n{path} loads in transformers. It was asked:\n  {QUESTION}\nand answers:")
-    print("  " + tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).replace("\n", "\n  "))
+    answer = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    print("  " + answer.replace("\n", "\n  "))
 
 
 if __name__ == "__main__":

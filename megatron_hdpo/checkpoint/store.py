@@ -84,9 +84,9 @@ class CheckpointStore:
         layout = self.context.layout
         if (state.tensor_parallel, state.pipeline_parallel) != (layout.tensor, layout.pipeline):
             raise CheckpointError(
-                f"{path} was written at tensor x pipeline = {state.tensor_parallel} x {state.pipeline_parallel}, this run "
-                f"has {layout.tensor} x {layout.pipeline}: the optimizer's state cannot change its layout. Start a new run "
-                "from the exported Hugging Face checkpoint, or resume at the old layout"
+                f"{path} was written at tensor x pipeline = {state.tensor_parallel} x {state.pipeline_parallel}, this "
+                f"run has {layout.tensor} x {layout.pipeline}: the optimizer's state cannot change its layout. Start a "
+                "new run from the exported Hugging Face checkpoint, or resume at the old layout"
             )
         self._check_architecture(path, state, policy)
         with self.context.megatron_calls():

@@ -46,7 +46,7 @@ class Engine(Protocol):
 
     def update_weights(self, stream: WeightStream, version: int) -> None:
         """Replace the weights by (Hugging Face name, full tensor) pairs and stamp them with `version`. Every parameter
-        must arrive exactly once with its shape; else ValueError, and the engine serves nothing until the next update."""
+        must arrive exactly once with its shape; else ValueError, and the engine serves nothing until a whole one."""
 
     def health(self) -> EngineHealth:
         """Whether requests can be served now; never raises."""

@@ -52,7 +52,7 @@ def rollout_seed(*parts: object) -> int:
 
 
 class Sampler:
-    """decode: token ids to text, special tokens left out. max_retries: new tries per request whose generation failed."""
+    """decode: token ids to text, special tokens left out. max_retries: new tries of a request that failed."""
 
     def __init__(
         self, engine: Engine, rewards: RewardPool, decode: Callable[[np.ndarray], str], max_retries: int = 2

@@ -1,0 +1,41 @@
+"""The documents say what is so: their code runs as written, and the files that they name are there."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_hdpo.data.problem import Problem
+from megatron_hdpo.rollout.types import Completion, Group, Sample
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def _sample(reward: float, length: int) -> Sample:
+    ids = np.arange(length, dtype=np.int32)
+    completion = Completion(ids, np.full(length, -1.0, np.float32), "stop", np.zeros(length, np.int32))
+    return Sample(completion, "text", reward)
+
+
+def test_the_example_objective_of_the_docs_works_as_written():
+    text = (ROOT / "docs" / "adding-an-objective.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    namespace: dict = {}
+    exec(code, namespace)
+    objective = namespace["Rejection"](namespace["RejectionConfig"](), temperature=1.0)
+    group = Group(Problem("p/0", "p", "q", "1"), np.array([5, 6], np.int32), [_sample(1.0, 3), _sample(0.0, 4)])
+    (example,) = objective.examples([group], {})
+    assert objective.privileged([group]) == [] and objective.scorings([group]) == []
+    assert example.surrogate_count == 3 and example.advantages_T.tolist() == [1, 1, 1]
+    assert example.response_ids.tolist() == [0, 1, 2] and not example.inert
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_files_that_a_document_names_exist(document):
+    named = re.findall(
+        r"`((?:megatron_hdpo|examples|tools|tests|docs|benchmarks)/[\w./-]*[\w/])`", document.read_text()
+    )
+    missing = [name for name in named if not (ROOT / name).exists() and not name.endswith("rejection.py")]
+    assert not missing, f"{document.name} names {missing}"
