@@ -81,7 +81,8 @@ def _transformer_engine() -> tuple[str, bool]:
     except Exception as error:
         return (
             f"Transformer Engine is installed but does not load ({type(error).__name__}: {error}); Megatron-Core "
-            "cannot be imported beside it: complete it (transformer-engine[pytorch], for this torch and CUDA) or uninstall it",
+            "cannot be imported beside it: complete it (transformer-engine[pytorch], for this torch and CUDA) or "
+            "uninstall it",
             False,
         )
     return "Transformer Engine loads", True

@@ -15,13 +15,14 @@ class PackedSequences:
     """One micro-batch: sequences back to back in one row, padded at its end by a sequence of its own.
 
     tokens_T, positions_T: int64 [T]. cu_seqlens: int32 [number of sequences + 1], the padding's included.
-    starts: row at which each real sequence begins.
+    starts: row at which each real sequence begins. longest: rows of the longest sequence, the padding's included.
     """
 
     tokens_T: torch.Tensor
     positions_T: torch.Tensor
     cu_seqlens: torch.Tensor
     starts: tuple[int, ...]
+    longest: int
 
     @property
     def num_tokens(self) -> int:
@@ -30,13 +31,12 @@ class PackedSequences:
 
     def packed_seq_params(self) -> PackedSeqParams:
         """Megatron's description of the boundaries (thd)."""
-        longest = int(self.cu_seqlens.diff().max())
         return PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=self.cu_seqlens,
             cu_seqlens_kv=self.cu_seqlens,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
+            max_seqlen_q=self.longest,
+            max_seqlen_kv=self.longest,
         )
 
 
@@ -58,6 +58,7 @@ def pack(sequences: Sequence[np.ndarray], device: torch.device, multiple: int = 
         positions_T=torch.from_numpy(positions).to(device),
         cu_seqlens=torch.from_numpy(boundaries.astype(np.int32)).to(device),
         starts=tuple(int(start) for start in boundaries[: len(lengths)]),
+        longest=max(all_lengths),
     )
 
 
