@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_hdpo.model.architecture import Architecture
-from megatron_hdpo.model.network import HeadlessGPTModel, logits_of_rows
+from megatron_hdpo.model.network import HeadlessGPTModel, hidden_rows
 from megatron_hdpo.model.packing import PackedSequences, pack
 from megatron_hdpo.parallel.context import ParallelContext
 
@@ -61,7 +61,8 @@ def _forward(
 
 def _gather_logits(model: HeadlessGPTModel, hidden: Tensor, context: ParallelContext, rows: int) -> Tensor:
     """[rows, padded vocabulary] on every tensor-parallel rank of the last stage."""
-    shard = logits_of_rows(model, hidden, torch.arange(rows, device=context.device), context.groups).contiguous()
+    hidden_TH = hidden_rows(model, hidden, torch.arange(rows, device=context.device), context.groups)
+    shard = torch.nn.functional.linear(hidden_TH, model.head_weight())
     shards = [torch.empty_like(shard) for _ in range(context.groups.tp.size())]
     dist.all_gather(shards, shard, group=context.groups.tp)
     return torch.cat(shards, dim=-1)
