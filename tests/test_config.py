@@ -1,0 +1,239 @@
+"""The recipe: overrides, round trip, descriptions of all keys, the examples."""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import pytest
+import yaml
+from conftest import ROOT, Tree
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from megatron_hdpo.config import (
+    Recipe,
+    RecipeError,
+    apply_override,
+    check_recipe,
+    load_recipe,
+    parse_recipe,
+    save_recipe,
+)
+from megatron_hdpo.model.architecture import Architecture, read_architecture
+
+
+def test_saved_recipe_reads_back_equal(tree: Tree, tmp_path: Path) -> None:
+    tree["data"]["train"].append({"kind": "reasoning_gym", "dataset": "chain_sum", "parameters": {"min_terms": 2}})
+    tree["optimizer"] = {"lr": "1e-6", "betas": [0.9, 0.95], "schedule": "cosine"}
+    tree["tracking"] = {"wandb": {"project": "p", "tags": ["a", "b"]}}
+    tree["data"]["prompts"]["system"] = "Antworte knapp, größte Zahl zuerst: \\boxed{}\nzweite Zeile"
+    recipe = parse_recipe(tree)
+    save_recipe(recipe, tmp_path / "saved" / "recipe.yaml")
+    assert load_recipe(tmp_path / "saved" / "recipe.yaml") == recipe
+    assert yaml.safe_load((tmp_path / "saved" / "recipe.yaml").read_text())["optimizer"]["lr"] == 1e-6
+
+
+def test_saved_recipe_of_all_defaults_reads_back_equal(tree: Tree, tmp_path: Path) -> None:
+    sections = {key: tree[key] for key in ("output", "model", "data")} | {"objective": {"name": "grpo"}}
+    recipe = parse_recipe(sections)
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "found", "value"),
+    [
+        ("train.steps=7", lambda r: r.train.steps, 7),
+        ("optimizer.lr=1e-6", lambda r: r.optimizer.lr, 1e-6),  # YAML 1.1 takes 1e-6 for text
+        ("optimizer.lr=2.5E-5", lambda r: r.optimizer.lr, 2.5e-5),
+        ("optimizer.betas=[0.9, 0.95]", lambda r: r.optimizer.betas, (0.9, 0.95)),
+        ("optimizer.betas.1=0.5", lambda r: r.optimizer.betas, (0.8, 0.5)),
+        ("evaluation.k=[1]", lambda r: r.evaluation.k, [1]),
+        ("evaluation.k.0=2", lambda r: r.evaluation.k, [2, 2]),
+        ("data.train.0.size=5", lambda r: r.data.train[0].size, 5),
+        ("data.train.0={kind: digit_sums, lengths: [9]}", lambda r: r.data.train[0].lengths, [9]),
+        ("data.evaluation=[]", lambda r: r.data.evaluation, []),
+        ("objective.distill.top_k=4", lambda r: r.objective.distill.top_k, 4),
+        ("objective={name: grpo}", lambda r: r.objective.name, "grpo"),
+        ("rollout.embedded.max_batch_sequences=3", lambda r: r.rollout.embedded.max_batch_sequences, 3),
+        ("tracking.wandb.project=a=b", lambda r: r.tracking.wandb.project, "a=b"),
+        ("tracking.wandb.project='7'", lambda r: r.tracking.wandb.project, "7"),
+        ("evaluation.every=null", lambda r: r.evaluation.every, None),
+        ("evaluation.every=", lambda r: r.evaluation.every, None),
+        ("parallel.sequence=false", lambda r: r.parallel.sequence, False),
+        ("data.prompts.student={{ question }}?", None, None),
+        ("data.prompts.student='{{ question }}?'", lambda r: r.data.prompts.student, "{{ question }}?"),
+    ],
+)
+def test_overrides(
+    override: str,
+    found: Callable[[Recipe], Any] | None,
+    value: Any,
+    tree: Tree,
+    write_recipe: Callable[[Tree], Path],
+) -> None:
+    tree["optimizer"] = {"betas": [0.8, 0.9]}
+    tree["evaluation"]["every"] = 1
+    path = write_recipe(tree)
+    if found is None:  # YAML takes braces for a mapping: an error, not a prompt that nobody wrote
+        with pytest.raises(RecipeError, match=r"override 'data.prompts.student"):
+            load_recipe(path, [override])
+    else:
+        assert found(load_recipe(path, [override])) == value
+
+
+def test_later_overrides_win_and_the_file_stays(tree: Tree, write_recipe: Callable[[Tree], Path]) -> None:
+    path = write_recipe(tree)
+    assert load_recipe(path, ["train.steps=5", "train.steps=6"]).train.steps == 6
+    assert load_recipe(path).train.steps == tree["train"]["steps"]
+
+
+def test_override_of_an_anchor_changes_one_place(tree: Tree, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    tree["warmup"] = {"optimizer": tree["optimizer"]}
+    path.write_text(yaml.safe_dump(tree))
+    assert "&id" in path.read_text()
+    recipe = load_recipe(path, ["optimizer.lr=0.5"])
+    assert (recipe.optimizer.lr, recipe.warmup.optimizer.lr) == (0.5, 1e-3)
+
+
+leaves = st.one_of(st.none(), st.booleans(), st.integers(), st.text("ab1-", max_size=3))
+keys = st.text("abc_", min_size=1, max_size=4)
+trees = st.dictionaries(keys, st.recursive(leaves, lambda t: st.lists(t, max_size=3) | st.dictionaries(keys, t)))
+
+
+@settings(max_examples=80, deadline=None)
+@given(trees, st.lists(keys | st.integers(0, 4).map(str), min_size=1, max_size=4), leaves)
+def test_override_sets_its_key_and_nothing_else(tree: Tree, path: list[str], value: Any) -> None:
+    before = copy.deepcopy(tree)
+    try:
+        apply_override(tree, f"{'.'.join(path)}={yaml.safe_dump(value).strip()}")
+    except RecipeError:
+        return
+    node: Any = tree
+    for part in path:
+        node = node[int(part)] if isinstance(node, list) else node[part]
+    assert node == value
+    beside, there_before = _without(tree, path), _without(before, path)
+    while there_before is not None:  # where the path led nowhere before, there was nothing beside it
+        assert beside[0] == there_before[0]
+        beside, there_before = beside[1], there_before[1]
+
+
+def _without(tree: Any, path: list[str]) -> Any:
+    """All of the tree that is not on the path or below its end."""
+    key, *rest = path
+    if isinstance(tree, list):
+        beside = [item for i, item in enumerate(tree) if i != int(key)]
+        inner = tree[int(key)]
+    else:
+        beside = {name: item for name, item in tree.items() if name != key}
+        inner = tree.get(key)
+    return beside, _without(inner, rest) if rest and inner else None
+
+
+def test_every_key_is_described() -> None:
+    undescribed = [path for path, field in _fields(Recipe, "") if not field.description and not _is_section(field)]
+    sections = [model for model in _models(Recipe, set()) if not model.__doc__]
+    assert not undescribed
+    assert not sections
+
+
+def test_descriptions_are_sentences() -> None:
+    wrong = [(p, f.description) for p, f in _fields(Recipe, "") if f.description and f.description[-1] not in ".)"]
+    assert not wrong
+
+
+def test_every_section_refuses_unknown_keys() -> None:
+    models = _models(Recipe, set())
+    assert len(models) > 15
+    assert not [model.__name__ for model in models if model.model_config.get("extra") != "forbid"]
+
+
+def _is_section(field: Any) -> bool:
+    return bool(_members(field.annotation)) and field.discriminator is None
+
+
+def _fields(model: type[BaseModel], path: str) -> Iterator[tuple[str, Any]]:
+    for name, field in model.model_fields.items():
+        if name in ("kind", "name") and get_origin(field.annotation) is not Union and path:
+            tags = get_args(field.annotation)
+            if len(tags) == 1:
+                continue  # the tag that chooses the section: the section's own text describes it
+        yield f"{path}{name}", field
+        for member in _members(field.annotation):
+            yield from _fields(member, f"{path}{name}.")
+
+
+def _models(model: type[BaseModel], seen: set[type[BaseModel]]) -> set[type[BaseModel]]:
+    seen.add(model)
+    for field in model.model_fields.values():
+        for member in _members(field.annotation):
+            if member not in seen:
+                _models(member, seen)
+    return seen
+
+
+def _members(annotation: Any) -> list[type[BaseModel]]:
+    """Sections anywhere in an annotation."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) in (Annotated, Union, types.UnionType, list, dict, tuple):
+        return [member for part in get_args(annotation) for member in _members(part)]
+    return []
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "examples").rglob("*.yaml")), ids=lambda path: path.parent.name + "/" + path.name
+)
+def test_example_parses(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.data.train
+
+
+@pytest.fixture
+def architecture(tiny_model: Path) -> Architecture:
+    return read_architecture(tiny_model)
+
+
+def test_all_reasons_of_an_impossible_recipe_at_once(tree: Tree, architecture: Architecture) -> None:
+    tree["parallel"] = {"tensor": 3, "pipeline": 5}
+    tree["rollout"]["max_new_tokens"] = 500
+    tree["objective"]["distill"]["top_k"] = 99
+    with pytest.raises(RecipeError) as error:
+        check_recipe(parse_recipe(tree), architecture, 15)
+    keys = {line.partition(":")[0] for line in str(error.value).splitlines()}
+    assert keys == {
+        "parallel",
+        "data.prompts.max_prompt_tokens",
+        "data.prompts.max_privileged_tokens",
+        "train.micro_batch_tokens",
+        "objective.distill.top_k",
+    }
+
+
+def test_limits_are_inclusive(tree: Tree, architecture: Architecture) -> None:
+    tree["rollout"]["max_new_tokens"] = 128 - 32
+    tree["train"]["micro_batch_tokens"] = 128
+    tree["objective"]["distill"]["top_k"] = architecture.vocab_size
+    tree["evaluation"]["max_new_tokens"] = 128 - 16
+    assert check_recipe(parse_recipe(tree), architecture, 1) == []
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "warning"),
+    [
+        ("rollout", "top_p", 0.9, "importance ratios are biased"),
+        ("rollout", "top_k", 5, "importance ratios are biased"),
+        ("rollout", "samples_per_prompt", 1, "a group of one has advantage 0"),
+    ],
+)
+def test_warnings(section: str, key: str, value: Any, warning: str, tree: Tree, architecture: Architecture) -> None:
+    tree[section][key] = value
+    warnings = check_recipe(parse_recipe(tree), architecture, 1)
+    assert len(warnings) == 1 and warning in warnings[0]
