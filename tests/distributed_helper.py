@@ -16,7 +16,14 @@ from typing import Any
 import torch.distributed as dist
 
 # Workers are forked from one server that has imported these: the seconds of import are paid once per test session.
-_PRELOAD = ["megatron.core.models.gpt", "megatron.core.distributed", "transformers.models.auto", "safetensors.torch"]
+_PRELOAD = [
+    "megatron.core.models.gpt",
+    "megatron.core.distributed",
+    "megatron.core.dist_checkpointing",
+    "transformers.models.auto",
+    "transformers.models.llama.modeling_llama",
+    "safetensors.torch",
+]
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:

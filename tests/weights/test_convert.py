@@ -29,47 +29,89 @@ from megatron_hdpo.weights.stream import stream_hf
 from megatron_hdpo.weights.verify import Check, verify
 
 ROOT = Path(__file__).parents[2]
+CASES = ("qwen2_tied", "qwen3")
+CHANGED = "model.layers.2.self_attn.k_proj.weight"
 
 
-def _conversions(folder: Path, cases: list[str]) -> None:
+def _world(folder: Path) -> dict[str, list[Check]]:
+    """All that saves Megatron checkpoints, in one world: the first save of a process takes seconds."""
+    _conversions(folder)
+    _training_checkpoint(folder / "qwen3")
+    return _proofs(folder / "proof")
+
+
+def _conversions(folder: Path) -> None:
     """Each case: Hugging Face -> Megatron -> Megatron -> Hugging Face, every step at a layout of its own."""
-    steps = [((2, 1), "hf", "a", "megatron"), ((1, 2), "a", "b", "megatron"), ((2, 2), "b", "c", "megatron")]
-    for (tensor, pipeline), source, out, to in [*steps, ((1, 4), "c", "back", "huggingface")]:
+    steps = [((2, 1), "hf", "a", "megatron"), ((1, 2), "a", "b", "megatron"), ((1, 1), "b", "back", "huggingface")]
+    for (tensor, pipeline), source, out, to in steps:
         with layout(tensor, pipeline) as context:
-            for case in cases:
+            for case in CASES:
                 convert(folder / case / source, folder / case / out, to, context)
+    one, other = (folder / case for case in CASES)
     with layout(1, 1) as context:
-        checkpoint = inspect(folder / cases[0] / "c")
+        checkpoint = inspect(one / "b")
         model = open_model(checkpoint, context)
         padding = model.embedding.word_embeddings.weight[checkpoint.architecture.vocab_size :]
         assert len(padding) == 13 and not padding.any()
-        convert(folder / cases[0] / "hf", folder / cases[0] / "half", "megatron", context, dtype="bfloat16")
-        assert next(open_model(inspect(folder / cases[0] / "half"), context).parameters()).dtype == torch.bfloat16
+        convert(one / "hf", one / "half", "megatron", context, dtype="bfloat16")
+        assert next(open_model(inspect(one / "half"), context).parameters()).dtype == torch.bfloat16
         with pytest.raises(WeightsError, match="exists: remove it"):
-            convert(folder / cases[0] / "hf", folder / cases[0] / "half", "megatron", context)
-        _wrong_shape(folder / cases[0], folder / cases[1], context)
+            convert(one / "hf", one / "half", "megatron", context)
+        _wrong_shape(one, other, context)
 
 
 def _wrong_shape(one: Path, other: Path, context: ParallelContext) -> None:
     """A Megatron checkpoint of another model: every key is named, on every rank."""
     model, architecture = build(one / "hf", context)
     with pytest.raises(WeightsError) as error:
-        load_megatron(model, architecture, context, other / "c")
+        load_megatron(model, architecture, context, other / "b")
     assert "missing" in str(error.value) and "decoder.layers.self_attention.linear_qkv.bias" in str(error.value)
     assert "unexpected" in str(error.value) and "decoder.layers.self_attention.q_layernorm.weight" in str(error.value)
     assert "of a wrong shape" in str(error.value) and "(4, 192, 64), expected (4, 96, 64)" in str(error.value)
 
 
-def test_conversions_between_layouts(tmp_path: Path) -> None:
-    cases = ["qwen2_tied", "qwen3"]
-    for case in cases:
-        make_checkpoint(case, tmp_path / case / "hf")
-    run_ranks(4, _conversions, tmp_path, cases)
-    for case in cases:
-        first, back = (load_file(tmp_path / case / name / "model.safetensors") for name in ("hf", "back"))
-        assert first.keys() == back.keys()
-        assert all(torch.equal(first[name], back[name]) for name in first)
-        assert not list((tmp_path / case).glob(".*"))
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Hugging Face checkpoints to convert, and wrong copies of one of them."""
+    folder = tmp_path_factory.mktemp("convert")
+    for case in CASES:
+        make_checkpoint(case, folder / case / "hf")
+    make_checkpoint("llama", folder / "proof" / "good")
+    state = load_file(folder / "proof" / "good" / "model.safetensors")
+    for name, change in (("bad", state[CHANGED] * (1 + 1e-6)), ("less", None)):
+        (folder / "proof" / name).mkdir()
+        kept = {key: value for key, value in (state | {CHANGED: change}).items() if value is not None}
+        save_file(kept, folder / "proof" / name / "model.safetensors")
+        config = (folder / "proof" / "good" / "config.json").read_text()
+        (folder / "proof" / name / "config.json").write_text(config)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def proofs(folder: Path) -> list[dict[str, list[Check]]]:
+    """Everything is converted once; the proofs, of each rank."""
+    return run_ranks(2, _world, folder)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_conversion_between_layouts(case: str, folder: Path, proofs: object) -> None:
+    first, back = (load_file(folder / case / name / "model.safetensors") for name in ("hf", "back"))
+    assert first.keys() == back.keys()
+    assert all(torch.equal(first[name], back[name]) for name in first)
+    assert not list((folder / case).glob(".*")), "temporary folders are gone"
+
+
+def _streams(path: Path) -> dict[str, torch.Tensor]:
+    with layout(2, 2) as context:
+        checkpoint = inspect(path)
+        return dict(stream_hf(open_model(checkpoint, context), checkpoint.architecture, context))
+
+
+def test_both_dimensions_at_once(folder: Path, proofs: object) -> None:
+    expected = load_file(folder / "qwen2_tied" / "hf" / "model.safetensors")
+    for streamed in run_ranks(4, _streams, folder / "qwen2_tied" / "b"):
+        assert streamed.keys() == expected.keys()
+        assert all(torch.equal(streamed[name], expected[name]) for name in expected)
 
 
 def _use_engine_names(model: torch.nn.Module) -> None:
@@ -124,11 +166,6 @@ def _training_checkpoint(folder: Path) -> None:
     assert not any(torch.equal(trained[name], first[name]) for name in first)
 
 
-def test_checkpoint_of_a_training_run(tmp_path: Path) -> None:
-    make_checkpoint("qwen3_tied", tmp_path / "hf")
-    run_ranks(2, _training_checkpoint, tmp_path)
-
-
 def _proofs(folder: Path) -> dict[str, list[Check]]:
     with layout(1, 2) as context:
         convert(folder / "good", folder / "megatron", "megatron", context)
@@ -138,22 +175,14 @@ def _proofs(folder: Path) -> dict[str, list[Check]]:
         }
 
 
-def test_proof_of_a_conversion(tmp_path: Path) -> None:
-    make_checkpoint("llama", tmp_path / "good")
-    state = load_file(tmp_path / "good" / "model.safetensors")
-    name = "model.layers.2.self_attn.k_proj.weight"
-    for folder, change in (("bad", {name: state[name] * (1 + 1e-6)}), ("less", {name: None})):
-        (tmp_path / folder).mkdir()
-        kept = {key: value for key, value in (state | change).items() if value is not None}
-        save_file(kept, tmp_path / folder / "model.safetensors")
-        (tmp_path / folder / "config.json").write_text((tmp_path / "good" / "config.json").read_text())
-    first, second = run_ranks(2, _proofs, tmp_path)
-    assert first == second, "all ranks know the outcome"
+def test_proof_of_a_conversion(proofs: list[dict[str, list[Check]]]) -> None:
+    checks, of_rank_one = proofs
+    assert checks == of_rank_one, "all ranks know the outcome"
     for key in ("good None", "good megatron", "megatron None"):
-        assert all(check.passed for check in first[key]), first[key]
-        assert "log-probs" in first[key][-1].name
-    assert "bit-equal" in first["good bad"][-1].summary and name in first["good bad"][-1].details[1]
-    assert not first["good less"][-1].passed and name in first["good less"][-1].details[0]
+        assert all(check.passed for check in checks[key]), checks[key]
+        assert "log-probs" in checks[key][-1].name
+    assert "bit-equal" in checks["good bad"][-1].summary and CHANGED in checks["good bad"][-1].details[1]
+    assert not checks["good less"][-1].passed and CHANGED in checks["good less"][-1].details[0]
 
 
 def _tool(name: str, *arguments: object) -> tuple[int, str]:
@@ -167,9 +196,9 @@ def _tool(name: str, *arguments: object) -> tuple[int, str]:
 
 def test_tools(tmp_path: Path) -> None:
     make_checkpoint("llama_tied_rope3", tmp_path / "hf")
-    convert_to = ("convert_checkpoint.py", tmp_path / "hf", tmp_path / "megatron", "--to", "megatron")
-    assert run_ranks(2, _tool, *convert_to, "--tensor", 2)[0] == (0, ANY)
-    ((status, printed),) = run_ranks(1, _tool, "verify_checkpoint.py", tmp_path / "hf", tmp_path / "megatron")
+    out = tmp_path / "megatron"
+    assert run_ranks(1, _tool, "convert_checkpoint.py", tmp_path / "hf", out, "--to", "megatron") == [(0, ANY)]
+    ((status, printed), _) = run_ranks(2, _tool, "verify_checkpoint.py", tmp_path / "hf", out, "--tensor", 2)
     assert status == 0 and printed.count("passed") == 5 and "FAILED" not in printed, printed
     ((status, printed),) = run_ranks(1, _tool, "verify_checkpoint.py", tmp_path / "hf", "--max-difference", "0")
     assert status == 1 and "FAILED" in printed and "prompt 0 (3 tokens)" in printed, printed
