@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_hdpo.divergence import triton_pass
 from megatron_hdpo.divergence.dense_pass import DensePass
 from megatron_hdpo.divergence.kinds import DivergenceSpec, needs_dense
 from megatron_hdpo.divergence.options import Options, Pass, Upstream
@@ -148,14 +149,15 @@ def flat_target(target: Target, logits_TV: Tensor, shard: Shard) -> Target:
 
 def run_pass(logits_TV: Tensor, ids_T: Tensor | None, target: Target | None, options: Options) -> Pass:
     """One forward pass over flat inputs: the way that suits the target."""
-    if target is None:
-        return TopKPass.run(logits_TV, ids_T, None, options)
-    if not isinstance(target, TopK):
+    if target is not None and not isinstance(target, TopK):
         return DensePass.run(logits_TV, ids_T, target, options)
-    options.spec.check_topk()
-    if needs_dense(options.spec):
+    if target is not None:
+        options.spec.check_topk()
+    if target is not None and needs_dense(options.spec):
         teacher = ScatteredTopK.of(target, options.shard, compute_dtype(logits_TV))
         return DensePass.run(logits_TV, ids_T, teacher, options)
+    if triton_pass.suits(logits_TV, target, options):
+        return triton_pass.TritonPass.run(logits_TV, ids_T, target, options)
     return TopKPass.run(logits_TV, ids_T, target, options)
 
 

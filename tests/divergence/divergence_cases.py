@@ -163,8 +163,11 @@ def _diagnostics(case: Case, data: Tensors) -> dict[str, Tensor]:
     return {"student_mass_T": mass, "covered_mass_T": covered, "teacher_top_T": top}
 
 
-def assert_agrees(case: Case, got: list[dict[str, Tensor]], want: dict[str, Tensor]) -> None:
-    """Every output on every rank, and the gradient of all shards side by side, element by element."""
+def assert_agrees(case: Case, got: list[dict[str, Tensor]], want: dict[str, Tensor], rounding: float = 2.0**-8) -> None:
+    """Every output on every rank, and the gradient of all shards side by side, element by element.
+
+    rounding: relative, of a bfloat16 gradient: half a unit in the last place.
+    """
     eps = 1e-10 if case.dtype == "float64" else 2e-5
     for rank, one in enumerate(got):
         for name, value in want.items():
@@ -178,7 +181,7 @@ def assert_agrees(case: Case, got: list[dict[str, Tensor]], want: dict[str, Tens
     assert not gradient[:, case.vocab :].any(), f"padding has a gradient, for {case}"
     room_TV = eps * (1.0 + wanted.abs().amax(-1, keepdim=True) if wanted.numel() else 1.0)
     if case.dtype == "bfloat16":
-        room_TV = room_TV + wanted.abs() * 2.0**-8  # half a unit in the last place
+        room_TV = room_TV + wanted.abs() * rounding
     wrong = (gradient.double() - wanted).abs() > room_TV
     assert not wrong.any(), f"{int(wrong.sum())} of {wrong.numel()} gradients differ, for {case}"
 

@@ -1,0 +1,68 @@
+"""Run in a process of its own with TRITON_INTERPRET=1: the kernels against the definitions and the torch path."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from divergence_cases import KINDS, TAILS, Case, assert_agrees, build, engine, has_meaning, reference
+
+from megatron_hdpo.divergence import triton_pass
+
+TRUNCATION = 2.0**-7  # the interpreter cuts float32 off to bfloat16 where a GPU rounds
+
+calls = 0
+original = triton_pass.TritonPass.run.__func__
+
+
+def counted(cls, *arguments):
+    global calls
+    calls += 1
+    return original(cls, *arguments)
+
+
+triton_pass.TritonPass.run = classmethod(counted)
+
+
+def main() -> None:
+    ran = 0
+    for kind, tail, dtype, clip in itertools.product(KINDS, TAILS, ("float32", "bfloat16"), (None, 0.05)):
+        if kind == "akl" or not has_meaning(kind, 0.5, tail, clip):
+            continue
+        for seed in [0] if clip else range(3) if dtype == "float32" else [1]:
+            case = Case(
+                kind, (0.5, 0.2, 0.5)[seed] if tail != "literal" else 0.5, tail, clip, "topk", dtype,
+                width=(8, 50, 2)[seed], k=(5, 64, 1)[seed], subset=seed != 1, ragged=seed == 1, seed=seed,
+                temperature=(0.7, 1.0, 1.0)[seed], distill_temperature=(1.0, 1.0, 2.0)[seed], inplace=seed != 2,
+            )  # fmt: skip
+            before = calls
+            assert_agrees(case, [engine(case, None, 0, 1)], reference(case), TRUNCATION)
+            expected = clip is None or tail != "outside" or kind in ("forward_kl", "skew_forward")
+            assert (calls > before) == expected, f"the kernels were {'not ' if expected else ''}used for {case}"
+            ran += 1
+    only_parts_of_the_objective()
+    print(f"{ran} cases, {calls} on the kernels")
+
+
+def only_parts_of_the_objective() -> None:
+    """Upstream gradients for one output at a time, no target, rows longer than a block."""
+    from megatron_hdpo.divergence import logit_losses
+
+    case = Case("jsd", 0.5, "bucket", None, "topk", "float32", tokens=3, width=3000, k=7, temperature=0.7)
+    data = build(case)
+    for target, part in itertools.product((data.topk, None), range(3)):
+        results = []
+        for dtype in (torch.float32, torch.float64):
+            z = data.logits_TV.detach().clone().to(dtype).requires_grad_()
+            losses = logit_losses(z, data.ids_T, target, tail="bucket", temperature=0.7, vocab_size=case.vocab)
+            out = [losses.logprobs_T, losses.entropy_T, losses.divergence_T][part]
+            if out is not None:
+                (out * data.upstream_3T[part]).sum().backward()
+                results.append((out.detach(), z.grad))
+        if results:
+            for low, high in zip(*results, strict=True):
+                torch.testing.assert_close(low.double(), high, rtol=2e-5, atol=2e-5)
+
+
+if __name__ == "__main__":
+    main()
