@@ -7,24 +7,17 @@ of this rank's data-parallel replica and run it through Megatron's pipeline sche
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
-from megatron_hdpo.divergence import logit_losses, vocab_parallel_topk
 from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.model.loss import Normalisers, micro_batch_loss
 from megatron_hdpo.model.micro_batch import (
@@ -36,11 +29,16 @@ from megatron_hdpo.model.micro_batch import (
 )
 from megatron_hdpo.model.network import HeadlessGPTModel, hidden_rows
 from megatron_hdpo.model.packing import bin_by_tokens
+from megatron_hdpo.model.pipeline import (
+    OnProgress,
+    finalize_without_division,
+    run_micro_batches,
+    same_number_everywhere,
+)
+from megatron_hdpo.model.scoring import ScoringSettings, score_rows
+from megatron_hdpo.model.step_metrics import TokenSums, step_metrics, sum_over_ranks
 from megatron_hdpo.objectives.interface import Example, LossSpec, Score, Scoring, ScoringKey
 from megatron_hdpo.parallel.context import ParallelContext
-from megatron_hdpo.rollout.types import TopLogprobs
-
-OnProgress = Callable[[int], None]
 
 
 class TrainingError(RuntimeError):
@@ -80,53 +78,47 @@ class Policy:
         self.optimizer = optimizer
         self.schedule = schedule
         self.head_chunk = head_chunk
-        self.model.config.finalize_model_grads_func = self._finalize
+        self.model.config.finalize_model_grads_func = finalize_without_division
         self._rows_multiple = context.layout.tensor if context.layout.sequence else 1
-
-    # ------------------------------------------------------------------ scoring
 
     def score(self, scorings: Sequence[Scoring], on_progress: OnProgress | None = None) -> dict[ScoringKey, Score]:
         """Scores of this replica's `scorings` under the weights that the model holds now, on the last pipeline stage;
         other stages get {}. Collective over all ranks: also replicas without work must call it."""
-        binned = bin_by_tokens([len(s.context_ids) + len(s.response_ids) for s in scorings], self.micro_batch_tokens)
-        work = [
-            Work(
-                scoring_micro_batch([scorings[i] for i in indices], self.context.device, self._rows_multiple),
-                scorings=tuple(scorings[i] for i in indices),
-            )
-            for indices in self._same_number_everywhere(binned)
-        ]
+        bins = same_number_everywhere(self._scoring_bins(scorings), self.context)
+        work = [self._scoring_work([scorings[i] for i in indices]) for indices in bins]
         scores: dict[ScoringKey, Score] = {}
         with self.context.megatron_calls(), torch.no_grad():
-            self._run(work, partial(self._score_step, scores), forward_only=True, on_progress=on_progress)
+            step = partial(self._score_step, scores)
+            run_micro_batches(self.ddp, self.context, work, step, forward_only=True, on_progress=on_progress)
         return scores
 
-    def _score_step(self, scores: dict[ScoringKey, Score], work: Work, output: Tensor) -> tuple[Tensor, int, dict]:
+    def _scoring_bins(self, scorings: Sequence[Scoring]) -> list[list[int]]:
+        """Indices of scorings that share a micro-batch: their settings are the same."""
+        by_settings: dict[ScoringSettings, list[int]] = {}
+        for i, scoring in enumerate(scorings):
+            by_settings.setdefault(ScoringSettings.of(scoring), []).append(i)
+        bins = []
+        for members in by_settings.values():
+            lengths = [len(scorings[i].context_ids) + len(scorings[i].response_ids) for i in members]
+            bins += [[members[j] for j in indices] for indices in bin_by_tokens(lengths, self.micro_batch_tokens)]
+        return bins
+
+    def _scoring_work(self, scorings: Sequence[Scoring]) -> Work:
+        batch = scoring_micro_batch(scorings, self.context.device, self._rows_multiple)
+        return Work(batch, scorings=tuple(scorings))
+
+    def _score_step(self, scores: dict[ScoringKey, Score], work: Work, output: Tensor) -> Tensor:
         hidden_NH = hidden_rows(self.model, output, work.batch.rows_N, self.context.groups)
-        row = 0
-        for scoring, length in zip(work.scorings, work.batch.responses, strict=True):
-            rows = slice(row, row + length)
-            scores[scoring.key] = self._score_one(scoring, hidden_NH[rows], work.batch.sampled_ids_N[rows])
-            row += length
-        return output.sum() * 0.0, 0, {}
-
-    def _score_one(self, scoring: Scoring, hidden_TH: Tensor, ids_T: Tensor) -> Score:
-        """Chunk by chunk, so that no more than `head_chunk` tokens have logits at a time."""
-        shard = {"group": self.context.groups.tp, "vocab_size": self.architecture.vocab_size}
-        logprobs, entropies, ids, tops = [], [], [], []
-        for hidden, sampled in zip(hidden_TH.split(self.head_chunk), ids_T.split(self.head_chunk), strict=True):
-            logits = F.linear(hidden, self.model.head_weight())
-            losses = logit_losses(logits, sampled, None, temperature=scoring.temperature, **shard)
-            logprobs.append(as_float(losses.logprobs_T))
-            entropies.append(as_float(losses.entropy_T))
-            if scoring.top_k:
-                found = vocab_parallel_topk(logits / scoring.temperature, scoring.top_k, **shard)
-                ids.append(found.ids_TK.to(torch.int32).cpu().numpy())
-                tops.append(as_float(found.logprobs_TK))
-        top = TopLogprobs(np.concatenate(ids), np.concatenate(tops)) if scoring.top_k else None
-        return Score(np.concatenate(logprobs), np.concatenate(entropies), top)
-
-    # ------------------------------------------------------------------ training
+        scores |= score_rows(
+            hidden_NH,
+            self.model.head_weight(),
+            work.batch,
+            work.scorings,
+            self.context.groups,
+            self.architecture.vocab_size,
+            self.head_chunk,
+        )
+        return output.sum() * 0.0
 
     def update(
         self, examples: Sequence[Example], spec: LossSpec, on_progress: OnProgress | None = None
@@ -136,8 +128,8 @@ class Policy:
         Collective over all ranks. Gradients are those of the loss normalised over every replica's examples. A
         gradient that is not finite changes nothing and is counted in `train/skipped`.
         """
-        gradients = self.accumulate_gradients(examples, spec, on_progress)
-        return gradients | self._optimizer_step()
+        metrics = self.accumulate_gradients(examples, spec, on_progress)
+        return metrics | self._optimizer_step()
 
     def accumulate_gradients(
         self, examples: Sequence[Example], spec: LossSpec, on_progress: OnProgress | None = None
@@ -145,24 +137,24 @@ class Policy:
         """Forward and backward of one step, gradients reduced and left in the parameters' `main_grad`."""
         normalisers = self._normalisers(examples)
         live = [example for example in examples if not example.inert]
-        binned = bin_by_tokens([example.num_tokens for example in live], self.micro_batch_tokens)
-        sums: dict[str, float] = {}
-        work = [self._training_work([live[i] for i in indices]) for indices in self._same_number_everywhere(binned)]
+        bins = bin_by_tokens([example.num_tokens for example in live], self.micro_batch_tokens)
+        work = [self._training_work([live[i] for i in bin]) for bin in same_number_everywhere(bins, self.context)]
+        sums = TokenSums()
         with self.context.megatron_calls():
             self.ddp.zero_grad_buffer()
             if self.optimizer is not None:
                 self.optimizer.zero_grad()
             step = partial(self._loss_step, sums, spec, normalisers)
-            self._run(work, step, forward_only=False, on_progress=on_progress)
-        return self._step_metrics(sums, normalisers, spec, sum(example.num_tokens for example in live))
+            run_micro_batches(self.ddp, self.context, work, step, forward_only=False, on_progress=on_progress)
+        return step_metrics(sums, sum(example.num_tokens for example in live), normalisers, spec, self.context)
 
     def _training_work(self, examples: Sequence[Example]) -> Work:
         batch = example_micro_batch(examples, self.context.device, self._rows_multiple)
         return Work(batch, loss_inputs(examples, self.context.device) if self.context.is_last_stage else None)
 
     def _loss_step(
-        self, sums: dict[str, float], spec: LossSpec, normalisers: Normalisers, work: Work, output: Tensor
-    ) -> tuple[Tensor, int, dict]:
+        self, sums: TokenSums, spec: LossSpec, normalisers: Normalisers, work: Work, output: Tensor
+    ) -> Tensor:
         assert work.inputs is not None
         groups = self.context.groups
         loss, batch_sums = micro_batch_loss(
@@ -176,9 +168,12 @@ class Policy:
             self.architecture.vocab_size,
             self.head_chunk,
         )
-        for name, value in batch_sums.items():
-            sums[name] = sums.get(name, 0.0) + float(value)
-        return loss, 0, {}
+        sums.add(batch_sums)
+        return loss
+
+    def _normalisers(self, examples: Sequence[Example]) -> Normalisers:
+        own = [sum(e.surrogate_count for e in examples), sum(e.distill_count for e in examples)]
+        return Normalisers(*sum_over_ranks(own if self.context.is_replica_leader else [0.0, 0.0], self.context))
 
     def _optimizer_step(self) -> dict[str, float]:
         assert self.optimizer is not None and self.schedule is not None
@@ -199,101 +194,6 @@ class Policy:
             parameters = optimizer.get_parameters()
             if parameters and optimizer.config.clip_grad > 0:
                 clip_grad_by_total_norm_fp32(parameters, max_norm=optimizer.config.clip_grad, total_norm=norm)
-
-    # ------------------------------------------------------------------ schedule
-
-    def _run(
-        self,
-        work: Sequence[Work],
-        last_stage: Callable[[Work, Tensor], tuple[Tensor, int, dict]],
-        *,
-        forward_only: bool,
-        on_progress: OnProgress | None,
-    ) -> None:
-        """Megatron's schedule over the micro-batches; `last_stage` turns hidden states into (loss, 0, {})."""
-
-        def forward_step(iterator: Iterator[Work], model: Any) -> tuple[Tensor, Any]:
-            item = next(iterator)
-            packed = item.batch.packed
-            output = model(
-                input_ids=packed.tokens_T[None],
-                position_ids=packed.positions_T[None],
-                attention_mask=None,
-                packed_seq_params=packed.packed_seq_params(),
-            )
-            if on_progress is not None:
-                on_progress(packed.num_tokens)
-            return output, partial(last_stage, item)
-
-        groups = self.context.groups
-        pipelined = groups.pp.size() > 1
-        get_forward_backward_func(pp_size=groups.pp.size(), vp_size=None)(
-            forward_step_func=forward_step,
-            data_iterator=iter(work),
-            model=[self.ddp],
-            num_microbatches=len(work),
-            seq_length=self.micro_batch_tokens,
-            micro_batch_size=1,
-            forward_only=forward_only,
-            pg_collection=groups,
-            **(
-                {"p2p_communicator": P2PCommunicator(pp_group=groups.pp, config=self.model.config)} if pipelined else {}
-            ),
-        )
-
-    def _finalize(self, model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
-        """Reduce gradients without Megatron's division by tokens: losses are normalised already."""
-        finalize_model_grads(model, None, **kwargs)
-
-    def _same_number_everywhere(self, binned: list[list[int]]) -> list[list[int]]:
-        """Bins, padded with empty ones to the largest number of any replica (at least one): replicas whose pipelines
-        ran a different number of micro-batches would wait for each other forever where experts are shared."""
-        most = max(1, *self.context.gather_objects(len(binned)))
-        return binned + [[] for _ in range(most - len(binned))]
-
-    # ------------------------------------------------------------------ numbers of the whole step
-
-    def _one_per_replica(self) -> bool:
-        return self.context.rank == self.context.replica_ranks[0]
-
-    def _normalisers(self, examples: Sequence[Example]) -> Normalisers:
-        own = [sum(e.surrogate_count for e in examples), sum(e.distill_count for e in examples)]
-        total = self._sum_over_ranks(own if self._one_per_replica() else [0.0, 0.0])
-        return Normalisers(surrogate=total[0], distill=total[1])
-
-    def _step_metrics(
-        self, sums: Mapping[str, float], normalisers: Normalisers, spec: LossSpec, tokens: int
-    ) -> dict[str, float]:
-        """Metrics from the sums of the last stages, added up over replicas; sums hold no rank's share twice."""
-        names = (
-            "surrogate", "surrogate_tokens", "nll", "clipped", "entropy", "mismatch_k3", "mismatch_abs",
-            "divergence", "distill_tokens", "covered_mass", "student_mass_at_top1",
-        )  # fmt: skip
-        mine = self.context.is_last_stage and self.context.groups.tp.rank() == 0
-        values = [sums.get(name, 0.0) if mine else 0.0 for name in names]
-        total = dict(
-            zip((*names, "tokens"), self._sum_over_ranks([*values, tokens * self._one_per_replica()]), strict=True)
-        )
-        metrics = {"train/tokens": total["tokens"]}
-        if normalisers.surrogate:
-            metrics["train/surrogate_loss"] = total["surrogate"] / normalisers.surrogate
-        if total["surrogate_tokens"]:
-            metrics["train/nll"] = total["nll"] / total["surrogate_tokens"]
-            metrics["train/entropy"] = total["entropy"] / total["surrogate_tokens"]
-            metrics["train/clip_fraction"] = total["clipped"] / total["surrogate_tokens"]
-            metrics["train/mismatch_k3"] = total["mismatch_k3"] / total["surrogate_tokens"]
-            metrics["train/mismatch_abs"] = total["mismatch_abs"] / total["surrogate_tokens"]
-        metrics["distill/tokens"] = total["distill_tokens"]
-        if total["distill_tokens"] and spec.distill is not None:
-            metrics[f"distill/{spec.distill.kind}"] = total["divergence"] / normalisers.distill
-            metrics["distill/covered_mass"] = total["covered_mass"] / total["distill_tokens"]
-            metrics["distill/student_mass_at_top1"] = total["student_mass_at_top1"] / total["distill_tokens"]
-        return metrics
-
-    def _sum_over_ranks(self, values: Sequence[float]) -> list[float]:
-        tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor, group=self.context.host)
-        return tensor.tolist()
 
 
 def strip(example: Example) -> Example:
@@ -316,9 +216,3 @@ def share_examples(examples: Sequence[Example] | None, context: ParallelContext)
         return list(examples)
     assert shared is not None
     return shared
-
-
-def as_float(tensor: Tensor | None) -> np.ndarray:
-    """A tensor as a float32 array on the host."""
-    assert tensor is not None
-    return tensor.detach().float().cpu().numpy()

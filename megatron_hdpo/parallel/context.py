@@ -51,6 +51,11 @@ class ParallelContext:
         return self.rank == 0
 
     @property
+    def is_replica_leader(self) -> bool:
+        """True on one rank of each data-parallel replica: the one that speaks for it in sums over all ranks."""
+        return self.rank == self.replica_ranks[0]
+
+    @property
     def is_first_stage(self) -> bool:
         """True where the embedding is."""
         return self.groups.pp.rank() == 0
@@ -84,7 +89,7 @@ class ParallelContext:
         return box[0]
 
     def barrier(self, what: str) -> None:
-        """Wait for all ranks; past the deadline every rank that did come raises and names those that did not."""
+        """Wait for all ranks; past the deadline all that did come raise, and rank 0 names those that did not."""
         try:
             dist.monitored_barrier(
                 group=self.host, timeout=timedelta(minutes=self.layout.timeout_minutes), wait_all_ranks=True

@@ -1,0 +1,85 @@
+"""Micro-batches through Megatron's pipeline schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
+
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from torch import Tensor
+
+from megatron_hdpo.model.micro_batch import MicroBatch
+from megatron_hdpo.parallel.context import ParallelContext
+
+OnProgress = Callable[[int], None]
+
+
+class HasBatch(Protocol):
+    """What the schedule needs to know of a piece of work."""
+
+    @property
+    def batch(self) -> MicroBatch:
+        """Its tokens."""
+
+
+WorkT = TypeVar("WorkT", bound=HasBatch)
+
+
+def run_micro_batches(
+    ddp: DistributedDataParallel,
+    context: ParallelContext,
+    work: Sequence[WorkT],
+    last_stage: Callable[[WorkT, Tensor], Tensor],
+    *,
+    forward_only: bool,
+    on_progress: OnProgress | None = None,
+) -> None:
+    """Run every micro-batch forward and, unless `forward_only`, backward (1F1B), and reduce the gradients at the end.
+
+    last_stage: from a piece of work and the model's output on the last stage to a scalar loss, already normalised:
+    gradients of micro-batches and replicas are added up. Every rank must bring the same number of micro-batches.
+    """
+
+    def forward_step(iterator: Iterator[WorkT], model: Any) -> tuple[Tensor, Any]:
+        item = next(iterator)
+        packed = item.batch.packed
+        output = model(
+            input_ids=packed.tokens_T[None],
+            position_ids=packed.positions_T[None],
+            attention_mask=None,
+            packed_seq_params=packed.packed_seq_params(),
+        )
+        if on_progress is not None:
+            on_progress(packed.num_tokens)
+        # Megatron wants (loss, number of tokens to divide by, values to collect).
+        return output, lambda output: (last_stage(item, output), 0, {})
+
+    stages = context.groups.pp.size()
+    communicator = {}
+    if stages > 1:
+        communicator["p2p_communicator"] = P2PCommunicator(pp_group=context.groups.pp, config=ddp.module.config)
+    get_forward_backward_func(pp_size=stages, vp_size=None)(
+        forward_step_func=forward_step,
+        data_iterator=iter(work),
+        model=[ddp],
+        num_microbatches=len(work),
+        seq_length=max(item.batch.packed.num_tokens for item in work),  # not used: lengths vary and are communicated
+        micro_batch_size=1,
+        forward_only=forward_only,
+        pg_collection=context.groups,
+        **communicator,
+    )
+
+
+def finalize_without_division(model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+    """Megatron's reduction of gradients, without its division by tokens: losses are normalised already."""
+    finalize_model_grads(model, None, **kwargs)
+
+
+def same_number_everywhere(bins: list[list[int]], context: ParallelContext) -> list[list[int]]:
+    """Bins, padded with empty ones to the largest number of any replica (at least one): replicas with different
+    numbers of micro-batches would wait for each other forever where they share experts."""
+    most = max(1, *context.gather_objects(len(bins)))
+    return bins + [[] for _ in range(most - len(bins))]
