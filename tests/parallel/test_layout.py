@@ -1,0 +1,82 @@
+"""Which layouts are refused, and with what words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from pydantic import ValidationError
+
+from megatron_hdpo.parallel.context import start
+from megatron_hdpo.parallel.layout import LayoutError, ParallelConfig, check_layout
+
+MODEL = {"num_layers": 6, "num_heads": 12, "num_kv_heads": 3, "ffn_size": 90}
+
+
+def _check(world_size: int, model: dict[str, Any] | None = None, **layout: Any) -> None:
+    check_layout(ParallelConfig(**layout), world_size=world_size, **{**MODEL, **(model or {})})
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [
+        (1, {}),
+        (5, {}),
+        (3, {"tensor": 3}),
+        (6, {"tensor": 3, "sequence": True}),
+        (12, {"tensor": 3, "pipeline": 2}),
+        (6, {"pipeline": 6}),
+    ],
+)
+def test_layouts_that_fit(world_size: int, layout: dict[str, Any]) -> None:
+    _check(world_size, **layout)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout", "model", "text"),
+    [
+        (4, {"tensor": 3}, {}, r"^4 ranks are no multiple of parallel.tensor x parallel.pipeline = 3 x 1$"),
+        (4, {"pipeline": 3}, {}, r"^4 ranks are no multiple of parallel.tensor x parallel.pipeline = 1 x 3$"),
+        (3, {"tensor": 3}, {"num_heads": 10}, r"^parallel.tensor=3 does not divide the model's 10 attention heads$"),
+        (2, {"tensor": 2}, {}, r"^parallel.tensor=2 does not divide the model's 3 key-value heads$"),
+        (3, {"tensor": 3}, {"ffn_size": 91}, r"^parallel.tensor=3 does not divide the model's 91 FFN channels$"),
+        (4, {"pipeline": 4}, {}, r"^parallel.pipeline=4 does not divide the model's 6 layers$"),
+        (1, {"sequence": True}, {}, r"^parallel.sequence=true needs parallel.tensor > 1$"),
+    ],
+)
+def test_layouts_that_do_not(world_size: int, layout: dict[str, Any], model: dict[str, Any], text: str) -> None:
+    with pytest.raises(LayoutError, match=text):
+        _check(world_size, model, **layout)
+
+
+def test_every_reason_is_given_at_once() -> None:
+    with pytest.raises(LayoutError) as error:
+        _check(3, tensor=4, pipeline=4)
+    assert str(error.value).count(";") == 3
+    for part in ("3 ranks", "3 key-value heads", "90 FFN channels", "6 layers"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("wrong", [{"tensor": 0}, {"pipeline": -1}, {"timeout_minutes": 0}, {"context": 2}])
+def test_sizes_that_are_none(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(wrong))):
+        ParallelConfig(**wrong)
+
+
+def test_a_wrong_number_of_ranks_is_said_before_any_group_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(
+        LayoutError, match=r"3 ranks are no multiple .* = 2 x 1: start with torchrun --nproc-per-node 2"
+    ):
+        start(ParallelConfig(tensor=2), device="cpu")
+    assert not dist.is_initialized()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_cuda_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(LayoutError, match="device=cuda, but torch sees no GPU on this machine: set device=cpu"):
+        start(ParallelConfig(), device="cuda")
+    assert not dist.is_initialized()
