@@ -113,9 +113,11 @@ def start(layout: ParallelConfig, device: str = "auto", seed: int = 0) -> Parall
         )
     timeout = timedelta(minutes=layout.timeout_minutes)
     if not dist.is_initialized():
-        for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29511"), ("RANK", "0"), ("WORLD_SIZE", "1")):
-            os.environ.setdefault(name, value)
-        dist.init_process_group("nccl" if target.type == "cuda" else "gloo", timeout=timeout)
+        backend = "nccl" if target.type == "cuda" else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:  # started without torchrun: a world of one needs no port
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
