@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.optimizer.optimizer import ChainedOptimizer
 from pydantic import BaseModel, ConfigDict, Field
 
 from megatron_hdpo.model.network import HeadlessGPTModel
@@ -89,11 +90,13 @@ class CheckpointStore:
                 "new run from the exported Hugging Face checkpoint, or resume at the old layout"
             )
         self._check_architecture(path, state, policy)
-        with self.context.megatron_calls():
+        assert policy.optimizer is not None and policy.schedule is not None
+        # In fp32 the main weights that are written are views of the model's own.
+        with self.context.megatron_calls(), torch.no_grad():
             loaded = dist_checkpointing.load(self._sharded(policy, loading=True), str(path))
             policy.model.load_state_dict(loaded["model"])
-            assert policy.optimizer is not None and policy.schedule is not None
             policy.optimizer.load_state_dict(loaded["optimizer"])
+            _restore_step_counts(policy.optimizer)
             policy.schedule.load_state_dict(loaded["schedule"])
         return state
 
@@ -117,6 +120,7 @@ class CheckpointStore:
 
     def _sharded(self, policy: Policy, loading: bool = False) -> dict[str, Any]:
         assert policy.optimizer is not None and policy.schedule is not None
+        _allocate_moments(policy.optimizer)
         with self.context.megatron_calls():
             model = policy.model.sharded_state_dict()
             optimizer = policy.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_OPTIMIZER_METADATA)
@@ -149,6 +153,28 @@ class CheckpointStore:
                 f"{path} is of another model: {key} is {state.architecture.get(key)} there and {now[key]} here; "
                 "train into another output folder"
             )
+
+
+def _allocate_moments(optimizer: ChainedOptimizer) -> None:
+    """What torch's Adam would make at its first step. Before that it has no state: Megatron's `state_dict` stops then,
+    and a checkpoint's moments are read into those that are there."""
+    for part in optimizer.chained_optimizers:
+        if not isinstance(part.optimizer, torch.optim.Adam) or part.optimizer.state:
+            continue
+        for parameter in (p for group in part.optimizer.param_groups for p in group["params"]):
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            part.optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
+
+
+def _restore_step_counts(optimizer: ChainedOptimizer) -> None:
+    """Megatron leaves all parameters of torch's Adam one tensor to count steps in, which then counts once for each of
+    them, and in this format with the count of before. The right count is in the parameter groups."""
+    for part in optimizer.chained_optimizers:
+        if not isinstance(part.optimizer, torch.optim.Adam):
+            continue
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                part.optimizer.state[parameter]["step"] = torch.tensor(float(group["step"]))
 
 
 def read_state(path: Path) -> RunState:

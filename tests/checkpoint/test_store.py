@@ -1,0 +1,268 @@
+"""Checkpoints: a run that was stopped goes on as if it had not been, bit for bit, and nothing half-written is found."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from distributed_helper import run_ranks
+from layout_cases import digest, share
+from megatron.core import dist_checkpointing
+from tiny_policy import SPEC, build_policy, joined, make_checkpoint, make_examples, weights_of
+
+from megatron_hdpo.checkpoint.store import CheckpointError, CheckpointStore, read_state
+from megatron_hdpo.model.optimizer import OptimizerConfig
+from megatron_hdpo.model.policy import Policy
+from megatron_hdpo.parallel.context import ParallelContext
+
+# A schedule that never stands still: a step count that was not restored shows in the learning rate.
+OPTIMIZER = OptimizerConfig(lr=0.02, eps=1e-6, weight_decay=0.1, warmup_steps=3, schedule="cosine")
+LAYOUTS = {"one_rank": (1, 1, 1), "tp2": (2, 2, 1), "pp2": (2, 1, 2), "dp2": (2, 1, 1)}
+Steps = list[dict[str, float]]
+
+
+def _policy(path: Path, context: ParallelContext) -> Policy:
+    return build_policy(path, context, optimizer=OPTIMIZER, total_steps=6)
+
+
+def _steps(policy: Policy, steps: range) -> Steps:
+    return [policy.update(share(policy, make_examples(seed=step)), SPEC) for step in steps]
+
+
+def _uninterrupted_and_resumed(path: Path, folder: Path, context: ParallelContext) -> dict[str, Any]:
+    policy = _policy(path, context)
+    store = CheckpointStore(folder, context, keep=2)
+    none_yet = store.latest()
+    _steps(policy, range(2))
+    saved = store.save(2, policy)
+    going_on = _steps(policy, range(2, 5))
+    end = weights_of(policy)
+
+    fresh, again = _policy(path, context), CheckpointStore(folder, context, keep=2)
+    found = again.latest()
+    state = again.load(found, fresh)
+    resumed = _steps(fresh, range(2, 5))
+    return {
+        "none_yet": none_yet,
+        "found": (found == saved, found.name),
+        "step": state.step,
+        "metrics": (going_on, resumed),
+        "weights": (digest(end), digest(weights_of(fresh))),
+        "end": end if context.is_leader else None,
+    }
+
+
+def _keep(policy: Policy, folder: Path) -> list[list[str]]:
+    """The checkpoints on disk after each of five saves."""
+    store, seen = CheckpointStore(folder, policy.context, keep=2), []
+    for step in (1, 2, 9, 10, 11):
+        store.save(step, policy)
+        seen.append(sorted(entry.name for entry in (folder / "checkpoints").iterdir()))
+        policy.context.barrier("looked")
+    return seen
+
+
+@contextmanager
+def _broken_save() -> Iterator[None]:
+    """Every rank's writer dies after it has written what looks like most of a checkpoint."""
+    stock = dist_checkpointing.save
+
+    def save(sharded: Any, folder: str, *args: Any, **kwargs: Any) -> None:
+        stock(sharded, folder, *args, **kwargs)
+        raise OSError("no space left on device")
+
+    dist_checkpointing.save = save
+    try:
+        yield
+    finally:
+        dist_checkpointing.save = stock
+
+
+def _half_written(path: Path, policy: Policy, folder: Path) -> dict[str, Any]:
+    store = CheckpointStore(folder, policy.context, keep=2)
+    store.save(1, policy)
+    before, error = digest(weights_of(policy)), None
+    _steps(policy, range(1))
+    with _broken_save():
+        try:
+            store.save(2, policy)
+        except OSError as caught:
+            error = str(caught)
+    partial = (folder / "checkpoints" / "step_00000002.partial").is_dir()
+    found = store.latest().name
+    fresh = _policy(path, policy.context)
+    store.load(store.latest(), fresh)
+    loaded = digest(weights_of(fresh)) == before
+    # The same step once more, over what the broken attempt left behind.
+    store.save(2, policy)
+    return {"error": error, "partial": partial, "found": (found, store.latest().name), "loaded": loaded}
+
+
+def _weights_only(path: Path, other: Path, folder: Path, context: ParallelContext) -> dict[str, Any]:
+    store, policy = CheckpointStore(folder, context, keep=1), _policy(path, context)
+    before, had = digest(weights_of(policy)), store.has_weights("teacher")
+    store.save_weights("teacher", policy.model)
+    _steps(policy, range(1))
+    moved = digest(weights_of(policy)) != before
+    store.save(1, policy)
+    store.save(2, policy)
+    store.load_weights("teacher", policy.model)
+    return {
+        "has": (had, store.has_weights("teacher")),
+        "moved": moved,
+        "read back": digest(weights_of(policy)) == before,
+        "latest": store.latest().name,
+        "missing": _error(lambda: store.load_weights("reference", policy.model)),
+        "other model": _error(lambda: store.load(store.latest(), _policy(other, context))),
+    }
+
+
+def _error(action: Any) -> str | None:
+    try:
+        action()
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def _one_rank(path: Path, other: Path, folder: Path) -> dict[str, Any]:
+    with joined() as context:
+        seen: dict[str, Any] = {"one_rank": _uninterrupted_and_resumed(path, folder / "one_rank", context)}
+        seen["keep"] = _keep(_policy(path, context), folder / "keep")
+        seen["weights only"] = _weights_only(path, other, folder / "weights", context)
+        seen["half-written"] = _half_written(path, _policy(path, context), folder / "half")
+        # Written by two replicas, read by one.
+        policy, store = _policy(path, context), CheckpointStore(folder / "dp2", context, keep=2)
+        store.load(store.latest(), policy)
+        seen["fewer replicas"] = (_steps(policy, range(2, 5)), weights_of(policy))
+    return seen
+
+
+def _two_ranks(path: Path, folder: Path) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+    for name in ("tp2", "pp2", "dp2"):
+        with joined(*LAYOUTS[name][1:]) as context:
+            seen[name] = _uninterrupted_and_resumed(path, folder / name, context)
+            if name != "tp2":
+                store = CheckpointStore(folder / "tp2", context, keep=2)
+                policy = _policy(path, context)
+                before = digest(weights_of(policy))
+                seen[name]["refused"] = _error(lambda: store.load(store.latest(), policy))  # noqa: B023
+                seen[name]["untouched"] = digest(weights_of(policy)) == before
+            else:
+                seen["keep"] = _keep(_policy(path, context), folder / "keep2")
+                seen["half-written"] = _half_written(path, _policy(path, context), folder / "half2")
+    return seen
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="module")
+def models(folder: Path) -> tuple[Path, Path]:
+    return make_checkpoint("llama", folder), make_checkpoint("llama_tied", folder)
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path, models) -> list[dict[str, Any]]:
+    return run_ranks(2, _two_ranks, models[0], folder, timeout=240.0)
+
+
+@pytest.fixture(scope="module")
+def one(folder: Path, models, two) -> list[dict[str, Any]]:
+    return run_ranks(1, _one_rank, *models, folder, timeout=240.0)
+
+
+@pytest.fixture(scope="module")
+def seen(one, two):
+    """What every rank of a layout saw."""
+    return lambda name: [rank[name] for rank in (one if name == "one_rank" else two)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_resumed_run_takes_the_same_steps(layout: str, seen) -> None:
+    for rank in seen(layout):
+        going_on, resumed = rank["metrics"]
+        assert resumed == going_on  # losses, gradient norms, learning rates: bit for bit
+        assert rank["weights"][0] == rank["weights"][1]
+    assert len({metrics["train/grad_norm"] for metrics in going_on}) == 3
+    assert len({metrics["train/lr"] for metrics in going_on}) == 3
+    assert len({rank["weights"][0] for rank in seen(layout)}) == 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_newest_checkpoint_is_found(layout: str, seen) -> None:
+    for rank in seen(layout):
+        assert rank["none_yet"] is None
+        assert rank["found"] == (True, "step_00000002")
+        assert rank["step"] == 2
+
+
+def test_a_layout_is_kept_but_for_its_replicas(one, two) -> None:
+    metrics, weights = one[0]["fewer replicas"]
+    expected = two[0]["dp2"]
+    for mine, theirs in zip(metrics, expected["metrics"][0], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+    for name, value in weights.items():
+        np.testing.assert_allclose(value, expected["end"][name], atol=2e-4, err_msg=name)
+
+
+@pytest.mark.parametrize(("layout", "now"), [("pp2", "1 x 2"), ("dp2", "1 x 1")])
+def test_another_layout_is_refused_before_anything_is_read(layout: str, now: str, seen) -> None:
+    for rank in seen(layout):
+        assert f"was written at tensor x pipeline = 2 x 1, this run has {now}" in rank["refused"]
+        assert "Start a new run from the exported Hugging Face checkpoint" in rank["refused"]
+        assert rank["untouched"]
+
+
+def test_another_model_is_refused(one) -> None:
+    text = one[0]["weights only"]["other model"]
+    assert "is of another model: tied is False there and True here; train into another output folder" in text
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_older_checkpoints_go(ranks: int, one, two) -> None:
+    for rank in one if ranks == 1 else two:
+        assert rank["keep"] == [
+            ["step_00000001"],
+            ["step_00000001", "step_00000002"],
+            ["step_00000002", "step_00000009"],
+            ["step_00000009", "step_00000010"],
+            ["step_00000010", "step_00000011"],
+        ]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_half_written_checkpoint_is_not_found(ranks: int, one, two) -> None:
+    for rank in one if ranks == 1 else two:
+        seen = rank["half-written"]
+        assert seen["error"] == "no space left on device"
+        assert seen["partial"]
+        assert seen["found"] == ("step_00000001", "step_00000002")
+        assert seen["loaded"]
+
+
+def test_weights_of_a_teacher_lie_beside_the_checkpoints(one) -> None:
+    seen = one[0]["weights only"]
+    assert seen["has"] == (False, True)
+    assert seen["moved"] and seen["read back"]
+    assert seen["latest"] == "step_00000002"  # and `keep` has not removed the teacher
+    assert "reference is missing: a run with a frozen teacher cannot be resumed without it" in seen["missing"]
+
+
+@pytest.mark.parametrize("text", [None, "{", '{"step": 2}', '{"step": 2, "seed": 1}'])
+def test_a_checkpoint_that_says_nothing_about_itself(text: str | None, folder: Path, one, tmp_path: Path) -> None:
+    shutil.copytree(folder / "one_rank" / "checkpoints" / "step_00000002", tmp_path / "step_00000002")
+    state = tmp_path / "step_00000002" / "run_state.json"
+    assert json.loads(state.read_text())["step"] == 2
+    state.unlink() if text is None else state.write_text(text)
+    with pytest.raises(CheckpointError, match=r"run_state.json cannot be read .* to resume an older one"):
+        read_state(tmp_path / "step_00000002")
