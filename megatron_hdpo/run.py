@@ -7,6 +7,7 @@ any weight is read.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -177,6 +178,9 @@ def _open_logs(recipe: Recipe, context: ParallelContext, console: Console) -> No
         configure_logging(recipe.output, context.rank, console)
     except OSError as error:
         raise RecipeError(f"output: the folder {recipe.output} cannot be written: {error.strerror}") from error
+    # Megatron's doing, seen through our CPU stand-in, so that Python takes them for ours: nothing to tell a person.
+    for message in ("The .grad attribute of a Tensor that is not a leaf", ".*is going to be deprecated.*ShardedTensor"):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, token_ids: np.ndarray) -> str:

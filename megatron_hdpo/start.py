@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from megatron_hdpo.data.errors import DataError
+from megatron_hdpo.resume import load_checkpoint
 from megatron_hdpo.rollout.types import Group
 from megatron_hdpo.run import Run, rollouts_file, scaled_final_norm
 from megatron_hdpo.selftest import run_self_test
@@ -48,9 +47,7 @@ def _resume(run: Run, latest: Path) -> None:
     """Nothing in the run folder is touched before the checkpoint has turned out to fit this recipe."""
     _build_optimizer(run)
     with run.console.phase("resume"):
-        _allocate_optimizer_state(run)
-        with torch.no_grad():  # in float32 the main weights that are written are views of the model's own
-            run.step = run.checkpoints.load(latest, run.policy).step
+        run.step = load_checkpoint(run.checkpoints, latest, run.policy)
         if run.recipe.teacher.kind == "frozen":
             _restore_teacher(run)
     _check_replay(run)
@@ -60,15 +57,6 @@ def _resume(run: Run, latest: Path) -> None:
 
 def _build_optimizer(run: Run) -> None:
     run.rebuild_optimizer(run.recipe.optimizer, run.recipe.train.steps * run.recipe.train.updates_per_step)
-
-
-def _allocate_optimizer_state(run: Run) -> None:
-    """A checkpoint's moments are read into those that the optimizer has; a fresh one of torch has none yet, on which
-    Megatron's `state_dict` stops. The values that this makes up are all overwritten by the checkpoint."""
-    assert run.policy.optimizer is not None
-    with run.context.megatron_calls():
-        for optimizer in run.policy.optimizer.chained_optimizers:
-            optimizer._init_optimizer_states_with_dummy_values()
 
 
 def _warm_up_once(run: Run) -> None:

@@ -40,7 +40,8 @@ def train(run: Run) -> None:
         _record_and_save(run, metrics)
     if recipe.checkpoint.export:
         with run.console.phase("export"):
-            save_hf(run.policy.model, run.architecture, run.context, recipe.model.path, recipe.output / "hf")
+            out = recipe.output / "hf"
+            save_hf(run.policy.model, run.architecture, run.context, recipe.model.path, out, overwrite=True)
 
 
 def _record_and_save(run: Run, metrics: dict[str, float]) -> None:
