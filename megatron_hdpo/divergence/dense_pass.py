@@ -188,8 +188,8 @@ class _Adder:
         if self.logprob_T is not None:
             sampled = self.made.sampled
             part = sampled.within([block])[0]
-            row_N = sampled.row_N[part]
-            total[row_N - block.start, sampled.col_N[part]] += self.logprob_T[row_N]
+            row = sampled.row[part]
+            total[row - block.start, sampled.col[part]] += self.logprob_T[row]
         if self.weight_R is not None:
             self._add_divergence(block, z, total, self.weight_R)
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_hdpo.divergence.options import gradient_storage
 from megatron_hdpo.divergence.shard import Group, OwnedEntries, Shard, compute_dtype, row_blocks
 from megatron_hdpo.divergence.sweep import SoftmaxTerm, local_stats, shift_stats, write_dense
 from megatron_hdpo.divergence.targets import TopK, check_ids
@@ -63,16 +64,15 @@ class _LogProbs(torch.autograd.Function):
         total_T = -g_TK.sum(-1)
         # Values at the ids are put together in full precision before the dense pass destroys the logits. Repeated
         # ids add up: each occurrence gets the sum over its column, so that the order of the writes does not matter.
-        row_N, col_N = owned.row_N, owned.col_N
-        _, same_N = torch.unique(row_N * logits_TV.shape[1] + col_N, return_inverse=True)
-        added_N = torch.zeros_like(same_N, dtype=lse_T.dtype)
-        added_N.index_add_(0, same_N, g_TK[owned.target_N, owned.slot_N])
-        q_N = (logits_TV[row_N, col_N].to(lse_T.dtype) / ctx.temperature - lse_T[row_N]).exp()
-        value_N = q_N * total_T[row_N] + added_N[same_N]
-        reuse = ctx.inplace and logits_TV.is_contiguous()
-        grad_TV = logits_TV.detach() if reuse else torch.empty_like(logits_TV, memory_format=torch.contiguous_format)
+        row, col = owned.row, owned.col
+        _, same = torch.unique(row * logits_TV.shape[1] + col, return_inverse=True)
+        added = torch.zeros(same.numel(), dtype=lse_T.dtype, device=same.device)
+        added.index_add_(0, same.flatten(), owned.pick(g_TK).flatten())
+        q = (logits_TV[row, col].to(lse_T.dtype) / ctx.temperature - lse_T[row]).exp()
+        value = q * total_T[row] + added[same]
+        grad_TV = gradient_storage(logits_TV, ctx.inplace)
         write_dense(grad_TV, logits_TV, ctx.shard, [SoftmaxTerm(local_max_T, lse_T, ctx.temperature, total_T)])
-        grad_TV[row_N, col_N] = value_N.to(grad_TV.dtype)
+        grad_TV[row, col] = value.to(grad_TV.dtype)
         return grad_TV, None, None, None, None
 
 

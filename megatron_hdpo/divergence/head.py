@@ -287,7 +287,7 @@ class _HeadLosses(torch.autograd.Function):
             made = run.run_chunk(buffer, chunk, options, remake=True)
             collected.add(chunk, made.outputs)
             ctx.passes.append(made.without_outputs())
-        ctx.run = run
+        ctx.run, ctx.buffer = run, buffer
         ctx.save_for_backward(hidden_TH, head_weight_VH)
         outputs = tuple(collected.outputs) if run.chunks else _empty_outputs(run, options, hidden_TH)
         ctx.mark_non_differentiable(*(out for out in outputs[3:] if out is not None))
@@ -298,10 +298,13 @@ class _HeadLosses(torch.autograd.Function):
         hidden_TH, head_weight_VH = ctx.saved_tensors
         run: _HeadRun = ctx.run
         sums = _Gradients(hidden_TH, head_weight_VH, run, ctx.needs_input_grad)
-        buffer = None
-        for chunk, made in zip(run.chunks, ctx.passes, strict=True):
+        # Backwards: the last chunk's logits are still in the buffer, unless a backward before this one overwrote them.
+        buffer, ctx.buffer = ctx.buffer, None
+        there = buffer is not None
+        for chunk, made in zip(reversed(run.chunks), reversed(ctx.passes), strict=True):
             hidden_NH = run.gather(hidden_TH[chunk.local])
-            buffer = _logits(hidden_NH, head_weight_VH, buffer)
+            buffer = buffer if there else _logits(hidden_NH, head_weight_VH, buffer)
+            there = False
             upstream = Upstream(*(None if g is None else chunk.take(g) for g in grads[:3]))
             sums.add(chunk, made.gradient(buffer, upstream, inplace=True), hidden_NH)
         return *sums.finish(), None, None
@@ -329,23 +332,24 @@ class _HeadLoss(torch.autograd.Function):
             collected.add(chunk, made.outputs)
             if any(wants):
                 sums.add(chunk, made.gradient(buffer, upstream, inplace=True), hidden_NH)
-        grads = sums.finish()
-        ctx.save_for_backward(*grads)
+        ctx.grads = sums.finish()
         outputs = tuple(collected.outputs) if run.chunks else _empty_outputs(run, options, hidden_TH)
         ctx.mark_non_differentiable(*(out for out in outputs if out is not None))
         return (hidden_TH.new_zeros((), dtype=torch.float32) if total is None else total), *outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        scale, saved = grads[0], ctx.saved_tensors
-        done = (None if g is None or scale is None else g * scale.to(g.dtype) for g in saved)
-        return *done, None, None, None, None
+        if ctx.grads is None:
+            raise RuntimeError("head_loss: its backward ran before and gave its gradients away; call head_loss again")
+        (hidden_TH, head_VH), ctx.grads = ctx.grads, None
+        scaled = (None if g is None or grads[0] is None else g.mul_(grads[0].to(g.dtype)) for g in (hidden_TH, head_VH))
+        return *scaled, None, None, None, None
 
 
 def _logits(hidden_NH: Tensor, head_weight_VH: Tensor, buffer: Tensor | None) -> Tensor:
     """Logits of a chunk, in the buffer of the chunk before where it fits."""
     shape = hidden_NH.shape[0], head_weight_VH.shape[0]
-    if buffer is None:
+    if buffer is None or buffer.shape[0] < shape[0]:
         buffer = hidden_NH.new_empty(shape)
     return torch.mm(hidden_NH, head_weight_VH.t(), out=buffer[: shape[0]])
 

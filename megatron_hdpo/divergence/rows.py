@@ -58,8 +58,8 @@ class ScatteredTopK:
     def block(self, rows: slice) -> Tensor:
         out = self.logprobs_RK.new_full((rows.stop - rows.start, self.shard.width), LOG_ZERO)
         part = self.entries.within([rows])[0]
-        row_N, slot_N = self.entries.target_N[part], self.entries.slot_N[part]
-        out[row_N - rows.start, self.entries.col_N[part]] = self.logprobs_RK[row_N, slot_N]
+        row, values = self.entries.row[part], self.entries.pick(self.logprobs_RK)[part]
+        out[row - rows.start, self.entries.col[part]] = values
         return out
 
     def __len__(self) -> int:

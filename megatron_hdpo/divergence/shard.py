@@ -92,33 +92,43 @@ def row_blocks(rows: int, width: int, tensor: Tensor, *, at_least: int = 1) -> I
 class OwnedEntries:
     """The entries of an id matrix [R, K] that lie in this rank's shard, in order of token row.
 
-    row_N: token row of the logits; col_N: local column; target_N, slot_N: position in the [R, K] matrix.
+    row: token row of the logits; col: local column. where: (row, column) in the matrix of each entry, 1-D; or None if
+    every entry is owned, and then row is [R, 1] and col [R, K], which costs no memory beside the ids.
     """
 
-    row_N: Tensor
-    col_N: Tensor
-    target_N: Tensor
-    slot_N: Tensor
+    row: Tensor
+    col: Tensor
+    where: tuple[Tensor, Tensor] | None
 
     @classmethod
     def find(cls, ids_RK: Tensor, row_R: Tensor | None, shard: Shard) -> OwnedEntries:
         """row_R (increasing) names the token row of each row of ids; None: row i belongs to token i."""
-        local_RK = ids_RK - shard.start
-        owned_RK = (local_RK >= 0) & (local_RK < shard.valid) & (ids_RK >= 0)
+        owned_RK = (ids_RK >= shard.start) & (ids_RK < shard.start + shard.valid)
+        if bool(owned_RK.all()):
+            if row_R is None:
+                row_R = torch.arange(ids_RK.shape[0], device=ids_RK.device)
+            return cls(row_R.unsqueeze(-1), ids_RK - shard.start if shard.start else ids_RK, None)
         target_N, slot_N = owned_RK.nonzero(as_tuple=True)
         row_N = target_N if row_R is None else row_R[target_N]
-        return cls(row_N, local_RK[target_N, slot_N], target_N, slot_N)
+        return cls(row_N, ids_RK[target_N, slot_N] - shard.start, (target_N, slot_N))
+
+    def pick(self, values_RK: Tensor) -> Tensor:
+        """The values at the entries, in the shape of col."""
+        return values_RK if self.where is None else values_RK[self.where]
 
     def gather(self, logits_TV: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """This rank's logits at the entries, 0 where another rank owns them: a sum over ranks completes them."""
+        found = logits_TV[self.row, self.col].to(dtype)
+        if self.where is None:
+            return found
         out_RK = torch.zeros(shape, dtype=dtype, device=logits_TV.device)
-        out_RK[self.target_N, self.slot_N] = logits_TV[self.row_N, self.col_N].to(dtype)
+        out_RK[self.where] = found
         return out_RK
 
     def write(self, values_RK: Tensor, grad_TV: Tensor) -> None:
-        grad_TV[self.row_N, self.col_N] = values_RK[self.target_N, self.slot_N].to(grad_TV.dtype)
+        grad_TV[self.row, self.col] = self.pick(values_RK).to(grad_TV.dtype)
 
     def within(self, blocks: Sequence[slice]) -> list[slice]:
-        """For each block of token rows, which entries lie in it."""
-        edges = torch.tensor([block.start for block in blocks] + [blocks[-1].stop], device=self.row_N.device)
-        return [slice(a, b) for a, b in pairwise(torch.searchsorted(self.row_N, edges).tolist())]
+        """For each block of token rows, which entries (rows of entries, if all are owned) lie in it."""
+        edges = torch.tensor([block.start for block in blocks] + [blocks[-1].stop], device=self.row.device)
+        return [slice(a, b) for a, b in pairwise(torch.searchsorted(self.row.flatten(), edges).tolist())]

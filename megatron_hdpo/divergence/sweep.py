@@ -44,7 +44,7 @@ def local_stats(
         rows = block.stop - block.start
         e, top_N = _block_stats(logits_TV[block, : shard.valid], stats, block, temperature, scratch[:, :rows])
         if holes is not None and rest_T is not None:
-            e[holes.row_N[part] - block.start, holes.col_N[part]] = 0.0
+            e[holes.row[part] - block.start, holes.col[part]] = 0.0
             torch.div(e.sum(dim=-1), top_N, out=rest_T[block])
     return stats
 
