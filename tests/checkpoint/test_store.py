@@ -23,20 +23,22 @@ from megatron_hdpo.parallel.context import ParallelContext
 
 # A schedule that never stands still: a step count that was not restored shows in the learning rate.
 OPTIMIZER = OptimizerConfig(lr=0.02, eps=1e-6, weight_decay=0.1, warmup_steps=3, schedule="cosine")
-LAYOUTS = {"one_rank": (1, 1, 1), "tp2": (2, 2, 1), "pp2": (2, 1, 2), "dp2": (2, 1, 1)}
+LAYOUTS = {"one_rank": (1, 1, 1), "bfloat16": (1, 1, 1), "tp2": (2, 2, 1), "pp2": (2, 1, 2), "dp2": (2, 1, 1)}
 Steps = list[dict[str, float]]
 
 
-def _policy(path: Path, context: ParallelContext) -> Policy:
-    return build_policy(path, context, optimizer=OPTIMIZER, total_steps=6)
+def _policy(path: Path, context: ParallelContext, dtype: str = "float32") -> Policy:
+    return build_policy(path, context, optimizer=OPTIMIZER, total_steps=6, dtype=dtype)
 
 
 def _steps(policy: Policy, steps: range) -> Steps:
     return [policy.update(share(policy, make_examples(seed=step)), SPEC) for step in steps]
 
 
-def _uninterrupted_and_resumed(path: Path, folder: Path, context: ParallelContext) -> dict[str, Any]:
-    policy = _policy(path, context)
+def _uninterrupted_and_resumed(
+    path: Path, folder: Path, context: ParallelContext, dtype: str = "float32"
+) -> dict[str, Any]:
+    policy = _policy(path, context, dtype)
     store = CheckpointStore(folder, context, keep=2)
     none_yet = store.latest()
     _steps(policy, range(2))
@@ -44,7 +46,7 @@ def _uninterrupted_and_resumed(path: Path, folder: Path, context: ParallelContex
     going_on = _steps(policy, range(2, 5))
     end = weights_of(policy)
 
-    fresh, again = _policy(path, context), CheckpointStore(folder, context, keep=2)
+    fresh, again = _policy(path, context, dtype), CheckpointStore(folder, context, keep=2)
     found = again.latest()
     state = again.load(found, fresh)
     resumed = _steps(fresh, range(2, 5))
@@ -134,6 +136,8 @@ def _error(action: Any) -> str | None:
 def _one_rank(path: Path, other: Path, folder: Path) -> dict[str, Any]:
     with joined() as context:
         seen: dict[str, Any] = {"one_rank": _uninterrupted_and_resumed(path, folder / "one_rank", context)}
+        # Main weights are a copy of their own then, with more bits than the model's.
+        seen["bfloat16"] = _uninterrupted_and_resumed(path, folder / "bfloat16", context, "bfloat16")
         seen["keep"] = _keep(_policy(path, context), folder / "keep")
         seen["weights only"] = _weights_only(path, other, folder / "weights", context)
         seen["half-written"] = _half_written(path, _policy(path, context), folder / "half")
@@ -184,7 +188,7 @@ def one(folder: Path, models, two) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def seen(one, two):
     """What every rank of a layout saw."""
-    return lambda name: [rank[name] for rank in (one if name == "one_rank" else two)]
+    return lambda name: [rank[name] for rank in (one if LAYOUTS[name][0] == 1 else two)]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -83,10 +83,11 @@ def build_policy(
     optimizer: OptimizerConfig | None = None,
     total_steps: int = 10,
     head_chunk: int = 1024,
+    dtype: str = "float32",
 ) -> Policy:
-    """The checkpoint as a policy in fp32; without an optimizer unless one is configured."""
+    """The checkpoint as a policy; without an optimizer unless one is configured."""
     architecture = read_architecture(path)
-    model = build_model(architecture, context, ModelConfig(path=str(path), dtype="float32", recompute=recompute))
+    model = build_model(architecture, context, ModelConfig(path=str(path), dtype=dtype, recompute=recompute))
     load_hf(model, architecture, context, path)
     ddp = wrap_data_parallel(model, context)
     pair = (None, None) if optimizer is None else build_optimizer(optimizer, ddp, context, total_steps)
@@ -96,7 +97,7 @@ def build_policy(
 def weights_of(policy: Policy) -> dict[str, np.ndarray]:
     """Full tensors by Hugging Face name, on every rank."""
     stream = stream_hf(policy.model, policy.architecture, policy.context)
-    return {name: value.numpy().copy() for name, value in stream}
+    return {name: value.float().numpy().copy() for name, value in stream}
 
 
 def gradients_of(policy: Policy) -> dict[str, np.ndarray]:
