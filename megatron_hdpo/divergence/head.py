@@ -160,6 +160,11 @@ class _HeadRun:
             target = target.flat(tokens, shard.vocab_size if wide else shard.width, hidden_TH.device)
         return cls(shard, ids_T, target, _cut(ids_T.shape[0], ranks, chunk), sequence_parallel)
 
+    def buffer(self, like: Tensor) -> Tensor:
+        """[n, V / tp] for the logits of the largest chunk."""
+        height = max((sum(p.stop - p.start for p in chunk.parts) for chunk in self.chunks), default=0)
+        return like.new_empty((height, self.shard.width))
+
     def gather(self, piece_NH: Tensor) -> Tensor:
         """Hidden states of a whole chunk from this rank's part of it."""
         if not self.sequence_parallel:
@@ -281,10 +286,10 @@ class _HeadLosses(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
         collected, ctx.passes = _Collected(run.ids_T.shape[0]), []
-        buffer = None
+        buffer = run.buffer(hidden_TH)
         for chunk in run.chunks:
-            buffer = _logits(run.gather(hidden_TH[chunk.local]), head_weight_VH, buffer)
-            made = run.run_chunk(buffer, chunk, options, remake=True)
+            logits_NV = _logits(run.gather(hidden_TH[chunk.local]), head_weight_VH, buffer)
+            made = run.run_chunk(logits_NV, chunk, options, remake=True)
             collected.add(chunk, made.outputs)
             ctx.passes.append(made.without_outputs())
         ctx.run, ctx.buffer = run, buffer
@@ -299,14 +304,14 @@ class _HeadLosses(torch.autograd.Function):
         run: _HeadRun = ctx.run
         sums = _Gradients(hidden_TH, head_weight_VH, run, ctx.needs_input_grad)
         # Backwards: the last chunk's logits are still in the buffer, unless a backward before this one overwrote them.
-        buffer, ctx.buffer = ctx.buffer, None
-        there = buffer is not None
+        there, buffer = ctx.buffer is not None, ctx.buffer if ctx.buffer is not None else run.buffer(hidden_TH)
+        ctx.buffer = None
         for chunk, made in zip(reversed(run.chunks), reversed(ctx.passes), strict=True):
             hidden_NH = run.gather(hidden_TH[chunk.local])
-            buffer = buffer if there else _logits(hidden_NH, head_weight_VH, buffer)
+            logits_NV = buffer[: len(hidden_NH)] if there else _logits(hidden_NH, head_weight_VH, buffer)
             there = False
             upstream = Upstream(*(None if g is None else chunk.take(g) for g in grads[:3]))
-            sums.add(chunk, made.gradient(buffer, upstream, inplace=True), hidden_NH)
+            sums.add(chunk, made.gradient(logits_NV, upstream, inplace=True), hidden_NH)
         return *sums.finish(), None, None
 
 
@@ -322,16 +327,16 @@ class _HeadLoss(torch.autograd.Function):
         wants: tuple[bool, bool],
     ) -> tuple[Tensor | None, ...]:
         sums, collected = _Gradients(hidden_TH, head_weight_VH, run, wants), _Collected(run.ids_T.shape[0])
-        total, buffer = None, None
+        total, buffer = None, run.buffer(hidden_TH)
         for chunk in run.chunks:
             hidden_NH = run.gather(hidden_TH[chunk.local])
-            buffer = _logits(hidden_NH, head_weight_VH, buffer)
-            made = run.run_chunk(buffer, chunk, options)
+            logits_NV = _logits(hidden_NH, head_weight_VH, buffer)
+            made = run.run_chunk(logits_NV, chunk, options)
             value, upstream = _ask(objective, made.outputs, chunk.places(hidden_TH.device))
             total = value if total is None else total + value
             collected.add(chunk, made.outputs)
             if any(wants):
-                sums.add(chunk, made.gradient(buffer, upstream, inplace=True), hidden_NH)
+                sums.add(chunk, made.gradient(logits_NV, upstream, inplace=True), hidden_NH)
         ctx.grads = sums.finish()
         outputs = tuple(collected.outputs) if run.chunks else _empty_outputs(run, options, hidden_TH)
         ctx.mark_non_differentiable(*(out for out in outputs if out is not None))
@@ -346,12 +351,9 @@ class _HeadLoss(torch.autograd.Function):
         return *scaled, None, None, None, None
 
 
-def _logits(hidden_NH: Tensor, head_weight_VH: Tensor, buffer: Tensor | None) -> Tensor:
-    """Logits of a chunk, in the buffer of the chunk before where it fits."""
-    shape = hidden_NH.shape[0], head_weight_VH.shape[0]
-    if buffer is None or buffer.shape[0] < shape[0]:
-        buffer = hidden_NH.new_empty(shape)
-    return torch.mm(hidden_NH, head_weight_VH.t(), out=buffer[: shape[0]])
+def _logits(hidden_NH: Tensor, head_weight_VH: Tensor, buffer: Tensor) -> Tensor:
+    """Logits of a chunk, in the buffer that all chunks share."""
+    return torch.mm(hidden_NH, head_weight_VH.t(), out=buffer[: len(hidden_NH)])
 
 
 def _ask(objective: ChunkObjective, outputs: Outputs, places: Tensor) -> tuple[Tensor, Upstream]:
