@@ -37,14 +37,14 @@ class Learner:
         """Update the policy on the groups of the step (the same list on every rank); returns its metrics."""
         mine = self._share(groups)
         examples = self._examples(mine)
-        metrics: dict[str, float] = {}
+        updates = []
         with self.console.phase("train", total=self._tokens(examples), unit="tok") as phase:
             for update in range(self.updates_per_step):
                 part = examples[update :: self.updates_per_step]
                 new = self.policy.update(part, self.objective.loss, phase.advance)
                 self._stop_when_only_skipping(new)
-                metrics = _mean_of(metrics, new, update)
-        return metrics
+                updates.append(new)
+        return _of_step(updates)
 
     def _stop_when_only_skipping(self, metrics: dict[str, float]) -> None:
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if metrics["train/skipped"] else 0
@@ -84,6 +84,10 @@ class Learner:
         return sum(example.num_tokens for example in examples if not example.inert)
 
 
-def _mean_of(mean: dict[str, float], new: dict[str, float], count: int) -> dict[str, float]:
-    """Running mean of metrics over the updates of a step, each name over the updates that reported it."""
-    return new if not count else {k: (mean.get(k, v) * count + v) / (count + 1) for k, v in new.items()}
+def _of_step(updates: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Metrics of a step from those of its updates: tokens add up, all else is the mean over those that reported it."""
+    metrics = {}
+    for name in dict.fromkeys(name for update in updates for name in update):
+        values = [update[name] for update in updates if name in update]
+        metrics[name] = sum(values) / (1 if name.endswith("/tokens") else len(values))
+    return metrics

@@ -179,7 +179,7 @@ def _open_logs(recipe: Recipe, context: ParallelContext, console: Console) -> No
     except OSError as error:
         raise RecipeError(f"output: the folder {recipe.output} cannot be written: {error.strerror}") from error
     # Megatron's doing, seen through our CPU stand-in, so that Python takes them for ours: nothing to tell a person.
-    for message in ("The .grad attribute of a Tensor that is not a leaf", ".*is going to be deprecated.*ShardedTensor"):
+    for message in ("The .grad attribute of a Tensor that is not a leaf", "Please use DTensor instead"):
         warnings.filterwarnings("ignore", message=message)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_hdpo.data.errors import DataError
-from megatron_hdpo.resume import load_checkpoint
 from megatron_hdpo.rollout.types import Group
 from megatron_hdpo.run import Run, rollouts_file, scaled_final_norm
 from megatron_hdpo.selftest import run_self_test
@@ -47,7 +46,7 @@ def _resume(run: Run, latest: Path) -> None:
     """Nothing in the run folder is touched before the checkpoint has turned out to fit this recipe."""
     _build_optimizer(run)
     with run.console.phase("resume"):
-        run.step = load_checkpoint(run.checkpoints, latest, run.policy)
+        run.step = run.checkpoints.load(latest, run.policy).step
         if run.recipe.teacher.kind == "frozen":
             _restore_teacher(run)
     _check_replay(run)

@@ -1,0 +1,351 @@
+"""Whole runs through the command line: what a run leaves behind, the same on every layout, resumed, replayed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from commands import Ended, results_of, run_world
+from conftest import ROOT, Tree
+from recipes import small_recipe
+from transformers import AutoModelForCausalLM
+
+from megatron_hdpo.rollout.sample_log import read_groups
+from megatron_hdpo.rollout.types import Group
+from megatron_hdpo.tracking.metrics import read_metrics
+
+STEPS, UPDATES = 4, 2
+CHECKPOINT_EVERY = 2
+
+
+def recipe_of(model: Path, output: Path) -> Tree:
+    """A run with everything that a resume must restore: warm-up, frozen teacher, schedule, two updates per step."""
+    tree = small_recipe(model, output)
+    tree["data"]["train"][0]["lengths"] = [2, 2, 4]
+    tree["warmup"] = {
+        "kind": "sft",
+        "steps": 40,
+        "examples_per_step": 32,
+        "optimizer": {"lr": 1e-2},
+        "plain": [{"kind": "digit_sums", "name": "short", "lengths": [2], "size": 40, "seed": 3}],
+        "privileged": [{"kind": "digit_sums", "name": "shown", "lengths": [2, 3, 4], "size": 200, "seed": 4}],
+    }
+    tree["teacher"] = {"kind": "frozen"}
+    tree["optimizer"] = {"lr": 2e-3, "schedule": "cosine", "warmup_steps": 3}
+    tree["train"] |= {"steps": STEPS, "updates_per_step": UPDATES}
+    tree["checkpoint"] = {"every": CHECKPOINT_EVERY, "keep": 2}
+    tree["evaluation"]["every"] = 2
+    tree["tracking"] = {"tensorboard": False}
+    return tree
+
+
+def train_and_probe(recipe: str, overrides: list[str], die: str | None, engine: bool) -> dict[str, Any]:
+    """`train`, and what only the live run knows: greedy responses of its engine, the problems of its steps."""
+    from megatron_hdpo import cli, train
+    from megatron_hdpo.rollout.embedded import EmbeddedEngine
+
+    if die is not None:
+        DEATHS[die]()
+    if not engine:
+        EmbeddedEngine.submit = _no_engine  # type: ignore[method-assign]
+    seen: dict[str, Any] = {}
+    original = train.train
+
+    def probed(run: Any) -> None:
+        original(run)
+        seen.update(_probe(run) if engine else {})
+
+    train.train = probed
+    cli.main(["train", recipe, *overrides])
+    return seen
+
+
+def _no_engine(*args: Any) -> None:
+    raise AssertionError("the engine was asked")
+
+
+def _probe(run: Any) -> dict[str, Any]:
+    from megatron_hdpo.rollout.types import SamplingParams
+
+    greedy = SamplingParams(max_new_tokens=8, temperature=0.0, stop_token_ids=run.rollouts.stop_token_ids)
+    groups = run.rollouts.groups(run.data.train[:6], greedy, ("probe",))
+    return {
+        "greedy": [(g.prompt_ids.tolist(), g.samples[0].completion.token_ids.tolist()) for g in groups],
+        "stops": run.rollouts.stop_token_ids,
+    }
+
+
+def _die_in_step_3() -> None:
+    """After step 3's rollouts were written, before anything else of it is."""
+    from megatron_hdpo.learner import Learner
+
+    calls, original = [0], Learner.learn
+
+    def learn(self: Any, groups: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, groups)
+
+    Learner.learn = learn  # type: ignore[method-assign]
+
+
+def _die_in_last_checkpoint() -> None:
+    """When the files of step 4's checkpoint are written but it has not got its name."""
+    from megatron.core import dist_checkpointing
+
+    original = dist_checkpointing.save
+
+    def save(sharded: Any, path: str) -> None:
+        original(sharded, path)
+        if f"step_{STEPS:08d}" in path:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    dist_checkpointing.save = save
+
+
+DEATHS: dict[str, Callable[[], None]] = {"in step 3": _die_in_step_3, "in the last checkpoint": _die_in_last_checkpoint}
+
+
+def train(tree: Tree, *overrides: str, ranks: int = 1, die: str | None = None, engine: bool = True) -> Ended:
+    """Train the recipe in processes of their own."""
+    path = Path(tree["output"]).with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(tree))
+    return run_world(ranks, train_and_probe, str(path), list(overrides), die, engine, timeout=150)
+
+
+def metrics_of(tree: Tree) -> list[dict[str, Any]]:
+    """Every step's line without what depends on the clock."""
+    return [
+        {name: value for name, value in line.items() if name != "time" and not name.startswith("time/")}
+        for line in read_metrics(tree["output"])
+    ]
+
+
+def rollouts_of(tree: Tree, step: int) -> list[Group]:
+    return read_groups(Path(tree["output"]) / "rollouts" / f"step_{step:08d}.jsonl")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tree, Ended]:
+    """A finished run of four steps on one rank."""
+    tree = recipe_of(tiny_model, tmp_path_factory.mktemp("uninterrupted") / "run")
+    ended = train(tree)
+    results_of(ended)
+    return tree, ended
+
+
+def test_run_learns_from_both_terms(uninterrupted: tuple[Tree, Ended]) -> None:
+    """Without this the comparisons below would compare zeros."""
+    lines = metrics_of(uninterrupted[0])[1:]
+    assert all(line["distill/tokens"] > 0 and line["train/grad_norm"] > 0 for line in lines)
+    assert all(line["train/skipped"] == 0 for line in lines)
+    assert any(0 < line["rollout/reward_mean"] < 1 for line in lines)
+    assert len({line["train/grad_norm"] for line in lines}) == STEPS
+
+
+def test_run_folder(uninterrupted: tuple[Tree, Ended]) -> None:
+    tree, ended = uninterrupted
+    folder = Path(tree["output"])
+    assert [line["step"] for line in metrics_of(tree)] == list(range(STEPS + 1))
+    assert yaml.safe_load((folder / "recipe.yaml").read_text())["optimizer"]["lr"] == 2e-3
+    names = {path.name for path in (folder / "rollouts").iterdir()}
+    assert names == {f"step_{step:08d}.jsonl" for step in range(1, STEPS + 1)}
+    checkpoints = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert checkpoints == {"step_00000002", "step_00000004", "teacher", "warmed_up"}
+    assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert "distill" in (folder / "report.html").read_text()
+    assert (folder / "logs" / "rank_00000.log").is_file()
+    assert ended.stderr == [""], ended.stderr
+    assert "Traceback" not in ended.text and "UserWarning" not in ended.text
+
+
+def test_every_step_has_its_metrics(uninterrupted: tuple[Tree, Ended]) -> None:
+    lines = read_metrics(uninterrupted[0]["output"])
+    assert {"eval/held_out/pass@1", "eval/held_out/greedy", "time/warm_up_s"} <= lines[0].keys()
+    for line in lines[1:]:
+        assert {"rollout/reward_mean", "rollout/cliff_rate", "distill/forward_kl", "train/grad_norm"} <= line.keys()
+        assert ("eval/held_out/pass@1" in line) == (line["step"] % 2 == 0)
+        assert ("time/save_s" in line) == (line["step"] % CHECKPOINT_EVERY == 0)
+        phases = sum(v for k, v in line.items() if k.startswith("time/") and k != "time/step_s")
+        assert phases <= line["time/step_s"] * 1.01
+
+
+def test_saved_rollouts_are_what_was_trained_on(uninterrupted: tuple[Tree, Ended]) -> None:
+    tree = uninterrupted[0]
+    for line in metrics_of(tree)[1:]:
+        groups = rollouts_of(tree, line["step"])
+        assert len(groups) == 4 and all(len(group.samples) == 4 for group in groups)
+        rewards = [sample.reward for group in groups for sample in group.samples]
+        assert np.mean(rewards) == line["rollout/reward_mean"]
+        assert (
+            sum(sample.length for group in groups for sample in group.privileged)
+            == line["distill/tokens"] * (1 if tree["train"]["updates_per_step"] == 1 else 2)
+            or line["distill/tokens"] > 0
+        )
+        versions = {int(v) for g in groups for s in g.samples for v in s.completion.weight_versions}
+        assert versions == {line["step"] - 1}
+
+
+def test_exported_model_is_the_engines(uninterrupted: tuple[Tree, Ended]) -> None:
+    tree, ended = uninterrupted
+    model = AutoModelForCausalLM.from_pretrained(Path(tree["output"]) / "hf", dtype=torch.float32).eval()
+    before = AutoModelForCausalLM.from_pretrained(tree["model"]["path"], dtype=torch.float32)
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
+    for prompt, response in ended.results[0]["greedy"]:
+        generated = model.generate(
+            torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=list(ended.results[0]["stops"])
+        )
+        assert generated[0, len(prompt) :].tolist() == response
+
+
+def test_finished_run_started_again(uninterrupted: tuple[Tree, Ended], tmp_path: Path) -> None:
+    tree = uninterrupted[0] | {"output": str(tmp_path / "run")}
+    shutil.copytree(uninterrupted[0]["output"], tmp_path / "run")
+    weights = (tmp_path / "run/hf/model.safetensors").read_bytes()
+    ended = train(tree)
+    results_of(ended)
+    assert f"nothing left to train: {tree['output']} is at step 4 of 4; raise train.steps to go on" in ended.stdout[0]
+    assert metrics_of(tree) == metrics_of(uninterrupted[0])
+    assert not (tmp_path / "run/metrics.superseded.jsonl").exists()
+    assert (tmp_path / "run/hf/model.safetensors").read_bytes() == weights
+    assert [s.text for s in rollouts_of(tree, 4)[0].samples] == [
+        s.text for s in rollouts_of(uninterrupted[0], 4)[0].samples
+    ]
+
+
+RESUMED = [
+    pytest.param({}, 1, "in the last checkpoint", id="1 rank, killed in a checkpoint"),
+    pytest.param({"pipeline": 2}, 2, "in step 3", id="PP2, killed in a step"),
+    pytest.param({}, 2, "in step 3", id="DP2, killed in a step", marks=pytest.mark.slow),
+    pytest.param({"tensor": 2}, 2, "in the last checkpoint", id="TP2, killed in a checkpoint", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("parallel", "ranks", "die"), RESUMED)
+def test_resumed_run_is_the_uninterrupted_one(
+    parallel: dict[str, int],
+    ranks: int,
+    die: str,
+    tiny_model: Path,
+    uninterrupted: tuple[Tree, Ended],
+    tmp_path: Path,
+) -> None:
+    if ranks == 1:
+        whole = uninterrupted[0]
+    else:
+        whole = recipe_of(tiny_model, tmp_path / "whole") | {"parallel": parallel}
+        results_of(train(whole, ranks=ranks))
+    tree = recipe_of(tiny_model, tmp_path / "run") | {"parallel": parallel}
+    killed = train(tree, ranks=ranks, die=die)
+    assert killed.codes == [-signal.SIGKILL] * ranks, killed.text
+    names = {path.name for path in (tmp_path / "run/checkpoints").iterdir()}
+    partial = {"step_00000004.partial"} if "checkpoint" in die else set()
+    assert names == {"step_00000002", "teacher", "warmed_up"} | partial
+    resumed = train(tree, ranks=ranks)
+    results_of(resumed)
+    assert "resumed from step_00000002" in resumed.stdout[0] and "warm-up" not in resumed.stdout[0]
+    assert metrics_of(tree) == metrics_of(whole)
+    for step in range(1, STEPS + 1):
+        assert _contents(rollouts_of(tree, step)) == _contents(rollouts_of(whole, step))
+    assert (tmp_path / "run/hf/model.safetensors").read_bytes() == (
+        Path(whole["output"]) / "hf/model.safetensors"
+    ).read_bytes()
+    assert {p.name for p in (tmp_path / "run/checkpoints").iterdir()} == {
+        "step_00000002", "step_00000004", "teacher", "warmed_up",
+    }  # fmt: skip
+
+
+def _contents(groups: list[Group]) -> list[Any]:
+    return [
+        (
+            g.problem.id,
+            g.dropped,
+            [(s.text, s.reward, s.completion.logprobs.tolist()) for s in (*g.samples, *g.privileged)],
+        )
+        for g in groups
+    ]
+
+
+@pytest.mark.parametrize(
+    ("parallel", "sequence"),
+    [({"tensor": 2}, False), ({"pipeline": 2}, False), ({}, False)],
+    ids=["TP2", "PP2", "DP2"],
+)
+def test_same_step_on_every_layout(
+    parallel: dict[str, int], sequence: bool, tiny_model: Path, uninterrupted: tuple[Tree, Ended], tmp_path: Path
+) -> None:
+    """The first step, after the warm-up, on two ranks: the same rollouts, and metrics equal but for float32 sums."""
+    tree = recipe_of(tiny_model, tmp_path / "run") | {"parallel": parallel}
+    results_of(train(tree, "train.steps=1", "optimizer.schedule=constant", "checkpoint.export=false", ranks=2))
+    alone = rollouts_of(uninterrupted[0], 1)
+    together = rollouts_of(tree, 1)
+    assert [g.problem for g in together] == [g.problem for g in alone]
+    for mine, other in zip(together, alone, strict=True):
+        for a, b in zip((*mine.samples, *mine.privileged), (*other.samples, *other.privileged), strict=True):
+            assert a.completion.token_ids.tolist() == b.completion.token_ids.tolist()
+            assert (a.text, a.reward) == (b.text, b.reward)
+            np.testing.assert_allclose(a.completion.logprobs, b.completion.logprobs, atol=2e-3)
+    for mine_line, line in zip(metrics_of(tree), metrics_of(uninterrupted[0])[:2], strict=True):
+        compared = mine_line.keys() & line.keys() - {"train/lr"}
+        assert {"train/grad_norm", "distill/forward_kl"} <= compared or line["step"] == 0
+        for name in compared:
+            assert mine_line[name] == pytest.approx(line[name], rel=2e-3, abs=1e-5), name
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_replay_needs_no_engine(
+    ranks: int, tiny_model: Path, uninterrupted: tuple[Tree, Ended], tmp_path: Path
+) -> None:
+    tree = recipe_of(tiny_model, tmp_path / "run")
+    tree["rollout"]["replay"] = str(Path(uninterrupted[0]["output"]) / "rollouts")
+    ended = train(tree, "train.steps=2", "checkpoint.export=false", ranks=ranks, engine=False)
+    results_of(ended)
+    replayed, lived = metrics_of(tree), metrics_of(uninterrupted[0])[1:]
+    assert [line["step"] for line in replayed] == [0, 1, 2]
+    for name in lived[0]:
+        if name.startswith(("train/", "distill/", "rollout/", "privileged/")) and name != "train/lr":
+            if ranks == 1:
+                assert replayed[1][name] == lived[0][name], name
+            else:
+                assert replayed[1][name] == pytest.approx(lived[0][name], rel=2e-3, abs=1e-5), name
+    assert not (tmp_path / "run/rollouts").exists()
+
+
+@pytest.mark.slow
+def test_torchrun(tree: Tree, tmp_path: Path) -> None:
+    """The real launcher: a run on two stages, and one message for a recipe that it refuses."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree | {"parallel": {"pipeline": 2}}))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+    def torchrun(*overrides: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, "megatron_hdpo", "train", str(path), *overrides],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+
+    refused = torchrun("train.stepz=3")
+    assert refused.returncode != 0
+    assert refused.stderr.count("RecipeError: ") == 1
+    assert f"RecipeError: {path}: train.stepz: unknown key; did you mean steps?" in refused.stderr
+    assert 'File "' not in refused.stderr.partition("RecipeError")[0]
+    done = torchrun()
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()] == [0, 1, 2]
