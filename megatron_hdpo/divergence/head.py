@@ -12,19 +12,18 @@ and its two matrix products; one buffer of [chunk, V / tp] serves them all. Two 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_hdpo.divergence.dense_pass import DensePass
+from megatron_hdpo.divergence.head_run import Chunk, HeadRun
 from megatron_hdpo.divergence.kinds import DivergenceSpec
-from megatron_hdpo.divergence.losses import Losses, flat_ids, run_pass
-from megatron_hdpo.divergence.options import Options, Outputs, Pass, Upstream
-from megatron_hdpo.divergence.shard import Group, Shard
-from megatron_hdpo.divergence.targets import FullLogits, Hidden, Target, TopK
+from megatron_hdpo.divergence.losses import Losses, run_pass
+from megatron_hdpo.divergence.options import Options, Outputs, Upstream
+from megatron_hdpo.divergence.shard import Group
+from megatron_hdpo.divergence.targets import Target
 
 # A chunk's part of the objective: (losses of the chunk's n tokens, int64 [n] places among all tokens) -> scalar.
 ChunkObjective = Callable[[Losses, Tensor], Tensor]
@@ -59,7 +58,7 @@ def head_losses(
     sequence_parallel, one reduce-scatter per chunk), so the hidden states must not also pass through a layer that does
     so. The head weight's gradient is accumulated in float32 (float64). Other arguments and errors as in logit_losses.
     """
-    run = _HeadRun.of(hidden_TH, head_weight_VH, sampled_ids_T, target, chunk, group, vocab_size, sequence_parallel)
+    run = HeadRun.of(hidden_TH, head_weight_VH, sampled_ids_T, target, chunk, group, vocab_size, sequence_parallel)
     spec = DivergenceSpec(kind, beta, tail, clip)
     options = Options(run.shard, spec, temperature, distill_temperature, True, entropy)
     outputs = _HeadLosses.apply(hidden_TH.reshape(-1, hidden_TH.shape[-1]), head_weight_VH, run, options)
@@ -92,7 +91,7 @@ def head_loss(
     group. It runs inside the forward; only gradients through the chunk's losses are taken. Other arguments as in
     head_losses.
     """
-    run = _HeadRun.of(hidden_TH, head_weight_VH, sampled_ids_T, target, chunk, group, vocab_size, sequence_parallel)
+    run = HeadRun.of(hidden_TH, head_weight_VH, sampled_ids_T, target, chunk, group, vocab_size, sequence_parallel)
     spec = DivergenceSpec(kind, beta, tail, clip)
     options = Options(run.shard, spec, temperature, distill_temperature, True, entropy)
     flat_TH = hidden_TH.reshape(-1, hidden_TH.shape[-1])
@@ -101,141 +100,16 @@ def head_loss(
     return total, Losses(*(None if out is None else out.view(sampled_ids_T.shape) for out in outputs))
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    """Places of a chunk's tokens: of this rank's hidden rows, and, as slices, among all tokens."""
-
-    local: slice
-    parts: list[slice]
-
-    def places(self, device: torch.device) -> Tensor:
-        return torch.cat([torch.arange(p.start, p.stop, device=device) for p in self.parts])
-
-    def take(self, values_T: Tensor) -> Tensor:
-        return values_T[self.parts[0]] if len(self.parts) == 1 else torch.cat([values_T[p] for p in self.parts])
-
-    def put(self, values_N: Tensor, out_T: Tensor) -> None:
-        for part, piece in zip(self.parts, values_N.chunk(len(self.parts)), strict=True):
-            out_T[part] = piece
-
-
-@dataclass(frozen=True)
-class _HeadRun:
-    """The constant inputs of a run over chunks, flat, and how hidden states cross the ranks."""
-
-    shard: Shard
-    ids_T: Tensor
-    target: Target | None
-    chunks: list[_Chunk]
-    sequence_parallel: bool
-
-    @classmethod
-    def of(
-        cls,
-        hidden_TH: Tensor,
-        head_weight_VH: Tensor,
-        sampled_ids_T: Tensor,
-        target: Target | None,
-        chunk: int,
-        group: Group,
-        vocab_size: int | None,
-        sequence_parallel: bool,
-    ) -> _HeadRun:
-        """Check shapes and cut the tokens. Raises ValueError on shapes that do not fit."""
-        if head_weight_VH.dim() != 2 or head_weight_VH.shape[1] != hidden_TH.shape[-1]:
-            raise ValueError(
-                f"the head weight is {list(head_weight_VH.shape)}, the hidden size {hidden_TH.shape[-1]}: "
-                "[V / tp, H] is needed"
-            )
-        if chunk < 1:
-            raise ValueError(f"chunk is {chunk}: at least 1 token per chunk")
-        shard = Shard.of(head_weight_VH.shape[0], group, vocab_size)
-        ranks = shard.size if sequence_parallel else 1
-        lead = hidden_TH.shape[:-1]
-        lead = torch.Size((lead[0] * ranks, *lead[1:])) if lead else lead
-        ids_T = flat_ids(sampled_ids_T, lead, shard.vocab_size, hidden_TH.device)
-        if target is not None:
-            tokens = ids_T.shape[0]
-            wide = isinstance(target, TopK)
-            target = target.flat(tokens, shard.vocab_size if wide else shard.width, hidden_TH.device)
-        return cls(shard, ids_T, target, _cut(ids_T.shape[0], ranks, chunk), sequence_parallel)
-
-    def buffer(self, like: Tensor) -> Tensor:
-        """[n, V / tp] for the logits of the largest chunk."""
-        height = max((sum(p.stop - p.start for p in chunk.parts) for chunk in self.chunks), default=0)
-        return like.new_empty((height, self.shard.width))
-
-    def gather(self, piece_NH: Tensor) -> Tensor:
-        """Hidden states of a whole chunk from this rank's part of it."""
-        if not self.sequence_parallel:
-            return piece_NH
-        return self.shard.all_gather(piece_NH).flatten(0, 1)
-
-    def scatter_sum(self, grad_NH: Tensor) -> Tensor:
-        """This rank's part of a chunk's hidden gradient, summed over the ranks (sequence parallel only)."""
-        if self.shard.size == 1:
-            return grad_NH
-        if dist.get_backend(self.shard.group) == "nccl":
-            out = grad_NH.new_empty(grad_NH.shape[0] // self.shard.size, grad_NH.shape[1])
-            dist.reduce_scatter_tensor(out, grad_NH.contiguous(), group=self.shard.group)
-            return out
-        (total_NH,) = self.shard.all_reduce_sum([grad_NH])  # gloo has no reduce-scatter
-        return total_NH.chunk(self.shard.size)[self.shard.rank]
-
-    def run_chunk(self, logits_NV: Tensor, chunk: _Chunk, options: Options, *, remake: bool = False) -> Pass:
-        """The pass over a chunk. remake: its gradient makes a Hidden target's logits again rather than keep them."""
-        target = _part_of_target(self.target, chunk)
-        if not isinstance(target, Hidden):
-            return run_pass(logits_NV, chunk.take(self.ids_T), target, options)
-        logits = FullLogits(target.hidden_TH @ target.head_weight_VH.t(), target.rows)
-        made = DensePass.run(logits_NV, chunk.take(self.ids_T), logits, options)
-        return made.with_teacher(target) if remake else made
-
-
-def _cut(tokens: int, ranks: int, chunk: int) -> list[_Chunk]:
-    """Chunks of all tokens; under sequence parallelism (ranks > 1) a chunk takes the same rows of every rank's part."""
-    local, step = tokens // ranks, -(-chunk // ranks)
-    cuts = [slice(a, min(a + step, local)) for a in range(0, local, step)]
-    return [_Chunk(c, [slice(r * local + c.start, r * local + c.stop) for r in range(ranks)]) for c in cuts]
-
-
-def _part_of_target(target: Target | None, chunk: _Chunk) -> Target | None:
-    """The part of a flat target that belongs to a chunk's tokens."""
-    if target is None:
-        return None
-    pick, rows = _pick_rows(target.rows, chunk)
-
-    def take(values_R: Tensor) -> Tensor:
-        return values_R[pick[0]] if len(pick) == 1 else torch.cat([values_R[p] for p in pick])
-
-    if isinstance(target, TopK):
-        return TopK(take(target.ids_TK), take(target.logprobs_TK), rows)
-    if isinstance(target, Hidden):
-        return Hidden(take(target.hidden_TH), target.head_weight_VH, rows)
-    return FullLogits(take(target.logits_TV_local), rows)
-
-
-def _pick_rows(rows: Tensor | None, chunk: _Chunk) -> tuple[Sequence[slice], Tensor | None]:
-    """Which target rows belong to a chunk, and the places of their tokens in it."""
-    if rows is None:
-        return chunk.parts, None
-    edges = torch.tensor([(p.start, p.stop) for p in chunk.parts], device=rows.device)
-    pick = [slice(a, b) for a, b in torch.searchsorted(rows, edges).tolist()]
-    height = chunk.local.stop - chunk.local.start
-    places = [rows[s] - p.start + i * height for i, (s, p) in enumerate(zip(pick, chunk.parts, strict=True))]
-    return pick, torch.cat(places)
-
-
 class _Gradients:
     """Accumulates the gradients of hidden states and head weight over chunks."""
 
-    def __init__(self, hidden_TH: Tensor, head_weight_VH: Tensor, run: _HeadRun, wants: Sequence[bool]) -> None:
+    def __init__(self, hidden_TH: Tensor, head_weight_VH: Tensor, run: HeadRun, wants: Sequence[bool]) -> None:
         self.run, self.weight_VH = run, head_weight_VH
         wide = torch.float64 if head_weight_VH.dtype == torch.float64 else torch.float32
         self.hidden_TH = torch.empty_like(hidden_TH) if wants[0] else None
         self.head_VH = torch.zeros(head_weight_VH.shape, dtype=wide, device=hidden_TH.device) if wants[1] else None
 
-    def add(self, chunk: _Chunk, grad_NV: Tensor, hidden_NH: Tensor) -> None:
+    def add(self, chunk: Chunk, grad_NV: Tensor, hidden_NH: Tensor) -> None:
         if self.hidden_TH is not None:
             piece = grad_NV @ self.weight_VH
             self.hidden_TH[chunk.local] = self.run.scatter_sum(piece) if self.run.sequence_parallel else piece
@@ -262,7 +136,7 @@ class _Collected:
         self.tokens = tokens
         self.outputs: list[Tensor | None] = [None] * 6
 
-    def add(self, chunk: _Chunk, outputs: Outputs) -> None:
+    def add(self, chunk: Chunk, outputs: Outputs) -> None:
         for i, out in enumerate(outputs.as_tuple()):
             if out is None:
                 continue
@@ -272,7 +146,7 @@ class _Collected:
             chunk.put(out, whole)
 
 
-def _empty_outputs(run: _HeadRun, options: Options, like: Tensor) -> tuple[Tensor | None, ...]:
+def _empty_outputs(run: HeadRun, options: Options, like: Tensor) -> tuple[Tensor | None, ...]:
     """What a run over no tokens gives back: empty tensors where others give tokens."""
     target = run.target
     logits = like.new_empty((0, run.shard.width))
@@ -282,7 +156,7 @@ def _empty_outputs(run: _HeadRun, options: Options, like: Tensor) -> tuple[Tenso
 class _HeadLosses(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_TH: Tensor, head_weight_VH: Tensor, run: _HeadRun, options: Options
+        ctx: Any, hidden_TH: Tensor, head_weight_VH: Tensor, run: HeadRun, options: Options
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
         collected, ctx.passes = _Collected(run.ids_T.shape[0]), []
@@ -301,7 +175,7 @@ class _HeadLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden_TH, head_weight_VH = ctx.saved_tensors
-        run: _HeadRun = ctx.run
+        run: HeadRun = ctx.run
         sums = _Gradients(hidden_TH, head_weight_VH, run, ctx.needs_input_grad)
         # Backwards: the last chunk's logits are still in the buffer, unless a backward before this one overwrote them.
         there, buffer = ctx.buffer is not None, ctx.buffer if ctx.buffer is not None else run.buffer(hidden_TH)
@@ -321,7 +195,7 @@ class _HeadLoss(torch.autograd.Function):
         ctx: Any,
         hidden_TH: Tensor,
         head_weight_VH: Tensor,
-        run: _HeadRun,
+        run: HeadRun,
         options: Options,
         objective: ChunkObjective,
         wants: tuple[bool, bool],
