@@ -1,0 +1,162 @@
+"""The sampler: failures are tried again, dropped and counted, and never become a reward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_engine import Fails, FakeEngine
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.strategies import DrawFn
+
+from megatron_hdpo.data.problem import Problem
+from megatron_hdpo.data.report import LoadReport
+from megatron_hdpo.data.tasks.base import TaskBase
+from megatron_hdpo.objectives.hdpo import HDPO, HDPOConfig
+from megatron_hdpo.rewards.pool import Judgement, RewardConfig, RewardPool
+from megatron_hdpo.rollout.sampler import RolloutRequest, Sampler, rollout_seed
+from megatron_hdpo.rollout.types import GenerationRequest, Group, SamplingParams
+
+
+class Judge:
+    """Stands in for the pool: rewards by text, and a failed check where `fails` says so."""
+
+    def __init__(self, fails: Callable[[str], bool] = lambda text: False) -> None:
+        self.fails = fails
+
+    def submit(self, problem: Problem, response: str) -> Future[Judgement]:
+        future: Future[Judgement] = Future()
+        failed = self.fails(response)
+        future.set_result(Judgement(None, "broken", 0.0) if failed else Judgement(float(len(response) % 2), None, 0.0))
+        return future
+
+
+def text_of(ids: np.ndarray) -> str:
+    return "-".join(map(str, ids))
+
+
+def request(key: str, n: int = 4, seed: int = 7) -> RolloutRequest:
+    problem = Problem(id=f"task/{key}", task="task", question="?", answer="!")
+    return RolloutRequest(key, problem, np.array([1, 2, 3], dtype=np.int32), SamplingParams(8, n=n), seed)
+
+
+def sampler(engine: FakeEngine, judge: Any = None, max_retries: int = 2) -> Sampler:
+    return Sampler(engine, judge or Judge(), text_of, max_retries)
+
+
+def first_try(request: GenerationRequest) -> bool:
+    return request.request_id.endswith("#0")
+
+
+def test_failed_samples_are_tried_again_with_another_seed() -> None:
+    engine = FakeEngine(lambda request, index: first_try(request) and index in (1, 2))
+    done = sampler(engine).sample([request("a"), request("b", seed=8)])
+    whole = sampler(FakeEngine()).sample([request("a"), request("b", seed=8)])
+    for key in "ab":
+        assert done[key].dropped == {}
+        first, again = [r for r in engine.seen if r.request_id.startswith(f"{key}#")]
+        assert (first.sampling.n, again.sampling.n) == (4, 2)  # only what is missing is asked for again
+        assert first.seed != again.seed and first.sampling.max_new_tokens == again.sampling.max_new_tokens
+        texts = [sample.text for sample in done[key].samples]
+        assert len(texts) == 4
+        kept = [sample.text for i, sample in enumerate(whole[key].samples) if i not in (1, 2)]
+        assert set(kept) <= set(texts)  # what succeeded is kept
+        with_old_seed = FakeEngine()._completion(first, 0)
+        assert text_of(with_old_seed.token_ids) in kept and len(set(texts)) == 4  # and not sampled twice
+
+
+@pytest.mark.parametrize("max_retries", [0, 1, 3])
+def test_after_the_last_retry_they_are_dropped_and_counted(max_retries: int) -> None:
+    engine = FakeEngine(lambda request, index: request.request_id.startswith("a#") and index == 0)
+    done = sampler(engine, max_retries=max_retries).sample([request("a"), request("b")])
+    assert [r.request_id for r in engine.seen if r.request_id.startswith("a#")] == [
+        f"a#{attempt}" for attempt in range(max_retries + 1)
+    ]
+    assert (len(done["a"].samples), done["a"].dropped) == (3, {"generation_failed": 1})
+    assert (len(done["b"].samples), done["b"].dropped) == (4, {})
+
+
+def test_a_group_without_samples_is_no_cliff() -> None:
+    done = sampler(FakeEngine(lambda request, index: True)).sample([request("a")])["a"]
+    assert (done.samples, done.dropped) == ([], {"generation_failed": 4})
+    group = Group(request("a").problem, request("a").prompt_ids, done.samples, dropped=done.dropped)
+    objective = HDPO(HDPOConfig(), temperature=1.0)
+    assert objective.privileged([group]) == [] and not objective.is_cliff(group)
+    assert "rollout/cliff_rate" not in objective.metrics([group])
+    assert objective.examples([group], {}) == []
+
+
+def test_a_failed_check_is_no_reward() -> None:
+    done = sampler(FakeEngine(), Judge(lambda text: text.startswith(("1", "2", "3")))).sample([request("a", n=40)])["a"]
+    failed = [text_of(FakeEngine()._completion(Sampler._request(request("a"), 40, 0), i).token_ids) for i in range(40)]
+    expected = sum(text.startswith(("1", "2", "3")) for text in failed)
+    assert 0 < expected < 40 and done.dropped == {"check_failed": expected}
+    assert len(done.samples) == 40 - expected
+    assert all(sample.reward == len(sample.text) % 2 for sample in done.samples)
+    assert not any(sample.text.startswith(("1", "2", "3")) for sample in done.samples)
+
+
+class HangingTask(TaskBase):
+    """Its check of odd responses never ends."""
+
+    def default_name(self) -> str:
+        return "task"
+
+    def problems(self, report: LoadReport) -> list[Problem]:
+        return []
+
+    def score(self, problem: Problem, response: str) -> float:
+        while len(response) % 2:
+            pass
+        return 1.0
+
+
+def test_a_check_that_hangs_is_dropped_and_counted() -> None:
+    config = RewardConfig(workers=1, time_limit_s=0.5, max_retries=0)
+    with RewardPool([HangingTask()], config) as pool:
+        done = sampler(FakeEngine(), pool).sample([request("a", n=4)])["a"]
+    texts = [s.text for s in sampler(FakeEngine()).sample([request("a", n=4)])["a"].samples]
+    hanging = sum(len(text) % 2 for text in texts)
+    assert 0 < hanging < 4 and done.dropped == {"check_failed": hanging}
+    assert [(s.text, s.reward) for s in done.samples] == [(text, 1.0) for text in texts if len(text) % 2 == 0]
+
+
+@st.composite
+def failures(draw: DrawFn) -> Fails:
+    bad = draw(st.sets(st.tuples(st.sampled_from(["a#0", "a#1", "a#2", "b#0", "b#1", "b#2"]), st.integers(0, 4))))
+    return lambda request, index: (request.request_id, index) in bad
+
+
+@settings(max_examples=50, deadline=None)
+@given(failures(), st.integers(0, 3), st.integers(0, 3))
+def test_every_sample_that_was_asked_for_is_there_or_counted(fails: Fails, retries: int, modulus: int) -> None:
+    judge = Judge(lambda text: modulus > 0 and sum(map(ord, text)) % (modulus + 1) == 0)
+    done = sampler(FakeEngine(fails), judge, retries).sample([request("a", n=5), request("b", n=3, seed=9)])
+    assert {key: len(r.samples) + sum(r.dropped.values()) for key, r in done.items()} == {"a": 5, "b": 3}
+    assert all(sample.reward == len(sample.text) % 2 for r in done.values() for sample in r.samples)
+
+
+def test_progress_counts_what_came() -> None:
+    came: list[int] = []
+    engine = FakeEngine(lambda request, index: first_try(request) and index == 0)
+    sampler(engine).sample([request("a"), request("b")], came.append)
+    assert sum(came) == 8
+
+
+def test_nothing_asked_nothing_done() -> None:
+    engine = FakeEngine()
+    assert sampler(engine).sample([]) == {} and engine.seen == []
+
+
+def test_seeds_are_fixed_and_distinct() -> None:
+    """The number below is the promise that an old run replays: it may not change between versions or machines."""
+    assert rollout_seed(0, "train", 3, "sums/17") == 481342107883153101
+    parts = [
+        (seed, purpose, step, p) for seed in (0, 1) for purpose in ("train", "x") for step in (1, 11) for p in "ab"
+    ]
+    seeds = {rollout_seed(*part) for part in parts}
+    assert len(seeds) == len(parts) and all(0 <= seed < 2**63 for seed in seeds)
