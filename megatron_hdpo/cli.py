@@ -78,7 +78,7 @@ def _first_to_fail() -> bool:
 def _another_failed() -> bool:
     """Whether another rank has ended with a message of its own: what breaks here then is only its echo."""
     store = _agent_store()
-    if store is None or int(os.environ["WORLD_SIZE"]) == 1:
+    if store is None or os.environ.get("WORLD_SIZE", "1") == "1":
         return False
     time.sleep(0.5)  # a connection may break a moment before the rank at its other end has counted itself
     return bool(store.check([_FAILED]))

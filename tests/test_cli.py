@@ -1,0 +1,108 @@
+"""The commands beside `train`: what they say, and that they leave a run's folder as it is."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from commands import results_of, run_command, run_world
+from conftest import Tree
+
+from megatron_hdpo import cli
+
+
+def test_check_shows_the_prompts_and_writes_nothing(tree: Tree, write_recipe: Callable[[Tree], Path]) -> None:
+    ended = run_command("check", write_recipe(tree), "rollout.samples_per_prompt=1")
+    results_of(ended)
+    out = ended.stdout[0]
+    assert "sums: 40 problems" in out and "held_out: 4 problems" in out
+    assert "warning: rollout.samples_per_prompt=1: a group of one has advantage 0" in out
+    question = out.partition("first prompt (sums/0):\n")[2].splitlines()[0]
+    privileged = out.partition("first privileged prompt:\n")[2].splitlines()[0]
+    assert question.endswith("=") and privileged.endswith("#" + question)
+    assert out.endswith("the recipe is fine\n")
+    assert not Path(tree["output"]).exists()
+
+
+def test_check_takes_the_layouts_own_number_of_ranks(tree: Tree, write_recipe: Callable[[Tree], Path]) -> None:
+    """Without torchrun `check` checks a recipe for eight GPUs on a laptop."""
+    path = write_recipe(tree | {"parallel": {"tensor": 2, "pipeline": 2}})
+    results_of(run_world(1, check_without_torchrun, str(path)))
+
+
+def check_without_torchrun(recipe: str) -> None:
+    for name in [name for name in os.environ if name in ("RANK", "WORLD_SIZE") or name.startswith("TORCHELASTIC")]:
+        del os.environ[name]
+    cli.main(["check", recipe])
+
+
+def test_evaluate_leaves_the_run_alone(tree: Tree, write_recipe: Callable[[Tree], Path]) -> None:
+    output = Path(tree["output"])
+    output.mkdir()
+    (output / "metrics.jsonl").write_text('{"step": 0, "time": 1.0}\n{"step": 1, "time": 2.0}\n')
+    (output / "recipe.yaml").write_text("the recipe of the run\n")
+    ended = run_command("evaluate", write_recipe(tree), "seed=5")
+    results_of(ended)
+    assert "eval/held_out/pass@1" in ended.stdout[0] and "eval/held_out/greedy" in ended.stdout[0]
+    assert (output / "metrics.jsonl").read_text().count("\n") == 2
+    assert (output / "recipe.yaml").read_text() == "the recipe of the run\n"
+    assert {path.name for path in output.iterdir()} == {"metrics.jsonl", "recipe.yaml", "logs"}
+
+
+@pytest.mark.parametrize(
+    ("prepare", "says"),
+    [
+        (None, "ReportError: {folder}: no such folder; give the output folder of a run\n"),
+        ("folder", "ReportError: {folder}: no metrics.jsonl in it; give the output folder of a run that has made a "
+         "step\n"),
+        ("empty", "ReportError: {folder}/metrics.jsonl: no finished step in it yet; try again after the first one\n"),
+        ("broken", "MetricsFileError: {folder}/metrics.jsonl, line 1: not JSON (Expecting value: line 1 column 1 (char "
+         "0)); remove or repair the line\n"),
+    ],
+)  # fmt: skip
+def test_report_of_no_run(prepare: str | None, says: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    if prepare:
+        folder.mkdir()
+    if prepare in ("empty", "broken"):
+        (folder / "metrics.jsonl").write_text("x\n" if prepare == "broken" else "")
+    ended = run_command("report", folder)
+    assert (ended.codes, ended.stderr) == ([2], [says.format(folder=folder)])
+
+
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["train"], ["report"]])
+def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        cli.main(arguments)
+    assert exit.value.code == 2
+    assert "usage: megatron_hdpo" in capsys.readouterr().err
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["--help"])
+    assert exit.value.code == 0
+    said = capsys.readouterr().out
+    assert all(command in said for command in ("train", "evaluate", "check", "report", "doctor"))
+
+
+def test_every_error_for_the_user_says_something_of_its_own() -> None:
+    errors = cli.user_errors()
+    assert len(set(errors)) == len(errors) >= 12
+    assert all(issubclass(error, Exception) and error.__doc__ for error in errors)
+    assert not any(error in (ValueError, RuntimeError, OSError, KeyError) for error in errors)
+
+
+def test_an_error_of_ours_has_a_traceback(tree: Tree, write_recipe: Callable[[Tree], Path], tiny_model: Path) -> None:
+    """Only what the user can mend is said in one line; a bug must show where it is."""
+    broken = Path(tree["output"]).parent / "model"
+    shutil.copytree(tiny_model, broken)
+    (broken / "generation_config.json").write_text("[]")
+    path = write_recipe(tree | {"model": tree["model"] | {"path": str(broken)}})
+    ended = run_command("train", path)
+    assert ended.codes == [1] and "Traceback" in ended.stderr[0], ended.text
+    assert yaml.safe_load(path.read_text())

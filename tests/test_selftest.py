@@ -1,0 +1,202 @@
+"""The start-up self-test: each of its failures is provoked, stops the run, and is named with its amount."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from commands import results_of, run_world
+from conftest import Tree
+
+from megatron_hdpo.rollout.types import GenerationResult
+
+
+class Faulty:
+    """The engine of a run with one fault."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine, self.updates = engine, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
+    def update_weights(self, stream: Any, version: int) -> None:
+        self.updates += 1
+        self.engine.update_weights(stream, version)
+
+    def results(self) -> Iterator[GenerationResult]:
+        for result in self.engine.results():
+            yield replace(result, completions=[self.change(completion) for completion in result.completions])
+
+    def change(self, completion: Any) -> Any:
+        return completion
+
+
+class ShiftedLogprobs(Faulty):
+    def change(self, completion: Any) -> Any:
+        return replace(completion, logprobs=np.roll(completion.logprobs, 1))
+
+
+class StaleWeights(Faulty):
+    """Keeps the weights that it has, and says that they are the new ones."""
+
+    def update_weights(self, stream: Any, version: int) -> None:
+        self.engine._version = version
+
+
+class LateWeights(Faulty):
+    """Takes the altered weights, then misses the update that brings the true ones back."""
+
+    def update_weights(self, stream: Any, version: int) -> None:
+        self.updates += 1
+        if self.updates == 1:
+            self.engine.update_weights(stream, version)
+
+
+class OldVersion(Faulty):
+    def change(self, completion: Any) -> Any:
+        return replace(completion, weight_versions=completion.weight_versions - 1)
+
+
+class NoSamples(Faulty):
+    def results(self) -> Iterator[GenerationResult]:
+        for result in self.engine.results():
+            yield GenerationResult(result.request_id, [], ["out of memory"] * len(result.completions))
+
+
+FAULTS: dict[str, type[Faulty]] = {
+    "healthy": Faulty,
+    "shifted log-probs": ShiftedLogprobs,
+    "stale weights": StaleWeights,
+    "late weights": LateWeights,
+    "old version": OldVersion,
+    "no samples": NoSamples,
+    "rolled targets": Faulty,
+    "noisy log-probs": Faulty,
+}
+
+
+def all_faults(recipe: str, overrides: Sequence[str]) -> dict[str, str]:
+    """Message of the self-test with each fault, on one run whose engine is made whole again in between."""
+    from megatron_hdpo import start
+    from megatron_hdpo.config import load_recipe
+    from megatron_hdpo.parallel import context as parallel
+    from megatron_hdpo.run import build_run
+    from megatron_hdpo.selftest import SelfTestError
+
+    settings = load_recipe(recipe, overrides)
+    run = build_run(settings, parallel.start(settings.parallel, settings.device, settings.seed))
+    engine, messages = run.engine, {}
+    for name, fault in FAULTS.items():
+        run.sync(0)
+        run.engine = run.rollouts.sampler.engine = fault(engine)
+        with faulty_policy(run.policy, name):
+            try:
+                start._self_test(run)
+                messages[name] = "passed"
+            except SelfTestError as error:
+                messages[name] = str(error)
+        run.engine = engine
+    before = {name: p.detach().clone() for name, p in run.policy.model.named_parameters()}
+    start._self_test(run)
+    assert all((p == before[name]).all() for name, p in run.policy.model.named_parameters())
+    run.close(False)
+    return messages
+
+
+class faulty_policy:
+    """For "rolled targets": the teacher's rows belong to the token before. For "noisy": scores off by 0.01."""
+
+    def __init__(self, policy: Any, name: str) -> None:
+        self.policy, self.name, self.score = policy, name, policy.score
+
+    def __enter__(self) -> None:
+        change = {"rolled targets": self._rolled, "noisy log-probs": self._noisy}.get(self.name)
+        if change is not None:
+            self.policy.score = lambda scorings, on_progress=None: {
+                key: change(score) for key, score in self.score(scorings, on_progress).items()
+            }
+
+    def __exit__(self, *_: object) -> None:
+        self.policy.score = self.score
+
+    @staticmethod
+    def _rolled(score: Any) -> Any:
+        if score.top is None:
+            return score
+        rolled = (np.roll(score.top.ids_TK, 1, axis=0), np.roll(score.top.logprobs_TK, 1, axis=0))
+        return replace(score, top=type(score.top)(*rolled))
+
+    @staticmethod
+    def _noisy(score: Any) -> Any:
+        return replace(score, logprobs_T=score.logprobs_T + np.float32(0.01))
+
+
+CHECKS = {
+    "shifted log-probs": r"self-test \(a\): engine and trainer disagree on the log-probs of \d+ sampled tokens by "
+    r"(\S+) on average \(at most 0.001 is allowed\)",
+    "noisy log-probs": r"self-test \(a\): engine and trainer disagree .* by (\S+) on average \(at most 0.001 is",
+    "rolled targets": r"self-test \(b\): a teacher with the student's own prompt has divergence (\S+) per token, at "
+    "most 1e-05 is allowed",
+    "stale weights": r"self-test \(c\): the engine was given altered weights and its log-probs still agree with the "
+    r"trainer's \(difference (\S+)\): weight updates do not arrive",
+    "late weights": r"self-test \(c\): the engine was given the true weights again and its log-probs differ by (\S+) "
+    r"\(at most 0.001\)",
+    "old version": r"self-test \(c\): the engine served weights of version \[-1\], not 0",
+    "no samples": "self-test: the engine returned no sample at all",
+}
+AMOUNTS: dict[str, Callable[[float], bool]] = {
+    "shifted log-probs": lambda amount: amount > 1e-2,
+    "noisy log-probs": lambda amount: abs(amount - 0.01) < 1e-4,
+    "rolled targets": lambda amount: amount > 1e-3,
+    "stale weights": lambda amount: amount < 1e-4,
+    "late weights": lambda amount: amount > 1e-2,
+}
+
+
+@pytest.mark.parametrize("layout", [{}, {"pipeline": 2}], ids=["1 rank", "PP2"])
+def test_every_fault_is_found_and_named(
+    layout: dict[str, int], tree: Tree, write_recipe: Callable[[Tree], Path]
+) -> None:
+    ranks = layout.get("pipeline", 1)
+    path = write_recipe(tree | {"parallel": layout})
+    per_rank = results_of(
+        run_world(ranks, all_faults, str(path), ["self_test.prompts=4", "self_test.max_new_tokens=8"])
+    )
+    assert per_rank == [per_rank[0]] * ranks  # every rank stops, for the same reason
+    messages = per_rank[0]
+    assert messages.pop("healthy") == "passed"
+    assert messages.keys() == CHECKS.keys()
+    for name, message in messages.items():
+        found = re.match(CHECKS[name], message)
+        assert found, f"{name}: {message}"
+        if name in AMOUNTS:
+            assert AMOUNTS[name](float(found[1])), f"{name}: {message}"
+
+
+def train_with_a_fault(recipe: str) -> None:
+    from megatron_hdpo import cli, run
+
+    original = run.build_run
+
+    def build(*args: Any) -> Any:
+        built = original(*args)
+        built.engine = built.rollouts.sampler.engine = ShiftedLogprobs(built.engine)  # type: ignore[assignment]
+        return built
+
+    run.build_run = build
+    cli.main(["train", recipe])
+
+
+def test_a_failure_stops_the_run_before_its_first_step(tree: Tree, write_recipe: Callable[[Tree], Path]) -> None:
+    ended = run_world(2, train_with_a_fault, str(write_recipe(tree)))
+    heard = "".join(ended.stderr)
+    assert heard.startswith("SelfTestError: self-test (a): ") and heard.count("\n") == 1
+    assert ended.codes == [2, 2]
+    assert (Path(tree["output"]) / "metrics.jsonl").read_text() == ""
+    assert not (Path(tree["output"]) / "checkpoints").exists()
