@@ -99,8 +99,8 @@ def _sum_summands(logits_TV: Tensor, rows: DenseRows, spec: DivergenceSpec) -> _
     sums_R6 = rows.lse_R.new_zeros((len(rows.teacher), 6))
     for block in rows.blocks(logits_TV):
         lp, lq = rows.pair(logits_TV, block)
-        t, r = summands(spec, lp, lq, _block_weights(weights, block))
-        q, p = lq.exp(), lp.exp()
+        p, q = lp.exp(), lq.exp()
+        t, r = summands(spec, lp, lq, _block_weights(weights, block), (p, q))
         first = lp >= rows.best_R[block].unsqueeze(-1)
         columns = [t, r, q * (lp > 0.5 * LOG_ZERO), torch.minimum(p, q), q * first, first.to(q.dtype)]
         sums_R6[block] = torch.stack([c.sum(-1) for c in columns], dim=-1)
@@ -201,6 +201,7 @@ class _Adder:
         mine, rows, terms = slice(low, high), self.made.rows, self.made.terms
         where = self.row_R[mine] - block.start
         lp, lq = rows.teacher_logprobs(mine), rows.student_logprobs(z[where], mine)
-        _, r = summands(self.made.options.spec, lp, lq, _block_weights(terms.weights, mine))
-        r -= lq.exp_() * terms.mean_R[mine].unsqueeze(-1)
+        p, q = lp.exp(), lq.exp()
+        _, r = summands(self.made.options.spec, lp, lq, _block_weights(terms.weights, mine), (p, q))
+        r -= q.mul_(terms.mean_R[mine].unsqueeze(-1))
         total.index_add_(0, where, r.mul_(weight_R[mine].unsqueeze(-1)))

@@ -88,10 +88,17 @@ class DivergenceSpec:
 
 
 def summands(
-    spec: DivergenceSpec, lp: Tensor, lq: Tensor, weights: tuple[Tensor, Tensor] | None = None
+    spec: DivergenceSpec,
+    lp: Tensor,
+    lq: Tensor,
+    weights: tuple[Tensor, Tensor] | None = None,
+    pq: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """t and r = q dt/dq of each entry, from log-probs of one shape; weights: akl's, [..., 1] each."""
-    p, q = lp.exp(), lq.exp()
+    """t and r = q dt/dq of each entry, from log-probs of one shape.
+
+    weights: akl's, [..., 1] each. pq: the probabilities, where they are known already.
+    """
+    p, q = (lp.exp(), lq.exp()) if pq is None else pq
     t, r = _raw_summands(spec, lp, lq, p, q, weights)
     if spec.clip is not None:
         r = r.masked_fill(t > spec.clip, 0.0)
