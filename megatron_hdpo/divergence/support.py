@@ -5,7 +5,7 @@ Everything here is O(tokens x k) and local: the collectives are over once the st
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -30,6 +30,13 @@ class SupportTerms:
     mass_R: Tensor
     covered_R: Tensor
     top_R: Tensor
+
+    @classmethod
+    def joined(cls, parts: list[SupportTerms]) -> SupportTerms:
+        """The terms of successive blocks of rows, as one."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)))
 
 
 def support_terms(

@@ -59,8 +59,11 @@ class TopK:
         return TopK(ids_RK, self.logprobs_TK.detach().reshape(-1, k).to(device), rows)
 
     def pruned(self) -> TopK:
-        """The same target with id -1 at every entry that is in no support."""
-        return replace(self, ids_TK=self.ids_TK.masked_fill(self.logprobs_TK == -torch.inf, -1).clamp_min(-1))
+        """The same target with a negative id at every entry that is in no support."""
+        never_TK = self.logprobs_TK == -torch.inf
+        if never_TK.device.type == "cpu" and not bool(never_TK.any()):
+            return self
+        return replace(self, ids_TK=self.ids_TK.masked_fill(never_TK, -1))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_hdpo.divergence.options import Options, Outputs, Upstream, at_rows, gradient_storage, spread
-from megatron_hdpo.divergence.shard import OwnedEntries, compute_dtype
+from megatron_hdpo.divergence.shard import OwnedEntries, compute_dtype, row_blocks
 from megatron_hdpo.divergence.support import SupportTerms, support_terms
 from megatron_hdpo.divergence.sweep import SoftmaxTerm, local_stats, shift_stats, write_dense
 from megatron_hdpo.divergence.targets import TopK
@@ -140,10 +140,17 @@ class TopKPass:
 
 
 def _target_terms(stats: Normalisers, target: TopK, options: Options) -> SupportTerms:
-    assert stats.support_RK is not None
-    lq_RK = stats.support_RK / options.distill_temperature - at_rows(stats.lse_distill_T, target.rows).unsqueeze(-1)
-    lp_RK = target.logprobs_TK.to(lq_RK.dtype)
-    return support_terms(options.spec, lp_RK, lq_RK, target.ids_TK >= 0, stats.rest_R, options.shard.vocab_size)
+    support_RK, lse_R = stats.support_RK, at_rows(stats.lse_distill_T, target.rows)
+    assert support_RK is not None
+    # Block by block: the arithmetic has some ten temporaries, and one target of 256 entries is no longer small.
+    count, k = support_RK.shape
+    parts = []
+    for block in row_blocks(count, 8 * k, support_RK) if count else [slice(0, 0)]:
+        lq_RK = support_RK[block] / options.distill_temperature - lse_R[block].unsqueeze(-1)
+        rest_R = None if stats.rest_R is None else stats.rest_R[block]
+        lp_RK, used_RK = target.logprobs_TK[block].to(lq_RK.dtype), target.ids_TK[block] >= 0
+        parts.append(support_terms(options.spec, lp_RK, lq_RK, used_RK, rest_R, options.shard.vocab_size))
+    return SupportTerms.joined(parts)
 
 
 def _outputs(
@@ -221,11 +228,11 @@ class _Scales:
 
         value_RK = self.divergence_R.unsqueeze(-1) * made.terms.grad_RK
         if self.scale_T is not None:
-            lq_RK = stats.support_RK / made.options.temperature - column(stats.lse_T)
+            lq_RK = (stats.support_RK / made.options.temperature).sub_(column(stats.lse_T))
             slope_R1 = None if self.slope_T is None else column(self.slope_T)
-            value_RK = value_RK + _dense_value(lq_RK, column(self.scale_T), slope_R1)
+            value_RK += _dense_value(lq_RK, column(self.scale_T), slope_R1)
         if self.logprob_T is not None:
-            value_RK = value_RK + column(self.logprob_T) * (target.ids_TK == column(made.ids_T))
+            value_RK += column(self.logprob_T) * (target.ids_TK == column(made.ids_T))
         return value_RK
 
 
