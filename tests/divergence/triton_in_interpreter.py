@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import os
+import socket
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from divergence_cases import KINDS, TAILS, Case, assert_agrees, build, engine, has_meaning, reference
 
 from megatron_hdpo.divergence import triton_pass
@@ -41,7 +45,32 @@ def main() -> None:
             assert (calls > before) == expected, f"the kernels were {'not ' if expected else ''}used for {case}"
             ran += 1
     only_parts_of_the_objective()
+    two_ranks()
     print(f"{ran} cases, {calls} on the kernels")
+
+
+def one_rank(rank: int, port: int) -> None:
+    """Two shards on the kernels: offsets, sums over ranks, a whole shard of padding."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"tcp://127.0.0.1:{port}")
+    variants = ("outside", 3, True), ("bucket", 3, False), ("bucket", 17, False), ("renormalise", 3, False)
+    for tail, padding, ragged in variants:
+        case = Case(
+            "jsd", 0.5, tail, None, "topk", "float32", k=6, padding=padding, ragged=ragged,
+            temperature=0.7, distill_temperature=1.0 if padding == 3 else 0.7, subset=True,
+        )  # fmt: skip
+        before, answers = calls, [None, None]
+        dist.all_gather_object(answers, engine(case, dist.group.WORLD, rank, 2))
+        assert calls > before, "the kernels were not used"
+        assert_agrees(case, answers, reference(case))
+    os._exit(0)
+
+
+def two_ranks() -> None:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    mp.spawn(one_rank, (port,), 2)
 
 
 def only_parts_of_the_objective() -> None:
