@@ -152,6 +152,23 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     path.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
+def recipe_changes(path: Path, recipe: Recipe) -> list[str]:
+    """`key.path: old -> new` for every value in which a recipe differs from the one that `save_recipe` wrote."""
+    if not path.is_file():
+        return []
+    old, new = dict(_leaves(yaml.safe_load(path.read_text()))), dict(_leaves(recipe.model_dump(mode="json")))
+    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)]
+
+
+def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else None
+    if items is None:
+        yield path, tree
+        return
+    for key, value in items:
+        yield from _leaves(value, f"{path}.{key}" if path else str(key))
+
+
 def check_recipe(recipe: Recipe, architecture: Architecture, world_size: int) -> list[str]:
     """Warnings of a recipe that runs but deserves a word. Raises RecipeError, with all reasons, for one that cannot."""
     errors = [*_layout_errors(recipe, architecture, world_size), *_length_errors(recipe, architecture)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_hdpo.config import recipe_changes
 from megatron_hdpo.data.errors import DataError
 from megatron_hdpo.rollout.types import Group
 from megatron_hdpo.run import Run, rollouts_file, scaled_final_norm
@@ -50,6 +51,8 @@ def _resume(run: Run, latest: Path) -> None:
         if run.recipe.teacher.kind == "frozen":
             _restore_teacher(run)
     _check_replay(run)
+    if changes := recipe_changes(run.recipe.output / "recipe.yaml", run.recipe):
+        run.console.warn("the recipe has changed since this run was last started: " + "; ".join(changes))
     run.open_record(run.step)
     run.console.print(f"resumed from {latest.name}")
 
@@ -59,12 +62,21 @@ def _build_optimizer(run: Run) -> None:
 
 
 def _warm_up_once(run: Run) -> None:
-    """A run that was stopped before its first checkpoint does not warm up again."""
-    if run.checkpoints.has_weights(WARMED_UP):
+    """A run that was stopped before its first checkpoint does not warm up again, unless its recipe has changed."""
+    recipe = run.recipe
+    origin = "\n".join(
+        [
+            recipe.warmup.model_dump_json(),
+            recipe.model.model_dump_json(),
+            recipe.data.model_dump_json(exclude={"evaluation"}),
+            str(recipe.seed),
+        ]
+    )
+    if run.checkpoints.has_weights(WARMED_UP, origin):
         run.checkpoints.load_weights(WARMED_UP, run.policy.model)
     else:
-        warm_up(run, run.recipe.warmup)
-        run.checkpoints.save_weights(WARMED_UP, run.policy.model)
+        warm_up(run, recipe.warmup)
+        run.checkpoints.save_weights(WARMED_UP, run.policy.model, origin)
 
 
 def _restore_teacher(run: Run) -> None:

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
-
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "rollout"), str(ROOT / "tools")]
-
-Tree = dict[str, Any]
+from recipes import Tree
 
 
 @pytest.fixture(scope="session")

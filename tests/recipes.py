@@ -9,6 +9,9 @@ import torch
 from make_tiny_model import make_tiny_model
 from transformers import AutoModelForCausalLM
 
+ROOT = Path(__file__).parents[1]
+Tree = dict[str, Any]
+
 
 def make_model(path: Path, **sizes: int) -> Path:
     """A tiny checkpoint whose weights are large enough that distributions differ from position to position."""

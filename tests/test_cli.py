@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from commands import results_of, run_command, run_world
-from conftest import Tree
+from recipes import Tree
 
 from megatron_hdpo import cli
 

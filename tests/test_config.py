@@ -10,10 +10,10 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 import pytest
 import yaml
-from conftest import ROOT, Tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
+from recipes import ROOT, Tree
 
 from megatron_hdpo.config import (
     Recipe,

@@ -17,8 +17,7 @@ import pytest
 import torch
 import yaml
 from commands import Ended, results_of, run_world
-from conftest import ROOT, Tree
-from recipes import small_recipe
+from recipes import ROOT, Tree, small_recipe
 from transformers import AutoModelForCausalLM
 
 from megatron_hdpo.rollout.sample_log import read_groups

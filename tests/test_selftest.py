@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from commands import results_of, run_world
-from conftest import Tree
+from recipes import Tree
 
 from megatron_hdpo.rollout.types import GenerationResult
 

@@ -478,7 +478,7 @@ TABLE = [
     ),
     Wrong(
         "chat without a chat template",
-        "DataError: prompts.chat is true, but the tokenizer has no chat template; set prompts.chat: false",
+        "DataError: data.prompts.chat is true, but the tokenizer has no chat template; set it to false",
         ["data.prompts.chat=true"],
     ),
     Wrong(

@@ -22,6 +22,7 @@ from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.parallel.context import ParallelContext
 
 _STATE = "run_state.json"
+_ORIGIN = "origin.txt"
 # Saved and loaded in parallel without gathering; ties the optimizer's state to the TP x PP layout (not to DP).
 _OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "dp_reshardable"}
 
@@ -72,7 +73,7 @@ class CheckpointStore:
             self.context.layout.pipeline,
             dict(vars(policy.architecture)),
         )
-        self._write(final, self._sharded(policy), state)
+        self._write(final, self._sharded(policy), {_STATE: json.dumps(vars(state), indent=1)})
         if self.context.is_leader:
             for old in sorted(self.root.glob("step_" + "[0-9]" * 8))[: -self.keep]:
                 shutil.rmtree(old)
@@ -91,24 +92,33 @@ class CheckpointStore:
             )
         self._check_architecture(path, state, policy)
         assert policy.optimizer is not None and policy.schedule is not None
+        settings = _group_settings(policy.optimizer)
         # In fp32 the main weights that are written are views of the model's own.
         with self.context.megatron_calls(), torch.no_grad():
             loaded = dist_checkpointing.load(self._sharded(policy, loading=True), str(path))
             policy.model.load_state_dict(loaded["model"])
             policy.optimizer.load_state_dict(loaded["optimizer"])
             _restore_step_counts(policy.optimizer)
-            policy.schedule.load_state_dict(loaded["schedule"])
+            # The recipe's hyper-parameters stay in force, also where it changed since; the checkpoint tells the step.
+            for group, values in zip(policy.optimizer.param_groups, settings, strict=True):
+                group.update(values)
+            policy.schedule.num_steps = 0
+            policy.schedule.step(increment=loaded["schedule"]["num_steps"])
         return state
 
-    def has_weights(self, name: str) -> bool:
-        """Whether `save_weights` has written `name` completely."""
-        return (self.root / name).is_dir()
+    def has_weights(self, name: str, origin: str = "") -> bool:
+        """Whether `save_weights` has written `name` completely, and from the same origin."""
+        path = self.root / name / _ORIGIN
+        return path.is_file() and path.read_text() == origin
 
-    def save_weights(self, name: str, model: HeadlessGPTModel) -> None:
-        """Write the weights that `model` holds now as `checkpoints/<name>` (a frozen teacher's, a warm-up's)."""
+    def save_weights(self, name: str, model: HeadlessGPTModel, origin: str = "") -> None:
+        """Write the weights that `model` holds now as `checkpoints/<name>` (a frozen teacher's, a warm-up's).
+
+        origin: text that tells what the weights were made from.
+        """
         with self.context.megatron_calls():
             sharded = {"model": model.sharded_state_dict()}
-        self._write(self.root / name, sharded, None)
+        self._write(self.root / name, sharded, {_ORIGIN: origin})
 
     def load_weights(self, name: str, model: HeadlessGPTModel) -> None:
         """Read weights that `save_weights` wrote into `model`. Raises CheckpointError when they are not there."""
@@ -126,7 +136,7 @@ class CheckpointStore:
             optimizer = policy.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_OPTIMIZER_METADATA)
             return {"model": model, "optimizer": optimizer, "schedule": policy.schedule.state_dict()}
 
-    def _write(self, final: Path, sharded: dict[str, Any], state: RunState | None) -> None:
+    def _write(self, final: Path, sharded: dict[str, Any], texts: dict[str, str]) -> None:
         """Into a folder of another name first: a run killed while it writes leaves no checkpoint that looks whole."""
         partial = final.with_name(final.name + ".partial")
         if self.context.is_leader:
@@ -137,8 +147,8 @@ class CheckpointStore:
             dist_checkpointing.save(sharded, str(partial))
         self.context.barrier("checkpoint written")
         if self.context.is_leader:
-            if state is not None:
-                (partial / _STATE).write_text(json.dumps(vars(state), indent=1))
+            for name, text in texts.items():
+                (partial / name).write_text(text)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
         self.context.barrier("checkpoint named")
@@ -153,6 +163,12 @@ class CheckpointStore:
                 f"{path} is of another model: {key} is {state.architecture.get(key)} there and {now[key]} here; "
                 "train into another output folder"
             )
+
+
+def _group_settings(optimizer: ChainedOptimizer) -> list[dict[str, Any]]:
+    """What the recipe says of each parameter group."""
+    keys = ("max_lr", "min_lr", "betas", "eps")
+    return [{key: group[key] for key in keys if key in group} for group in optimizer.param_groups]
 
 
 def _allocate_moments(optimizer: ChainedOptimizer) -> None:

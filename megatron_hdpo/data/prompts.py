@@ -130,7 +130,7 @@ class PromptBuilder:
 
     def __init__(self, tokenizer: TokenizerLike, config: PromptConfig) -> None:
         if config.chat and not getattr(tokenizer, "chat_template", None):
-            raise DataError("prompts.chat is true, but the tokenizer has no chat template; set prompts.chat: false")
+            raise DataError("data.prompts.chat is true, but the tokenizer has no chat template; set it to false")
         self.tokenizer, self.config = tokenizer, config
         environment = _environment()
         self._student = environment.from_string(config.student)

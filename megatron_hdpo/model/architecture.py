@@ -58,7 +58,16 @@ def read_architecture(model_path: str | Path) -> Architecture:
     path = Path(model_path) / "config.json"
     if not path.is_file():
         raise ArchitectureError(f"{path} does not exist: model.path must be a Hugging Face checkpoint folder")
-    return parse_architecture(json.loads(path.read_text()), str(path))
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ArchitectureError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ArchitectureError(f"{path} must hold an object, not {type(config).__name__}")
+    try:
+        return parse_architecture(config, str(path))
+    except KeyError as error:
+        raise ArchitectureError(f"{path} lacks the key {error}") from error
 
 
 def parse_architecture(config: dict[str, Any], origin: str = "config.json") -> Architecture:

@@ -76,9 +76,7 @@ class RolloutCoordinator:
             group.privileged_prompt_ids = self.prompts.privileged(group.problem)
             sampling = self.config.sampling(plan.rollouts, self.stop_token_ids, top_logprobs)
             seed = rollout_seed(self.seed, "privileged", step, group.problem.id)
-            requests.append(
-                RolloutRequest(str(plan.group), group.problem, group.privileged_prompt_ids, sampling, seed)
-            )
+            requests.append(RolloutRequest(str(plan.group), group.problem, group.privileged_prompt_ids, sampling, seed))
         rollouts = self._sample_shared(requests, on_progress)
         for plan in plans:
             group = groups[plan.group]
