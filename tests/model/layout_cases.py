@@ -164,9 +164,13 @@ def overflowing() -> tuple[list[Example], list[Example]]:
     return wild, examples
 
 
+# Without a dual clip nothing bounds the loss of a negative advantage but its weight.
+UNBOUNDED = replace(SPEC, surrogate=SPEC.surrogate.model_copy(update={"dual_clip": None}))
+
+
 def _overflow_at_zero_weight(build: Build) -> Outcome:
     policy = build()
-    return _accumulate(policy, share(policy, overflowing()[0]))
+    return _accumulate(policy, share(policy, overflowing()[0]), UNBOUNDED)
 
 
 def _update(build: Build) -> Outcome:

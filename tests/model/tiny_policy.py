@@ -42,8 +42,9 @@ MODELS: dict[str, Any] = {
     "qwen3_tied": lambda: Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
 }
 # Adam divides by |g| + eps at its first step: a large eps keeps that smooth, so that equal gradients, up to rounding,
-# give equal weights. The clip is below the norm of these examples' gradients.
-OPTIMIZER = OptimizerConfig(lr=0.02, eps=0.01, weight_decay=0.1, clip_grad=0.25)
+# give equal weights. The clip is below the norm of these examples' gradients. The warm-up makes every step's rate
+# another one.
+OPTIMIZER = OptimizerConfig(lr=0.04, warmup_start=0.5, warmup_steps=5, eps=0.01, weight_decay=0.1, clip_grad=0.25)
 SPEC = LossSpec(
     SurrogateConfig(clip_low=0.2, clip_high=0.3, dual_clip=2.5, importance_cap=1.5),
     DistillConfig(coefficient=8.0, beta=0.4, temperature=1.2, top_k=5),
