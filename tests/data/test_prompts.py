@@ -160,7 +160,7 @@ def test_wrong_configurations_are_refused(key, template, message):
 
 
 def test_chat_needs_a_chat_template():
-    with pytest.raises(DataError, match=r"no chat template; set prompts\.chat: false"):
+    with pytest.raises(DataError, match=r"data\.prompts\.chat is true, but the tokenizer has no chat template"):
         builder(byte_tokenizer(chat=False))
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import forkserver
 from pathlib import Path
 
 import psutil
@@ -22,8 +23,17 @@ MATH = Problem(id="math/0", task="math", question="?", answer="1")
 TIME_LIMIT = 1.0
 
 
+@pytest.fixture(scope="module", autouse=True)
+def fork_server_of_its_own():
+    """Tests before these may have started the process's one fork server with torch in it; tests after may want so."""
+    forkserver._forkserver._stop()
+    forkserver.set_forkserver_preload([])
+    yield
+    forkserver._forkserver._stop()
+
+
 @pytest.fixture(scope="module")
-def pool():
+def pool(fork_server_of_its_own):
     tasks = [HostileTask(), JsonlTask(kind="jsonl", path=Path("unread.jsonl"), name="math")]
     config = RewardConfig(workers=2, time_limit_s=TIME_LIMIT, max_retries=0, memory_limit_mib=256)
     with RewardPool(tasks, config) as pool:
