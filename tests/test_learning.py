@@ -26,7 +26,7 @@ RECIPE = ROOT / "examples" / "digit_sums" / "hdpo.yaml"
 SEEDS = (0, 1, 2)
 VARIANTS = ("grpo", "hdpo", "shuffled_targets", "wrong_reference", "inverted_filter")
 HARD = ("n6", "n7", "n8")
-STEPS = 40
+STEPS = 80
 
 
 def learn(seed: int, folder: str) -> dict[str, dict[str, float]]:
