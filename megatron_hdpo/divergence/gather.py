@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_hdpo.divergence.options import gradient_storage
 from megatron_hdpo.divergence.shard import Group, OwnedEntries, Shard, compute_dtype, row_blocks
@@ -57,6 +58,7 @@ class _LogProbs(torch.autograd.Function):
         return (z_TK / temperature - lse_T.unsqueeze(-1)).masked_fill(ids_TK < 0, 0.0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         logits_TV, ids_TK, local_max_T, lse_T = ctx.saved_tensors
         owned: OwnedEntries = ctx.owned
@@ -94,6 +96,8 @@ def vocab_parallel_topk(
     shard = Shard.of(width, group, vocab_size)
     if not 1 <= k <= shard.vocab_size:
         raise ValueError(f"top-k with k = {k}: it must lie between 1 and the vocabulary's {shard.vocab_size} tokens")
+    if not temperature > 0.0:
+        raise ValueError(f"temperature is {temperature}: it must be positive (greedy decoding counts as 1)")
     stats = local_stats(logits_TV, shard, temperature)
     values_TK, ids_TK = _local_topk(logits_TV, min(k, width), shard)
     packed = torch.cat([values_TK, bits(ids_TK, values_TK.dtype), stats.max_T[:, None], stats.sum_T[:, None]], dim=-1)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_hdpo.divergence.head_run import Chunk, HeadRun
 from megatron_hdpo.divergence.kinds import DivergenceSpec
@@ -173,6 +174,7 @@ class _HeadLosses(torch.autograd.Function):
         return outputs
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden_TH, head_weight_VH = ctx.saved_tensors
         run: HeadRun = ctx.run
@@ -217,6 +219,7 @@ class _HeadLoss(torch.autograd.Function):
         return (hidden_TH.new_zeros((), dtype=torch.float32) if total is None else total), *outputs
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if ctx.grads is None:
             raise RuntimeError("head_loss: its backward ran before and gave its gradients away; call head_loss again")

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_hdpo.divergence import triton_pass
 from megatron_hdpo.divergence.dense_pass import DensePass
@@ -177,6 +178,7 @@ class _LogitLosses(torch.autograd.Function):
         return outputs
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (logits_TV,) = ctx.saved_tensors
         return ctx.made.gradient(logits_TV, Upstream(*grads[:3]), inplace=ctx.inplace), None, None, None, None

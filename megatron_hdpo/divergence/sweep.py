@@ -57,9 +57,16 @@ def _block_stats(
     torch.amax(z, dim=-1, out=stats.max_T[block]) if z.dtype == e.dtype else stats.max_T[block].copy_(z.amax(dim=-1))
     z = local_softmax(z, temperature, e, spare)
     top_N = e.amax(dim=-1)
+    # A row that is -inf on this whole shard (a masked teacher) has a softmax of NaN here, and no mass.
+    dead_N = stats.max_T[block] == -torch.inf
+    masked = bool(dead_N.any())
+    if masked:
+        e[dead_N], top_N[dead_N] = 0.0, 1.0
     torch.div(e.sum(dim=-1), top_N, out=stats.sum_T[block])
     if stats.energy_T is not None:
         torch.sub(z, stats.max_T[block].unsqueeze(-1) / temperature, out=spare).mul_(e)
+        if masked:
+            spare[dead_N] = 0.0
         torch.div(spare.sum(dim=-1), top_N, out=stats.energy_T[block])
     return e, top_N
 
