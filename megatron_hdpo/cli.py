@@ -7,7 +7,6 @@ import logging
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -26,7 +25,6 @@ _FAILED = "megatron_hdpo/failed"
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; exits with 2 and one message for what the user can mend."""
     arguments = _parser().parse_args(argv)
-    _quiet_megatron()
     try:
         arguments.run(arguments)
     except user_errors() as error:
@@ -44,13 +42,6 @@ def _leave() -> None:
     """End at once: other ranks may wait in a collective, which a normal exit would wait for."""
     sys.stdout.flush()
     os._exit(USER_ERROR)
-
-
-def _quiet_megatron() -> None:
-    """At import Megatron-Core warns, once per rank and module, that optional packages are missing; `doctor` tells
-    whether that matters."""
-    for message in (".*Apex (is|are) not installed", "full scope is deprecated"):
-        warnings.filterwarnings("ignore", message=message, category=UserWarning)
 
 
 def user_errors() -> tuple[type[Exception], ...]:

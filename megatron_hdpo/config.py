@@ -173,6 +173,8 @@ def check_recipe(recipe: Recipe, architecture: Architecture, world_size: int) ->
     """Warnings of a recipe that runs but deserves a word. Raises RecipeError, with all reasons, for one that cannot."""
     errors = [*_layout_errors(recipe, architecture, world_size), *_length_errors(recipe, architecture)]
     errors += _objective_errors(recipe, architecture)
+    if recipe.checkpoint.export and Path(recipe.model.path).resolve() == (recipe.output / "hf").resolve():
+        errors.append(f"model.path: {recipe.model.path} is where this run exports to: choose another output")
     if errors:
         raise RecipeError("\n".join(errors))
     return list(_warnings(recipe))

@@ -19,7 +19,7 @@ from typing import Any
 import torch.distributed as dist
 from distributed_helper import _PRELOAD, _environment
 
-from megatron_hdpo.cli import _quiet_megatron
+import megatron_hdpo  # noqa: F401  it silences what Megatron says at import
 
 # Ranks and their reward workers are forked from one server that has imported all this: seconds paid once.
 PRELOAD = [
@@ -123,7 +123,6 @@ def _work(folder: Path, rank: int, variables: Mapping[str, str], function: Calla
     # The streams that the fork server had may be closed, and pytest's capturing must not see ours.
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     os.environ.update(variables)
-    _quiet_megatron()
     import torch
 
     torch.set_num_threads(1)

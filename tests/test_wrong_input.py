@@ -505,8 +505,25 @@ TABLE = [
     Wrong(
         "warm-up without solutions",
         "DataError: warmup on data.train: none of 1 problems has a worked solution of at most 8 tokens",
-        ["warmup.kind=sft"],
+        ["warmup.kind=sft", 'data.prompts.privileged="{{ solution or answer }}#{{ question }}"'],
         edit=rows(GOOD_ROW),
+    ),
+    Wrong(
+        "a privileged prompt with nothing to show",
+        "DataError: rows/1: data.prompts.privileged shows `solution` or `answer`, and this problem has none to show; "
+        "write {{ solution or answer }}, or put it inside {% if solution %}",
+        edit=rows(GOOD_ROW),
+    ),
+    Wrong(
+        "a privileged prompt without the ground truth",
+        "RecipeError: {recipe}: data.prompts.privileged: the template uses neither answer nor solution: its teacher "
+        "would know no more than the student (given: '{{ question }}')",
+        ['data.prompts.privileged="{{ question }}"'],
+    ),
+    Wrong(
+        "a learning rate that is not finite",
+        "RecipeError: {recipe}: optimizer.lr: Input should be a finite number (given: inf)",
+        ["optimizer.lr=.inf"],
     ),
     Wrong(
         "output is a file",

@@ -95,7 +95,7 @@ class CheckpointStore:
         settings = _group_settings(policy.optimizer)
         # In fp32 the main weights that are written are views of the model's own.
         with self.context.megatron_calls(), torch.no_grad():
-            loaded = dist_checkpointing.load(self._sharded(policy, loading=True), str(path))
+            loaded = _load(self._sharded(policy, loading=True), path)
             policy.model.load_state_dict(loaded["model"])
             policy.optimizer.load_state_dict(loaded["optimizer"])
             _restore_step_counts(policy.optimizer)
@@ -126,7 +126,7 @@ class CheckpointStore:
         if not path.is_dir():
             raise CheckpointError(f"{path} is missing: a run with a frozen teacher cannot be resumed without it")
         with self.context.megatron_calls():
-            model.load_state_dict(dist_checkpointing.load({"model": model.sharded_state_dict()}, str(path))["model"])
+            model.load_state_dict(_load({"model": model.sharded_state_dict()}, path)["model"])
 
     def _sharded(self, policy: Policy, loading: bool = False) -> dict[str, Any]:
         assert policy.optimizer is not None and policy.schedule is not None
@@ -163,6 +163,16 @@ class CheckpointStore:
                 f"{path} is of another model: {key} is {state.architecture.get(key)} there and {now[key]} here; "
                 "train into another output folder"
             )
+
+
+def _load(sharded: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Read a checkpoint. Raises CheckpointError on one whose files are missing or cut."""
+    try:
+        return dist_checkpointing.load(sharded, str(path))
+    except Exception as error:  # torch, Megatron, pickle and the file system each raise their own
+        raise CheckpointError(
+            f"{path} is damaged or incomplete ({type(error).__name__}: {error}): delete it to go on from an older one"
+        ) from error
 
 
 def _group_settings(optimizer: ChainedOptimizer) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ They are rendered in a sandbox, and a variable that they do not know is an error
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -103,7 +104,12 @@ class PromptConfig(BaseModel):
     @field_validator("privileged")
     @classmethod
     def _privileged_variables(cls, template: str) -> str:
-        return check_template(template, PRIVILEGED_VARIABLES)
+        check_template(template, PRIVILEGED_VARIABLES)
+        if not jinja2.meta.find_undeclared_variables(_environment().parse(template)) & {"answer", "solution"}:
+            raise ValueError(
+                "the template uses neither answer nor solution: its teacher would know no more than the student"
+            )
+        return template
 
     @property
     def privileged_limit(self) -> int:
@@ -219,20 +225,27 @@ class PromptBuilder:
         context = self.config.privileged_context
         shown = solution if context != "answer" else None
         show_answer = context != "solution" or not shown or cut
-        return self._privileged.render(
-            question=problem.question,
-            solution=shown or None,
-            answer=problem.answer if show_answer else None,
-            reference_begin=self.config.reference_begin,
-            reference_end=self.config.reference_end,
-        )
+        try:
+            return self._privileged.render(
+                question=problem.question,
+                solution=shown or None,
+                answer=problem.answer if show_answer else None,
+                reference_begin=self.config.reference_begin,
+                reference_end=self.config.reference_end,
+            )
+        except _NothingToShow as error:
+            raise DataError(
+                f"{problem.id}: data.prompts.privileged shows `solution` or `answer`, and this problem has none to "
+                "show; write {{ solution or answer }}, or put it inside {% if solution %}"
+            ) from error
 
     def _try_templates(self) -> None:
         """Raise DataError for templates that parse but fail when they are rendered, with a solution or without."""
         for solution in (None, "solution"):
             try:
                 self.render_student(Problem("probe", "probe", "question", "answer", solution))
-                self.render_privileged(Problem("probe", "probe", "question", "answer", solution))
+                with suppress(DataError):  # a template may need what every problem of the run has
+                    self.render_privileged(Problem("probe", "probe", "question", "answer", solution))
             except jinja2.TemplateError as error:
                 raise DataError(f"a prompt template cannot be rendered: {error}") from error
 
@@ -257,4 +270,17 @@ class PromptBuilder:
 
 
 def _environment() -> jinja2.Environment:
-    return jinja2.sandbox.ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, autoescape=False)
+    return jinja2.sandbox.ImmutableSandboxedEnvironment(
+        undefined=jinja2.StrictUndefined, autoescape=False, finalize=_shown
+    )
+
+
+class _NothingToShow(jinja2.TemplateRuntimeError):
+    """A template shows a variable that this problem has no value for."""
+
+
+def _shown(value: Any) -> Any:
+    """Without this, a problem without a solution would get the word None into its prompt."""
+    if value is None:
+        raise _NothingToShow("a variable without a value")
+    return value

@@ -21,7 +21,9 @@ class EvaluationConfig(BaseModel):
 
     every: int | None = Field(None, ge=1, description="Steps between evaluations; null: before and after only.")
     samples: int = Field(8, ge=1, description="Samples per problem (n).")
-    k: list[int] = Field(default_factory=lambda: [1, 4, 8], description="pass@k is reported for these k, each <= n.")
+    k: list[int] = Field(
+        default_factory=lambda: [1, 4, 8], min_length=1, description="pass@k is reported for these k, each <= n."
+    )
     temperature: float = Field(1.0, gt=0, description="Sampling temperature.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling.")
     max_new_tokens: int | None = Field(None, ge=1, description="Longest response; default: rollout.max_new_tokens.")

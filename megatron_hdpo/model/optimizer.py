@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
@@ -13,14 +13,16 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from megatron_hdpo.parallel.context import ParallelContext
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
 
 class OptimizerConfig(BaseModel):
     """AdamW on fp32 main weights, sharded over the data-parallel ranks."""
 
     model_config = ConfigDict(extra="forbid")
 
-    lr: float = Field(1e-6, gt=0, description="Peak learning rate.")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's moment decays.")
+    lr: float = Field(1e-6, gt=0, allow_inf_nan=False, description="Peak learning rate.")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW's moment decays.")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
     weight_decay: float = Field(0.01, ge=0, description="Decoupled weight decay of matrices; vectors have none.")
     clip_grad: float = Field(1.0, ge=0, description="Global gradient norm is clipped to this; 0: not at all.")
