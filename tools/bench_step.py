@@ -288,7 +288,8 @@ def _show(rows: list[dict], arguments: argparse.Namespace) -> None:
     gpu = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
     print(f"peak memory of the process: {peak:.2f} GiB" + (f"; of the GPU: {gpu:.2f} GiB" if gpu else ""))
     if arguments.json:
-        settings = {key: str(value) for key, value in vars(arguments).items()}
+        settings = {key: str(value) for key, value in vars(arguments).items() if key != "json"}
+        settings["model"] = arguments.model.name
         machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
         record = {"settings": settings, "machine": machine, "torch": torch.__version__, "peak_gib": peak, "rows": rows}
         arguments.json.write_text(json.dumps(record, indent=1))
