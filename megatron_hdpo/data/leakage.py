@@ -1,6 +1,6 @@
 """Privileged responses that give their help away: they quote the reference's markers, or say that an answer was given.
 
-A student cannot write such a sentence truthfully, so it must not be taught to (methods.md, decision 10).
+A student cannot write such a sentence truthfully, so it must not be taught to.
 """
 
 from __future__ import annotations

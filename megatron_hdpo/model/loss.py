@@ -1,7 +1,7 @@
 """The loss of a micro-batch on the last pipeline stage: clipped surrogate plus divergence to a target.
 
 Both are sums over tokens divided by normalisers of the whole optimizer step, so that gradients of micro-batches and
-replicas add up to the gradient of the step, whatever the packing (methods: global token counts).
+replicas add up to the gradient of the step, whatever the packing (global token counts).
 """
 
 from __future__ import annotations

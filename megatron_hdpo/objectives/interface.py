@@ -7,7 +7,7 @@ clipped surrogate and a divergence to a target, and nothing of methods:
     L = sum_t w_t S_t / N_surrogate  +  coefficient * sum_t v_t D_t / N_distill
 
 with w_t = Example.surrogate_weights_T, v_t = Example.distill_weights_T, and both normalisers summed over every example
-of the optimizer step on every data-parallel replica (methods: global token counts).
+of the optimizer step on every data-parallel replica (global token counts).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Rollouts of problems: sampled by this rank's engine, judged while sampling goes on, failures retried and counted.
 
-A generation or a check that failed is never a reward: it is tried again, then dropped and counted (methods, decision
-19). The sampler is local to a rank; `rollouts.py` shares the problems of a step over ranks and brings groups together.
+A generation or a check that failed is never a reward: it is tried again, then dropped and counted.
+The sampler is local to a rank; `rollouts.py` shares the problems of a step over ranks and brings groups together.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from commands import PRELOAD
 from hostile_task import PROBLEM, HostileTask
 
 from megatron_hdpo.data.problem import Problem
@@ -25,11 +26,13 @@ TIME_LIMIT = 1.0
 
 @pytest.fixture(scope="module", autouse=True)
 def fork_server_of_its_own():
-    """Tests before these may have started the process's one fork server with torch in it; tests after may want so."""
+    """Tests before these may have started the process's one fork server with torch in it; tests after want it so."""
     forkserver._forkserver._stop()
     forkserver.set_forkserver_preload([])
     yield
     forkserver._forkserver._stop()
+    forkserver.set_forkserver_preload(PRELOAD)
+    forkserver.ensure_running()
 
 
 @pytest.fixture(scope="module")
