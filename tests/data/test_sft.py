@@ -68,7 +68,7 @@ def test_wrong_input_is_refused(problems, config, message):
 def test_solutions_that_the_tokenizer_does_not_know_are_errors():
     prompts = PromptBuilder(
         character_tokenizer("0123456789?"),
-        PromptConfig(chat=False, student="{{ question }}", privileged="{{ question }}"),
+        PromptConfig(chat=False, student="{{ question }}", privileged="{{ answer }}{{ question }}"),
     )
     with pytest.raises(DataError, match="no token for some characters of this solution"):
         SupervisedData(PROBLEMS, prompts)
