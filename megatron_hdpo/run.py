@@ -61,11 +61,6 @@ class Run:
     console: Console
     step: int = 0
 
-    @property
-    def resumed(self) -> bool:
-        """Whether this run goes on from a checkpoint."""
-        return self.checkpoints.latest() is not None
-
     def sync(self, version: int) -> None:
         """Stream the policy's weights into the engine and stamp them with `version`."""
         self.engine.update_weights(stream_hf(self.policy.model, self.architecture, self.context), version)

@@ -131,6 +131,7 @@ def bits(ids: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def ints(floats: Tensor) -> Tensor:
+    """The integers that `bits` packed, int64."""
     return floats.contiguous().view(torch.int64 if floats.dtype == torch.float64 else torch.int32).to(torch.int64)
 
 
