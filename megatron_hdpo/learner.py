@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 
 from megatron_hdpo.model.packing import split_by_tokens
@@ -33,8 +33,9 @@ class Learner:
         self.max_skipped_updates = max_skipped_updates
         self._skipped_in_a_row = 0
 
-    def learn(self, groups: Sequence[Group]) -> dict[str, float]:
+    def learn(self, groups: Sequence[Group], step: int) -> dict[str, float]:
         """Update the policy on the groups of the step (the same list on every rank); returns its metrics."""
+        self.objective.begin_step(step, groups)
         mine = self._share(groups)
         examples = self._examples(mine)
         updates = []
@@ -66,8 +67,16 @@ class Learner:
         scores = self._scores([s for s in scorings if s.weights == "policy"], teacher=False)
         scores |= self._scores([s for s in scorings if s.weights == "teacher"], teacher=True)
         context = self.policy.context
-        examples = self.objective.examples(groups, scores) if context.is_last_stage else None
+        totals = self._totals(groups, scores)
+        examples = self.objective.examples(groups, scores, totals) if context.is_last_stage else None
         return share_examples(examples, context)
+
+    def _totals(self, groups: Sequence[Group], scores: Mapping[ScoringKey, Score]) -> dict[str, float]:
+        """The objective's sums, over all replicas. One rank speaks for each replica: one that has the scores."""
+        context = self.policy.context
+        speaks = context.is_last_stage and context.groups.tp.rank() == 0
+        parts = context.gather_objects(self.objective.totals(groups, scores) if speaks else {})
+        return {name: sum(part.get(name, 0.0) for part in parts) for part in parts for name in part}
 
     def _scores(self, scorings: Sequence[Scoring], teacher: bool) -> dict[ScoringKey, Score]:
         if not any(self.policy.context.gather_objects(bool(scorings))):

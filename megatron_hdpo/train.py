@@ -30,7 +30,7 @@ def train(run: Run) -> None:
         run.tracker.log(0, evaluate_now(run) | run.console.timer.metrics())
     while run.step < last:
         groups, metrics = rollouts_of_step(run)
-        metrics |= run.learner.learn(groups)
+        metrics |= run.learner.learn(groups, run.step)
         run.step += 1
         if recipe.rollout.replay is None:
             with run.console.phase("sync"):
@@ -72,8 +72,7 @@ def rollouts_of_step(run: Run) -> tuple[list[Group], dict[str, float]]:
     problems = run.data.order.batch(run.step, rollout.prompts_per_step)
     total = len(problems) * rollout.samples_per_prompt
     with run.console.phase("rollout", total=_share(run, total), unit="sample") as phase:
-        groups = run.rollouts.student(problems, run.step, phase.advance)
-    privileged_rollouts(run, groups)
+        groups = run.rollouts.step(problems, run.step, run.objective, phase.advance)
     check_versions(groups, run.step)
     metrics = rollout_metrics(groups) | run.objective.metrics(groups)
     if rollout.save and run.context.is_leader:
@@ -94,18 +93,6 @@ def _save_rollouts(path: Path, groups: Sequence[Group], run: Run) -> None:
     partial.unlink(missing_ok=True)
     write_groups(partial, groups, run.decode)
     partial.replace(path)
-
-
-def privileged_rollouts(run: Run, groups: Sequence[Group]) -> None:
-    """Give the objective's chosen groups their second try; nothing happens when it chooses none."""
-    plans = run.objective.privileged(groups)
-    if not plans:
-        return
-    from_engine = getattr(run.recipe.objective, "logits_from", "trainer") == "rollout"
-    top = run.objective.loss.distill.top_k if from_engine and run.objective.loss.distill else 0
-    total = sum(plan.rollouts for plan in plans)
-    with run.console.phase("privileged", total=_share(run, total), unit="sample") as phase:
-        run.rollouts.privileged(groups, plans, run.step, top, run.objective.keep_privileged, phase.advance)
 
 
 def check_versions(groups: Sequence[Group], version: int) -> None:

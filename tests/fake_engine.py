@@ -31,6 +31,9 @@ class FakeEngine:
         while self._waiting:
             yield self._result(self._waiting.pop())
 
+    def cancel(self, request_ids: Sequence[str]) -> None:
+        """Nothing is ever under way: results come when they are asked for."""
+
     def update_weights(self, stream: WeightStream, version: int) -> None:
         self.weight_version = version
 

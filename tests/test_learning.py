@@ -94,8 +94,8 @@ def _objective(variant: str, recipe):
     class ShuffledTargets(HDPO):
         """Right rollouts, but each token gets the target of another position of its response."""
 
-        def examples(self, groups: Sequence, scores: Mapping):
-            return [self._shuffled(example) for example in super().examples(groups, scores)]
+        def examples(self, groups: Sequence, scores: Mapping, totals: Mapping):
+            return [self._shuffled(example) for example in super().examples(groups, scores, totals)]
 
         @staticmethod
         def _shuffled(example):

@@ -95,7 +95,7 @@ def _die_in_step_3() -> None:
         calls[0] += 1
         if calls[0] == 3:
             os.kill(os.getpid(), signal.SIGKILL)
-        return original(self, groups)
+        return original(self, groups, step)
 
     Learner.learn = learn  # type: ignore[method-assign]
 

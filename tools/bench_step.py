@@ -125,7 +125,7 @@ def _methods(policy: Policy, groups: list[Group], arguments: argparse.Namespace)
 
     def step(name: str) -> float:
         console.timer.metrics()
-        seconds = _seconds(lambda: learners[name].learn(groups))
+        seconds = _seconds(lambda: learners[name].learn(groups, 0))
         phases[name].append(console.timer.metrics())
         return seconds
 

@@ -12,10 +12,10 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from megatron_hdpo.objectives.advantages import AdvantageKind, advantages
+from megatron_hdpo.objectives.base import NO_TOTALS, BaseObjective
 from megatron_hdpo.objectives.interface import (
     Example,
     LossSpec,
-    PrivilegedPlan,
     Score,
     Scoring,
     ScoringKey,
@@ -57,21 +57,22 @@ def student_example(group: Group, sample: Sample, advantage: float, score: Score
     )
 
 
-class GRPO:
+class GRPO(BaseObjective):
     """See GRPOConfig. updates_per_step > 1 asks for the policy's own log-probs before the first update."""
 
     def __init__(self, config: GRPOConfig, temperature: float, updates_per_step: int = 1) -> None:
         self.config = config
         self.updates_per_step = updates_per_step
-        self.loss = LossSpec(config.surrogate, None, temperature)
+        self.temperature = temperature
 
-    def privileged(self, groups: Sequence[Group]) -> list[PrivilegedPlan]:
-        """None: GRPO learns from the student's own rollouts."""
-        return []
+    @property
+    def loss(self) -> LossSpec:
+        """The surrogate alone."""
+        return LossSpec(self.config.surrogate, None, self.temperature)
 
-    def keep_privileged(self, group: Group) -> Group:
-        """GRPO has no privileged rollouts."""
-        return group
+    def has_signal(self, group: Group) -> bool:
+        """Whether any rollout has an advantage."""
+        return bool(np.any(self._advantages(group)))
 
     def scorings(self, groups: Sequence[Group]) -> list[Scoring]:
         """The denominators of the ratio, needed only when the policy moves within a step."""
@@ -83,21 +84,26 @@ class GRPO:
                 group.prompt_ids,
                 sample.completion.token_ids,
                 "policy",
-                temperature=self.loss.temperature,
+                temperature=self.temperature,
             )
             for g, group in enumerate(groups)
             for s, sample in enumerate(group.samples)
         ]
 
-    def examples(self, groups: Sequence[Group], scores: Mapping[ScoringKey, Score]) -> list[Example]:
+    def examples(
+        self, groups: Sequence[Group], scores: Mapping[ScoringKey, Score], totals: Mapping[str, float] = NO_TOTALS
+    ) -> list[Example]:
         """One example per student rollout."""
         examples = []
         for g, group in enumerate(groups):
-            values = advantages(np.array([self._reward(sample) for sample in group.samples]), self.config.advantage)
+            values = self._advantages(group)
             for s, sample in enumerate(group.samples):
                 score = scores.get((g, "student", s, "old"))
                 examples.append(student_example(group, sample, float(values[s]), score, self.config.overlong))
         return examples
+
+    def _advantages(self, group: Group) -> np.ndarray:
+        return advantages(np.array([self._reward(sample) for sample in group.samples]), self.config.advantage)
 
     def _reward(self, sample: Sample) -> float:
         cut = self.config.overlong == "penalise" and sample.completion.finish_reason == "length"

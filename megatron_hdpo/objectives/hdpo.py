@@ -14,12 +14,12 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from megatron_hdpo.data.leakage import LeakageConfig, find_leak
+from megatron_hdpo.objectives.base import NO_TOTALS
 from megatron_hdpo.objectives.grpo import GRPO, GRPOConfig, group_shares
 from megatron_hdpo.objectives.interface import (
     DistillConfig,
     Example,
     LossSpec,
-    PrivilegedPlan,
     Score,
     Scoring,
     ScoringKey,
@@ -69,19 +69,26 @@ class HDPO(GRPO):
         super().__init__(config, temperature, updates_per_step)
         self.leakage = leakage or LeakageConfig()
         self.leak_markers = tuple(leak_markers)
-        self.loss = LossSpec(config.surrogate, config.distill, temperature)
+        self.max_privileged_prompts = config.privileged.max_prompts_per_step
+        self.privileged_top_logprobs = config.distill.top_k if config.logits_from == "rollout" else 0
+
+    @property
+    def loss(self) -> LossSpec:
+        """The surrogate and the divergence."""
+        return LossSpec(self.config.surrogate, self.config.distill, self.temperature)
 
     def is_cliff(self, group: Group) -> bool:
         """Every judged rollout failed. A group without a judged rollout is no cliff: nothing is known of it."""
         return bool(group.samples) and all(not self._right(sample) for sample in group.samples)
 
-    def privileged(self, groups: Sequence[Group]) -> list[PrivilegedPlan]:
-        """The cliffs of the step, in order, up to the cap."""
-        if self.config.distill.coefficient == 0:
-            return []
-        cliffs = [g for g, group in enumerate(groups) if self.is_cliff(group)]
-        cap = self.config.privileged.max_prompts_per_step
-        return [PrivilegedPlan(g, self.config.privileged.rollouts) for g in cliffs[:cap]]
+    def privileged(self, group: Group, step: int) -> int:
+        """Privileged rollouts for a cliff."""
+        taught = self.config.distill.coefficient > 0 and self.is_cliff(group)
+        return self.config.privileged.rollouts if taught else 0
+
+    def has_signal(self, group: Group) -> bool:
+        """Whether any rollout has an advantage, or there is a privileged one to learn from."""
+        return super().has_signal(group) or bool(group.privileged)
 
     def keep_privileged(self, group: Group) -> Group:
         """The right, distinct, honest rollouts, first come first kept."""
@@ -117,9 +124,11 @@ class HDPO(GRPO):
                 )
         return scorings
 
-    def examples(self, groups: Sequence[Group], scores: Mapping[ScoringKey, Score]) -> list[Example]:
+    def examples(
+        self, groups: Sequence[Group], scores: Mapping[ScoringKey, Score], totals: Mapping[str, float] = NO_TOTALS
+    ) -> list[Example]:
         """GRPO's examples, and one distillation example per kept privileged rollout, after the student's prompt."""
-        examples = super().examples(groups, scores)
+        examples = super().examples(groups, scores, totals)
         for g, group in enumerate(groups):
             for s, sample in enumerate(group.privileged):
                 score = scores.get((g, "privileged", s, "teacher"))

@@ -1,7 +1,7 @@
 """What every objective is: groups of rollouts in, per-token numbers out.
 
 An objective is pure: it sees no process group, no model and no trainer. It asks for scorings (log-probs, a teacher's
-top-k) of responses under contexts, and turns groups and scores into examples. The trainer knows two losses only, a
+top k) of responses under contexts, and turns groups and scores into examples. The trainer knows two losses only, a
 clipped surrogate and a divergence to a target, and nothing of methods:
 
     L = sum_t w_t S_t / N_surrogate  +  coefficient * sum_t v_t D_t / N_distill
@@ -14,12 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from megatron_hdpo.rollout.types import Group, TopLogprobs
+
+Weights = Literal["policy", "teacher", "reference"]
 
 ScoringKey = tuple[int, str, int, str]
 """(index of the group, `student` or `privileged`, index of the sample, name given by the objective)."""
@@ -29,25 +32,47 @@ ScoringKey = tuple[int, str, int, str]
 class Scoring:
     """One forward pass that an objective asks for: `response_ids` after `context_ids`, by whose weights, for what.
 
-    weights: `policy` is the model before this step's update; `teacher` is what the recipe's teacher section says.
-    top_k: the k largest log-probs of every position at `temperature`, 0 for none.
+    weights: `policy` is the model before this step's update; `teacher` is what the recipe's teacher section says;
+    `reference` is the model as reinforcement learning found it.
+    top_k: the k largest log-probs of every position, 0 for none. at: the key of another scoring of the same response
+    with top_k > 0, whose ids' log-probs under THESE weights and context are wanted. hidden: keep the hidden states that
+    the head reads, so that a full-vocabulary target can be made of them. reverse_kl_to: the key of another scoring with
+    hidden=True; wanted is KL(these weights || those) over the full vocabulary, per token.
+    All at `temperature`.
     """
 
     key: ScoringKey
     context_ids: np.ndarray
     response_ids: np.ndarray
-    weights: Literal["policy", "teacher"] = "teacher"
+    weights: Weights = "teacher"
     top_k: int = 0
     temperature: float = 1.0
+    at: ScoringKey | None = None
+    hidden: bool = False
+    reverse_kl_to: ScoringKey | None = None
 
 
 @dataclass(frozen=True)
 class Score:
-    """The answer to a Scoring, one row per response token: log-prob of the token and entropy, float32 [T]."""
+    """The answer to a Scoring, one row per response token: log-prob of the token and entropy, float32 [T].
+
+    at_logprobs_TK: float32 [T, K] for `Scoring.at`, at the ids of that scoring's top. hidden_TH: [T, H] on the host, in
+    the model's precision. reverse_kl_T: float32 [T].
+    """
 
     logprobs_T: np.ndarray
     entropy_T: np.ndarray
     top: TopLogprobs | None = None
+    at_logprobs_TK: np.ndarray | None = None
+    hidden_TH: torch.Tensor | None = None
+    reverse_kl_T: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """A full-vocabulary target: the hidden states [T, H] that the teacher's head reads, of `Score.hidden_TH`."""
+
+    hidden_TH: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -58,6 +83,7 @@ class Example:
     rollout_logprobs_T: what the engine said, for the mismatch metric and the importance cap.
     surrogate_count and distill_count: what this response adds to the two normalisers, also where its weights are zero
     (tokens for a token mean, 1 for a mean over sequences whose weights are 1/T).
+    reference_logprobs_T: of the reference policy, for the KL penalty.
     """
 
     prompt_ids: np.ndarray
@@ -69,7 +95,8 @@ class Example:
     rollout_logprobs_T: np.ndarray | None = None
     distill_weights_T: np.ndarray | None = None
     distill_count: float = 0.0
-    target: TopLogprobs | None = None
+    target: TopLogprobs | HiddenStates | None = None
+    reference_logprobs_T: np.ndarray | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -124,30 +151,50 @@ class LossSpec:
     temperature: float
 
 
-@dataclass(frozen=True)
-class PrivilegedPlan:
-    """A second try with the ground truth in the prompt, for one group: how many rollouts."""
-
-    group: int
-    rollouts: int
-
-
 class Objective(Protocol):
-    """A method. One file per method under objectives/; see docs/adding-an-objective.md."""
+    """A method. One file per method under objectives/, most of them on `BaseObjective`; docs/adding-an-objective.md."""
 
-    loss: LossSpec
+    max_privileged_prompts: int | None
+    """Groups of a step that get privileged rollouts, at most; None for no bound."""
+    privileged_top_logprobs: int
+    """The k of the engine's top log-probs that privileged rollouts must bring along; 0 for none."""
 
-    def privileged(self, groups: Sequence[Group]) -> list[PrivilegedPlan]:
-        """Which groups of the step get privileged rollouts. Sees all groups of the step."""
+    @property
+    def loss(self) -> LossSpec:
+        """The loss of the present step."""
+
+    def privileged(self, group: Group, step: int) -> int:
+        """How many privileged rollouts this group gets at this rollout step (counted from 0), 0 for none. Called as
+        soon as the group's last student rollout has been judged, on the rank that sampled it; with rollouts sampled
+        ahead, while an earlier step is still trained on, from another thread."""
 
     def keep_privileged(self, group: Group) -> Group:
         """The group with those privileged samples that the objective uses; what falls is counted in `dropped`."""
 
+    def has_signal(self, group: Group) -> bool:
+        """Whether the group can change the policy; dynamic sampling replaces those that cannot."""
+
+    def begin_step(self, step: int, groups: Sequence[Group]) -> None:
+        """The step's rollouts are complete and learning begins: schedules move on, statistics are kept. Sees all
+        groups of the step, on every rank; called before the methods below."""
+
     def scorings(self, groups: Sequence[Group]) -> list[Scoring]:
         """The forward passes needed before the update. Sees the groups of one data-parallel replica."""
 
-    def examples(self, groups: Sequence[Group], scores: Mapping[ScoringKey, Score]) -> list[Example]:
-        """What to train on, from the same groups and the answers to their scorings."""
+    def totals(self, groups: Sequence[Group], scores: Mapping[ScoringKey, Score]) -> dict[str, float]:
+        """This replica's part of the sums over the whole step that `examples` needs (weights normalised over the batch,
+        ...). The same names on every replica, whatever its groups."""
+
+    def examples(
+        self, groups: Sequence[Group], scores: Mapping[ScoringKey, Score], totals: Mapping[str, float]
+    ) -> list[Example]:
+        """What to train on, from the same groups, the answers to their scorings and the totals over all replicas."""
 
     def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
         """Numbers of the method itself over all groups of the step (cliff rate, ...)."""
+
+    def state(self) -> dict[str, Any]:
+        """What must be saved with a checkpoint, as JSON values; {} for a method without memory."""
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state` gave."""

@@ -27,6 +27,11 @@ class RolloutConfig(BaseModel):
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling; below 1 the importance ratios are biased.")
     top_k: int | None = Field(None, ge=1, description="Sample from the k likeliest tokens; biases the ratios too.")
     max_retries: int = Field(2, ge=0, description="New tries of a failed generation, before it is dropped and counted.")
+    overlap_privileged: bool = Field(
+        True,
+        description="Ask for a cliff's privileged rollouts as soon as it is known to be one, while other prompts are "
+        "still being sampled; false: after the last student rollout.",
+    )
     save: bool = Field(True, description="Write every step's rollouts to rollouts/step_<n>.jsonl in the run folder.")
     replay: Path | None = Field(
         None, description="Take the rollouts from this folder of saved ones in place of an engine."

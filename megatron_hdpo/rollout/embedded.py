@@ -125,6 +125,16 @@ class EmbeddedEngine:
                 self._drop_outstanding()
                 raise
 
+    def cancel(self, request_ids: Sequence[str]) -> None:
+        """Give up these requests with all their samples: a request's samples are handed over together."""
+        wanted = self._outstanding.intersection(request_ids) - {result.request_id for result in self._finished}
+        pending = {p.request.request_id: p for p in (*self._waiting, *(s.pending for s in self._active))}
+        self._waiting = deque(p for p in self._waiting if p.request.request_id not in wanted)
+        self._remove([row for row, s in enumerate(self._active) if s.pending.request.request_id in wanted])
+        for request_id in sorted(wanted):
+            self._outstanding.discard(request_id)
+            self._finished.append(GenerationResult(request_id, [], cancelled=pending[request_id].request.sampling.n))
+
     def update_weights(self, stream: WeightStream, version: int) -> None:
         """Replace all weights; see the protocol. Samples in progress go on with the new weights, their keys and values
         being those of the old; `Completion.weight_versions` tells which token came from which."""

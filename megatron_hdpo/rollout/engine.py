@@ -25,9 +25,9 @@ class EngineHealth:
 class Engine(Protocol):
     """Samples responses with the weights it was last given.
 
-    Requests go in by `submit`, at any time, also while results are read; `results` yields each finished request once,
-    in the order in which they finish, until nothing submitted is left. A request whose sampling failed comes back with
-    errors, never as a shorter or an empty completion.
+    Requests go in by `submit`, at any time, also while results are read; `results` yields what has finished, until
+    nothing submitted is left: a request's n samples together or in several parts, each sample once. A sample that
+    failed comes back as an error, never as a shorter or an empty completion.
     """
 
     deterministic: bool
@@ -41,8 +41,13 @@ class Engine(Protocol):
         """Queue requests. Raises ValueError, before anything is sampled, on a request that the engine cannot serve
         (empty prompt, id outside the vocabulary, prompt plus response longer than the context, k > vocabulary)."""
 
-    def results(self) -> Iterator[GenerationResult]:
-        """Finished requests in order of completion, until none is outstanding."""
+    def results(self) -> Iterator[GenerationResult | None]:
+        """What has finished, in order of completion, until nothing is outstanding. None means that nothing has just
+        now: the caller may act (submit, cancel) and goes on."""
+
+    def cancel(self, request_ids: Sequence[str]) -> None:
+        """Give up what is unfinished of these requests; it comes back by `results` as cancelled. Unknown and finished
+        ones are ignored."""
 
     def update_weights(self, stream: WeightStream, version: int) -> None:
         """Replace the weights by (Hugging Face name, full tensor) pairs and stamp them with `version`. Every parameter

@@ -1,24 +1,38 @@
 """The groups of a step, on all ranks: student rollouts, and privileged ones where the objective asks for them.
 
-Every rank has an engine and samples its share of the problems; groups are then gathered, so that every rank holds the
-whole step in the same order, whatever the number of ranks.
+The ranks that sample share the problems; groups are then gathered, so that every rank holds the whole step in the same
+order, whatever the number of ranks. A group's privileged rollouts are asked for as soon as its last student rollout has
+been judged, while other groups are still being sampled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from megatron_hdpo.data.problem import Problem
 from megatron_hdpo.data.prompts import PromptBuilder
-from megatron_hdpo.objectives.interface import PrivilegedPlan
+from megatron_hdpo.objectives.interface import Objective
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.rollout.config import RolloutConfig
 from megatron_hdpo.rollout.sampler import OnProgress, RolloutRequest, Rollouts, Sampler, rollout_seed
 from megatron_hdpo.rollout.types import Group, SamplingParams
 
 
+@dataclass
+class SampledShare:
+    """What one rank has sampled of a step: groups by the index of their problem. complete: privileged rollouts are
+    among them, as far as the objective asked for any."""
+
+    step: int
+    problems: int
+    groups: dict[int, Group] = field(default_factory=dict)
+    complete: bool = True
+
+
 class RolloutCoordinator:
-    """See the module. stop_token_ids: tokens that end a response. seed: the run's."""
+    """See the module. stop_token_ids: tokens that end a response. seed: the run's. sampling_ranks: the ranks whose
+    engine takes requests, all by default."""
 
     def __init__(
         self,
@@ -28,6 +42,7 @@ class RolloutCoordinator:
         prompts: PromptBuilder,
         stop_token_ids: tuple[int, ...],
         seed: int,
+        sampling_ranks: Sequence[int] | None = None,
     ) -> None:
         self.config = config
         self.context = context
@@ -35,11 +50,48 @@ class RolloutCoordinator:
         self.prompts = prompts
         self.stop_token_ids = stop_token_ids
         self.seed = seed
+        self.sampling_ranks = list(range(context.world_size) if sampling_ranks is None else sampling_ranks)
 
-    def student(self, problems: Sequence[Problem], step: int, on_progress: OnProgress | None = None) -> list[Group]:
-        """Groups of `samples_per_prompt` rollouts of the problems, in their order, on every rank."""
+    def step(
+        self, problems: Sequence[Problem], step: int, objective: Objective, on_progress: OnProgress | None = None
+    ) -> list[Group]:
+        """Groups of `samples_per_prompt` rollouts of the problems, in their order, with the privileged rollouts that
+        the objective asks for. Collective."""
+        return self.finish_step(self.sample_step(problems, step, objective, on_progress), objective, on_progress)
+
+    def sample_step(
+        self, problems: Sequence[Problem], step: int, objective: Objective, on_progress: OnProgress | None = None
+    ) -> SampledShare:
+        """This rank's share of a step. Not collective: a thread may run it while the ranks train."""
+        share = SampledShare(step, len(problems), complete=not self._bounded(len(problems), objective))
         sampling = self.config.sampling(self.config.samples_per_prompt, self.stop_token_ids)
-        return self.groups(problems, sampling, ("train", step), on_progress)
+        requests = self._requests(problems, sampling, ("train", step))
+        share.groups = {int(r.key): Group(r.problem, r.prompt_ids, []) for r in requests}
+
+        def then(request: RolloutRequest, rollouts: Rollouts) -> list[RolloutRequest]:
+            return self._judged(share, request, rollouts, objective)
+
+        self.sampler.sample(requests, on_progress, then)
+        return share
+
+    def finish_step(
+        self, share: SampledShare, objective: Objective, on_progress: OnProgress | None = None
+    ) -> list[Group]:
+        """All groups of the step on every rank, from what each rank has sampled. Collective."""
+        groups = self._gather(share)
+        if share.complete:
+            return groups
+        # The bound counts the cliffs of the whole step, so that it does not depend on which rank found which.
+        planned = {g: n for g, group in enumerate(groups) if (n := objective.privileged(group, share.step))}
+        chosen = dict(list(planned.items())[: objective.max_privileged_prompts])
+        mine = {g: n for g, n in chosen.items() if g in share.groups}
+        requests = [self._privileged(share, g, n, objective) for g, n in mine.items()]
+
+        def then(request: RolloutRequest, rollouts: Rollouts) -> list[RolloutRequest]:
+            return self._judged(share, request, rollouts, objective)
+
+        self.sampler.sample(requests, on_progress, then)
+        return self._gather(share)
 
     def groups(
         self,
@@ -48,48 +100,66 @@ class RolloutCoordinator:
         purpose: tuple[object, ...],
         on_progress: OnProgress | None = None,
     ) -> list[Group]:
-        """Groups of the problems under any sampling; `purpose` enters the seeds."""
-        prompt_ids = [self.prompts.student(problem) for problem in problems]
-        requests = [
-            RolloutRequest(str(i), problem, prompt_ids[i], sampling, rollout_seed(self.seed, *purpose, problem.id))
-            for i, problem in enumerate(problems)
-        ]
-        rollouts = self._sample_shared(requests, on_progress)
+        """Groups of the problems under any sampling, without privileged rollouts; `purpose` enters the seeds.
+        Collective."""
+        share = SampledShare(0, len(problems))
+        requests = self._requests(problems, sampling, purpose)
+        rollouts = self.sampler.sample(requests, on_progress)
+        for request in requests:
+            done = rollouts[request.key]
+            share.groups[int(request.key)] = Group(
+                request.problem, request.prompt_ids, done.samples, dropped=done.dropped
+            )
+        return self._gather(share)
+
+    def _requests(
+        self, problems: Sequence[Problem], sampling: SamplingParams, purpose: tuple[object, ...]
+    ) -> list[RolloutRequest]:
+        """Those of this rank: each sampling rank takes every so-manieth problem."""
+        ranks = self.sampling_ranks
+        if self.context.rank not in ranks:
+            return []
         return [
-            Group(problem, prompt_ids[i], rollouts[str(i)].samples, dropped=rollouts[str(i)].dropped)
-            for i, problem in enumerate(problems)
+            RolloutRequest(
+                str(i),
+                problems[i],
+                self.prompts.student(problems[i]),
+                sampling,
+                rollout_seed(self.seed, *purpose, problems[i].id),
+            )
+            for i in range(ranks.index(self.context.rank), len(problems), len(ranks))
         ]
 
-    def privileged(
-        self,
-        groups: Sequence[Group],
-        plans: Sequence[PrivilegedPlan],
-        step: int,
-        top_logprobs: int,
-        keep: Callable[[Group], Group],
-        on_progress: OnProgress | None = None,
-    ) -> None:
-        """Give the planned groups their privileged rollouts, filtered by `keep`."""
-        requests = []
-        for plan in plans:
-            group = groups[plan.group]
-            group.privileged_prompt_ids = self.prompts.privileged(group.problem)
-            sampling = self.config.sampling(plan.rollouts, self.stop_token_ids, top_logprobs)
-            seed = rollout_seed(self.seed, "privileged", step, group.problem.id)
-            requests.append(RolloutRequest(str(plan.group), group.problem, group.privileged_prompt_ids, sampling, seed))
-        rollouts = self._sample_shared(requests, on_progress)
-        for plan in plans:
-            group = groups[plan.group]
-            group.privileged = rollouts[str(plan.group)].samples
-            for reason, count in rollouts[str(plan.group)].dropped.items():
+    def _judged(
+        self, share: SampledShare, request: RolloutRequest, rollouts: Rollouts, objective: Objective
+    ) -> list[RolloutRequest]:
+        """A request's rollouts are complete: put them into their group; the next request of that group, if any."""
+        index, _, privileged = request.key.partition("/")
+        group = share.groups[int(index)]
+        if privileged:
+            group.privileged = rollouts.samples
+            for reason, count in rollouts.dropped.items():
                 group.dropped[f"privileged_{reason}"] = count
-            keep(group)
+            objective.keep_privileged(group)
+            return []
+        group.samples, group.dropped = rollouts.samples, rollouts.dropped
+        count = objective.privileged(group, share.step) if share.complete else 0
+        return [self._privileged(share, int(index), count, objective)] if count else []
 
-    def _sample_shared(self, requests: Sequence[RolloutRequest], on_progress: OnProgress | None) -> dict[str, Rollouts]:
-        """Each rank samples every world-size-th request; the results of all, on every rank."""
-        context = self.context
-        mine = requests[context.rank :: context.world_size]
-        merged: dict[str, Rollouts] = {}
-        for part in context.gather_objects(self.sampler.sample(mine, on_progress)):
+    def _privileged(self, share: SampledShare, index: int, count: int, objective: Objective) -> RolloutRequest:
+        group = share.groups[index]
+        group.privileged_prompt_ids = self.prompts.privileged(group.problem)
+        sampling = self.config.sampling(count, self.stop_token_ids, objective.privileged_top_logprobs)
+        seed = rollout_seed(self.seed, "privileged", share.step, group.problem.id)
+        return RolloutRequest(f"{index}/privileged", group.problem, group.privileged_prompt_ids, sampling, seed)
+
+    def _bounded(self, problems: int, objective: Objective) -> bool:
+        """Whether the step may have more groups that want privileged rollouts than may get them."""
+        bound = objective.max_privileged_prompts
+        return not self.config.overlap_privileged or (bound is not None and bound < problems)
+
+    def _gather(self, share: SampledShare) -> list[Group]:
+        merged: dict[int, Group] = {}
+        for part in self.context.gather_objects(share.groups):
             merged |= part
-        return merged
+        return [merged[index] for index in range(share.problems)]

@@ -65,11 +65,13 @@ class Completion:
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """What came of one request: `completions` that succeeded, and one error text for each of the n that did not."""
+    """What came of one request, or of some of its n samples: `completions` that succeeded, one error text for each that
+    did not, and how many were given up because they were cancelled."""
 
     request_id: str
     completions: list[Completion]
     errors: list[str] = field(default_factory=list)
+    cancelled: int = 0
 
 
 @dataclass

@@ -111,5 +111,5 @@ def test_shares_of_groups() -> None:
 
 def test_no_privileged_rollouts() -> None:
     objective = GRPO(GRPOConfig(), 1.0)
-    assert objective.privileged([group(CLIFF)]) == []
+    assert objective.privileged(group(CLIFF), 0) == 0
     assert objective.loss.distill is None and objective.loss.temperature == 1.0

@@ -22,24 +22,18 @@ def hdpo(updates_per_step: int = 1, leakage: LeakageConfig | None = None, marker
 
 def test_cliffs_get_a_second_try() -> None:
     groups = [group(MIXED), group(CLIFF), group(SOLVED), group([]), group(CLIFF), group([0.5, 0.9])]
-    plans = hdpo(privileged={"rollouts": 5}).privileged(groups)
-    assert [(plan.group, plan.rollouts) for plan in plans] == [(1, 5), (4, 5), (5, 5)]
+    objective = hdpo(privileged={"rollouts": 5})
+    assert [objective.privileged(group, 0) for group in groups] == [0, 5, 0, 0, 5, 5]
 
 
 def test_the_success_threshold_says_what_a_cliff_is() -> None:
     groups = [group([0.5, 0.2]), group([0.4, 0.2])]
-    assert [p.group for p in hdpo(privileged={"success_threshold": 0.5}).privileged(groups)] == [1]
-
-
-@pytest.mark.parametrize(("cap", "expected"), [(0, []), (1, [0]), (2, [0, 2]), (9, [0, 2, 3])])
-def test_the_cap_takes_the_first_cliffs(cap: int, expected: list[int]) -> None:
-    groups = [group(CLIFF), group(MIXED), group(CLIFF), group(CLIFF)]
-    plans = hdpo(privileged={"max_prompts_per_step": cap}).privileged(groups)
-    assert [plan.group for plan in plans] == expected
+    objective = hdpo(privileged={"success_threshold": 0.5})
+    assert [bool(objective.privileged(group, 0)) for group in groups] == [False, True]
 
 
 def test_without_a_weight_there_is_no_second_try() -> None:
-    assert hdpo(distill={"coefficient": 0.0}).privileged([group(CLIFF)]) == []
+    assert hdpo(distill={"coefficient": 0.0}).privileged(group(CLIFF), 0) == 0
 
 
 def test_right_distinct_honest_rollouts_are_kept() -> None:

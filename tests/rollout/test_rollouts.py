@@ -14,7 +14,7 @@ from fake_engine import Fails, FakeEngine
 from test_sampler import Judge, text_of
 
 from megatron_hdpo.data.problem import Problem
-from megatron_hdpo.objectives.interface import PrivilegedPlan
+from megatron_hdpo.objectives.base import BaseObjective
 from megatron_hdpo.rollout.config import RolloutConfig
 from megatron_hdpo.rollout.rollouts import RolloutCoordinator
 from megatron_hdpo.rollout.sampler import Sampler
@@ -36,6 +36,7 @@ class World:
     """Ranks that are threads of one process; `gather_objects` waits for all of them, as the real one does."""
 
     size: int
+    bound: int | None = None
 
     def __post_init__(self) -> None:
         self.barrier = threading.Barrier(self.size, timeout=20)
@@ -55,6 +56,10 @@ class Context:
     def world_size(self) -> int:
         return self.world.size
 
+    @property
+    def bound(self) -> int | None:
+        return self.world.bound
+
     def gather_objects(self, value: Any) -> list[Any]:
         self.world.box[self.rank] = value
         self.world.barrier.wait()
@@ -67,6 +72,24 @@ def coordinator(context: Any, fails: Fails = lambda request, index: False, seed:
     sampler = Sampler(FakeEngine(fails), Judge(lambda text: text.startswith("4")), text_of)  # type: ignore[arg-type]
     config = RolloutConfig(samples_per_prompt=3, max_new_tokens=8)
     return RolloutCoordinator(config, context, sampler, Prompts(), (1,), seed)  # type: ignore[arg-type]
+
+
+class SecondTry(BaseObjective):
+    """Privileged rollouts for the problems named, and of them the first few."""
+
+    def __init__(self, wanted: dict[str, int], bound: int | None = None, top: int = 0, keep: int = 99) -> None:
+        self.wanted, self.max_privileged_prompts, self.privileged_top_logprobs = wanted, bound, top
+        self.keep = keep
+        self.asked: list[tuple[str, int, int]] = []
+
+    def privileged(self, group: Group, step: int) -> int:
+        self.asked.append((group.problem.id, len(group.samples) + sum(group.dropped.values()), step))
+        return self.wanted.get(group.problem.answer, 0)
+
+    def keep_privileged(self, group: Group) -> Group:
+        group.dropped["over"] = len(group.privileged[self.keep :])
+        group.privileged = group.privileged[: self.keep]
+        return group
 
 
 def contents(groups: Sequence[Group]) -> list[Any]:
@@ -83,24 +106,23 @@ def whole_step(context: Any) -> list[Any]:
         return request.prompt_ids[1] == 2 and index == 0
 
     rollouts = coordinator(context, unlucky)
-    groups = rollouts.student(PROBLEMS, step=4)
-    rollouts.privileged(groups, [PrivilegedPlan(1, 2), PrivilegedPlan(2, 4)], 4, 0, lambda group: group)
-    return contents(groups)
+    return contents(rollouts.step(PROBLEMS, 4, SecondTry({"1": 2, "2": 4}, bound=context.bound)))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("bound", [None, 5, 2], ids=["unbounded", "loose", "binding"])
 @pytest.mark.parametrize("ranks", [2, 3, 7])
-def test_any_number_of_ranks_makes_the_same_step(ranks: int) -> None:
-    alone = World(1).run(whole_step)[0]
+def test_any_number_of_ranks_makes_the_same_step(ranks: int, bound: int | None) -> None:
+    alone = World(1, bound).run(whole_step)[0]
     assert [group[0] for group in alone] == [problem.id for problem in PROBLEMS]
     assert alone[2][2]["generation_failed"] == 1 and alone[2][2]["privileged_generation_failed"] == 1
     assert len(alone[1][5]) + alone[1][2].get("privileged_check_failed", 0) == 2
-    assert World(ranks).run(whole_step) == [alone] * ranks
+    assert World(ranks, bound).run(whole_step) == [alone] * ranks
 
 
 def test_each_request_goes_to_one_rank() -> None:
     def asked(context: Any) -> list[str]:
         rollouts = coordinator(context)
-        rollouts.student(PROBLEMS, 0)
+        rollouts.step(PROBLEMS, 0, BaseObjective())
         return [request.request_id for request in rollouts.sampler.engine.seen]  # type: ignore[attr-defined]
 
     asked_of = World(2).run(asked)
@@ -115,32 +137,49 @@ def seeds(purpose: Any, seed: int = 3, problems: Sequence[Problem] = PROBLEMS) -
 
 
 def student(step: int) -> Any:
-    return lambda rollouts, problems: rollouts.student(problems, step)
+    return lambda rollouts, problems: rollouts.step(problems, step, BaseObjective())
 
 
 def privileged(rollouts: RolloutCoordinator, problems: Sequence[Problem]) -> None:
-    groups = [Group(problem, np.array([1], dtype=np.int32), []) for problem in problems]
-    rollouts.privileged(groups, [PrivilegedPlan(i, 1) for i in range(len(groups))], 0, 0, lambda group: group)
+    rollouts.step(problems, 0, SecondTry({problem.answer: 1 for problem in problems}))  # type: ignore[arg-type]
 
 
 def test_seeds_depend_on_run_step_purpose_and_problem_only() -> None:
     assert seeds(student(0)) == seeds(student(0))
     assert seeds(student(0), problems=PROBLEMS[::-1]) == seeds(student(0))[::-1]
     every = [*seeds(student(0)), *seeds(student(1)), *seeds(student(0), seed=4), *seeds(privileged)]
-    assert len(set(every)) == len(every) == 20
+    assert len(every) == 25 and len(set(every)) == 20  # the students of the last are those of the first
 
 
 def test_privileged_rollouts_use_the_privileged_prompt_and_the_filter() -> None:
     rollouts = coordinator(Context(World(1), 0))
-    groups = [Group(problem, np.array([1], dtype=np.int32), []) for problem in PROBLEMS]
-
-    def keep(group: Group) -> Group:
-        group.privileged = group.privileged[:1]
-        return group
-
-    rollouts.privileged(groups, [PrivilegedPlan(3, 4)], 0, top_logprobs=5, keep=keep)
-    (request,) = rollouts.sampler.engine.seen  # type: ignore[attr-defined]
+    objective = SecondTry({"3": 4}, top=5, keep=1)
+    groups = rollouts.step(PROBLEMS, 6, objective)  # type: ignore[arg-type]
+    (request,) = [r for r in rollouts.sampler.engine.seen if "privileged" in r.request_id]  # type: ignore[attr-defined]
     assert request.prompt_ids.tolist() == [2, 3, 9]
     assert (request.sampling.n, request.sampling.top_logprobs, request.sampling.stop_token_ids) == (4, 5, (1,))
     assert [len(group.privileged) for group in groups] == [0, 0, 0, 1, 0]
+    assert groups[3].dropped["over"] + groups[3].dropped.get("privileged_check_failed", 0) == 3
     assert [group.privileged_prompt_ids is None for group in groups] == [True, True, True, False, True]
+    assert sorted(objective.asked) == [(problem.id, 3, 6) for problem in PROBLEMS], "asked once, of complete groups"
+
+
+@pytest.mark.parametrize(("bound", "expected"), [(0, []), (1, [0]), (2, [0, 2]), (9, [0, 2, 3])])
+def test_a_bound_takes_the_first_groups_that_want_a_second_try(bound: int, expected: list[int]) -> None:
+    def taught(context: Any) -> list[int]:
+        objective = SecondTry({"0": 1, "2": 1, "3": 1}, bound)
+        groups = coordinator(context).step(PROBLEMS, 0, objective)  # type: ignore[arg-type]
+        return [g for g, group in enumerate(groups) if group.privileged_prompt_ids is not None]
+
+    assert World(2).run(taught) == [expected] * 2
+
+
+def test_ranks_that_do_not_sample_get_the_groups_too() -> None:
+    def one_samples(context: Any) -> tuple[int, list[Any]]:
+        rollouts = coordinator(context)
+        rollouts.sampling_ranks = [1]
+        groups = rollouts.step(PROBLEMS, 0, SecondTry({"1": 2}))  # type: ignore[arg-type]
+        return len(rollouts.sampler.engine.seen), contents(groups)  # type: ignore[attr-defined]
+
+    (none, first), (all_, second) = World(2).run(one_samples)
+    assert (none, all_) == (0, 6) and first == second

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,8 @@ from megatron_hdpo.data.report import LoadReport
 from megatron_hdpo.data.tasks.base import TaskBase
 from megatron_hdpo.objectives.hdpo import HDPO, HDPOConfig
 from megatron_hdpo.rewards.pool import Judgement, RewardConfig, RewardPool
-from megatron_hdpo.rollout.sampler import RolloutRequest, Sampler, rollout_seed
-from megatron_hdpo.rollout.types import GenerationRequest, Group, SamplingParams
+from megatron_hdpo.rollout.sampler import RolloutRequest, Rollouts, Sampler, _attempt, rollout_seed
+from megatron_hdpo.rollout.types import GenerationRequest, GenerationResult, Group, SamplingParams
 
 
 class Judge:
@@ -85,14 +86,14 @@ def test_a_group_without_samples_is_no_cliff() -> None:
     assert (done.samples, done.dropped) == ([], {"generation_failed": 4})
     group = Group(request("a").problem, request("a").prompt_ids, done.samples, dropped=done.dropped)
     objective = HDPO(HDPOConfig(), temperature=1.0)
-    assert objective.privileged([group]) == [] and not objective.is_cliff(group)
+    assert objective.privileged(group, 0) == 0 and not objective.is_cliff(group)
     assert "rollout/cliff_rate" not in objective.metrics([group])
     assert objective.examples([group], {}) == []
 
 
 def test_a_failed_check_is_no_reward() -> None:
     done = sampler(FakeEngine(), Judge(lambda text: text.startswith(("1", "2", "3")))).sample([request("a", n=40)])["a"]
-    failed = [text_of(FakeEngine()._completion(Sampler._request(request("a"), 40, 0), i).token_ids) for i in range(40)]
+    failed = [text_of(FakeEngine()._completion(_attempt(request("a"), 40, 0), i).token_ids) for i in range(40)]
     expected = sum(text.startswith(("1", "2", "3")) for text in failed)
     assert 0 < expected < 40 and done.dropped == {"check_failed": expected}
     assert len(done.samples) == 40 - expected
@@ -138,6 +139,51 @@ def test_every_sample_that_was_asked_for_is_there_or_counted(fails: Fails, retri
     done = sampler(FakeEngine(fails), judge, retries).sample([request("a", n=5), request("b", n=3, seed=9)])
     assert {key: len(r.samples) + sum(r.dropped.values()) for key, r in done.items()} == {"a": 5, "b": 3}
     assert all(sample.reward == len(sample.text) % 2 for r in done.values() for sample in r.samples)
+
+
+def test_what_follows_a_request_starts_while_others_are_sampled() -> None:
+    """The second request is asked for as soon as the first is judged; nothing waits for the slow one."""
+    engine, order = FakeEngine(), []
+
+    def then(done: RolloutRequest, rollouts: Rollouts) -> list[RolloutRequest]:
+        order.append((done.key, len(rollouts.samples)))
+        return [request("b/again", n=2)] if done.key == "b" else []
+
+    done = sampler(engine).sample([request("a"), request("b")], then=then)
+    assert order.index(("b", 4)) < order.index(("b/again", 2)) and ("a", 4) in order
+    assert {key: len(r.samples) for key, r in done.items()} == {"a": 4, "b": 4, "b/again": 2}
+    assert [r.request_id for r in engine.seen] == ["a#0", "b#0", "b/again#0"]
+
+
+class PiecemealEngine(FakeEngine):
+    """Hands over one sample at a time, and remembers what was cancelled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cancelled: list[str] = []
+
+    def cancel(self, request_ids: Sequence[str]) -> None:
+        self.cancelled += request_ids
+
+    def results(self) -> Iterator[GenerationResult | None]:
+        for result in super().results():
+            for i, completion in enumerate(result.completions):
+                if result.request_id in self.cancelled:
+                    yield GenerationResult(result.request_id, [], cancelled=len(result.completions) - i)
+                    break
+                yield GenerationResult(result.request_id, [completion])
+                yield None
+
+
+def test_one_right_rollout_may_stop_its_group() -> None:
+    engine = PiecemealEngine()
+    judge = Judge()
+    wanted = replace(request("a", n=30), stop_at=1.0)
+    done = sampler(engine, judge).sample([wanted, request("b")])
+    rewards = [sample.reward for sample in done["a"].samples]
+    assert rewards.count(1.0) == 1 and rewards[-1] == 1.0, "the samples before the right one stay"
+    assert done["a"].dropped == {"stopped_early": 30 - len(rewards)}
+    assert engine.cancelled == ["a#0"] and len(done["b"].samples) == 4
 
 
 def test_progress_counts_what_came() -> None:

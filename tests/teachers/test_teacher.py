@@ -93,7 +93,7 @@ def _divergences(path: Path, context) -> dict[str, float]:
     for when in ("before", "after"):
         for name, teacher in teachers.items():
             learner = Learner(policy, objective, teacher, Console(enabled=False))
-            metrics = learner.learn([_cliff()])
+            metrics = learner.learn([_cliff()], 0)
             assert metrics["distill/tokens"] == 12.0
             found[f"{name} {when}"] = metrics["distill/jsd"]
         policy.update(share(policy, make_examples()), SPEC)
