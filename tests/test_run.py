@@ -91,7 +91,7 @@ def _die_in_step_3() -> None:
 
     calls, original = [0], Learner.learn
 
-    def learn(self: Any, groups: Any) -> Any:
+    def learn(self: Any, groups: Any, step: int) -> Any:
         calls[0] += 1
         if calls[0] == 3:
             os.kill(os.getpid(), signal.SIGKILL)
