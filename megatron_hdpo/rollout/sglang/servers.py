@@ -1,0 +1,90 @@
+"""The SGLang servers that this process owns: started together, watched on request, restarted when they die."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tenacity import Retrying, before_sleep_log, retry_if_exception_type, stop_after_attempt, wait_exponential
+
+from megatron_hdpo.rollout.sglang.command import Launch
+from megatron_hdpo.rollout.sglang.server import ServerError, ServerProcess
+from megatron_hdpo.rollout.sglang.server_config import ServerConfig
+
+OnRestart = Callable[[int, str], None]
+LOGGER = logging.getLogger(__name__)
+
+
+class Servers:
+    """`launches` says what each server loads and where it runs. No thread watches: whoever needs the servers asks.
+
+    on_restart(index, url): a server is back with the weights of its model folder; it must be given the run's before it
+    samples. index counts from 0 in the order of `launches`.
+    """
+
+    def __init__(
+        self, config: ServerConfig, launches: Sequence[Launch], folder: Path, on_restart: OnRestart | None = None
+    ) -> None:
+        self.config = config
+        self.on_restart = on_restart
+        self.processes = [ServerProcess(config, launch, folder) for launch in launches]
+        self.restarts = [0] * len(self.processes)
+
+    @property
+    def urls(self) -> list[str]:
+        """By server; a restart may change one."""
+        return [process.url for process in self.processes]
+
+    def start(self) -> None:
+        """Start all of them side by side and return when all answer. Raises ServerError, with none left running."""
+        try:
+            for process in self.processes:
+                process.start()
+            for process in self.processes:
+                process.wait_ready()
+        except BaseException:
+            self.close()
+            raise
+
+    def check(self) -> list[int]:
+        """Restart the servers that died, wait for them, and return their numbers; `on_restart` was called for each.
+        Raises ServerError when one died more often than `max_restarts`."""
+        dead = [index for index, process in enumerate(self.processes) if not process.alive()]
+        for index in dead:
+            LOGGER.warning("%s", self.processes[index].describe_end())
+            self.restart(index)
+        return dead
+
+    def restart(self, index: int) -> None:
+        """Kill server `index` if it lives (it may hang), start it, wait for it, and call `on_restart`. A start that
+        fails is tried again, later and later. Raises ServerError when `max_restarts` are used up."""
+        left = self.config.max_restarts - self.restarts[index]
+        if left <= 0:
+            end = self.processes[index].describe_end() if not self.processes[index].alive() else "It does not answer."
+            raise ServerError(
+                f"SGLang server {index} was restarted max_restarts={self.config.max_restarts} times already. {end}"
+            )
+        retrying = Retrying(
+            stop=stop_after_attempt(left),
+            wait=wait_exponential(multiplier=2, max=60),
+            retry=retry_if_exception_type(ServerError),
+            before_sleep=before_sleep_log(LOGGER, logging.WARNING),
+            reraise=True,
+        )
+        retrying(self._start_again, index)
+        if self.on_restart is not None:
+            self.on_restart(index, self.processes[index].url)
+
+    def close(self) -> None:
+        """End all servers, side by side, and give back their ports. Idempotent."""
+        for process in self.processes:
+            process.request_stop()
+        for process in self.processes:
+            process.close()
+
+    def _start_again(self, index: int) -> None:
+        self.restarts[index] += 1
+        self.processes[index].stop(now=True)
+        self.processes[index].start()
+        self.processes[index].wait_ready()

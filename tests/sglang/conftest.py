@@ -1,0 +1,127 @@
+"""Real SGLang servers on a CPU, and the check that none is left behind.
+
+Their environment is made by `make sglang-env`; MEGATRON_HDPO_SGLANG_PYTHON names an interpreter elsewhere. Without it
+these tests are skipped, except in continuous integration (CI or MEGATRON_HDPO_REQUIRE_SGLANG set), where they fail.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_hdpo.rollout.sglang.command import Launch
+from megatron_hdpo.rollout.sglang.server import ServerProcess
+from megatron_hdpo.rollout.sglang.server_config import ServerConfig
+
+ROOT = Path(__file__).parents[2]
+SHIM = ROOT / "tests" / "sglang_cpu" / "shim"
+CHARACTERS = "0123456789+=#-"
+MOST_SERVERS = 2
+"""That one test starts, beside the session's: each takes 2 GB."""
+
+
+@dataclass(frozen=True)
+class LiveServer:
+    """A server that answers at `url`, and the Hugging Face folder that it loaded."""
+
+    model: Path
+    process: ServerProcess
+
+    @property
+    def url(self) -> str:
+        """The same until another program takes the port of a dead server."""
+        return self.process.url
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """After the last test no process of any server runs: each, whoever its parent is now, writes to a server's log."""
+    yield
+    base = tmp_path_factory.getbasetemp()
+    left = [process for process in psutil.process_iter(["cmdline"]) if _writes_log_under(base, process)]
+    listening = {process.pid: _listening(process) for process in left}
+    for process in left:
+        process.kill()
+    assert not left, f"processes of servers are left, listening on the ports {listening}: {left}"
+
+
+@pytest.fixture(scope="session")
+def sglang_config() -> ServerConfig:
+    """Settings of a small server in float32 on the CPU."""
+    return ServerConfig(
+        python=_sglang_python(),
+        dtype="float32",
+        max_total_tokens=16_384,
+        max_running_requests=16,
+        environment={"PYTHONPATH": str(SHIM), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        start_timeout_s=300.0,
+    )
+
+
+@pytest.fixture(scope="session")
+def sglang_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder: Llama of 2 layers, 4 heads, 17 tokens, 128 positions."""
+    from recipes import make_model
+
+    return make_model(tmp_path_factory.mktemp("models") / "sglang-tiny", characters=CHARACTERS)
+
+
+@pytest.fixture(scope="session")
+def sglang_server(
+    sglang_config: ServerConfig, sglang_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LiveServer]:
+    """One real server for all tests. A test that changes its weights or pauses it puts that right itself."""
+    process = ServerProcess(sglang_config, Launch(sglang_model, "cpu"), tmp_path_factory.mktemp("sglang"))
+    try:
+        process.start()
+        process.wait_ready()
+        yield LiveServer(sglang_model, process)
+    finally:
+        process.close()
+
+
+@pytest.fixture
+def start_server(sglang_config: ServerConfig, sglang_model: Path, tmp_path: Path) -> Iterator[Callable[[], LiveServer]]:
+    """Starts servers of the test's own, which end with it."""
+    started: list[ServerProcess] = []
+
+    def start() -> LiveServer:
+        assert len(started) < MOST_SERVERS, f"more than {MOST_SERVERS} servers in one test"
+        process = ServerProcess(sglang_config, Launch(sglang_model, "cpu", index=1 + len(started)), tmp_path)
+        started.append(process)
+        process.start()
+        process.wait_ready()
+        return LiveServer(sglang_model, process)
+
+    yield start
+    for process in started:
+        process.close()
+
+
+def _sglang_python() -> Path:
+    python = Path(os.environ.get("MEGATRON_HDPO_SGLANG_PYTHON") or ROOT / ".venv-sglang" / "bin" / "python")
+    if not python.exists():
+        needed = bool(os.environ.get("CI") or os.environ.get("MEGATRON_HDPO_REQUIRE_SGLANG"))
+        (pytest.fail if needed else pytest.skip)(f"no SGLang at {python}: run `make sglang-env`")
+    return python
+
+
+def _writes_log_under(base: Path, process: psutil.Process) -> bool:
+    try:
+        output = Path(os.readlink(f"/proc/{process.pid}/fd/1"))
+    except OSError:
+        return False
+    return output.is_relative_to(base) and output.name.startswith("sglang_")
+
+
+def _listening(process: psutil.Process) -> list[int]:
+    try:
+        connections = process.net_connections(kind="inet")
+    except psutil.Error:
+        return []
+    return [connection.laddr.port for connection in connections if connection.status == psutil.CONN_LISTEN]

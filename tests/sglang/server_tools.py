@@ -1,0 +1,45 @@
+"""What tests of servers share: the stand-in for SGLang, and looking at processes."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from megatron_hdpo.rollout.sglang.server_config import ServerConfig
+
+FAKE = Path(__file__).with_name("fake_sglang.py")
+
+
+def fake_config(folder: Path, behaviour: str = "", **settings: Any) -> ServerConfig:
+    """Settings with an "interpreter" that runs the stand-in, whatever module it is told to run."""
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{FAKE}" "$@"\n')
+    python.chmod(0o755)
+    environment = {"FAKE": behaviour} | settings.pop("environment", {})
+    return ServerConfig(python=python, environment=environment, **({"start_timeout_s": 20.0} | settings))
+
+
+def session_processes(session: int) -> list[psutil.Process]:
+    """Processes of a session, zombies left out: a supervisor's id is the session of all that it looks after."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (OSError, psutil.Error):
+            continue
+    return found
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 10.0) -> bool:
+    """Whether `condition` came true in time."""
+    deadline = time.monotonic() + timeout_s
+    while not (came := condition()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return came
