@@ -50,12 +50,14 @@ class RewardPoolError(RuntimeError):
 class Judgement:
     """Outcome of a check: a reward, or None and the error that kept it from being one.
 
-    seconds: time in the worker; of a failed check, time since it was submitted.
+    seconds: time in the worker; of a failed check, time since it was submitted. feedback: what the task says of the
+    response, None for nothing.
     """
 
     reward: float | None
     error: str | None
     seconds: float
+    feedback: str | None = None
 
 
 class RewardPool:
@@ -85,8 +87,8 @@ class RewardPool:
         def judgement(outcome: worker.Outcome) -> Judgement:
             if outcome.error is not None:
                 return Judgement(None, outcome.error, time.monotonic() - begin)
-            reward, seconds = outcome.value
-            return Judgement(reward, None, seconds)
+            reward, seconds, feedback = outcome.value
+            return Judgement(reward, None, seconds, feedback)
 
         return _mapped(self._call(worker.judge, (problem, response)), judgement)
 

@@ -58,7 +58,7 @@ def start(pickled_tasks: bytes, memory_limit_mib: int | None) -> None:
 
 
 def judge(problem: Problem, response: str) -> Outcome:
-    """Outcome with (reward, seconds) of a response, or with the error that its scorer raised."""
+    """Outcome with (reward, seconds, feedback) of a response, or with the error that its task raised."""
     return _guarded(lambda: _judge(problem, response))
 
 
@@ -80,13 +80,17 @@ def _guarded(function: Callable[[], Any]) -> Outcome:
         return Outcome(None, f"{type(error).__name__}: {error}"[:_LONGEST_ERROR])
 
 
-def _judge(problem: Problem, response: str) -> tuple[float, float]:
+def _judge(problem: Problem, response: str) -> tuple[float, float, str | None]:
     _task_names()
     begin = time.perf_counter()
-    reward = float(_task(problem).score(problem, response))
+    task = _task(problem)
+    reward = float(task.score(problem, response))
     if not 0.0 <= reward <= 1.0:
         raise ValueError(f"task {problem.task!r} scored {reward}: rewards lie between 0 and 1")
-    return reward, time.perf_counter() - begin
+    feedback = task.feedback(problem, response)
+    if not (feedback is None or isinstance(feedback, str)):
+        raise TypeError(f"task {problem.task!r} gave {type(feedback).__name__} as feedback: it must be text or None")
+    return reward, time.perf_counter() - begin, feedback
 
 
 def _check_gold(answer: str) -> str | None:

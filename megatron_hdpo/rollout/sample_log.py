@@ -103,7 +103,7 @@ def _encode_sample(sample: Sample, problem_id: str) -> dict[str, Any]:
         "finish_reason": sample.completion.finish_reason,
         "tokens": sample.length,
         "text": sample.text,
-    }
+    } | ({} if sample.feedback is None else {"feedback": sample.feedback})
 
 
 def _encode_completion(completion: Completion) -> dict[str, Any]:
@@ -181,7 +181,12 @@ def _decode_samples(texts: list[dict[str, Any]], arrays: list[dict[str, Any]]) -
     if len(texts) != len(arrays):
         raise ValueError(f"{len(texts)} samples but arrays for {len(arrays)}")
     return [
-        Sample(_decode_completion(packed, text["finish_reason"]), text["text"], float(text["reward"]))
+        Sample(
+            _decode_completion(packed, text["finish_reason"]),
+            text["text"],
+            float(text["reward"]),
+            text.get("feedback"),
+        )
         for text, packed in zip(texts, arrays, strict=True)
     ]
 

@@ -171,7 +171,7 @@ class _Sampling:
             if judgement.reward is None:
                 entry.rollouts.drop("check_failed")
             else:
-                entry.judged[check.place] = Sample(check.completion, check.text, judgement.reward)
+                entry.judged[check.place] = Sample(check.completion, check.text, judgement.reward, judgement.feedback)
                 self._stop_early(entry, judgement.reward)
             self._close_if_done(entry)
 

@@ -76,11 +76,13 @@ class GenerationResult:
 
 @dataclass
 class Sample:
-    """A completion after judging: its text and its reward. Samples whose generation or check failed do not exist."""
+    """A completion after judging: its text, its reward and what the task says of it. Samples whose generation or check
+    failed do not exist."""
 
     completion: Completion
     text: str
     reward: float
+    feedback: str | None = None
 
     @property
     def length(self) -> int:

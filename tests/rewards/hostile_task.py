@@ -42,6 +42,9 @@ class HostileTask(TaskBase):
         verb, _, argument = response.partition(":")
         return float(getattr(self, f"do_{verb}")(argument))
 
+    def feedback(self, problem: Problem, response: str) -> str | None:
+        return {"reward:0": "no", "reward:0.50": 5}.get(response)  # type: ignore[return-value]  # misbehaves
+
     def do_reward(self, value: str) -> float:
         return float(value)
 

@@ -55,6 +55,10 @@ def test_rewards_come_back_in_order(pool):
     assert all(j.error is None and 0 <= j.seconds < TIME_LIMIT for j in judgements)
 
 
+def test_feedback_comes_with_the_reward(pool):
+    assert [judge(pool, f"reward:{reward}").feedback for reward in (0, 1)] == ["no", None]
+
+
 @pytest.mark.parametrize(
     ("response", "error"),
     [
@@ -70,6 +74,7 @@ def test_rewards_come_back_in_order(pool):
         ("reward:nan", "scored nan"),
         ("reward:1.5", "scored 1.5"),
         ("reward:many", "ValueError"),
+        ("reward:0.50", "gave int as feedback"),
         ("no_such_verb", "AttributeError"),
     ],
 )

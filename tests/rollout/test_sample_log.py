@@ -36,7 +36,10 @@ def samples(draw) -> Sample:
         weight_versions=draw(arrays.arrays(np.int32, length, elements=st.integers(-1, 9))),
         top_logprobs=tops if k else None,
     )
-    return Sample(completion, draw(st.text(max_size=20)), draw(st.floats(allow_nan=False, allow_infinity=False)))
+    feedback = draw(st.none() | st.text(max_size=20))
+    return Sample(
+        completion, draw(st.text(max_size=20)), draw(st.floats(allow_nan=False, allow_infinity=False)), feedback
+    )
 
 
 @st.composite

@@ -32,7 +32,9 @@ class Judge:
     def submit(self, problem: Problem, response: str) -> Future[Judgement]:
         future: Future[Judgement] = Future()
         failed = self.fails(response)
-        future.set_result(Judgement(None, "broken", 0.0) if failed else Judgement(float(len(response) % 2), None, 0.0))
+        right = float(len(response) % 2)
+        judged = Judgement(right, None, 0.0, None if right else f"not {response}")
+        future.set_result(Judgement(None, "broken", 0.0) if failed else judged)
         return future
 
 
@@ -68,6 +70,12 @@ def test_failed_samples_are_tried_again_with_another_seed() -> None:
         assert set(kept) <= set(texts)  # what succeeded is kept
         with_old_seed = FakeEngine()._completion(first, 0)
         assert text_of(with_old_seed.token_ids) in kept and len(set(texts)) == 4  # and not sampled twice
+
+
+def test_what_the_task_says_of_a_response_comes_with_its_sample() -> None:
+    samples = sampler(FakeEngine()).sample([request("a", n=12)])["a"].samples
+    assert {s.reward for s in samples} == {0.0, 1.0}
+    assert all(s.feedback == (None if s.reward else f"not {s.text}") for s in samples)
 
 
 @pytest.mark.parametrize("max_retries", [0, 1, 3])

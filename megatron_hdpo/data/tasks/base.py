@@ -33,6 +33,9 @@ class Task(Protocol):
     def score(self, problem: Problem, response: str) -> float:
         """Reward in [0, 1] of a response. Raises when the check itself fails; a failure is never a reward."""
 
+    def feedback(self, problem: Problem, response: str) -> str | None:
+        """What the environment says of a response, for methods that show it to the teacher; None for nothing."""
+
 
 class TaskBase(BaseModel):
     """Keys that all tasks share."""
@@ -52,6 +55,11 @@ class TaskBase(BaseModel):
 
     def prepare(self) -> None:
         """Load what `score` needs; nothing by default."""
+
+    def feedback(self, problem: Problem, response: str) -> str | None:
+        """What the environment says of a response (which test failed, ...), without giving the answer away: methods
+        that learn from feedback show it to the teacher. None, the default, for nothing to say."""
+        return None
 
     def default_name(self) -> str:
         """Name made from the source of the problems."""
