@@ -15,7 +15,7 @@ from megatron_hdpo.data.errors import DataError
 from megatron_hdpo.data.leakage import LeakageConfig
 from megatron_hdpo.data.order import ProblemOrder
 from megatron_hdpo.data.problem import Problem
-from megatron_hdpo.data.prompts import PromptBuilder, PromptConfig, PromptTooLong, TokenizerLike
+from megatron_hdpo.data.prompts import Hint, PromptBuilder, PromptConfig, PromptTooLong, TokenizerLike
 from megatron_hdpo.data.report import LoadReport
 from megatron_hdpo.data.tasks import Task, TaskConfig
 from megatron_hdpo.data.tasks.files import FileTaskBase
@@ -68,18 +68,23 @@ class LoadedData:
 
 
 def load(
-    config: DataConfig, tokenizer: TokenizerLike, pool: RewardPool | None = None, privileged: bool = True
+    config: DataConfig,
+    tokenizer: TokenizerLike,
+    pool: RewardPool | None = None,
+    privileged: bool = True,
+    hints: bool = False,
 ) -> LoadedData:
     """Load and check all problems.
 
     pool: parses gold answers that are not in the cache; without one, a pool is started for as long as that takes.
-    privileged: whether privileged prompts will be asked for, and must fit too.
+    privileged: whether prompts with the ground truth will be asked for, and must fit too. hints: whether prompts with
+    hints will be; their problem must fit.
     Raises DataError for anything that cannot be used and is not to be dropped, and where nothing is left.
     """
     report, prompts = LoadReport(), PromptBuilder(tokenizer, config.prompts)
     found = {task.task_name: task.problems(report) for task in config.tasks}
     found = _with_readable_gold(config, found, pool, report)
-    found = {name: _that_fit(name, problems, prompts, privileged, report) for name, problems in found.items()}
+    found = {name: _that_fit(name, problems, prompts, privileged, hints, report) for name, problems in found.items()}
     evaluation = [problem for task in config.evaluation for problem in found[task.task_name]]
     train = [problem for task in config.train for problem in found[task.task_name]]
     if config.decontaminate:
@@ -124,7 +129,7 @@ def _with_readable_gold(
 
 
 def _that_fit(
-    task: str, problems: Sequence[Problem], prompts: PromptBuilder, privileged: bool, report: LoadReport
+    task: str, problems: Sequence[Problem], prompts: PromptBuilder, privileged: bool, hints: bool, report: LoadReport
 ) -> list[Problem]:
     kept = []
     for index, problem in enumerate(problems):
@@ -132,9 +137,11 @@ def _that_fit(
             report.drop(task, "special token in its text", f"{problem.id} contains {token}")
             continue
         try:
-            prompts.check_length(problem, privileged)
+            prompts.check_length(problem, privileged, hints)
             if index < ENCODED_AT_LOAD:
                 prompts.student(problem)
+                if hints:
+                    prompts.hinted(problem, Hint())
         except PromptTooLong as error:
             report.drop(task, "prompt too long", str(error))
             continue

@@ -1,46 +1,23 @@
-"""From a problem to prompt token ids: the student's prompt, and the privileged one that also holds the ground truth.
+"""From a problem to prompt token ids: the student's prompt, and the privileged ones.
 
-Templates are Jinja2, in the recipe or in a file of their own (a single line that ends in .jinja or .j2 is a path).
-They are rendered in a sandbox, and a variable that they do not know is an error before anything is loaded.
+`privileged` shows the ground truth. `hinted` shows what rollouts gave: a sibling's response, a right one and a wrong
+one in the same words, or what the task said of an attempt.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import jinja2
-import jinja2.meta
-import jinja2.sandbox
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from megatron_hdpo.data.errors import DataError
 from megatron_hdpo.data.problem import Problem
-
-DEFAULT_STUDENT = """{{ question }}
-
-Reason step by step, and put your final answer within \\boxed{}."""
-
-DEFAULT_PRIVILEGED = (
-    """{{ question }}
-
-{{ reference_begin }}
-{% if solution %}{{ solution }}
-{% endif %}{% if answer %}Final answer: {{ answer }}
-{% endif %}{{ reference_end }}
-
-"""
-    "The reference above is for your eyes only. Understand why it is right, then write your own complete solution to "
-    "the problem, as if you had found it without help and without mentioning the reference. Reason step by step, and "
-    "put your final answer within \\boxed{}."
-)
-
-STUDENT_VARIABLES = frozenset({"question"})
-PRIVILEGED_VARIABLES = frozenset({"question", "answer", "solution", "reference_begin", "reference_end"})
-TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2")
+from megatron_hdpo.data.prompt_config import PromptConfig
+from megatron_hdpo.data.templates import NothingToShow, environment
 
 
 class PromptTooLong(DataError):
@@ -59,76 +36,17 @@ class TokenizerLike(Protocol):
     def decode(self, token_ids: Any, *, skip_special_tokens: bool = ...) -> str: ...
 
 
-class PromptConfig(BaseModel):
-    """How problems become prompts."""
+@dataclass(frozen=True)
+class Hint:
+    """What a privileged prompt shows in place of the ground truth.
 
-    model_config = ConfigDict(extra="forbid")
+    attempt: text of a response to the problem. answer: that response's own final answer, right or wrong. feedback: what
+    the task said of an attempt. Empty is nothing.
+    """
 
-    chat: bool = Field(True, description="Wrap prompts by the tokenizer's chat template; else they are raw text.")
-    chat_template_kwargs: dict[str, Any] = Field(
-        default_factory=dict, description="Extra variables of the chat template, for example enable_thinking: false."
-    )
-    system: str | None = Field(None, description="System message, or a path to it; for chat only.")
-    student: str = Field(DEFAULT_STUDENT, description="Jinja2 template, or its path; variable: question.")
-    privileged: str = Field(
-        DEFAULT_PRIVILEGED,
-        description=f"Jinja2 template, or its path; variables: {', '.join(sorted(PRIVILEGED_VARIABLES))}.",
-    )
-    privileged_context: Literal["both", "answer", "solution"] = Field(
-        "both", description="What of the ground truth the privileged prompt holds; without a solution, the answer."
-    )
-    reference_begin: str = Field("[REFERENCE]", min_length=1, description="Marker before the ground truth.")
-    reference_end: str = Field("[END OF REFERENCE]", min_length=1, description="Marker after the ground truth.")
-    max_prompt_tokens: int = Field(1024, ge=1, description="Problems with a longer student prompt are left out.")
-    max_privileged_tokens: int | None = Field(
-        None,
-        ge=1,
-        description="Longest privileged prompt, its solution is cut to fit; by default 2 x max_prompt_tokens.",
-    )
-
-    @field_validator("system", "student", "privileged")
-    @classmethod
-    def _read_file(cls, template: str | None) -> str | None:
-        if template is None or "\n" in template or not template.endswith(TEMPLATE_SUFFIXES):
-            return template
-        try:
-            return Path(template).read_text(encoding="utf-8")
-        except OSError as error:
-            raise ValueError(f"cannot read the template file {template}: {error.strerror}") from error
-
-    @field_validator("student")
-    @classmethod
-    def _student_variables(cls, template: str) -> str:
-        return check_template(template, STUDENT_VARIABLES)
-
-    @field_validator("privileged")
-    @classmethod
-    def _privileged_variables(cls, template: str) -> str:
-        check_template(template, PRIVILEGED_VARIABLES)
-        if not jinja2.meta.find_undeclared_variables(_environment().parse(template)) & {"answer", "solution"}:
-            raise ValueError(
-                "the template uses neither answer nor solution: its teacher would know no more than the student"
-            )
-        return template
-
-    @property
-    def privileged_limit(self) -> int:
-        """Longest privileged prompt in tokens."""
-        return self.max_privileged_tokens or 2 * self.max_prompt_tokens
-
-
-def check_template(template: str, variables: frozenset[str]) -> str:
-    """The template itself. Raises ValueError when it does not parse, uses other variables or omits the question."""
-    try:
-        used = jinja2.meta.find_undeclared_variables(_environment().parse(template))
-    except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"the template does not parse: {error.message} (its line {error.lineno})") from error
-    if unknown := used - variables:
-        names = ", ".join(sorted(unknown))
-        raise ValueError(f"the template uses unknown variables: {names}; it may use: {', '.join(sorted(variables))}")
-    if "question" not in used:
-        raise ValueError("the template does not use the variable question, so every prompt would be the same")
-    return template
+    attempt: str = ""
+    answer: str = ""
+    feedback: str = ""
 
 
 class PromptBuilder:
@@ -138,9 +56,10 @@ class PromptBuilder:
         if config.chat and not getattr(tokenizer, "chat_template", None):
             raise DataError("data.prompts.chat is true, but the tokenizer has no chat template; set it to false")
         self.tokenizer, self.config = tokenizer, config
-        environment = _environment()
-        self._student = environment.from_string(config.student)
-        self._privileged = environment.from_string(config.privileged)
+        templates = environment()
+        self._student = templates.from_string(config.student)
+        self._privileged = templates.from_string(config.privileged)
+        self._hint = templates.from_string(config.hint)
         self._overhead = len(self._wrap("").encode()) + 2
         self._try_templates()
 
@@ -157,6 +76,10 @@ class PromptBuilder:
         """Text of the privileged prompt, chat template included; `solution` stands in for the problem's own."""
         return self._wrap(self._render_reference(problem, problem.solution if solution is None else solution))
 
+    def render_hinted(self, problem: Problem, hint: Hint) -> str:
+        """Text of the prompt with a hint, chat template included."""
+        return self._wrap(self._render_hint(problem, hint))
+
     def student(self, problem: Problem) -> np.ndarray:
         """Ids int32 [P] of the student's prompt. Raises PromptTooLong beyond max_prompt_tokens, DataError for text that
         the tokenizer cannot express."""
@@ -172,7 +95,7 @@ class PromptBuilder:
         ids = self.encode(self.render_privileged(problem))
         limit, solution = self.config.privileged_limit, problem.solution
         while len(ids) > limit and solution:
-            solution = self._shortened(solution, len(ids) - limit)
+            solution = self._shortened(solution, len(ids) - limit, "beginning")
             ids = self.encode(self._wrap(self._render_reference(problem, solution, cut=True)))
         if len(ids) > limit:
             raise PromptTooLong(
@@ -181,17 +104,36 @@ class PromptBuilder:
             )
         return ids
 
-    def check_length(self, problem: Problem, privileged: bool) -> None:
-        """Raise PromptTooLong where `student`, or with `privileged` also `privileged`, would.
+    def hinted(self, problem: Problem, hint: Hint) -> np.ndarray:
+        """Ids int32 [P] of the prompt with a hint. What does not fit is cut, the problem never: first of the attempt
+        (hint_keep says which part stays), then of the feedback (its beginning stays), then of the answer. Texts of
+        special tokens are left out of the hint. Raises PromptTooLong when not even the problem fits."""
+        limit = self.config.privileged_limit
+        hint = Hint(*(self._without_special_tokens(text) for text in (hint.attempt, hint.answer, hint.feedback)))
+        ids = self.encode(self.render_hinted(problem, hint))
+        for part, keep in (("attempt", self.config.hint_keep), ("feedback", "beginning"), ("answer", "beginning")):
+            while len(ids) > limit and (text := getattr(hint, part)):
+                hint = replace(hint, **{part: self._shortened(text, len(ids) - limit, keep)})
+                ids = self.encode(self.render_hinted(problem, hint))
+        if len(ids) > limit:
+            raise PromptTooLong(
+                f"{problem.id}: the prompt for hints has {len(ids)} tokens without any hint, the limit is {limit}; "
+                "raise max_privileged_tokens"
+            )
+        return ids
+
+    def check_length(self, problem: Problem, privileged: bool, hints: bool = False) -> None:
+        """Raise PromptTooLong where `student`, with `privileged` also `privileged`, or with `hints` `hinted` would.
 
         Byte-level tokenizers give at most one token per byte: what is short enough in bytes is not encoded.
         """
         if self._most_tokens(self._student.render(question=problem.question)) > self.config.max_prompt_tokens:
             self.student(problem)
-        if not privileged:
-            return
-        if self._most_tokens(self._render_reference(problem, problem.solution)) > self.config.privileged_limit:
+        limit = self.config.privileged_limit
+        if privileged and self._most_tokens(self._render_reference(problem, problem.solution)) > limit:
             self.privileged(problem)
+        if hints and self._most_tokens(self._render_hint(problem, Hint())) > limit:
+            self.hinted(problem, Hint())
 
     def encode(self, text: str) -> np.ndarray:
         """Ids int32 of rendered text. A chat template brings its own special tokens; raw text gets the tokenizer's,
@@ -207,8 +149,7 @@ class PromptBuilder:
     def foreign_special_token(self, problem: Problem) -> str | None:
         """A special token's text inside the problem's own: it would end the message in the middle of the question."""
         texts = [problem.question, problem.answer, problem.solution or ""]
-        specials = [token for token in self.tokenizer.all_special_tokens if len(token) > 2]
-        return next((token for token in specials if any(token in text for text in texts)), None)
+        return next((token for token in self._special_texts() if any(token in text for text in texts)), None)
 
     def round_trip_difference(self, problem: Problem) -> str | None:
         """None when decoding the prompt's ids gives its text again, else where the two part."""
@@ -233,27 +174,51 @@ class PromptBuilder:
                 reference_begin=self.config.reference_begin,
                 reference_end=self.config.reference_end,
             )
-        except _NothingToShow as error:
+        except NothingToShow as error:
             raise DataError(
                 f"{problem.id}: data.prompts.privileged shows `solution` or `answer`, and this problem has none to "
                 "show; write {{ solution or answer }}, or put it inside {% if solution %}"
             ) from error
+
+    def _render_hint(self, problem: Problem, hint: Hint) -> str:
+        return self._hint.render(
+            question=problem.question,
+            attempt=hint.attempt,
+            answer=hint.answer,
+            feedback=hint.feedback,
+            reference_begin=self.config.reference_begin,
+            reference_end=self.config.reference_end,
+        )
+
+    def _special_texts(self) -> list[str]:
+        return [token for token in self.tokenizer.all_special_tokens if len(token) > 2]
+
+    def _without_special_tokens(self, text: str) -> str:
+        """A sibling may have spelt the text of a special token with ordinary ones: encoded again, it would be one."""
+        while found := next((token for token in self._special_texts() if token in text), None):
+            text = text.replace(found, "")
+        return text
 
     def _try_templates(self) -> None:
         """Raise DataError for templates that parse but fail when they are rendered, with a solution or without."""
         for solution in (None, "solution"):
             try:
                 self.render_student(Problem("probe", "probe", "question", "answer", solution))
+                self.render_hinted(Problem("probe", "probe", "question", "answer"), Hint(solution or ""))
                 with suppress(DataError):  # a template may need what every problem of the run has
                     self.render_privileged(Problem("probe", "probe", "question", "answer", solution))
             except jinja2.TemplateError as error:
                 raise DataError(f"a prompt template cannot be rendered: {error}") from error
 
-    def _shortened(self, solution: str, excess: int) -> str:
-        """The solution without at least `excess` of its last tokens (or of its characters, where those are fewer)."""
-        ids = self.tokenizer.encode(solution, add_special_tokens=False)
-        kept = self.tokenizer.decode(ids[: max(0, len(ids) - excess - 4)], skip_special_tokens=True)
-        return kept.rstrip("\N{REPLACEMENT CHARACTER}").rstrip()
+    def _shortened(self, text: str, excess: int, keep: str) -> str:
+        """The beginning or the end of a text, shorter by at least `excess` tokens (or characters, where those are
+        fewer)."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        size = max(0, len(ids) - excess - 4)
+        kept = self.tokenizer.decode(
+            ids[:size] if keep == "beginning" else ids[len(ids) - size :], skip_special_tokens=True
+        )
+        return kept.strip("\N{REPLACEMENT CHARACTER}").strip()
 
     def _most_tokens(self, text: str) -> int:
         """No fewer than the tokens of a message: one per byte, with the chat template, a space and a first token."""
@@ -267,20 +232,3 @@ class PromptBuilder:
         return self.tokenizer.apply_chat_template(  # type: ignore[attr-defined]
             messages, tokenize=False, add_generation_prompt=True, **self.config.chat_template_kwargs
         )
-
-
-def _environment() -> jinja2.Environment:
-    return jinja2.sandbox.ImmutableSandboxedEnvironment(
-        undefined=jinja2.StrictUndefined, autoescape=False, finalize=_shown
-    )
-
-
-class _NothingToShow(jinja2.TemplateRuntimeError):
-    """A template shows a variable that this problem has no value for."""
-
-
-def _shown(value: Any) -> Any:
-    """Without this, a problem without a solution would get the word None into its prompt."""
-    if value is None:
-        raise _NothingToShow("a variable without a value")
-    return value

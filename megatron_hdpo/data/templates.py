@@ -1,0 +1,97 @@
+"""Templates of prompts: Jinja2, rendered in a sandbox, their variables known before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.meta
+import jinja2.sandbox
+
+DEFAULT_STUDENT = """{{ question }}
+
+Reason step by step, and put your final answer within \\boxed{}."""
+
+DEFAULT_PRIVILEGED = (
+    """{{ question }}
+
+{{ reference_begin }}
+{% if solution %}{{ solution }}
+{% endif %}{% if answer %}Final answer: {{ answer }}
+{% endif %}{{ reference_end }}
+
+"""
+    "The reference above is for your eyes only. Understand why it is right, then write your own complete solution to "
+    "the problem, as if you had found it without help and without mentioning the reference. Reason step by step, and "
+    "put your final answer within \\boxed{}."
+)
+
+DEFAULT_HINT = (
+    """{{ question }}
+
+{% if attempt %}{{ reference_begin }}
+{{ attempt }}
+{% if answer %}Final answer: {{ answer }}
+{% endif %}{{ reference_end }}
+
+{% endif %}{% if feedback %}An earlier attempt at this problem was rejected. What was said of it:
+{{ feedback }}
+
+{% endif %}"""
+    "What stands above besides the problem is for your eyes only. Understand what follows from it, then write your own "
+    "complete solution to the problem without mentioning it. Reason step by step, and put your final answer within "
+    "\\boxed{}."
+)
+
+STUDENT_VARIABLES = frozenset({"question"})
+PRIVILEGED_VARIABLES = frozenset({"question", "answer", "solution", "reference_begin", "reference_end"})
+HINT_VARIABLES = frozenset({"question", "attempt", "answer", "feedback", "reference_begin", "reference_end"})
+TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2")
+
+
+class NothingToShow(jinja2.TemplateRuntimeError):
+    """A template shows a variable that this problem has no value for."""
+
+
+def read_template(template: str | None) -> str | None:
+    """The template itself, or the text of the file that it names. Raises ValueError for a file that cannot be read."""
+    if template is None or "\n" in template or not template.endswith(TEMPLATE_SUFFIXES):
+        return template
+    try:
+        return Path(template).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"cannot read the template file {template}: {error.strerror}") from error
+
+
+def variables_of(template: str) -> frozenset[str]:
+    """The variables that a template uses. Raises ValueError when it does not parse."""
+    try:
+        return frozenset(jinja2.meta.find_undeclared_variables(environment().parse(template)))
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"the template does not parse: {error.message} (its line {error.lineno})") from error
+
+
+def check_template(template: str, variables: frozenset[str]) -> str:
+    """The template itself. Raises ValueError when it does not parse, uses other variables or omits the question."""
+    used = variables_of(template)
+    if unknown := used - variables:
+        names = ", ".join(sorted(unknown))
+        raise ValueError(f"the template uses unknown variables: {names}; it may use: {', '.join(sorted(variables))}")
+    if "question" not in used:
+        raise ValueError("the template does not use the variable question, so every prompt would be the same")
+    return template
+
+
+def environment() -> jinja2.Environment:
+    """Where templates are compiled: sandboxed, strict about what they name, nothing escaped."""
+    return jinja2.sandbox.ImmutableSandboxedEnvironment(
+        undefined=jinja2.StrictUndefined, autoescape=False, finalize=_shown
+    )
+
+
+def _shown(value: Any) -> Any:
+    """Without this, a problem without a solution would get the word None into its prompt."""
+    if value is None:
+        raise NothingToShow("a variable without a value")
+    return value
