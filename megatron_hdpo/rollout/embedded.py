@@ -24,8 +24,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from transformers import Cache, PretrainedConfig
 
 from megatron_hdpo.rollout.embedded_model import EmbeddedModel
-from megatron_hdpo.rollout.embedded_state import PendingRequest, SequenceState, problem_with
+from megatron_hdpo.rollout.embedded_state import PendingRequest, SequenceState
 from megatron_hdpo.rollout.engine import EngineHealth, WeightStream
+from megatron_hdpo.rollout.request_check import problem_with
 from megatron_hdpo.rollout.sampling import Draw, RowParams, row_params, sample, uniforms
 from megatron_hdpo.rollout.types import FinishReason, GenerationRequest, GenerationResult
 

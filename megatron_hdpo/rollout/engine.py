@@ -13,6 +13,11 @@ from megatron_hdpo.rollout.types import GenerationRequest, GenerationResult
 WeightStream = Iterable[tuple[str, torch.Tensor]]
 
 
+class EngineLostWeights(RuntimeError):
+    """No server has the run's weights any more. What was outstanding is dropped; after an update it can be submitted
+    again."""
+
+
 @dataclass(frozen=True)
 class EngineHealth:
     """alive: requests can be served now. detail: one line for a person, the reason when not alive."""

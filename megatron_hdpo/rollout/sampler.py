@@ -193,4 +193,5 @@ class _Sampling:
 def _attempt(request: RolloutRequest, n: int, attempt: int) -> GenerationRequest:
     """A retry has a seed of its own: with the old one it would repeat samples that succeeded."""
     seed = request.seed if attempt == 0 else rollout_seed(request.seed, "retry", attempt)
-    return GenerationRequest(f"{request.key}#{attempt}", request.prompt_ids, replace(request.sampling, n=n), seed)
+    sampling = replace(request.sampling, n=n)
+    return GenerationRequest(f"{request.key}#{attempt}", request.prompt_ids, sampling, seed, request.problem.id)

@@ -36,12 +36,16 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """`sampling.n` completions of one prompt. `seed` fixes them where the engine can (see Engine.deterministic)."""
+    """`sampling.n` completions of one prompt. `seed` fixes them where the engine can (see Engine.deterministic).
+
+    affinity: requests that share it begin alike, so that one server's prefix cache serves them all.
+    """
 
     request_id: str
     prompt_ids: np.ndarray  # int32 [P]
     sampling: SamplingParams
     seed: int = 0
+    affinity: str = ""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from megatron_hdpo.rollout.sglang.server_config import ServerConfig
 
 OnRestart = Callable[[int, str], None]
 LOGGER = logging.getLogger(__name__)
+BACKOFF = wait_exponential(multiplier=2, max=60)
+"""Seconds between starts that fail."""
 
 
 class Servers:
@@ -67,7 +69,7 @@ class Servers:
             )
         retrying = Retrying(
             stop=stop_after_attempt(left),
-            wait=wait_exponential(multiplier=2, max=60),
+            wait=BACKOFF,
             retry=retry_if_exception_type(ServerError),
             before_sleep=before_sleep_log(LOGGER, logging.WARNING),
             reraise=True,

@@ -1,0 +1,166 @@
+"""The HTTP interface of one SGLang server: one coroutine per endpoint, answers as they are, errors as ApiError.
+
+Stock endpoints only. What a server of another version does not have is asked for once (`features`), not assumed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import orjson
+from packaging.version import Version
+
+from megatron_hdpo.rollout.sglang.server_config import OLDEST_SGLANG
+
+
+class ApiError(RuntimeError):
+    """A server did not answer, or answered an error. status: the HTTP status, None when there was no answer."""
+
+    def __init__(self, url: str, path: str, reason: str, status: int | None = None) -> None:
+        super().__init__(f"SGLang server {url}{path}: {reason}")
+        self.status = status
+
+    @property
+    def may_pass(self) -> bool:
+        """Whether the same request may succeed later or elsewhere: no answer, overload, or the server's own fault."""
+        return self.status is None or self.status in (408, 429) or self.status >= 500
+
+
+@dataclass(frozen=True)
+class ServerInfo:
+    """What a server says of itself. max_prompt: longest prompt in tokens; context: prompt and response together, None
+    where the server takes the model's. sessions: weight updates must be bracketed by begin and end."""
+
+    version: str
+    model_path: str
+    tensor_parallel: int
+    data_parallel: int
+    dtype: str
+    quantization: str | None
+    max_prompt: int
+    context: int | None
+    max_running: int | None
+    deterministic: bool
+    sessions: bool
+    memory_saver: bool
+
+
+class ServerApi:
+    """One server. The session is shared by all servers and closed by who made it. All times in seconds."""
+
+    def __init__(self, session: aiohttp.ClientSession, url: str, api_key: str | None = None) -> None:
+        self.url = url.rstrip("/")
+        self._session = session
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+    async def post(self, path: str, body: dict[str, Any], timeout: float) -> Any:
+        """The decoded answer to a POST. Raises ApiError on any status but 200 and on a broken or absent answer."""
+        return await self._request("POST", path, orjson.dumps(body), timeout)
+
+    async def get(self, path: str, timeout: float) -> Any:
+        """Like post."""
+        return await self._request("GET", path, None, timeout)
+
+    async def _request(self, method: str, path: str, data: bytes | None, timeout: float) -> Any:
+        headers = self._headers | {"Content-Type": "application/json"}
+        limit = aiohttp.ClientTimeout(total=timeout)
+        try:
+            async with self._session.request(
+                method, self.url + path, data=data, headers=headers, timeout=limit
+            ) as answer:
+                body = await answer.read()
+        except TimeoutError as error:
+            raise ApiError(self.url, path, f"no answer within {timeout:g} s") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise ApiError(self.url, path, f"no answer: {error or type(error).__name__}") from error
+        if answer.status != 200:
+            raise ApiError(self.url, path, f"status {answer.status}: {_reason(body)}", answer.status)
+        try:
+            return orjson.loads(body) if body else None
+        except orjson.JSONDecodeError as error:
+            raise ApiError(self.url, path, f"the answer is not JSON: {body[:200]!r}", 500) from error
+
+    async def info(self, timeout: float = 30) -> ServerInfo:
+        """What the server is. Raises ApiError, also for a version that is too old to drive."""
+        said = await self.get("/server_info", timeout)
+        version = str(said.get("version", "0"))
+        if Version(version) < OLDEST_SGLANG:
+            raise ApiError(self.url, "/server_info", f"is SGLang {version}; {OLDEST_SGLANG} or newer is needed", 501)
+        return ServerInfo(
+            version=version,
+            model_path=str(said.get("model_path", "")),
+            tensor_parallel=int(said.get("tp_size", 1)),
+            data_parallel=int(said.get("dp_size", 1)),
+            dtype=str(said.get("dtype", "auto")),
+            quantization=said.get("quantization"),
+            max_prompt=int(said.get("max_req_input_len") or 2**31),
+            context=said.get("context_length"),
+            max_running=said.get("max_running_requests"),
+            deterministic=bool(said.get("enable_deterministic_inference")),
+            sessions=await self._has("/begin_weight_update"),
+            memory_saver=bool(said.get("enable_memory_saver")),
+        )
+
+    async def _has(self, path: str) -> bool:
+        """Whether a POST endpoint exists; a GET of it answers 405 where it does, 404 where it does not."""
+        try:
+            await self.get(path, 30)
+        except ApiError as error:
+            if error.status == 404:
+                return False
+            if error.status != 405:
+                raise
+        return True
+
+    async def alive(self, timeout: float = 5) -> bool:
+        """Whether the HTTP side answers; says nothing of the scheduler behind it."""
+        try:
+            await self.get("/model_info", timeout)
+        except ApiError:
+            return False
+        return True
+
+    async def generate(self, body: dict[str, Any], timeout: float) -> dict[str, Any]:
+        """One completion."""
+        answer = await self.post("/generate", body, timeout)
+        if not isinstance(answer, dict) or "meta_info" not in answer:
+            raise ApiError(self.url, "/generate", f"the answer is no completion: {str(answer)[:200]}", 500)
+        return answer
+
+    async def abort(self, request_id: str, timeout: float = 10) -> None:
+        """Stop sampling a request."""
+        await self.post("/abort_request", {"rid": request_id}, timeout)
+
+    async def pause(self, mode: str, timeout: float) -> None:
+        """Stop all generation: `retract` and `in_place` keep what runs, `abort` gives it back unfinished."""
+        await self.post("/pause_generation", {"mode": mode}, timeout)
+
+    async def go_on(self, timeout: float) -> None:
+        """End a pause."""
+        await self.post("/continue_generation", {}, timeout)
+
+    async def update(self, path: str, body: dict[str, Any], timeout: float) -> None:
+        """A call that answers {success, message}. Raises ApiError with the message when it failed."""
+        answer = await self.post(path, body, timeout)
+        if not answer.get("success"):
+            raise ApiError(self.url, path, str(answer.get("message")), 400)
+
+    async def checksums(self, timeout: float) -> list[dict[str, Any]]:
+        """Per rank of the server: its place and a checksum of each of its parameters."""
+        answer = await self.post("/weights_checker", {"action": "checksum"}, timeout)
+        if not answer.get("success") or not answer.get("ranks"):
+            raise ApiError(self.url, "/weights_checker", str(answer.get("message")), 400)
+        return answer["ranks"]
+
+
+def _reason(body: bytes) -> str:
+    """What an error answer says, on one line."""
+    try:
+        said = orjson.loads(body)
+        said = said.get("message") or said.get("error") or said.get("detail") or said
+        said = said.get("message", said) if isinstance(said, dict) else said
+    except (orjson.JSONDecodeError, AttributeError):
+        said = body.decode(errors="replace")
+    return " ".join(str(said).split())[:500]

@@ -1,0 +1,82 @@
+"""The sglang part of the rollout section: which servers, how requests reach them, how weights do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from megatron_hdpo.rollout.sglang.server_config import ServerConfig
+
+SyncPath = Literal["tensor", "distributed", "disk"]
+
+
+class WeightSyncConfig(BaseModel):
+    """How the trainer's weights reach the servers."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    path: Literal["auto", "tensor", "distributed", "disk"] = Field(
+        "auto",
+        description="tensor: with the request itself (CUDA IPC on a GPU that both share, by value on a CPU); "
+        "distributed: broadcast in a process group (NCCL, gloo on a CPU); disk: through a folder that all nodes see; "
+        "auto: tensor on a CPU and where servers are colocated, else distributed.",
+    )
+    bucket_mib: int = Field(256, ge=1, description="Tensors travel in buckets of at most this size.")
+    timeout_s: float = Field(600, gt=0, description="Longest wait for one answer of a server during a sync.")
+    pause: Literal["retract", "in_place", "abort"] = Field(
+        "retract",
+        description="What happens to samples in progress: retract puts them back and computes their keys and values "
+        "anew with the new weights; in_place goes on with the old ones; abort gives them up, they are sampled again.",
+    )
+    folder: Path | None = Field(None, description="For path=disk; by default sync/ in the run folder.")
+    verify: bool = Field(
+        True, description="Compare the servers' checksum of every parameter with the trainer's, after each sync."
+    )
+
+
+class SGLangConfig(BaseModel):
+    """Stock SGLang servers: started by the run, or given by their URLs."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    placement: Literal["colocated", "separate", "given"] = Field(
+        "colocated",
+        description="colocated: servers on the trainer's own GPUs, one per tensor_parallel ranks; separate: on the "
+        "GPUs of this node that `gpus` names; given: `urls`.",
+    )
+    gpus: list[int] = Field(default_factory=list, description="For placement=separate: device numbers of each node.")
+    replicas: int | None = Field(
+        None, ge=1, description="Servers per node; as many as the GPUs allow by default, on a CPU one."
+    )
+    urls: list[str] = Field(default_factory=list, description="For placement=given: the servers' own addresses.")
+    router: str | None = Field(
+        None, description="Address of an sglang-router before the servers; samples are asked of it, all else of them."
+    )
+    api_key_variable: str | None = Field(
+        None, description="For placement=given: environment variable that holds the servers' key."
+    )
+    servers: ServerConfig = Field(default_factory=ServerConfig, description="Settings of the servers that are started.")
+    max_concurrency: int = Field(256, ge=1, description="Samples in flight per server.")
+    request_timeout_s: float = Field(1800, gt=0, description="Deadline of one sample.")
+    max_tries: int = Field(4, ge=1, description="Tries of a sample that got no answer, on any server, with jitter.")
+    health_interval_s: float = Field(15, gt=0, description="Seconds between looks at the health of each server.")
+    health_timeout_s: float = Field(60, gt=0, description="A server that shows no health for so long is hung.")
+    mixed_versions: Literal["keep", "drop"] = Field(
+        "keep", description="Samples that two versions of the weights have written, with rollouts sampled ahead."
+    )
+    sync: WeightSyncConfig = Field(default_factory=WeightSyncConfig, description="How weights reach the servers.")
+
+    @model_validator(mode="after")
+    def _placement(self) -> SGLangConfig:
+        given = self.placement == "given"
+        if given != bool(self.urls):
+            raise ValueError("urls: name the servers' addresses with placement=given, and only then")
+        if self.router and not given:
+            raise ValueError("router: needs placement=given with the urls of the servers behind it")
+        if bool(self.gpus) != (self.placement == "separate"):
+            raise ValueError("gpus: name the servers' devices with placement=separate, and only then")
+        if len(set(self.urls)) != len(self.urls) or len(set(self.gpus)) != len(self.gpus):
+            raise ValueError("urls and gpus: each may be named once")
+        return self

@@ -1,0 +1,326 @@
+"""The engine on SGLang servers: one sample per HTTP request, spread over servers, asked elsewhere when one is lost.
+
+A loop in a thread of its own does the talking; `submit`, `results` and `update_weights` are called from outside it.
+
+What a server does wrong never becomes a sample: no answer, an error of the server's own and an answer that was cut
+short are asked again, with jitter, of a server that is well; only what got no answer is asked again, so nothing that
+has been handed over is sampled twice. A server that was lost is restarted (when it is ours) and takes part again from
+the next weight update on: it has lost the run's weights.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import queue
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import aiohttp
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+
+from megatron_hdpo.rollout.engine import EngineHealth, EngineLostWeights, WeightStream
+from megatron_hdpo.rollout.request_check import problem_with
+from megatron_hdpo.rollout.sglang.answers import BadAnswerError, completion_of
+from megatron_hdpo.rollout.sglang.api import ApiError, ServerApi
+from megatron_hdpo.rollout.sglang.config import SGLangConfig
+from megatron_hdpo.rollout.sglang.loop_thread import LoopThread
+from megatron_hdpo.rollout.sglang.replica import Replica
+from megatron_hdpo.rollout.sglang.servers import Servers
+from megatron_hdpo.rollout.sglang.watch import Watch
+from megatron_hdpo.rollout.types import Completion, GenerationRequest, GenerationResult
+
+LOGGER = logging.getLogger(__name__)
+POLL_S = 0.05
+
+
+class _AskAgainError(Exception):
+    """This try of a sample came to nothing; another may not."""
+
+
+class SGLangEngine:
+    """Engine protocol on the servers that this rank speaks to; none on ranks that sample nothing.
+
+    servers: those that this process started, in the order of the first replicas; urls: all addresses. The engine
+    closes the servers. Raises ApiError when a server is not there or too old, ValueError when it serves another model.
+    """
+
+    def __init__(
+        self,
+        config: SGLangConfig,
+        urls: Sequence[str],
+        vocab_size: int,
+        context_length: int,
+        servers: Servers | None = None,
+    ) -> None:
+        self.config, self.vocab_size, self.context_length = config, vocab_size, context_length
+        self.servers = servers
+        self.replicas: list[Replica] = []
+        self.mixed_versions = 0
+        self._version = -1
+        self._thread = LoopThread("sglang")
+        self._session: aiohttp.ClientSession | None = None
+        self._done: queue.SimpleQueue[GenerationResult] = queue.SimpleQueue()
+        self._tasks: dict[str, list[asyncio.Task[None]]] = {}
+        self._outstanding: dict[str, int] = {}
+        self._lost_weights = False
+        self._closed = False
+        try:
+            self._thread.run(self._connect(urls))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def deterministic(self) -> bool:
+        """Only where every server was started with deterministic inference."""
+        return bool(self.replicas) and all(replica.info.deterministic for replica in self.replicas)
+
+    @property
+    def weight_version(self) -> int:
+        """Version of the last weights that a server took whole; -1 before the first."""
+        return self._version
+
+    @property
+    def thread(self) -> LoopThread:
+        """The loop that talks to the servers, for weight updates."""
+        return self._thread
+
+    def submit(self, requests: Sequence[GenerationRequest]) -> None:
+        """Queue requests, all or none. Raises ValueError on a request that would kill a server or be refused."""
+        for request in requests:
+            self._validate(request)
+        self._outstanding |= {request.request_id: request.sampling.n for request in requests}
+        if requests:
+            self._thread.run(self._begin(requests))
+
+    def results(self) -> Iterator[GenerationResult | None]:
+        """Samples one by one as they finish; None while there is none. Raises EngineLostWeights when no server has the
+        run's weights any more: everything outstanding is dropped, and an update of the weights must come first."""
+        while self._outstanding:
+            try:
+                result = self._done.get(timeout=POLL_S)
+            except queue.Empty:
+                if self._lost_weights:
+                    self._drop_outstanding()
+                    raise EngineLostWeights("; ".join(f"{r.url}: {r.reason}" for r in self.replicas)) from None
+                yield None
+                continue
+            self._take_off(result)
+            yield result
+
+    def cancel(self, request_ids: Sequence[str]) -> None:
+        """Give up what is unfinished of these requests; their servers are told to stop."""
+        self._thread.run(self._cancel(request_ids))
+
+    def update_weights(self, stream: WeightStream, version: int) -> None:
+        """Not this way: what reaches the servers how is decided by `push.WeightPush`, which a run holds."""
+        raise NotImplementedError("weights reach SGLang servers by WeightPush.push")
+
+    def mark_served(self, served: Sequence[Replica], version: int) -> None:
+        """These replicas have taken the weights of `version`; others may not be asked until they have."""
+        for replica in self.replicas:
+            if replica in served:
+                replica.state, replica.reason, replica.half_updated = "serving", "", False
+            elif replica.state == "serving":
+                replica.state, replica.reason = "stale", f"it missed the weights of version {version}"
+        self._version, self._lost_weights = version, False
+
+    def health(self) -> EngineHealth:
+        """Whether any server has the run's weights; the state of each."""
+        detail = "; ".join(f"{r.url}: {r.state} {r.reason}".rstrip() for r in self.replicas)
+        alive = not self._closed and any(replica.state == "serving" for replica in self.replicas)
+        return EngineHealth(alive, self._version, detail)
+
+    def close(self) -> None:
+        """End requests, connections and the servers that were started. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._outstanding.clear()
+        self._thread.run(self._disconnect())
+        self._thread.close()
+        if self.servers is not None:
+            self.servers.close()
+
+    # In the loop's thread from here on.
+
+    async def _connect(self, urls: Sequence[str]) -> None:
+        # More connections than samples in flight: control calls must not wait for samples.
+        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60))
+        own = len(self.servers.processes) if self.servers else 0
+        for index, url in enumerate(urls):
+            self.replicas.append(await self._replica(index, url, index if index < own else None))
+        self.watch = Watch(self)
+        for replica in self.replicas:
+            asyncio.get_running_loop().create_task(self.watch.run(replica))
+
+    async def _replica(self, index: int, url: str, own: int | None) -> Replica:
+        assert self._session is not None
+        variable = self.config.api_key_variable
+        key = (
+            self.servers.processes[own].api_key if self.servers and own is not None else os.environ.get(variable or "")
+        )
+        api = ServerApi(self._session, url, key or None)
+        ask = ServerApi(self._session, self.config.router, key or None) if self.config.router else api
+        info = await api.info()
+        if info.data_parallel != 1:
+            raise ValueError(f"{url}: dp_size is {info.data_parallel}; weight updates need servers with dp_size 1")
+        return Replica(index, api, ask, info, asyncio.Semaphore(self.config.max_concurrency), own)
+
+    async def _end_tasks(self) -> None:
+        """All samples that are being asked for, cancelled and over."""
+        tasks = [task for tasks in self._tasks.values() for task in tasks]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._tasks.clear()
+
+    async def _disconnect(self) -> None:
+        await self._end_tasks()
+        if self._session is not None:
+            await self._session.close()
+
+    async def _begin(self, requests: Sequence[GenerationRequest]) -> None:
+        loop = asyncio.get_running_loop()
+        for request in requests:
+            self._tasks[request.request_id] = [
+                loop.create_task(self._sample(request, index)) for index in range(request.sampling.n)
+            ]
+
+    async def _cancel(self, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            for task in self._tasks.get(request_id, ()):
+                task.cancel()
+
+    async def _sample(self, request: GenerationRequest, index: int) -> None:
+        """One sample of a request, until it is there, given up or failed for good."""
+        retrying = AsyncRetrying(
+            stop=stop_after_attempt(self.config.max_tries),
+            wait=wait_random_exponential(multiplier=0.2, max=20),
+            retry=retry_if_exception_type(_AskAgainError),
+            reraise=True,
+        )
+        try:
+            completion = await retrying(self._try, request, index)
+            self._done.put(GenerationResult(request.request_id, [completion]))
+        except asyncio.CancelledError:
+            self._done.put(GenerationResult(request.request_id, [], cancelled=1))
+        except EngineLostWeights:
+            self._lost_weights = True
+        except Exception as error:
+            LOGGER.warning("request %s, sample %d: %s", request.request_id, index, error)
+            self._done.put(GenerationResult(request.request_id, [], errors=[f"sample {index}: {error}"]))
+
+    async def _try(self, request: GenerationRequest, index: int) -> Completion:
+        replica = await self._choose(request)
+        async with replica.slots:
+            if replica.state != "serving":
+                raise _AskAgainError(f"{replica.url} was lost: {replica.reason}")
+            answer = await self._ask(replica, request, index)
+        try:
+            completion = completion_of(answer, request.sampling.top_logprobs, self.vocab_size)
+        except BadAnswerError as error:
+            raise _AskAgainError(f"{replica.url}: {error}") from error
+        if completion.weight_versions.min() != completion.weight_versions.max():
+            self.mixed_versions += 1
+            if self.config.mixed_versions == "drop":
+                raise _AskAgainError(f"{replica.url}: weights of two versions wrote it")
+        return completion
+
+    async def _ask(self, replica: Replica, request: GenerationRequest, index: int) -> dict[str, Any]:
+        """The server's answer. A server that is taken out meanwhile, or does not answer, means: ask again."""
+        rid = f"{request.request_id}/{index}-{os.urandom(4).hex()}"
+        body = self._body(request, index) | {"rid": rid}
+        inner = asyncio.create_task(replica.ask.generate(body, self.config.request_timeout_s))
+        replica.in_flight.add(inner)
+        try:
+            return await inner
+        except asyncio.CancelledError:
+            current = asyncio.current_task()
+            given_up = current is not None and current.cancelling() > 0
+            await self._stop_on_server(replica, rid)
+            if given_up:
+                raise
+            raise _AskAgainError(f"{replica.url} was lost: {replica.reason}") from None
+        except ApiError as error:
+            if not error.may_pass:
+                raise
+            await self._stop_on_server(replica, rid)
+            if error.status is None:
+                await self.watch.look(replica)
+            raise _AskAgainError(str(error)) from error
+        finally:
+            replica.in_flight.discard(inner)
+
+    async def _stop_on_server(self, replica: Replica, rid: str) -> None:
+        """Nobody waits for this sample any more: the server need not go on with it."""
+        if replica.state == "down":
+            return
+        try:
+            await asyncio.shield(replica.api.abort(rid))
+        except (ApiError, asyncio.CancelledError):
+            return
+
+    async def _choose(self, request: GenerationRequest) -> Replica:
+        """The serving replica with the least to do; among equals always the same one for the same affinity, whose cache
+        holds the prompt's prefix."""
+        serving = [replica for replica in self.replicas if replica.state == "serving"]
+        if not serving:
+            raise EngineLostWeights("no server has the run's weights")
+        home = serving[zlib.crc32(request.affinity.encode()) % len(serving)]
+        least = min(len(replica.in_flight) for replica in serving)
+        if len(home.in_flight) <= max(2 * least, least + 2 * request.sampling.n):
+            return home
+        return next(replica for replica in serving if len(replica.in_flight) == least)
+
+    def _body(self, request: GenerationRequest, index: int) -> dict[str, Any]:
+        settings = request.sampling
+        sampling: dict[str, Any] = {
+            "max_new_tokens": settings.max_new_tokens,
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            "top_k": -1 if settings.top_k is None else settings.top_k,
+            "stop_token_ids": list(settings.stop_token_ids),
+            # Only the stop tokens of the request end a response, as with every other engine.
+            "ignore_eos": not settings.stop_token_ids,
+        }
+        if self.deterministic:
+            sampling["sampling_seed"] = (request.seed + index) % 2**31
+        return {
+            "input_ids": request.prompt_ids.tolist(),
+            "sampling_params": sampling,
+            "return_logprob": True,
+            "top_logprobs_num": settings.top_logprobs,
+            "return_flat_raw_output_top_logprobs": bool(settings.top_logprobs),
+            "return_flat_raw_top_logprobs_b64": bool(settings.top_logprobs),
+        }
+
+    # In the caller's thread again.
+
+    def _validate(self, request: GenerationRequest) -> None:
+        problem = problem_with(request, self.vocab_size, self.context_length)
+        longest = min((replica.info.max_prompt for replica in self.replicas), default=0)
+        if not problem and not self.replicas:
+            problem = "this rank speaks to no server"
+        if not problem and len(request.prompt_ids) > longest:
+            problem = f"a prompt of {len(request.prompt_ids)} tokens, the servers take {longest}"
+        if not problem and self._outstanding.get(request.request_id):
+            problem = "this id is already outstanding"
+        if problem:
+            raise ValueError(f"request {request.request_id}: {problem}")
+
+    def _take_off(self, result: GenerationResult) -> None:
+        left = self._outstanding[result.request_id] - len(result.completions) - len(result.errors) - result.cancelled
+        if left:
+            self._outstanding[result.request_id] = left
+        else:
+            del self._outstanding[result.request_id]
+            self._tasks.pop(result.request_id, None)
+
+    def _drop_outstanding(self) -> None:
+        self._thread.run(self._end_tasks())
+        self._outstanding.clear()
+        self._done = queue.SimpleQueue()

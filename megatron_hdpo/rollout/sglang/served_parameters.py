@@ -1,0 +1,87 @@
+"""What stock SGLang makes of a Hugging Face checkpoint's tensors: names, fusion and shards of a server's parameters.
+
+Valid for the dense families that this package trains (Llama, Qwen2, Qwen3): query, key and value become qkv_proj, gate
+and up become gate_up_proj, the vocabulary is padded to a multiple of 64; columns, rows and heads are split over the
+server's ranks, key-value heads are repeated where there are fewer of them than ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+VOCABULARY_MULTIPLE = 64
+_QKV = {"q_proj": 0, "k_proj": 1, "v_proj": 2}
+_GATE_UP = {"gate_proj": 0, "up_proj": 1}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where a checkpoint's tensor goes: parameter `name`, as its `index`-th of `count` parts, cut by `kind`."""
+
+    name: str
+    index: int
+    count: int
+    kind: str
+
+
+def part_of(name: str) -> Part:
+    """The place of a checkpoint's tensor. Biases are cut like the rows of their weight; that of a row-parallel layer is
+    whole on every rank."""
+    stem, _, leaf = name.rpartition(".")
+    module = stem.rpartition(".")[2]
+    if module in _QKV:
+        fused = f"{stem.removesuffix(module)}qkv_proj.{leaf}"
+        return Part(fused, _QKV[module], 3, "query" if module == "q_proj" else "key_value")
+    if module in _GATE_UP:
+        return Part(f"{stem.removesuffix(module)}gate_up_proj.{leaf}", _GATE_UP[module], 2, "rows")
+    if module in ("o_proj", "down_proj"):
+        return Part(name, 0, 1, "columns" if leaf == "weight" else "whole")
+    return Part(name, 0, 1, "vocabulary" if module in ("embed_tokens", "lm_head") else "whole")
+
+
+def cut(tensor: Tensor, kind: str, rank: int, ranks: int, kv_heads: int) -> Tensor:
+    """The part of a full tensor that rank `rank` of a server of `ranks` holds."""
+    if kind == "whole" or (ranks == 1 and kind != "vocabulary"):
+        return tensor
+    if kind == "columns":
+        return tensor.chunk(ranks, dim=1)[rank]
+    if kind == "vocabulary":
+        return _vocabulary(tensor, rank, ranks)
+    if kind == "key_value" and kv_heads < ranks:
+        return tensor.chunk(kv_heads, dim=0)[rank * kv_heads // ranks]
+    return tensor.chunk(ranks, dim=0)[rank]
+
+
+def _vocabulary(tensor: Tensor, rank: int, ranks: int) -> Tensor:
+    rows = -(-len(tensor) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE // ranks
+    mine = tensor[rank * rows : (rank + 1) * rows]
+    return torch.cat([mine, mine.new_zeros(rows - len(mine), *tensor.shape[1:])])
+
+
+class ServedParameters:
+    """Digests of the parameters that a server of `ranks` ranks holds, from the stream of full tensors.
+
+    digest: the server's own hash function. A parameter is hashed when its last part has come; only its parts are held.
+    """
+
+    def __init__(self, ranks: int, kv_heads: int, digest: Callable[[Tensor], str]) -> None:
+        self.ranks, self.kv_heads, self.digest = ranks, kv_heads, digest
+        self.digests: list[dict[str, str]] = [{} for _ in range(ranks)]
+        self._waiting: dict[str, dict[int, tuple[Tensor, str]]] = {}
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """A tensor of the stream."""
+        part = part_of(name)
+        parts = self._waiting.setdefault(part.name, {})
+        parts[part.index] = (tensor, part.kind)
+        if len(parts) < part.count:
+            return
+        del self._waiting[part.name]
+        for rank in range(self.ranks):
+            pieces = [cut(*parts[i], rank, self.ranks, self.kv_heads) for i in range(part.count)]
+            whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+            self.digests[rank][part.name] = self.digest(whole.contiguous())
