@@ -9,16 +9,21 @@ from pydantic import Field
 from megatron_hdpo.data.tasks.base import Task, TaskBase
 from megatron_hdpo.data.tasks.digit_sums import DigitSumsTask
 from megatron_hdpo.data.tasks.files import HuggingFaceTask, JsonlTask, ParquetTask
+from megatron_hdpo.data.tasks.knights_knaves import KnightsKnavesTask
+from megatron_hdpo.data.tasks.letter_choice import LetterChoiceTask
 from megatron_hdpo.data.tasks.reasoning_gym import ReasoningGymTask
 
 TaskConfig = Annotated[
-    DigitSumsTask | ReasoningGymTask | JsonlTask | ParquetTask | HuggingFaceTask, Field(discriminator="kind")
+    DigitSumsTask | KnightsKnavesTask | LetterChoiceTask | ReasoningGymTask | JsonlTask | ParquetTask | HuggingFaceTask,
+    Field(discriminator="kind"),
 ]
 
 __all__ = [
     "DigitSumsTask",
     "HuggingFaceTask",
     "JsonlTask",
+    "KnightsKnavesTask",
+    "LetterChoiceTask",
     "ParquetTask",
     "ReasoningGymTask",
     "Task",

@@ -107,6 +107,12 @@ def lookup(row: Any, key: str) -> Any:
     return row
 
 
+def lookup_or(row: Any, key: str, default: Any = None) -> Any:
+    """Value as by `lookup`, `default` when there is none."""
+    value = lookup(row, key)
+    return default if value is _MISSING else value
+
+
 def ending_in_answer(solution: str | None, answer: str) -> str | None:
     """The solution with its answer in a box at the end, added where it has no box: responses must learn to end so."""
     if solution is None or last_boxed(solution) is not None:

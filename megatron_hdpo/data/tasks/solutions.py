@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from decimal import Decimal, DivisionByZero, InvalidOperation
 from typing import Any
 
+from megatron_hdpo.data.tasks.knights_logic import holds
+
 Entry = Mapping[str, Any]
 SolutionBuilder = Callable[[Entry], str | None]
 
@@ -68,24 +70,10 @@ def knights_knaves(entry: Entry) -> str:
     names, truth, terms = metadata["names"], metadata["solution"], metadata["knight_knave_terms"]
     lines = []
     for name, is_knight, statement in zip(names, truth, metadata["statements"], strict=True):
-        said = "true" if _holds(statement, truth) else "false"
+        said = "true" if holds(statement, truth) else "false"
         role = terms["a_knight"] if is_knight else terms["a_knave"]
         lines.append(f"{name} is {role}: the statement is {said}.")
     return "\n".join([*lines, boxed(entry["answer"].rstrip("."))])
-
-
-def _holds(statement: tuple[Any, ...], truth: tuple[bool, ...]) -> bool:
-    operator, *parts = statement
-    if operator in ("telling-truth", "lying"):
-        return truth[parts[0]] == (operator == "telling-truth")
-    values = [_holds(part, truth) for part in parts]
-    return {
-        "not": lambda: not values[0],
-        "and": lambda: all(values),
-        "or": lambda: any(values),
-        "->": lambda: not values[0] or values[1],
-        "<=>": lambda: values[0] == values[1],
-    }[operator]()
 
 
 def _true_equations(text: str) -> list[str]:

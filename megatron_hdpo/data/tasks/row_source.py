@@ -1,0 +1,52 @@
+"""Where a task of its own format reads its rows: a file, or a Hugging Face dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from megatron_hdpo.data.report import LoadReport
+from megatron_hdpo.data.tasks.base import BadRowPolicy
+from megatron_hdpo.data.tasks.files import FileTaskBase, HuggingFaceTask, JsonlTask, ParquetTask
+
+
+class RowSource(BaseModel):
+    """A .jsonl or .parquet file, or a dataset."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    path: Path | None = Field(None, description="A file, .jsonl or .parquet.")
+    dataset: str | None = Field(None, description="In place of path: name on the Hugging Face hub, or a folder.")
+    subset: str | None = Field(None, description="Configuration of the dataset, where it has several.")
+    split: str = Field("train", description="Split of the dataset, slices allowed: train[:95%].")
+    revision: str | None = Field(None, description="Commit or tag of the dataset on the hub.")
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> RowSource:
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError("give either path or dataset")
+        if self.path is not None and self.path.suffix not in (".jsonl", ".parquet"):
+            raise ValueError(f"path must end in .jsonl or .parquet, not {self.path.suffix or 'neither'}")
+        return self
+
+    @property
+    def name(self) -> str:
+        """What the rows suggest as a task's name."""
+        return (self.path.stem if self.path is not None else Path(self.dataset or "").name) or "rows"
+
+    def rows(self, task: str, on_bad_row: BadRowPolicy, report: LoadReport) -> Iterator[tuple[str, Any]]:
+        """(where, row) pairs in order, `where` ending in `:number`; bad lines are counted for `task`. Raises
+        DataError."""
+        return self._reader(task, on_bad_row).rows(report)
+
+    def _reader(self, task: str, on_bad_row: BadRowPolicy) -> FileTaskBase:
+        if self.path is None:
+            assert self.dataset is not None
+            where = {"subset": self.subset, "split": self.split, "revision": self.revision}
+            return HuggingFaceTask(kind="huggingface", dataset=self.dataset, name=task, on_bad_row=on_bad_row, **where)
+        if self.path.suffix == ".parquet":
+            return ParquetTask(kind="parquet", path=self.path, name=task, on_bad_row=on_bad_row)
+        return JsonlTask(kind="jsonl", path=self.path, name=task, on_bad_row=on_bad_row)
