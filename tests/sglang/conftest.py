@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
+from server_tools import LiveServer
 
 from megatron_hdpo.rollout.sglang.command import Launch
 from megatron_hdpo.rollout.sglang.server import ServerProcess
@@ -23,19 +23,6 @@ SHIM = ROOT / "tests" / "sglang_cpu" / "shim"
 CHARACTERS = "0123456789+=#-"
 MOST_SERVERS = 2
 """That one test starts, beside the session's: each takes 2 GB."""
-
-
-@dataclass(frozen=True)
-class LiveServer:
-    """A server that answers at `url`, and the Hugging Face folder that it loaded."""
-
-    model: Path
-    process: ServerProcess
-
-    @property
-    def url(self) -> str:
-        """The same until another program takes the port of a dead server."""
-        return self.process.url
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,14 +6,29 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from megatron_hdpo.rollout.sglang.server import ServerProcess
 from megatron_hdpo.rollout.sglang.server_config import ServerConfig
 
 FAKE = Path(__file__).with_name("fake_sglang.py")
+
+
+@dataclass(frozen=True)
+class LiveServer:
+    """A server that answers at `url`, and the Hugging Face folder that it loaded."""
+
+    model: Path
+    process: ServerProcess
+
+    @property
+    def url(self) -> str:
+        """The same until another program takes the port of a dead server."""
+        return self.process.url
 
 
 def fake_config(folder: Path, behaviour: str = "", **settings: Any) -> ServerConfig:

@@ -1,0 +1,172 @@
+"""Settings, the command line and environment they make, and what is refused before a server starts."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from megatron_hdpo.rollout.sglang import supervisor
+from megatron_hdpo.rollout.sglang.command import (
+    CPU_CACHE_TOKENS,
+    RESERVED_FLAGS,
+    Launch,
+    core_groups,
+    server_command,
+    server_environment,
+)
+from megatron_hdpo.rollout.sglang.server_config import ServerConfig
+
+MODEL = Path("/models/tiny")
+
+
+def flags(config: ServerConfig, device: str = "cpu", **launch: Any) -> dict[str, list[str]]:
+    """The words after each flag of the command line."""
+    command = server_command(config, Launch(MODEL, device, **launch), "127.0.0.1", 4000, 4001)
+    assert command[:3] == [str(config.interpreter), "-m", "sglang.launch_server"]
+    found: dict[str, list[str]] = {}
+    for word in command[3:]:
+        if word.startswith("--"):
+            assert word not in found, "no flag twice"
+            found[word] = words = []
+        else:
+            words.append(word)
+    return found
+
+
+def test_a_server_on_a_cpu_has_a_bounded_cache_and_no_flag_of_gpus() -> None:
+    assert flags(ServerConfig(dtype="float32")) == {
+        "--model-path": [str(MODEL)],
+        "--device": ["cpu"],
+        "--host": ["127.0.0.1"],
+        "--port": ["4000"],
+        "--nccl-port": ["4001"],
+        "--dtype": ["float32"],
+        "--tp-size": ["1"],
+        "--max-total-tokens": [str(CPU_CACHE_TOKENS)],
+        "--skip-server-warmup": [],
+    }
+
+
+def test_settings_become_flags() -> None:
+    config = ServerConfig(
+        tensor_parallel=2,
+        quantization="fp8",
+        context_length=4096,
+        mem_fraction_static=0.5,
+        max_running_requests=64,
+        attention_backend="fa3",
+        memory_saver=True,
+        extra_args={"cuda_graph_bs": ["1", "8"], "--disable-radix-cache": True, "random-seed": 7},
+    )
+    got = flags(config, "cuda", first_gpu=4)
+    expected = {
+        "--tp-size": ["2"],
+        "--quantization": ["fp8"],
+        "--context-length": ["4096"],
+        "--mem-fraction-static": ["0.5"],
+        "--max-running-requests": ["64"],
+        "--attention-backend": ["fa3"],
+        "--enable-memory-saver": [],
+        "--enable-weights-cpu-backup": [],
+        "--base-gpu-id": ["4"],
+        "--cuda-graph-bs": ["1", "8"],
+        "--disable-radix-cache": [],
+        "--random-seed": ["7"],
+    }
+    assert expected.items() <= got.items() and "--max-total-tokens" not in got
+
+
+def test_every_flag_of_a_command_line_is_reserved() -> None:
+    every = ServerConfig(quantization="fp8", context_length=1, mem_fraction_static=0.5, max_total_tokens=1)
+    every = every.model_copy(update={"max_running_requests": 1, "attention_backend": "x", "memory_saver": True})
+    assert {flag.removeprefix("--") for flag in flags(every, "cuda")} <= set(RESERVED_FLAGS)
+
+
+@pytest.mark.parametrize("flag", ["port", "--model_path", "dtype", "tp"])
+def test_an_extra_flag_cannot_override_what_is_decided_elsewhere(flag: str) -> None:
+    with pytest.raises(ValueError, match=rf"extra_args\.{flag} is "):
+        ServerConfig(extra_args={flag: "1"}).check("cuda")
+
+
+def test_a_flag_that_is_not_wanted_is_left_out() -> None:
+    with pytest.raises(ValueError, match="left out"):
+        ServerConfig(extra_args={"disable-radix-cache": False}).check("cuda")
+
+
+@pytest.mark.parametrize("setting", [{"quantization": "fp8"}, {"memory_saver": True}, {"mem_fraction_static": 0.5}])
+def test_what_needs_a_gpu_is_refused_on_a_cpu(setting: dict[str, Any]) -> None:
+    ServerConfig(**setting).check("cuda")
+    with pytest.raises(ValueError, match=rf"{next(iter(setting))}=.* needs a GPU"):
+        ServerConfig(**setting).check("cpu")
+
+
+@pytest.mark.parametrize("setting", [{"dtype": "auto"}, {"port": 30000}, {"tensor_parallel": 0}])
+def test_settings_that_make_no_sense_are_refused(setting: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        ServerConfig(**setting)
+
+
+def test_a_server_does_not_inherit_the_trainers_rank() -> None:
+    base = {"RANK": "3", "MASTER_PORT": "1", "TORCHELASTIC_USE_AGENT_STORE": "True", "HOME": "/h", "PYTHONPATH": "/p"}
+    assert server_environment(ServerConfig(), "cuda", base) == {"HOME": "/h", "PYTHONPATH": "/p"}
+    other = ServerConfig(python=Path("/other/python"), environment={"HOME": "/x"})
+    assert server_environment(other, "cuda", base) == {"HOME": "/x"}
+
+
+def test_a_server_on_a_cpu_is_told_so_and_its_ranks_have_cores_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: {0, 1, 2, 3, 4})
+    assert server_environment(ServerConfig(), "cpu", {}) == {"SGLANG_USE_CPU_ENGINE": "1"}
+    assert server_environment(ServerConfig(tensor_parallel=2), "cpu", {}) == {
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "SGLANG_CPU_OMP_THREADS_BIND": "0,1|2,3",
+    }
+
+
+def test_more_ranks_than_cores_are_refused() -> None:
+    assert core_groups([4, 5, 9], 3) == "4|5|9"
+    with pytest.raises(ValueError, match="needs 4 cores; here are 3"):
+        core_groups([4, 5, 9], 4)
+
+
+def python_that(tmp_path: Path, script: str) -> ServerConfig:
+    """Settings with an "interpreter" that does what the shell script says."""
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+    return ServerConfig(python=python)
+
+
+def test_the_interpreters_sglang_is_asked_for(tmp_path: Path) -> None:
+    assert str(python_that(tmp_path, "echo hello; echo 0.5.23.post1").check_interpreter("cpu")) == "0.5.23.post1"
+
+
+@pytest.mark.parametrize(
+    ("script", "complaint"),
+    [("echo 0.5.14", "has SGLang 0.5.14, older than 0.5.15"), ("exit 1", "has no SGLang"), ("true", "has no SGLang")],
+)
+def test_an_interpreter_without_a_usable_sglang_is_refused(tmp_path: Path, script: str, complaint: str) -> None:
+    config = python_that(tmp_path, script)
+    with pytest.raises(ValueError, match=rf"{re.escape(f'{config.python} {complaint}')}.*megatron-hdpo\[sglang\]"):
+        config.check_interpreter("cpu")
+
+
+def test_a_missing_interpreter_is_refused(tmp_path: Path) -> None:
+    config = ServerConfig(python=tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="does not run"):
+        config.check_interpreter("cpu")
+
+
+def test_the_supervisor_is_small() -> None:
+    listing = (
+        "import runpy, sys; before = set(sys.modules); "
+        f"runpy.run_path({supervisor.__file__!r}, run_name='supervisor'); "
+        "print(*{name.partition('.')[0] for name in set(sys.modules) - before})"
+    )
+    modules = subprocess.run([sys.executable, "-ISc", listing], capture_output=True, text=True, check=True).stdout
+    assert set(modules.split()) <= set(sys.stdlib_module_names)

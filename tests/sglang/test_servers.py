@@ -1,0 +1,118 @@
+"""Several servers of one process: side by side, restarted when one dies, given up in the end. With the stand-in."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from server_tools import fake_config, session_processes, wait_until
+from tenacity import wait_none
+
+from megatron_hdpo.rollout.sglang import servers as servers_module
+from megatron_hdpo.rollout.sglang.command import Launch
+from megatron_hdpo.rollout.sglang.server import ServerError
+from megatron_hdpo.rollout.sglang.servers import Servers
+
+MakeServers = Callable[..., Servers]
+
+
+@pytest.fixture
+def make_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeServers]:
+    """Makes two servers that end with the test; failed starts are repeated at once."""
+    monkeypatch.setattr(servers_module, "BACKOFF", wait_none())
+    made: list[Servers] = []
+
+    def make(on_restart: Callable[[int, str], None] | None = None, behaviour: str = "", **settings: Any) -> Servers:
+        launches = [Launch(tmp_path, "cpu", index) for index in range(2)]
+        made.append(Servers(fake_config(tmp_path, behaviour, **settings), launches, tmp_path, on_restart))
+        return made[-1]
+
+    yield make
+    for servers in made:
+        servers.close()
+
+
+def kill(servers: Servers, index: int) -> None:
+    """SIGKILL to the main process of a server."""
+    psutil.Process(servers.processes[index].pid).children()[0].kill()
+    assert wait_until(lambda: not servers.processes[index].alive())
+
+
+def test_servers_load_side_by_side(make_servers: MakeServers) -> None:
+    servers = make_servers(environment={"FAKE_LOAD_S": "2"})
+    begin = time.monotonic()
+    servers.start()
+    assert time.monotonic() - begin < 3.9
+    assert len(set(servers.urls)) == 2 and all(process.answers() for process in servers.processes)
+    assert servers.check() == []
+
+
+def test_a_dead_server_is_restarted_and_told_of_when_it_answers(
+    make_servers: MakeServers, caplog: pytest.LogCaptureFixture
+) -> None:
+    told: list[tuple[int, str, bool]] = []
+    servers = make_servers(lambda index, url: told.append((index, url, servers.processes[index].answers())))
+    servers.start()
+    urls, survivor = servers.urls, servers.processes[0].pid
+    kill(servers, 1)
+    with caplog.at_level(logging.WARNING):
+        assert servers.check() == [1]
+    assert told == [(1, urls[1], True)] and servers.urls == urls
+    assert servers.processes[0].pid == survivor
+    assert "SGLang server 1 ended, exit code 137 (SIGKILL)" in caplog.text
+    assert servers.check() == []
+
+
+def test_a_server_that_hangs_is_replaced_on_request(make_servers: MakeServers) -> None:
+    told: list[int] = []
+    servers = make_servers(lambda index, url: told.append(index))
+    servers.start()
+    hanging = psutil.Process(servers.processes[0].pid).children()[0]
+    hanging.suspend()
+    assert servers.processes[0].alive() and not servers.processes[0].answers(timeout_s=0.2)
+    servers.restart(0)
+    assert told == [0] and servers.processes[0].answers() and not hanging.is_running()
+
+
+def test_deaths_beyond_max_restarts_end_the_run(make_servers: MakeServers) -> None:
+    servers = make_servers(max_restarts=1)
+    servers.start()
+    kill(servers, 0)
+    assert servers.check() == [0]
+    kill(servers, 0)
+    with pytest.raises(ServerError, match=r"max_restarts=1 times already(.|\n)*SIGKILL"):
+        servers.check()
+
+
+def test_starts_that_fail_count_as_restarts(make_servers: MakeServers) -> None:
+    told: list[int] = []
+    servers = make_servers(lambda index, url: told.append(index), max_restarts=3)
+    servers.start()
+    servers.config.environment["FAKE"] = "dies"
+    kill(servers, 0)
+    with pytest.raises(ServerError, match="no such model"):
+        servers.check()
+    assert servers.restarts == [3, 0] and told == []
+    assert servers.processes[0].log.read_text().count("=== server 0 started") == 4
+
+
+def test_one_server_that_cannot_start_takes_the_others_along(make_servers: MakeServers) -> None:
+    servers = make_servers()
+    servers.processes[1].config = fake_config(servers.processes[1].log.parent, "dies")
+    with pytest.raises(ServerError, match="SGLang server 1 ended while it started"):
+        servers.start()
+    assert not any(process.alive() for process in servers.processes)
+
+
+def test_close_ends_all_and_may_be_called_again(make_servers: MakeServers) -> None:
+    servers = make_servers()
+    servers.start()
+    sessions = [process.pid for process in servers.processes]
+    servers.close()
+    assert [session_processes(session) for session in sessions] == [[], []]
+    servers.close()
