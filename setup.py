@@ -1,4 +1,4 @@
-"""Packaging. The extras: quickstart (fetching its model), gpu (Transformer Engine), tracking, dev."""
+"""Packaging. The extras: quickstart (fetching its model), gpu (Transformer Engine), sglang (servers), tracking, dev."""
 
 from setuptools import find_packages, setup
 
@@ -19,6 +19,8 @@ CORE = [
     "reasoning-gym==0.1.25",
     "math-verify==0.9.0",
     "pebble>=5.2",
+    "packaging",
+    "tenacity>=9",
     "rich>=13",
     "matplotlib>=3.8",
     "tensorboard",
@@ -35,6 +37,7 @@ setup(
     extras_require={
         "quickstart": ["gguf", "accelerate"],
         "gpu": ["transformer-engine[pytorch]>=2.10,<2.12"],
+        "sglang": ["sglang>=0.5.15", "sglang-router>=0.3.2"],
         "tracking": ["wandb>=0.21", "mlflow>=3"],
         "dev": ["pytest>=8", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML", "triton>=3.7.1"],
     },
