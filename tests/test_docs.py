@@ -1,12 +1,17 @@
 """The documents say what is so: their code runs as written, and the files that they name are there."""
 
+import math
 import re
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pytest
+from pydantic import Field, TypeAdapter
 
 from megatron_hdpo.data.problem import Problem
+from megatron_hdpo.data.report import LoadReport
+from megatron_hdpo.data.tasks import DigitSumsTask
 from megatron_hdpo.rollout.types import Completion, Group, Sample
 
 ROOT = Path(__file__).parents[1]
@@ -32,10 +37,30 @@ def test_the_example_objective_of_the_docs_works_as_written():
     assert example.response_ids.tolist() == [0, 1, 2] and not example.inert
 
 
+def test_the_example_task_of_the_docs_works_as_written():
+    text = (ROOT / "docs" / "adding-a-task.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(code.partition("class ")[2].splitlines()) <= 32
+    namespace: dict = {}
+    exec(code, namespace)
+    made = namespace["DivisorsTask"]
+    task = made(size=20)
+    problems = task.problems(LoadReport())
+    assert problems == task.problems(LoadReport()) != made(size=20, seed=1).problems(LoadReport())
+    for problem in problems:
+        a, b = map(int, re.findall(r"\d+", problem.question))
+        right = f"\\boxed{{{math.gcd(a, b)}}}"
+        assert task.score(problem, right) == 1.0 and task.feedback(problem, right) is None
+        assert task.score(problem, "\\boxed{0}") == 0.0 and "divide both" in task.feedback(problem, "\\boxed{0}")
+    TypeAdapter(Annotated[made | DigitSumsTask, Field(discriminator="kind")])
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_files_that_a_document_names_exist(document):
     named = re.findall(
         r"`((?:megatron_hdpo|examples|tools|tests|docs|benchmarks)/[\w./-]*[\w/])`", document.read_text()
     )
-    missing = [name for name in named if not (ROOT / name).exists() and not name.endswith("rejection.py")]
+    missing = [
+        name for name in named if not (ROOT / name).exists() and not name.endswith(("rejection.py", "divisors.py"))
+    ]
     assert not missing, f"{document.name} names {missing}"
