@@ -18,16 +18,17 @@ from megatron_hdpo.config_errors import error_lines
 from megatron_hdpo.data.load import DataConfig
 from megatron_hdpo.data.tasks import TaskConfig
 from megatron_hdpo.evaluation.evaluate import EvaluationConfig
-from megatron_hdpo.model.architecture import Architecture
+from megatron_hdpo.model.architecture import Architecture, ArchitectureError, read_architecture
 from megatron_hdpo.model.build import ModelConfig
 from megatron_hdpo.model.optimizer import OptimizerConfig
-from megatron_hdpo.objectives.hdpo import HDPOConfig
 from megatron_hdpo.objectives.registry import ObjectiveConfig
+from megatron_hdpo.objectives.settings import Surroundings, surrogate_of
 from megatron_hdpo.parallel.layout import LayoutError, ParallelConfig, check_layout
 from megatron_hdpo.rewards.pool import RewardConfig
 from megatron_hdpo.rollout.config import RolloutConfig
 from megatron_hdpo.selftest import SelfTestConfig
-from megatron_hdpo.teachers.teacher import TeacherConfig
+from megatron_hdpo.teachers.config import ExternalTeacherConfig, PolicyTeacherConfig, TeacherConfig
+from megatron_hdpo.teachers.sizes import check_sizes
 from megatron_hdpo.tracking.backends import TrackingConfig
 
 
@@ -85,7 +86,9 @@ class Recipe(BaseModel):
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     reward: RewardConfig = Field(default_factory=RewardConfig)
     objective: ObjectiveConfig = Field(description="The method, chosen by its name.")
-    teacher: TeacherConfig = Field(default_factory=TeacherConfig)
+    teacher: TeacherConfig = Field(
+        default_factory=lambda: PolicyTeacherConfig(), description="Whose weights score for a distillation objective."
+    )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     warmup: WarmupConfig = Field(default_factory=WarmupConfig)
@@ -172,7 +175,8 @@ def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 def check_recipe(recipe: Recipe, architecture: Architecture, world_size: int) -> list[str]:
     """Warnings of a recipe that runs but deserves a word. Raises RecipeError, with all reasons, for one that cannot."""
     errors = [*_layout_errors(recipe, architecture, world_size), *_length_errors(recipe, architecture)]
-    errors += _objective_errors(recipe, architecture)
+    errors += [*_objective_errors(recipe, architecture), *_teacher_errors(recipe, architecture, world_size)]
+    errors += _engine_errors(recipe)
     if recipe.checkpoint.export and Path(recipe.model.path).resolve() == (recipe.output / "hf").resolve():
         errors.append(f"model.path: {recipe.model.path} is where this run exports to: choose another output")
     if errors:
@@ -264,34 +268,66 @@ def _length_errors(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
 
 
 def _objective_errors(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
-    objective = recipe.objective
-    if not isinstance(objective, HDPOConfig):
-        if recipe.teacher.kind != "policy":
-            yield f"teacher.kind: {recipe.teacher.kind}, but objective {objective.name} has no teacher"
+    objective, kind = recipe.objective, recipe.teacher.kind
+    if not objective.teachers and kind != "policy":
+        yield f"teacher.kind: {kind}, but objective {objective.name} has no teacher"
+    if objective.teachers and kind not in objective.teachers:
+        yield f"teacher.kind: {kind}, but objective {objective.name} learns from {' or '.join(objective.teachers)}"
+    around = Surroundings(
+        architecture.vocab_size,
+        kind,
+        recipe.rollout.temperature,
+        recipe.train.updates_per_step,
+        recipe.rollout.samples_per_prompt,
+    )
+    yield from (f"objective.{line}" for line in objective.errors(around))
+
+
+def _teacher_errors(recipe: Recipe, architecture: Architecture, world_size: int) -> Iterator[str]:
+    teacher = recipe.teacher
+    if not isinstance(teacher, ExternalTeacherConfig):
         return
-    distill = objective.distill
-    if distill.top_k > architecture.vocab_size:
-        yield f"objective.distill.top_k: {distill.top_k} exceeds the vocabulary of {architecture.vocab_size} tokens"
-    if distill.kind == "reverse_kl" and distill.tail in ("outside", "literal"):
-        yield (
-            "objective.distill.kind: reverse_kl is infinite where the teacher is cut to zero; set "
-            "objective.distill.tail=bucket"
-        )
-    if distill.tail == "literal" and distill.kind != "jsd":
-        yield f"objective.distill.tail: literal is defined for kind=jsd only, not {distill.kind}"
-    if objective.logits_from == "rollout":
-        if recipe.teacher.kind != "policy":
-            yield f"objective.logits_from: rollout gives the policy's logits, but teacher.kind is {recipe.teacher.kind}"
-        if recipe.rollout.temperature != distill.temperature:
-            yield (
-                "objective.logits_from: the engine's log-probs are at rollout.temperature "
-                f"{recipe.rollout.temperature}, "
-                f"objective.distill.temperature is {distill.temperature}: make them equal or set logits_from=trainer"
-            )
+    try:
+        other = read_architecture(teacher.path)
+    except ArchitectureError as error:
+        yield f"teacher.path: {str(error).replace('model.path', 'it')}"
+        return
+    yield from (line.replace("parallel:", "teacher.path:") for line in _layout_errors(recipe, other, world_size))
+    yield from check_sizes(other, architecture, teacher.path)
+    longest = max_sequence(recipe, architecture)
+    if other.max_positions < longest:
+        yield f"teacher.path: {teacher.path} has {other.max_positions} positions, sequences may have {longest} tokens"
+
+
+def _engine_errors(recipe: Recipe) -> Iterator[str]:
+    rollout = recipe.rollout
+    if rollout.engine == "embedded":
+        for key in ("ahead", "stop_early"):
+            if getattr(rollout, key):
+                yield f"rollout.{key}: needs rollout.engine=sglang, whose servers sample while the trainer works"
+        return
+    device = resolved_device(recipe.device)
+    sglang = rollout.sglang
+    try:
+        sglang.servers.check(device)
+    except ValueError as error:
+        yield f"rollout.sglang.servers: {error}"
+    if rollout.ahead and sglang.placement == "colocated" and device == "cuda":
+        yield "rollout.ahead: colocated servers share the GPUs with the trainer, so they cannot sample while it trains"
+    if sglang.servers.memory_saver and sglang.placement != "colocated":
+        yield "rollout.sglang.servers.memory_saver: only colocated servers have memory to give back to the trainer"
+
+
+def resolved_device(device: str) -> str:
+    """cuda or cpu, for `auto` what is there."""
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _warnings(recipe: Recipe) -> Iterator[str]:
-    if recipe.rollout.filtered and recipe.objective.surrogate.importance_cap is None:
+    surrogate = surrogate_of(recipe.objective)
+    if recipe.rollout.filtered and surrogate is not None and surrogate.importance_cap is None:
         yield (
             "rollout.top_p/top_k truncate the distribution, log-probs are those of the whole: importance ratios are "
             f"biased; objective.surrogate.importance_cap={DEFAULT_IMPORTANCE_CAP} is used"

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from typing import Any
 
+from torch import Tensor
+
+from megatron_hdpo.checkpoint.store import Memory
 from megatron_hdpo.model.packing import split_by_tokens
 from megatron_hdpo.model.policy import Policy, TrainingError, share_examples
-from megatron_hdpo.objectives.interface import Example, Objective, Score, Scoring, ScoringKey
+from megatron_hdpo.model.scoring import Answered, in_waves
+from megatron_hdpo.objectives.interface import Example, Objective, Score, Scoring, ScoringKey, Weights
 from megatron_hdpo.rollout.types import Group
-from megatron_hdpo.teachers.teacher import Teacher
+from megatron_hdpo.teachers.teacher import PolicyTeacher, Teacher
 from megatron_hdpo.tracking.console import Console
+
+_PHASES = {"policy": "score", "teacher": "teacher", "reference": "reference"}
+Answers = dict[ScoringKey, Score]
+Heads = dict[Weights, Tensor]
 
 
 class Learner:
-    """Joins objective, teacher and policy. Every method is collective over all ranks."""
+    """Joins objective, teacher and policy. Every method is collective over all ranks.
+
+    reference: the model as reinforcement learning found it, for objectives with a KL penalty.
+    """
 
     def __init__(
         self,
@@ -24,10 +35,12 @@ class Learner:
         console: Console,
         updates_per_step: int = 1,
         max_skipped_updates: int = 3,
+        reference: Teacher | None = None,
     ) -> None:
         self.policy = policy
         self.objective = objective
         self.teacher = teacher
+        self.reference = reference
         self.console = console
         self.updates_per_step = updates_per_step
         self.max_skipped_updates = max_skipped_updates
@@ -36,16 +49,34 @@ class Learner:
     def learn(self, groups: Sequence[Group], step: int) -> dict[str, float]:
         """Update the policy on the groups of the step (the same list on every rank); returns its metrics."""
         self.objective.begin_step(step, groups)
-        mine = self._share(groups)
-        examples = self._examples(mine)
+        examples, teacher_head = self._examples(self._share(groups))
         updates = []
         with self.console.phase("train", total=self._tokens(examples), unit="tok") as phase:
             for update in range(self.updates_per_step):
                 part = examples[update :: self.updates_per_step]
-                new = self.policy.update(part, self.objective.loss, phase.advance)
+                new = self.policy.update(part, self.objective.loss, phase.advance, teacher_head)
                 self._stop_when_only_skipping(new)
+                if not new["train/skipped"]:
+                    self.teacher.after_update()
                 updates.append(new)
+        self.teacher.after_step()
         return _of_step(updates)
+
+    def memory(self) -> Memory:
+        """What a checkpoint must hold of objective and teacher."""
+        state = self.teacher.state()
+        teacher = {"kind": self.teacher.kind, "values": state.values, "weights": state.weights is not None}
+        objective = {"class": type(self.objective).__name__, "state": self.objective.state()}
+        return Memory({"objective": objective, "teacher": teacher}, state.weights)
+
+    def recall(self, memory: Memory) -> None:
+        """Take back what `memory` gave. A recipe that changed its method or its kind of teacher since starts those
+        afresh: the one with no memory, the other from the weights that the policy holds now."""
+        objective, teacher = memory.values.get("objective", {}), memory.values.get("teacher", {})
+        if objective.get("class") == type(self.objective).__name__:
+            self.objective.load_state(objective["state"])
+        if teacher.get("kind") == self.teacher.kind:
+            self.teacher.load_state(teacher["values"], memory.weights)
 
     def _stop_when_only_skipping(self, metrics: dict[str, float]) -> None:
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if metrics["train/skipped"] else 0
@@ -62,14 +93,13 @@ class Learner:
         context = self.policy.context
         return [groups[i] for i in split_by_tokens(costs, context.dp_size)[context.dp_rank]]
 
-    def _examples(self, groups: Sequence[Group]) -> list[Example]:
-        scorings = self.objective.scorings(groups)
-        scores = self._scores([s for s in scorings if s.weights == "policy"], teacher=False)
-        scores |= self._scores([s for s in scorings if s.weights == "teacher"], teacher=True)
+    def _examples(self, groups: Sequence[Group]) -> tuple[list[Example], Tensor | None]:
+        """This replica's examples, and the head of the teacher whose hidden states are their targets."""
+        scores, heads = self._scores(self.objective.scorings(groups))
         context = self.policy.context
         totals = self._totals(groups, scores)
         examples = self.objective.examples(groups, scores, totals) if context.is_last_stage else None
-        return share_examples(examples, context)
+        return share_examples(examples, context), heads.get("teacher")
 
     def _totals(self, groups: Sequence[Group], scores: Mapping[ScoringKey, Score]) -> dict[str, float]:
         """The objective's sums, over all replicas. One rank speaks for each replica: one that has the scores."""
@@ -78,15 +108,39 @@ class Learner:
         parts = context.gather_objects(self.objective.totals(groups, scores) if speaks else {})
         return {name: sum(part.get(name, 0.0) for part in parts) for part in parts for name in part}
 
-    def _scores(self, scorings: Sequence[Scoring], teacher: bool) -> dict[ScoringKey, Score]:
-        if not any(self.policy.context.gather_objects(bool(scorings))):
-            return {}
+    def _scores(self, scorings: Sequence[Scoring]) -> tuple[Answers, Heads]:
+        """Answers wave by wave, and the heads that kept hidden states are read by; all replicas take the same waves."""
+        waves = in_waves(scorings)
+        everywhere = sorted({wave for waves in self.policy.context.gather_objects(list(waves)) for wave in waves})
+        asked = {scoring.key: scoring for scoring in scorings}
+        scores: Answers = {}
+        heads: Heads = {}
+        for wave in everywhere:
+            answered = Answered(asked, scores, heads)
+            new, head = self._wave(waves.get(wave, []), wave[1], answered)
+            scores |= new
+            heads |= {} if head is None else {wave[1]: head}
+        return scores, heads
+
+    def _wave(self, scorings: Sequence[Scoring], weights: Weights, answered: Answered) -> tuple[Answers, Tensor | None]:
         total = sum(len(s.context_ids) + len(s.response_ids) for s in scorings)
         with (
-            self.console.phase("teacher" if teacher else "score", total=total, unit="tok") as phase,
-            self.teacher.weights() if teacher else nullcontext(),
+            self.console.phase(_PHASES[weights], total=total, unit="tok") as phase,
+            self._holder(weights).scorer() as scorer,
         ):
-            return self.policy.score(scorings, phase.advance)
+            scores = scorer.score(scorings, phase.advance, answered)
+            # A copy: the update that follows moves the policy's own head, and takes the teacher's from the device.
+            keeps = self.policy.context.is_last_stage and any(s.hidden for s in scorings)
+            return scores, scorer.head_copy(self.policy.head_rows) if keeps else None
+
+    def _holder(self, weights: Weights) -> Teacher:
+        if weights == "policy":
+            return PolicyTeacher(self.policy)
+        if weights == "teacher":
+            return self.teacher
+        if self.reference is None:
+            raise ValueError("the objective asks for scores of the reference policy, but its needs_reference is False")
+        return self.reference
 
     @staticmethod
     def _tokens(examples: Sequence[Example]) -> int:
@@ -94,9 +148,13 @@ class Learner:
 
 
 def _of_step(updates: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Metrics of a step from those of its updates: tokens add up, all else is the mean over those that reported it."""
-    metrics = {}
+    """Metrics of a step from those of its updates: tokens add up, of maxima the largest, all else is the mean over
+    those that reported it."""
+    metrics: dict[str, Any] = {}
     for name in dict.fromkeys(name for update in updates for name in update):
         values = [update[name] for update in updates if name in update]
-        metrics[name] = sum(values) / (1 if name.endswith("/tokens") else len(values))
+        if name.endswith("_max"):
+            metrics[name] = max(values)
+        else:
+            metrics[name] = sum(values) / (1 if name.endswith("/tokens") else len(values))
     return metrics

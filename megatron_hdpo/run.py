@@ -28,18 +28,20 @@ from megatron_hdpo.model.optimizer import OptimizerConfig, build_optimizer
 from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.objectives.interface import Objective
 from megatron_hdpo.objectives.registry import build_objective
+from megatron_hdpo.objectives.settings import surrogate_of
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.rewards.pool import RewardPool
-from megatron_hdpo.rollout.embedded import EmbeddedEngine
+from megatron_hdpo.rollout.build import build_engine
 from megatron_hdpo.rollout.engine import Engine
 from megatron_hdpo.rollout.rollouts import RolloutCoordinator
 from megatron_hdpo.rollout.sampler import Sampler
+from megatron_hdpo.rollout.weight_sync import WeightSync
 from megatron_hdpo.teachers.teacher import PolicyTeacher, Teacher
 from megatron_hdpo.tracking.console import Console
 from megatron_hdpo.tracking.logging import configure_logging
 from megatron_hdpo.tracking.tracker import Tracker
 from megatron_hdpo.weights.load import load_hf
-from megatron_hdpo.weights.stream import stream_hf
+from megatron_hdpo.weights.stream import Receivers, stream_hf
 
 
 @dataclass
@@ -52,6 +54,7 @@ class Run:
     data: LoadedData
     policy: Policy
     engine: Engine
+    weight_sync: WeightSync
     rewards: RewardPool
     rollouts: RolloutCoordinator
     objective: Objective
@@ -61,9 +64,19 @@ class Run:
     console: Console
     step: int = 0
 
-    def sync(self, version: int) -> None:
-        """Stream the policy's weights into the engine and stamp them with `version`."""
-        self.engine.update_weights(stream_hf(self.policy.model, self.architecture, self.context), version)
+    def sync(self, version: int, norm_scale: float = 1.0) -> dict[str, float]:
+        """Stream the policy's weights into the engine and stamp them with `version`; metrics. norm_scale: multiplies
+        the final norm, for the self-test. Collective."""
+
+        def open_stream(to: Receivers) -> Iterator[tuple[str, Tensor]]:
+            stream = stream_hf(self.policy.model, self.architecture, self.context, to=to)
+            return scaled_final_norm(stream, norm_scale)
+
+        return self.weight_sync(open_stream, version)
+
+    def restore_weights(self) -> None:
+        """Give engines that lost them the weights of the present step again. Collective."""
+        self.sync(self.step)
 
     def decode(self, token_ids: np.ndarray) -> str:
         """Text of a response, special tokens left out."""
@@ -113,33 +126,39 @@ def build_run(recipe: Recipe, context: ParallelContext, objective: Objective | N
     rewards = RewardPool(recipe.data.tasks, recipe.reward)
     data = _load_data(recipe, context, console, tokenizer, rewards)
     policy = _build_policy(recipe, context, console, architecture)
-    engine = EmbeddedEngine(
-        recipe.model.path,
-        recipe.rollout.embedded.model_copy(update={"vocab_size": architecture.vocab_size}),
-        context.device,
-    )
+    built = build_engine(recipe.rollout, Path(recipe.model.path), architecture, context, recipe.output)
+    engine = built.engine
     sampler = Sampler(engine, rewards, partial(_decode, tokenizer), recipe.rollout.max_retries)
     stops = stop_token_ids(tokenizer, recipe.model.path)
-    rollouts = RolloutCoordinator(recipe.rollout, context, sampler, data.prompts, stops, recipe.seed)
+    rollouts = RolloutCoordinator(
+        recipe.rollout, context, sampler, data.prompts, stops, recipe.seed, built.sampling_ranks
+    )
     objective = objective or _build_objective(recipe, data)
     store = CheckpointStore(recipe.output, context, recipe.checkpoint.keep)
     tracker = Tracker(recipe.tracking, recipe.output, console, enabled=False)
     learner = Learner(
-        policy, objective, PolicyTeacher(), console, recipe.train.updates_per_step, recipe.train.max_skipped_updates
-    )
-    return Run(
-        recipe, context, architecture, data, policy, engine, rewards, rollouts, objective, learner, store, tracker,
+        policy,
+        objective,
+        PolicyTeacher(policy),
         console,
+        recipe.train.updates_per_step,
+        recipe.train.max_skipped_updates,
+    )
+    run = Run(
+        recipe, context, architecture, data, policy, engine, built.sync, rewards, rollouts, objective, learner, store,
+        tracker, console,
     )  # fmt: skip
+    rollouts.restore_weights = run.restore_weights
+    return run
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str | Path, key: str = "model.path") -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face folder. Raises ModelError when there is none that transformers can load."""
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
-        raise ModelError(f"model.path: {path} holds no tokenizer that transformers can load: {reason}") from error
+        raise ModelError(f"{key}: {path} holds no tokenizer that transformers can load: {reason}") from error
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_path: str | Path) -> tuple[int, ...]:
@@ -190,7 +209,7 @@ def _load_data(
     rewards: RewardPool,
 ) -> LoadedData:
     """The leader loads first and leaves its parsed answers in the cache; what it finds wrong stops every rank."""
-    privileged = recipe.objective.name != "grpo" or recipe.warmup.kind == "sft"
+    privileged = recipe.objective.privileged_prompts or recipe.warmup.kind == "sft"
     with console.phase("load data"):
         error, data = None, None
         if context.is_leader:
@@ -218,8 +237,9 @@ def _build_policy(recipe: Recipe, context: ParallelContext, console: Console, ar
 
 def _build_objective(recipe: Recipe, data: LoadedData) -> Objective:
     config = recipe.objective
-    if recipe.rollout.filtered and config.surrogate.importance_cap is None:
-        surrogate = config.surrogate.model_copy(update={"importance_cap": DEFAULT_IMPORTANCE_CAP})
+    surrogate = surrogate_of(config)
+    if recipe.rollout.filtered and surrogate is not None and surrogate.importance_cap is None:
+        surrogate = surrogate.model_copy(update={"importance_cap": DEFAULT_IMPORTANCE_CAP})
         config = config.model_copy(update={"surrogate": surrogate})
     return build_objective(
         config, recipe.rollout.temperature, recipe.train.updates_per_step, recipe.data.leakage, data.prompts.markers

@@ -7,12 +7,14 @@ from pathlib import Path
 from megatron_hdpo.config import recipe_changes
 from megatron_hdpo.data.errors import DataError
 from megatron_hdpo.rollout.types import Group
-from megatron_hdpo.run import Run, rollouts_file, scaled_final_norm
+from megatron_hdpo.run import Run, load_tokenizer, rollouts_file
 from megatron_hdpo.selftest import run_self_test
-from megatron_hdpo.teachers.teacher import FrozenTeacher
+from megatron_hdpo.teachers.build import build_teacher
+from megatron_hdpo.teachers.config import ExternalTeacherConfig
+from megatron_hdpo.teachers.external import check_same_vocabulary
+from megatron_hdpo.teachers.resting import FrozenTeacher
 from megatron_hdpo.warmup import warm_up
 from megatron_hdpo.weights.host import copy_to_host, load_from_host
-from megatron_hdpo.weights.stream import stream_hf
 
 FROZEN_TEACHER = "teacher"
 WARMED_UP = "warmed_up"
@@ -20,6 +22,7 @@ WARMED_UP = "warmed_up"
 
 def prepare(run: Run) -> None:
     """Bring the run to the state in which `run.step` is the next step to take."""
+    _check_tokenizers(run)
     latest = run.checkpoints.latest()
     if latest is None:
         _begin(run)
@@ -38,9 +41,9 @@ def _begin(run: Run) -> None:
     if run.recipe.warmup.kind == "sft":
         _warm_up_once(run)
     _build_optimizer(run)
-    if run.recipe.teacher.kind == "frozen":
+    if _keeps_start(run):
         run.checkpoints.save_weights(FROZEN_TEACHER, run.policy.model)
-        run.set_teacher(FrozenTeacher(run.policy.model))
+    _set_teachers(run)
 
 
 def _resume(run: Run, latest: Path) -> None:
@@ -48,8 +51,8 @@ def _resume(run: Run, latest: Path) -> None:
     _build_optimizer(run)
     with run.console.phase("resume"):
         run.step = run.checkpoints.load(latest, run.policy).step
-        if run.recipe.teacher.kind == "frozen":
-            _restore_teacher(run)
+        _restore_teachers(run)
+        run.learner.recall(run.checkpoints.load_memory(latest))
     _check_replay(run)
     if changes := recipe_changes(run.recipe.output / "recipe.yaml", run.recipe):
         run.console.warn("the recipe has changed since this run was last started: " + "; ".join(changes))
@@ -79,12 +82,38 @@ def _warm_up_once(run: Run) -> None:
         run.checkpoints.save_weights(WARMED_UP, run.policy.model, origin)
 
 
-def _restore_teacher(run: Run) -> None:
-    """The frozen teacher is the model as reinforcement learning found it, saved then and read back here."""
-    policy = copy_to_host(run.policy.model)
-    run.checkpoints.load_weights(FROZEN_TEACHER, run.policy.model)
-    run.set_teacher(FrozenTeacher(run.policy.model))
-    load_from_host(run.policy.model, policy)
+def _keeps_start(run: Run) -> bool:
+    """Whether the model as reinforcement learning found it is needed: as a frozen teacher, or as the reference."""
+    return run.recipe.teacher.kind == "frozen" or run.recipe.objective.needs_reference
+
+
+def _set_teachers(run: Run, start: FrozenTeacher | None = None) -> None:
+    """Teacher and reference. start: the model as reinforcement learning found it; default: as it is now."""
+    recipe = run.recipe
+    if _keeps_start(run):
+        start = start or FrozenTeacher(run.policy)
+    if recipe.objective.needs_reference:
+        run.learner.reference = start
+    frozen = recipe.teacher.kind == "frozen" and start is not None
+    run.set_teacher(start if frozen else build_teacher(recipe.teacher, run.policy, recipe.model))
+
+
+def _restore_teachers(run: Run) -> None:
+    """The model as reinforcement learning found it was saved then and is read back here."""
+    start = None
+    if _keeps_start(run):
+        policy = copy_to_host(run.policy.model)
+        run.checkpoints.load_weights(FROZEN_TEACHER, run.policy.model)
+        start = FrozenTeacher(run.policy)
+        load_from_host(run.policy.model, policy)
+    _set_teachers(run, start)
+
+
+def _check_tokenizers(run: Run) -> None:
+    teacher = run.recipe.teacher
+    if isinstance(teacher, ExternalTeacherConfig):
+        there, here = load_tokenizer(teacher.path, "teacher.path"), load_tokenizer(run.recipe.model.path)
+        check_same_vocabulary(there.get_vocab(), here.get_vocab(), teacher.path)
 
 
 def _check_replay(run: Run) -> None:
@@ -111,10 +140,9 @@ def _self_test(run: Run) -> None:
         return run.rollouts.groups(problems, sampling, ("self-test",))
 
     def sync(scale: float) -> None:
-        stream = stream_hf(run.policy.model, run.architecture, run.context)
-        run.engine.update_weights(scaled_final_norm(stream, scale), run.step)
+        run.sync(run.step, scale)
 
-    exact = recipe.model.dtype == "float32" and recipe.rollout.embedded.dtype == "float32"
+    exact = recipe.model.dtype == "float32" and recipe.rollout.engine_dtype == "float32"
     with run.console.phase("self-test"):
         result = run_self_test(config, run.policy, sample, sync, run.step, exact, recipe.rollout.temperature)
     run.console.print(

@@ -52,7 +52,7 @@ def _record_and_save(run: Run, metrics: dict[str, float]) -> None:
     run.tracker.log(run.step, metrics)
     if due(run.step, run.recipe.checkpoint.every, run.recipe.train.steps):
         with run.console.phase("save"):
-            run.checkpoints.save(run.step, run.policy)
+            run.checkpoints.save(run.step, run.policy, run.learner.memory())
         saving = run.console.timer.metrics()
         run.tracker.log(run.step, saving | {"time/step_s": metrics["time/step_s"] + saving["time/step_s"]})
 

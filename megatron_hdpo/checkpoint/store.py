@@ -1,4 +1,5 @@
-"""Checkpoints of a run: model, optimizer, schedule and step, complete or not there at all.
+"""Checkpoints of a run: model, optimizer, schedule, step, and what objective and teacher remember; complete or not
+there at all.
 
 Everything else that a step needs is a pure function of the recipe and the step (data order, sampling seeds), or is
 saved once beside the checkpoints (the frozen teacher).
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from megatron_hdpo.model.network import HeadlessGPTModel
 from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.parallel.context import ParallelContext
+from megatron_hdpo.weights.host import HostWeights
 
 _STATE = "run_state.json"
 _ORIGIN = "origin.txt"
@@ -42,6 +44,17 @@ class CheckpointError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Memory:
+    """What a step hands to the next beside model and optimizer.
+
+    values: JSON, of objective and teacher. weights: this rank's shard of a teacher that follows the policy.
+    """
+
+    values: dict[str, Any] = field(default_factory=dict)
+    weights: HostWeights | None = None
+
+
+@dataclass(frozen=True)
 class RunState:
     """What a checkpoint says about itself. step: optimizer steps of reinforcement learning that are done."""
 
@@ -49,6 +62,7 @@ class RunState:
     tensor_parallel: int
     pipeline_parallel: int
     architecture: dict[str, Any]
+    memory: dict[str, Any] = field(default_factory=dict)
 
 
 class CheckpointStore:
@@ -64,16 +78,18 @@ class CheckpointStore:
         found = sorted(self.root.glob("step_" + "[0-9]" * 8)) if self.root.is_dir() else []
         return found[-1] if found else None
 
-    def save(self, step: int, policy: Policy) -> Path:
+    def save(self, step: int, policy: Policy, memory: Memory | None = None) -> Path:
         """Write the state after `step` steps; older checkpoints beyond `keep` are removed afterwards."""
+        memory = memory or Memory()
         final = self.root / f"step_{step:08d}"
         state = RunState(
             step,
             self.context.layout.tensor,
             self.context.layout.pipeline,
             dict(vars(policy.architecture)),
+            memory.values,
         )
-        self._write(final, self._sharded(policy), {_STATE: json.dumps(vars(state), indent=1)})
+        self._write(final, self._sharded(policy), {_STATE: json.dumps(vars(state), indent=1)}, memory.weights)
         if self.context.is_leader:
             for old in sorted(self.root.glob("step_" + "[0-9]" * 8))[: -self.keep]:
                 shutil.rmtree(old)
@@ -106,6 +122,22 @@ class CheckpointStore:
             policy.schedule.step(increment=loaded["schedule"]["num_steps"])
         return state
 
+    def load_memory(self, path: Path) -> Memory:
+        """What objective and teacher remembered. Raises CheckpointError when the teacher's weights cannot be read."""
+        values, file = read_state(path).memory, path / self._shard_name()
+        if not values.get("teacher", {}).get("weights"):
+            return Memory(values)
+        try:
+            return Memory(values, torch.load(file, map_location="cpu", weights_only=True))
+        except Exception as error:  # torch, pickle, zipfile and the file system each raise their own
+            raise CheckpointError(
+                f"{file} is damaged or missing ({type(error).__name__}: {error}): delete {path} to resume an older one"
+            ) from error
+
+    def _shard_name(self) -> str:
+        groups = self.context.groups
+        return f"teacher_tp{groups.tp.rank()}_pp{groups.pp.rank()}.pt"
+
     def has_weights(self, name: str, origin: str = "") -> bool:
         """Whether `save_weights` has written `name` completely, and from the same origin."""
         path = self.root / name / _ORIGIN
@@ -136,7 +168,9 @@ class CheckpointStore:
             optimizer = policy.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_OPTIMIZER_METADATA)
             return {"model": model, "optimizer": optimizer, "schedule": policy.schedule.state_dict()}
 
-    def _write(self, final: Path, sharded: dict[str, Any], texts: dict[str, str]) -> None:
+    def _write(
+        self, final: Path, sharded: dict[str, Any], texts: dict[str, str], teacher: HostWeights | None = None
+    ) -> None:
         """Into a folder of another name first: a run killed while it writes leaves no checkpoint that looks whole."""
         partial = final.with_name(final.name + ".partial")
         if self.context.is_leader:
@@ -145,6 +179,8 @@ class CheckpointStore:
         self.context.barrier("checkpoint folder made")
         with self.context.megatron_calls(), torch.no_grad():
             dist_checkpointing.save(sharded, str(partial))
+        if teacher is not None and self.context.dp_rank == 0:  # replicas hold the same
+            torch.save(teacher, partial / self._shard_name())
         self.context.barrier("checkpoint written")
         if self.context.is_leader:
             for name, text in texts.items():

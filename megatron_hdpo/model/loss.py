@@ -1,21 +1,26 @@
-"""The loss of a micro-batch on the last pipeline stage: clipped surrogate plus divergence to a target.
+"""The loss of a micro-batch on the last pipeline stage: clipped surrogate, KL to a reference, divergence to a target.
 
-Both are sums over tokens divided by normalisers of the whole optimizer step, so that gradients of micro-batches and
+All are sums over tokens divided by normalisers of the whole optimizer step, so that gradients of micro-batches and
 replicas add up to the gradient of the step, whatever the packing (global token counts).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_hdpo.divergence import Losses, head_loss
+from megatron_hdpo.divergence import Losses, head_loss, logit_losses
 from megatron_hdpo.model.micro_batch import LossInputs, MicroBatch
 from megatron_hdpo.objectives.interface import DistillConfig, LossSpec
 from megatron_hdpo.objectives.surrogate import Surrogate, clipped_surrogate
+
+MAXIMA = ("mismatch_max",)
+"""Numbers of `micro_batch_loss` that are maxima over tokens; all others are sums."""
 
 
 @dataclass(frozen=True)
@@ -37,18 +42,22 @@ def micro_batch_loss(
     vocab_size: int,
     head_chunk: int = 1024,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss (a scalar with gradient) and detached sums over tokens, by metric name.
+    """The loss (a scalar with gradient) and detached sums (and MAXIMA) over tokens, by metric name.
 
     hidden_NH: what the head reads at the rows of the N response tokens, whole on every tensor-parallel rank; its
     gradient comes back complete. head_weight_VH: this rank's shard of the head. Logits exist for `head_chunk` tokens
     at a time. All ranks of the tensor-parallel group must call it together, also with N = 0.
     """
     sums: dict[str, Tensor] = {}
+    shift_N = None
+    if spec.surrogate.ratio == "sequence" and inputs.moved:
+        own_N = _own_logprobs(hidden_NH, head_weight_VH, batch, spec.temperature, groups, vocab_size, head_chunk)
+        shift_N = _sequence_shift(own_N, inputs, batch)
 
     def objective(losses: Losses, places: Tensor) -> Tensor:
-        total, chunk_sums = _chunk_loss(losses, inputs.at(places), spec, normalisers)
-        for name, value in chunk_sums.items():
-            sums[name] = sums[name] + value if name in sums else value
+        shift = None if shift_N is None else shift_N[places]
+        total, chunk_sums = _chunk_loss(losses, inputs.at(places), spec, normalisers, shift)
+        merge_sums(sums, chunk_sums)
         return total
 
     distill = spec.distill or DistillConfig()
@@ -71,8 +80,49 @@ def micro_batch_loss(
     return total, sums
 
 
+def merge_sums(sums: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
+    """Add the numbers of other tokens to `sums`, in place."""
+    for name, value in more.items():
+        if name in sums:
+            value = torch.maximum(sums[name], value) if name in MAXIMA else sums[name] + value
+        sums[name] = value
+
+
+@torch.no_grad()
+def _own_logprobs(
+    hidden_NH: Tensor,
+    head_weight_VH: Tensor,
+    batch: MicroBatch,
+    temperature: float,
+    groups: ProcessGroupCollection,
+    vocab_size: int,
+    head_chunk: int,
+) -> Tensor:
+    """Log-probs of the sampled tokens under the weights of now: a sweep of the head over the response rows."""
+    parts = [
+        logit_losses(
+            F.linear(hidden, head_weight_VH),
+            sampled,
+            temperature=temperature,
+            entropy=False,
+            group=groups.tp,
+            vocab_size=vocab_size,
+        ).logprobs_T
+        for hidden, sampled in zip(hidden_NH.split(head_chunk), batch.sampled_ids_N.split(head_chunk), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def _sequence_shift(own_N: Tensor, inputs: LossInputs, batch: MicroBatch) -> Tensor:
+    """What to add to a token's log-ratio to make it its response's mean log-ratio."""
+    log_ratio_N = torch.where(inputs.old_N.isnan(), 0.0, own_N - inputs.old_N)
+    count = torch.bincount(inputs.sequence_N, minlength=len(batch.responses)).clamp_min(1)
+    total = log_ratio_N.new_zeros(len(batch.responses)).index_add_(0, inputs.sequence_N, log_ratio_N)
+    return (total / count)[inputs.sequence_N] - log_ratio_N
+
+
 def _chunk_loss(
-    losses: Losses, inputs: LossInputs, spec: LossSpec, normalisers: Normalisers
+    losses: Losses, inputs: LossInputs, spec: LossSpec, normalisers: Normalisers, shift_N: Tensor | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """A chunk's part of the loss, and its sums."""
     assert losses.logprobs_T is not None
@@ -81,15 +131,41 @@ def _chunk_loss(
     unweighted = inputs.surrogate_weights_N == 0
     old = torch.where(inputs.old_N.isnan() | unweighted, own, inputs.old_N)
     rollout = torch.where(inputs.rollout_N.isnan() | unweighted, old, inputs.rollout_N)
-    surrogate = clipped_surrogate(losses.logprobs_T, old, rollout, inputs.advantages_N, spec.surrogate)
+    # Both denominators move by the shift: the ratio becomes the sequence's, the importance (old to rollout) stays.
+    shift = 0.0 if shift_N is None else torch.where(unweighted, 0.0, shift_N)
+    surrogate = clipped_surrogate(losses.logprobs_T, old - shift, rollout - shift, inputs.advantages_N, spec.surrogate)
     surrogate_sum = (surrogate.loss_T * inputs.surrogate_weights_N).sum()
     total = surrogate_sum / normalisers.surrogate if normalisers.surrogate else surrogate_sum * 0.0
     sums = _surrogate_sums(inputs, surrogate, surrogate_sum, own, rollout, losses)
+    if spec.kl_coefficient and normalisers.surrogate:
+        penalty_sum, kl_sums = _penalty(losses.logprobs_T, inputs)
+        total = total + spec.kl_coefficient * penalty_sum / normalisers.surrogate
+        sums |= kl_sums
     if spec.distill is not None and losses.divergence_T is not None and normalisers.distill:
-        distill_sum = (losses.divergence_T * inputs.distill_weights_N).sum()
+        weights = inputs.distill_weights_N * _sampling_weights(own, inputs, spec.distill.importance_cap)
+        distill_sum = (losses.divergence_T * weights).sum()
         total = total + spec.distill.coefficient * distill_sum / normalisers.distill
         sums |= _distill_sums(losses, inputs, distill_sum)
     return total, sums
+
+
+def _penalty(logprobs_N: Tensor, inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
+    """Weighted sum of k2 = (ln q - ln q_reference)^2 / 2: its gradient, ln(q / q_reference) grad ln q, is in
+    expectation over q that of KL(q || q_reference)."""
+    there = ~inputs.reference_N.isnan() & (inputs.surrogate_weights_N != 0)
+    log_ratio = torch.where(there, logprobs_N - inputs.reference_N, 0.0)
+    penalty = (0.5 * log_ratio.square() * inputs.surrogate_weights_N).sum()
+    return penalty, {"reference_kl": log_ratio.detach().sum(), "reference_tokens": there.sum()}
+
+
+def _sampling_weights(own_N: Tensor, inputs: LossInputs, cap: float | None) -> Tensor | float:
+    """min(cap, q / q when sampled) per token, the latter from the denominators, else from the engine; 1 without either
+    and where there is nothing to distil."""
+    if cap is None:
+        return 1.0
+    sampled = torch.where(inputs.old_N.isnan(), inputs.rollout_N, inputs.old_N)
+    idle = sampled.isnan() | (inputs.distill_weights_N == 0)
+    return (own_N - torch.where(idle, own_N, sampled)).exp().clamp(max=cap)
 
 
 def _surrogate_sums(
@@ -106,6 +182,7 @@ def _surrogate_sums(
         "entropy": torch.where(counted, losses.entropy_T.detach(), 0.0).sum(),
         "mismatch_k3": (log_ratio.exp() - 1 - log_ratio).sum(),
         "mismatch_abs": log_ratio.abs().sum(),
+        "mismatch_max": torch.cat([log_ratio.new_full((1,), -torch.inf), log_ratio[counted]]).amax(),  # a log
     }
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_hdpo.divergence import TopK
+from megatron_hdpo.divergence import Hidden, TopK
 from megatron_hdpo.model.packing import PackedSequences, pack
-from megatron_hdpo.objectives.interface import Example, Scoring
+from megatron_hdpo.objectives.interface import Example, HiddenStates, Scoring
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,11 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class LossInputs:
-    """Per-token numbers of a micro-batch's N response tokens, float32 [N]; NaN in old_N: take the policy's own.
+    """Per-token numbers of a micro-batch's N response tokens, float32 [N].
 
-    target: the teacher's top k at those tokens that have one (its `rows` index the N tokens); None when none has.
+    NaN in old_N and rollout_N: take the policy's own; NaN in reference_N: no penalty. sequence_N: int64, the response
+    that a token belongs to. moved: whether any response has denominators of its own. target: the teacher's distribution
+    at those tokens that have one (its `rows` index the N tokens); None when none has.
     """
 
     advantages_N: Tensor
@@ -37,12 +39,15 @@ class LossInputs:
     old_N: Tensor
     rollout_N: Tensor
     distill_weights_N: Tensor
-    target: TopK | None
+    reference_N: Tensor
+    sequence_N: Tensor
+    moved: bool
+    target: TopK | Hidden | None
 
     def at(self, places: Tensor) -> LossInputs:
         """The numbers of some of the tokens (int64 indices into the N), without their targets."""
-        fields = (self.advantages_N, self.surrogate_weights_N, self.old_N, self.rollout_N, self.distill_weights_N)
-        return LossInputs(*(values[places] for values in fields), target=None)
+        tensors = {name: value[places] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors, target=None)
 
 
 def response_micro_batch(
@@ -70,8 +75,13 @@ def scoring_micro_batch(scorings: Sequence[Scoring], device: torch.device, multi
     return response_micro_batch([s.context_ids for s in scorings], [s.response_ids for s in scorings], device, multiple)
 
 
-def loss_inputs(examples: Sequence[Example], device: torch.device) -> LossInputs:
-    """The numbers of a micro-batch of examples; only the last pipeline stage needs them."""
+def loss_inputs(examples: Sequence[Example], device: torch.device, teacher_head: Tensor | None = None) -> LossInputs:
+    """The numbers of a micro-batch of examples; only the last pipeline stage needs them.
+
+    teacher_head: [V / tp, H], for targets that are hidden states; those stay on the host until their loss is made.
+    """
+
+    lengths = [len(e.response_ids) for e in examples]
 
     def tokens(read: Callable[[Example], np.ndarray | None], missing: float) -> Tensor:
         parts = [np.full(len(e.response_ids), missing) if (v := read(e)) is None else v for e in examples]
@@ -83,19 +93,31 @@ def loss_inputs(examples: Sequence[Example], device: torch.device) -> LossInputs
         old_N=tokens(lambda e: e.old_logprobs_T, np.nan),
         rollout_N=tokens(lambda e: e.rollout_logprobs_T, np.nan),
         distill_weights_N=tokens(lambda e: e.distill_weights_T, 0.0),
-        target=_target(examples, device),
+        reference_N=tokens(lambda e: e.reference_logprobs_T, np.nan),
+        sequence_N=torch.from_numpy(np.repeat(np.arange(len(examples)), lengths)).to(device),
+        moved=any(e.old_logprobs_T is not None for e in examples),
+        target=_target(examples, device, teacher_head),
     )
 
 
-def _target(examples: Sequence[Example], device: torch.device) -> TopK | None:
+def _target(examples: Sequence[Example], device: torch.device, teacher_head: Tensor | None) -> TopK | Hidden | None:
     starts = np.cumsum([0, *(len(e.response_ids) for e in examples)])
-    targets = [(start, e.target) for start, e in zip(starts, examples, strict=False) if e.target is not None]
-    if not targets:
+    aimed = [(start, e.target) for start, e in zip(starts, examples, strict=False) if e.target is not None]
+    if not aimed:
         return None
-    rows = np.concatenate([start + np.arange(len(target.ids_TK)) for start, target in targets])
-    ids = np.concatenate([target.ids_TK for _, target in targets]).astype(np.int64)
-    logprobs = np.concatenate([target.logprobs_TK for _, target in targets])
-    return TopK(*(torch.from_numpy(part).to(device) for part in (ids, logprobs, rows)))
+    if isinstance(aimed[0][1], HiddenStates):
+        assert teacher_head is not None
+        hidden = [(start, target.hidden_TH) for start, target in aimed]
+        rows = _rows((start, len(states)) for start, states in hidden)
+        return Hidden(torch.cat([states for _, states in hidden]), teacher_head, rows)
+    rows = _rows((start, len(target.ids_TK)) for start, target in aimed)
+    ids = np.concatenate([target.ids_TK for _, target in aimed]).astype(np.int64)
+    logprobs = np.concatenate([target.logprobs_TK for _, target in aimed])
+    return TopK(torch.from_numpy(ids).to(device), torch.from_numpy(logprobs).to(device), rows.to(device))
+
+
+def _rows(spans: Iterable[tuple[int, int]]) -> Tensor:
+    return torch.from_numpy(np.concatenate([start + np.arange(length) for start, length in spans]))
 
 
 def _concatenate(parts: Sequence[np.ndarray], dtype: type) -> np.ndarray:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
@@ -33,3 +35,14 @@ def hidden_rows(model: HeadlessGPTModel, output: Tensor, rows_N: Tensor, groups:
     if model.config.sequence_parallel:
         output = gather_from_sequence_parallel_region(output, tensor_parallel_output_grad=False, group=groups.tp)
     return output[:, 0].index_select(0, rows_N)
+
+
+def recut_head(head_weight_VH: Tensor, rows: int, group: dist.ProcessGroup) -> Tensor:
+    """A copy of this rank's shard of a head as [rows, H]: rank r's begins at token r * rows, whatever the shards of
+    `head_weight_VH` are. Rows beyond the head are zero. Collective over the group unless the shards are equal."""
+    if rows == len(head_weight_VH):
+        return head_weight_VH.clone()
+    shards = [torch.empty_like(head_weight_VH) for _ in range(group.size())]
+    dist.all_gather(shards, head_weight_VH.contiguous(), group=group)
+    own = torch.cat(shards)[group.rank() * rows : (group.rank() + 1) * rows]
+    return torch.cat([own, own.new_zeros(rows - len(own), own.shape[1])])

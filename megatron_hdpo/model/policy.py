@@ -27,7 +27,7 @@ from megatron_hdpo.model.micro_batch import (
     loss_inputs,
     scoring_micro_batch,
 )
-from megatron_hdpo.model.network import HeadlessGPTModel, hidden_rows
+from megatron_hdpo.model.network import HeadlessGPTModel, hidden_rows, recut_head
 from megatron_hdpo.model.packing import bin_by_tokens
 from megatron_hdpo.model.pipeline import (
     OnProgress,
@@ -35,10 +35,18 @@ from megatron_hdpo.model.pipeline import (
     run_micro_batches,
     same_number_everywhere,
 )
-from megatron_hdpo.model.scoring import ScoringSettings, score_rows
+from megatron_hdpo.model.scoring import Answered, ScoringSettings, score_rows, settings_of
 from megatron_hdpo.model.step_metrics import TokenSums, step_metrics, sum_over_ranks
-from megatron_hdpo.objectives.interface import Example, LossSpec, Score, Scoring, ScoringKey
+from megatron_hdpo.objectives.interface import (
+    Example,
+    HiddenStates,
+    LossSpec,
+    Score,
+    Scoring,
+    ScoringKey,
+)
 from megatron_hdpo.parallel.context import ParallelContext
+from megatron_hdpo.weights.parameters import unwrap
 
 
 class TrainingError(RuntimeError):
@@ -55,48 +63,73 @@ class Work:
 
 
 class Policy:
-    """A model under Megatron's DDP with, for training, its optimizer and schedule.
+    """A model that scores (bare, or under Megatron's DDP), and, with an optimizer and schedule, trains (under DDP).
 
     micro_batch_tokens: rows of a packed micro-batch, at most. head_chunk: tokens that have logits at a time.
+    vocab_size: tokens that have probability; default: the architecture's. A teacher whose vocabulary is padded further
+    than the student's takes the student's.
     """
 
     def __init__(
         self,
         architecture: Architecture,
         context: ParallelContext,
-        ddp: DistributedDataParallel,
+        ddp: DistributedDataParallel | HeadlessGPTModel,
         micro_batch_tokens: int,
         optimizer: ChainedOptimizer | None = None,
         schedule: OptimizerParamScheduler | None = None,
         head_chunk: int = 1024,
+        vocab_size: int | None = None,
     ) -> None:
         self.architecture = architecture
         self.context = context
         self.ddp = ddp
-        self.model: HeadlessGPTModel = ddp.module
+        self.model: HeadlessGPTModel = unwrap(ddp)
         self.micro_batch_tokens = micro_batch_tokens
         self.optimizer = optimizer
         self.schedule = schedule
         self.head_chunk = head_chunk
+        self.vocab_size = vocab_size or architecture.vocab_size
         self.model.config.finalize_model_grads_func = finalize_without_division
         self._rows_multiple = context.layout.tensor if context.layout.sequence else 1
 
-    def score(self, scorings: Sequence[Scoring], on_progress: OnProgress | None = None) -> dict[ScoringKey, Score]:
+    def score(
+        self,
+        scorings: Sequence[Scoring],
+        on_progress: OnProgress | None = None,
+        answered: Answered | None = None,
+    ) -> dict[ScoringKey, Score]:
         """Scores of this replica's `scorings` under the weights that the model holds now, on the last pipeline stage;
-        other stages get {}. Collective over all ranks: also replicas without work must call it."""
-        bins = same_number_everywhere(self._scoring_bins(scorings), self.context)
+        other stages get {}. Collective over all ranks: also replicas without work must call it.
+
+        answered: what the scorings refer to; not needed when none refers to another.
+        """
+        answered = answered or Answered({}, {}, {})
+        bins = same_number_everywhere(self._scoring_bins(scorings, answered), self.context)
         work = [self._scoring_work([scorings[i] for i in indices]) for indices in bins]
         scores: dict[ScoringKey, Score] = {}
         with self.context.megatron_calls(), torch.no_grad():
-            step = partial(self._score_step, scores)
+            step = partial(self._score_step, scores, answered)
             run_micro_batches(self.ddp, self.context, work, step, forward_only=True, on_progress=on_progress)
         return scores
 
-    def _scoring_bins(self, scorings: Sequence[Scoring]) -> list[list[int]]:
+    def head_copy(self, rows: int) -> Tensor:
+        """A copy of the head that the model holds now: this rank's shard [rows, H] when the vocabulary is cut into
+        shards of `rows` (a teacher's may be padded further than the student's). Last pipeline stage only; collective
+        over the tensor-parallel group."""
+        return recut_head(self.model.head_weight().detach(), rows, self.context.groups.tp)
+
+    @property
+    def head_rows(self) -> int:
+        """Rows of this rank's shard of the head."""
+        tensor = self.context.layout.tensor
+        return self.architecture.padded_vocab_size(tensor) // tensor
+
+    def _scoring_bins(self, scorings: Sequence[Scoring], answered: Answered) -> list[list[int]]:
         """Indices of scorings that share a micro-batch: their settings are the same."""
         by_settings: dict[ScoringSettings, list[int]] = {}
         for i, scoring in enumerate(scorings):
-            by_settings.setdefault(ScoringSettings.of(scoring), []).append(i)
+            by_settings.setdefault(settings_of(scoring, answered.asked), []).append(i)
         bins = []
         for members in by_settings.values():
             lengths = [len(scorings[i].context_ids) + len(scorings[i].response_ids) for i in members]
@@ -107,38 +140,50 @@ class Policy:
         batch = scoring_micro_batch(scorings, self.context.device, self._rows_multiple)
         return Work(batch, scorings=tuple(scorings))
 
-    def _score_step(self, scores: dict[ScoringKey, Score], work: Work, output: Tensor) -> Tensor:
+    def _score_step(self, scores: dict[ScoringKey, Score], answered: Answered, work: Work, output: Tensor) -> Tensor:
         hidden_NH = hidden_rows(self.model, output, work.batch.rows_N, self.context.groups)
         scores |= score_rows(
             hidden_NH,
             self.model.head_weight(),
             work.batch,
             work.scorings,
+            answered,
             self.context.groups,
-            self.architecture.vocab_size,
+            self.vocab_size,
             self.head_chunk,
         )
         return output.sum() * 0.0
 
     def update(
-        self, examples: Sequence[Example], spec: LossSpec, on_progress: OnProgress | None = None
+        self,
+        examples: Sequence[Example],
+        spec: LossSpec,
+        on_progress: OnProgress | None = None,
+        teacher_head: Tensor | None = None,
     ) -> dict[str, float]:
         """One optimizer step on this replica's examples; returns metrics of the whole step, the same on every rank.
 
+        teacher_head: [V / tp, H], the head of the teacher whose hidden states are targets; last stage only.
         Collective over all ranks. Gradients are those of the loss normalised over every replica's examples. A
         gradient that is not finite changes nothing and is counted in `train/skipped`.
         """
-        metrics = self.accumulate_gradients(examples, spec, on_progress)
+        metrics = self.accumulate_gradients(examples, spec, on_progress, teacher_head)
         return metrics | self._optimizer_step()
 
     def accumulate_gradients(
-        self, examples: Sequence[Example], spec: LossSpec, on_progress: OnProgress | None = None
+        self,
+        examples: Sequence[Example],
+        spec: LossSpec,
+        on_progress: OnProgress | None = None,
+        teacher_head: Tensor | None = None,
     ) -> dict[str, float]:
         """Forward and backward of one step, gradients reduced and left in the parameters' `main_grad`."""
+        _check_targets(examples, teacher_head)
         normalisers = self._normalisers(examples)
         live = [example for example in examples if not example.inert]
         bins = bin_by_tokens([example.num_tokens for example in live], self.micro_batch_tokens)
-        work = [self._training_work([live[i] for i in bin]) for bin in same_number_everywhere(bins, self.context)]
+        bins = same_number_everywhere(bins, self.context)
+        work = [self._training_work([live[i] for i in indices], teacher_head) for indices in bins]
         sums = TokenSums()
         with self.context.megatron_calls():
             self.ddp.zero_grad_buffer()
@@ -148,9 +193,10 @@ class Policy:
             run_micro_batches(self.ddp, self.context, work, step, forward_only=False, on_progress=on_progress)
         return step_metrics(sums, sum(example.num_tokens for example in live), normalisers, spec, self.context)
 
-    def _training_work(self, examples: Sequence[Example]) -> Work:
+    def _training_work(self, examples: Sequence[Example], teacher_head: Tensor | None) -> Work:
         batch = example_micro_batch(examples, self.context.device, self._rows_multiple)
-        return Work(batch, loss_inputs(examples, self.context.device) if self.context.is_last_stage else None)
+        last = self.context.is_last_stage
+        return Work(batch, loss_inputs(examples, self.context.device, teacher_head) if last else None)
 
     def _loss_step(
         self, sums: TokenSums, spec: LossSpec, normalisers: Normalisers, work: Work, output: Tensor
@@ -165,7 +211,7 @@ class Policy:
             spec,
             normalisers,
             groups,
-            self.architecture.vocab_size,
+            self.vocab_size,
             self.head_chunk,
         )
         sums.add(batch_sums)
@@ -196,8 +242,21 @@ class Policy:
                 clip_grad_by_total_norm_fp32(parameters, max_norm=optimizer.config.clip_grad, total_norm=norm)
 
 
+def _check_targets(examples: Sequence[Example], teacher_head: Tensor | None) -> None:
+    kinds = {type(example.target) for example in examples if example.target is not None}
+    if len(kinds) > 1:
+        raise ValueError(
+            "a step's targets are of two types, top log-probs and hidden states: an objective must choose one"
+        )
+    if HiddenStates in kinds and teacher_head is None:
+        raise ValueError(
+            "targets are hidden states, but no scoring by the teacher's weights kept them: no head is here"
+        )
+
+
 def strip(example: Example) -> Example:
-    """The example without its per-token targets: what stages before the last need to know."""
+    """The example without what only the loss reads: what stages before the last need to know. Reference log-probs stay:
+    they tell whether the example is inert."""
     return replace(example, target=None, old_logprobs_T=None, rollout_logprobs_T=None)
 
 

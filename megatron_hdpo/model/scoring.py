@@ -1,8 +1,8 @@
-"""Log-probs, entropy and top k of the response tokens of a micro-batch, from the last stage's hidden states."""
+"""Scores of the response tokens of a micro-batch, from the last stage's hidden states."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,23 +11,78 @@ import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_hdpo.divergence import logit_losses, vocab_parallel_topk
+from megatron_hdpo.divergence import FullLogits, logit_losses, vocab_parallel_logprobs, vocab_parallel_topk
 from megatron_hdpo.model.micro_batch import MicroBatch
-from megatron_hdpo.objectives.interface import Score, Scoring, ScoringKey
+from megatron_hdpo.objectives.interface import Score, Scoring, ScoringKey, Weights
 from megatron_hdpo.rollout.types import TopLogprobs
 
 
 @dataclass(frozen=True)
 class ScoringSettings:
-    """What scorings must agree on to share a micro-batch."""
+    """What scorings must agree on to share a micro-batch. at: how many ids of another scoring, 0 for none."""
 
     temperature: float
     top_k: int
+    at: int = 0
+    hidden: bool = False
+    kl_to: Weights | None = None
 
-    @classmethod
-    def of(cls, scoring: Scoring) -> ScoringSettings:
-        """The settings of a scoring."""
-        return cls(scoring.temperature, scoring.top_k)
+
+def settings_of(scoring: Scoring, asked: Mapping[ScoringKey, Scoring]) -> ScoringSettings:
+    """The settings of a scoring. asked: every scoring of the step, those that this one refers to among them."""
+    at = 0 if scoring.at is None else asked[scoring.at].top_k
+    kl_to = None if scoring.reverse_kl_to is None else asked[scoring.reverse_kl_to].weights
+    return ScoringSettings(scoring.temperature, scoring.top_k, at, scoring.hidden, kl_to)
+
+
+def in_waves(scorings: Sequence[Scoring]) -> dict[tuple[int, Weights], list[Scoring]]:
+    """The scorings by (wave, weights): each refers only to scorings of earlier waves.
+
+    Raises ValueError when a key is used twice, or a scoring refers to one that is not there, is not of the same
+    response, does not bring what is wanted of it, or refers back.
+    """
+    asked = {scoring.key: scoring for scoring in scorings}
+    if len(asked) < len(scorings):
+        raise ValueError("two scorings of a step have the same key")
+    for scoring in scorings:
+        _check_references(scoring, asked)
+    waves: dict[tuple[int, Weights], list[Scoring]] = {}
+    for scoring in scorings:
+        waves.setdefault((_depth(scoring, asked), scoring.weights), []).append(scoring)
+    return waves
+
+
+def _references(scoring: Scoring) -> list[ScoringKey]:
+    return [key for key in (scoring.at, scoring.reverse_kl_to) if key is not None]
+
+
+def _check_references(scoring: Scoring, asked: Mapping[ScoringKey, Scoring]) -> None:
+    for key in _references(scoring):
+        if key not in asked:
+            raise ValueError(f"scoring {scoring.key} refers to {key}, which is not asked for")
+        if not np.array_equal(asked[key].response_ids, scoring.response_ids):
+            raise ValueError(f"scoring {scoring.key} refers to {key}, which is of another response")
+    if scoring.at is not None and not asked[scoring.at].top_k:
+        raise ValueError(f"scoring {scoring.key} wants the ids of {scoring.at}, which has no top_k")
+    if scoring.reverse_kl_to is not None and not asked[scoring.reverse_kl_to].hidden:
+        raise ValueError(f"scoring {scoring.key} wants the KL to {scoring.reverse_kl_to}, which keeps no hidden states")
+
+
+def _depth(scoring: Scoring, asked: Mapping[ScoringKey, Scoring], seen: tuple[ScoringKey, ...] = ()) -> int:
+    if scoring.key in seen:
+        raise ValueError(f"scoring {scoring.key} refers back to itself")
+    seen = (*seen, scoring.key)
+    return max((1 + _depth(asked[key], asked, seen) for key in _references(scoring)), default=0)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What later waves may refer to: the scorings of the step, the scores so far, and heads [V / tp, H] on the device
+    of the weights whose hidden states were kept."""
+
+    asked: Mapping[ScoringKey, Scoring]
+    scores: Mapping[ScoringKey, Score]
+    heads: Mapping[Weights, Tensor]
 
 
 def score_rows(
@@ -35,6 +90,7 @@ def score_rows(
     head_weight_VH: Tensor,
     batch: MicroBatch,
     scorings: Sequence[Scoring],
+    answered: Answered,
     groups: ProcessGroupCollection,
     vocab_size: int,
     head_chunk: int,
@@ -43,36 +99,80 @@ def score_rows(
     time. All ranks of the tensor-parallel group must call it together; all get the scores."""
     if not scorings:
         return {}
-    settings = ScoringSettings.of(scorings[0])
-    shard = {"group": groups.tp, "vocab_size": vocab_size}
-    logprobs, entropies, ids, tops = [], [], [], []
-    for hidden, sampled in zip(hidden_NH.split(head_chunk), batch.sampled_ids_N.split(head_chunk), strict=True):
-        logits = F.linear(hidden, head_weight_VH)
-        losses = logit_losses(logits, sampled, None, temperature=settings.temperature, **shard)
-        logprobs.append(losses.logprobs_T)
-        entropies.append(losses.entropy_T)
-        if settings.top_k:
-            scaled = logits if settings.temperature == 1.0 else logits / settings.temperature
-            found = vocab_parallel_topk(scaled, settings.top_k, **shard)
-            ids.append(found.ids_TK.to(torch.int32))
-            tops.append(found.logprobs_TK)
-    columns = [_on_host(column) for column in (logprobs, entropies, ids, tops)]
+    settings = settings_of(scorings[0], answered.asked)
+    rows = _Rows(settings, scorings, answered, {"group": groups.tp, "vocab_size": vocab_size})
+    for start in range(0, max(1, len(hidden_NH)), head_chunk):
+        chunk = slice(start, start + head_chunk)
+        rows.add(F.linear(hidden_NH[chunk], head_weight_VH), batch.sampled_ids_N[chunk], chunk)
+    columns = {name: _on_host(parts) for name, parts in rows.columns.items()}
+    hidden = hidden_NH.detach().cpu() if settings.hidden else None
     edges = np.cumsum([0, *batch.responses])
     return {
-        scoring.key: _score(columns, slice(first, last))
+        scoring.key: _score(columns, hidden, slice(first, last))
         for scoring, first, last in zip(scorings, edges, edges[1:], strict=False)
     }
 
 
-def _score(columns: list[np.ndarray | None], rows: slice) -> Score:
-    logprobs, entropy, ids, tops = columns
-    assert logprobs is not None and entropy is not None
-    top = None if ids is None or tops is None else TopLogprobs(ids[rows], tops[rows])
-    return Score(logprobs[rows], entropy[rows], top)
+class _Rows:
+    """The answers for a micro-batch, chunk of logits by chunk of logits."""
+
+    def __init__(
+        self, settings: ScoringSettings, scorings: Sequence[Scoring], answered: Answered, shard: dict[str, object]
+    ) -> None:
+        self.settings, self.shard = settings, shard
+        self.columns: dict[str, list[Tensor]] = {}
+        self.at_ids_NK, self.teacher_NH, self.head_VH = None, None, None
+        if settings.at:
+            tops = [answered.scores[s.at].top for s in scorings]
+            self.at_ids_NK = torch.from_numpy(np.concatenate([top.ids_TK for top in tops]).astype(np.int64))
+        if settings.kl_to is not None:
+            self.teacher_NH = torch.cat([answered.scores[s.reverse_kl_to].hidden_TH for s in scorings])
+            self.head_VH = answered.heads[settings.kl_to]
+
+    def add(self, logits_NV: Tensor, sampled_N: Tensor, rows: slice) -> None:
+        """Answer for a chunk of rows."""
+        temperature, device = self.settings.temperature, logits_NV.device
+        target = None
+        if self.teacher_NH is not None:
+            target = FullLogits(F.linear(self.teacher_NH[rows].to(device), self.head_VH))
+        losses = logit_losses(
+            logits_NV,
+            sampled_N,
+            target,
+            kind="reverse_kl",
+            temperature=temperature,
+            distill_temperature=temperature,
+            **self.shard,
+        )
+        self._put(logprobs=losses.logprobs_T, entropy=losses.entropy_T)
+        if target is not None:
+            self._put(reverse_kl=losses.divergence_T)
+        if self.settings.top_k:
+            found = vocab_parallel_topk(logits_NV, self.settings.top_k, temperature=temperature, **self.shard)
+            self._put(ids=found.ids_TK.to(torch.int32), top=found.logprobs_TK)
+        if self.at_ids_NK is not None:
+            ids_NK = self.at_ids_NK[rows].to(device)
+            self._put(at=vocab_parallel_logprobs(logits_NV, ids_NK, temperature, **self.shard))
+
+    def _put(self, **values: Tensor) -> None:
+        for name, value in values.items():
+            self.columns.setdefault(name, []).append(value)
 
 
-def _on_host(parts: list[Tensor]) -> np.ndarray | None:
-    if not parts:
-        return None
-    whole = torch.cat(parts)
+def _score(columns: Mapping[str, np.ndarray], hidden_NH: Tensor | None, rows: slice) -> Score:
+    def part(name: str) -> np.ndarray | None:
+        return columns[name][rows] if name in columns else None
+
+    return Score(
+        logprobs_T=columns["logprobs"][rows],
+        entropy_T=columns["entropy"][rows],
+        top=TopLogprobs(columns["ids"][rows], columns["top"][rows]) if "ids" in columns else None,
+        at_logprobs_TK=part("at"),
+        hidden_TH=None if hidden_NH is None else hidden_NH[rows],
+        reverse_kl_T=part("reverse_kl"),
+    )
+
+
+def _on_host(parts: Sequence[Tensor]) -> np.ndarray:
+    whole = torch.cat(list(parts))
     return (whole.float() if whole.is_floating_point() else whole).cpu().numpy()

@@ -1,46 +1,57 @@
-"""Metrics of an optimizer step, from sums over tokens on the last pipeline stages of all replicas."""
+"""Metrics of an optimizer step, from sums and maxima over tokens on the last pipeline stages of all replicas."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_hdpo.model.loss import Normalisers
+from megatron_hdpo.model.loss import MAXIMA, Normalisers, merge_sums
 from megatron_hdpo.objectives.interface import LossSpec
 from megatron_hdpo.parallel.context import ParallelContext
 
 _SUMS = (
     "surrogate", "surrogate_tokens", "nll", "clipped", "entropy", "mismatch_k3", "mismatch_abs",
-    "divergence", "distill_tokens", "covered_mass", "student_mass_at_top1",
+    "divergence", "distill_tokens", "covered_mass", "student_mass_at_top1", "reference_kl", "reference_tokens",
 )  # fmt: skip
+_LARGEST_LOG = 700.0  # exp of more is not finite
 
 
 class TokenSums:
-    """Sums over tokens by name; they stay on the device until the step is over."""
+    """Sums (and maxima) over tokens by name; they stay on the device until the step is over."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
 
     def add(self, sums: Mapping[str, Tensor]) -> None:
         """Add a micro-batch's sums."""
-        for name, value in sums.items():
-            self._sums[name] = self._sums[name] + value.double() if name in self._sums else value.double()
+        merge_sums(self._sums, {name: value.double() for name, value in sums.items()})
 
     def values(self) -> list[float]:
-        """In the order of the standard names, 0 for those never added."""
+        """In the order of the standard names; 0, or of a maximum -inf, for those never added."""
         if not self._sums:
-            return [0.0] * len(_SUMS)
-        zero = torch.zeros_like(next(iter(self._sums.values())))
-        return torch.stack([self._sums.get(name, zero) for name in _SUMS]).tolist()
+            return _nothing()
+        like = next(iter(self._sums.values()))
+        missing = (torch.full_like(like, value) for value in _nothing())
+        names = (*_SUMS, *MAXIMA)
+        return torch.stack([self._sums.get(name, value) for name, value in zip(names, missing, strict=True)]).tolist()
+
+
+def _nothing() -> list[float]:
+    return [0.0] * len(_SUMS) + [-math.inf] * len(MAXIMA)
 
 
 def sum_over_ranks(values: list[float], context: ParallelContext) -> list[float]:
     """Element-wise sums over all ranks, on every rank."""
+    return _over_ranks(values, dist.ReduceOp.SUM, context)
+
+
+def _over_ranks(values: list[float], operation: dist.ReduceOp, context: ParallelContext) -> list[float]:
     tensor = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(tensor, group=context.host)
+    dist.all_reduce(tensor, op=operation, group=context.host)
     return tensor.tolist()
 
 
@@ -49,9 +60,11 @@ def step_metrics(
 ) -> dict[str, float]:
     """Metrics of the step, the same on every rank. tokens: run through the model by this replica. Collective."""
     holds_sums = context.is_last_stage and context.groups.tp.rank() == 0
-    mine = sums.values() if holds_sums else [0.0] * len(_SUMS)
+    values = sums.values() if holds_sums else _nothing()
+    mine, highest = values[: len(_SUMS)], values[len(_SUMS) :]
     reduced = sum_over_ranks([*mine, float(tokens) if context.is_replica_leader else 0.0], context)
     total = dict(zip((*_SUMS, "tokens"), reduced, strict=True))
+    total |= dict(zip(MAXIMA, _over_ranks(highest, dist.ReduceOp.MAX, context), strict=True))
     metrics = {"train/tokens": total["tokens"], "distill/tokens": total["distill_tokens"]}
     if normalisers.surrogate:
         metrics["train/surrogate_loss"] = total["surrogate"] / normalisers.surrogate
@@ -59,6 +72,9 @@ def step_metrics(
         metrics["train/clip_fraction"] = total["clipped"] / count
         for name in ("nll", "entropy", "mismatch_k3", "mismatch_abs"):
             metrics[f"train/{name}"] = total[name] / count
+        metrics["train/mismatch_max"] = math.exp(min(total["mismatch_max"], _LARGEST_LOG))
+    if count := total["reference_tokens"]:
+        metrics["train/reference_kl"] = total["reference_kl"] / count
     if (count := total["distill_tokens"]) and spec.distill is not None:
         metrics[f"distill/{spec.distill.kind}"] = total["divergence"] / normalisers.distill
         metrics["distill/covered_mass"] = total["covered_mass"] / count

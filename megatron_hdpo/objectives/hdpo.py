@@ -7,8 +7,9 @@ tokens of those rollouts, so the weight of the term does not depend on how many 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -19,11 +20,14 @@ from megatron_hdpo.objectives.grpo import GRPO, GRPOConfig, group_shares
 from megatron_hdpo.objectives.interface import (
     DistillConfig,
     Example,
+    HiddenStates,
     LossSpec,
     Score,
     Scoring,
     ScoringKey,
 )
+from megatron_hdpo.objectives.settings import OWN_TEACHERS, Surroundings, TeacherKind
+from megatron_hdpo.objectives.targets import target_of, target_scorings
 from megatron_hdpo.rollout.types import Group, Sample, TopLogprobs
 
 
@@ -42,6 +46,9 @@ class PrivilegedConfig(BaseModel):
 class HDPOConfig(GRPOConfig):
     """Hybrid distillation policy optimisation: GRPO plus privileged self-distillation on cliff prompts."""
 
+    teachers: ClassVar[tuple[TeacherKind, ...]] = OWN_TEACHERS
+    privileged_prompts: ClassVar[bool] = True
+
     name: Literal["hdpo"] = "hdpo"  # type: ignore[assignment]
     privileged: PrivilegedConfig = Field(default_factory=PrivilegedConfig, description="Privileged rollouts.")
     distill: DistillConfig = Field(default_factory=DistillConfig, description="The divergence and its weight.")
@@ -50,6 +57,22 @@ class HDPOConfig(GRPOConfig):
         description="Where the teacher's top k comes from: a forward pass of the trainer, or the engine that sampled "
         "the privileged rollout (no extra forward; drifting teacher only).",
     )
+
+    def errors(self, around: Surroundings) -> Iterator[str]:
+        """A divergence that cannot be computed; an engine's log-probs that are not the teacher's."""
+        distill = self.distill
+        yield from distill.errors(around.vocab_size)
+        if self.logits_from != "rollout":
+            return
+        if distill.support != "teacher":
+            yield f"logits_from: rollout gives the teacher's top k, but distill.support is {distill.support}"
+        if around.teacher != "policy":
+            yield f"logits_from: rollout gives the policy's logits, but teacher.kind is {around.teacher}"
+        if around.temperature != distill.temperature:
+            yield (
+                f"logits_from: the engine's log-probs are at rollout.temperature {around.temperature}, "
+                f"objective.distill.temperature is {distill.temperature}: make them equal or set logits_from=trainer"
+            )
 
 
 class HDPO(GRPO):
@@ -74,8 +97,8 @@ class HDPO(GRPO):
 
     @property
     def loss(self) -> LossSpec:
-        """The surrogate and the divergence."""
-        return LossSpec(self.config.surrogate, self.config.distill, self.temperature)
+        """The surrogate, its penalty and the divergence."""
+        return replace(super().loss, distill=self.config.distill)
 
     def is_cliff(self, group: Group) -> bool:
         """Every judged rollout failed. A group without a judged rollout is no cliff: nothing is known of it."""
@@ -105,22 +128,19 @@ class HDPO(GRPO):
         return group
 
     def scorings(self, groups: Sequence[Group]) -> list[Scoring]:
-        """The teacher's top k at each token of each kept rollout, after the privileged prompt."""
+        """The teacher's distribution at each token of each kept rollout, after the privileged prompt."""
         scorings = super().scorings(groups)
         if self.config.logits_from == "rollout":
             return scorings
         for g, group in enumerate(groups):
             for s, sample in enumerate(group.privileged):
                 assert group.privileged_prompt_ids is not None
-                scorings.append(
-                    Scoring(
-                        (g, "privileged", s, "teacher"),
-                        group.privileged_prompt_ids,
-                        sample.completion.token_ids,
-                        "teacher",
-                        top_k=self.config.distill.top_k,
-                        temperature=self.config.distill.temperature,
-                    )
+                scorings += target_scorings(
+                    (g, "privileged", s),
+                    group.prompt_ids,
+                    group.privileged_prompt_ids,
+                    sample.completion.token_ids,
+                    self.config.distill,
                 )
         return scorings
 
@@ -131,8 +151,8 @@ class HDPO(GRPO):
         examples = super().examples(groups, scores, totals)
         for g, group in enumerate(groups):
             for s, sample in enumerate(group.privileged):
-                score = scores.get((g, "privileged", s, "teacher"))
-                target = sample.completion.top_logprobs if score is None else score.top
+                target = target_of((g, "privileged", s), scores, self.config.distill)
+                target = target or sample.completion.top_logprobs
                 if target is None:
                     raise ValueError(
                         f"problem {group.problem.id}: the engine returned no top log-probs with a privileged rollout; "
@@ -180,13 +200,12 @@ def _privileged_metrics(groups: Sequence[Group]) -> dict[str, float]:
     return metrics | ({"privileged/success_rate": right / judged} if judged else {})
 
 
-def distillation_example(group: Group, sample: Sample, target: TopLogprobs) -> Example:
-    """A privileged rollout seen by the student: its own prompt, the same response tokens, the teacher's top k."""
+def distillation_example(group: Group, sample: Sample, target: TopLogprobs | HiddenStates) -> Example:
+    """A rollout seen by the student: its own prompt, the same response tokens, the teacher's distribution."""
     length = sample.length
-    if len(target.ids_TK) != length:
-        raise ValueError(
-            f"problem {group.problem.id}: target has {len(target.ids_TK)} rows for a response of {length} tokens"
-        )
+    rows = len(target.hidden_TH if isinstance(target, HiddenStates) else target.ids_TK)
+    if rows != length:
+        raise ValueError(f"problem {group.problem.id}: target has {rows} rows for a response of {length} tokens")
     return Example(
         prompt_ids=group.prompt_ids,
         response_ids=sample.completion.token_ids,

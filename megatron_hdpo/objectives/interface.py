@@ -4,15 +4,16 @@ An objective is pure: it sees no process group, no model and no trainer. It asks
 top k) of responses under contexts, and turns groups and scores into examples. The trainer knows two losses only, a
 clipped surrogate and a divergence to a target, and nothing of methods:
 
-    L = sum_t w_t S_t / N_surrogate  +  coefficient * sum_t v_t D_t / N_distill
+    L = sum_t w_t (S_t + kl_coefficient * K_t) / N_surrogate  +  coefficient * sum_t v_t D_t / N_distill
 
 with w_t = Example.surrogate_weights_T, v_t = Example.distill_weights_T, and both normalisers summed over every example
-of the optimizer step on every data-parallel replica (global token counts).
+of the optimizer step on every data-parallel replica (global token counts). K_t = (ln q - ln q_reference)^2 / 2 is there
+for examples with reference log-probs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -70,7 +71,8 @@ class Score:
 
 @dataclass(frozen=True)
 class HiddenStates:
-    """A full-vocabulary target: the hidden states [T, H] that the teacher's head reads, of `Score.hidden_TH`."""
+    """A full-vocabulary target: the hidden states [T, H] that the teacher's head reads, `Score.hidden_TH` of a scoring
+    by the teacher's weights (no others: the loss has the teacher's head only). A step has targets of one type."""
 
     hidden_TH: torch.Tensor
 
@@ -107,8 +109,9 @@ class Example:
     def inert(self) -> bool:
         """True when no token has a gradient: it counts in the normalisers and need not be run."""
         surrogate = np.any(self.surrogate_weights_T * self.advantages_T)
+        penalty = self.reference_logprobs_T is not None and np.any(self.surrogate_weights_T)
         distill = self.distill_weights_T is not None and np.any(self.distill_weights_T)
-        return not (surrogate or distill)
+        return not (surrogate or penalty or distill)
 
 
 class SurrogateConfig(BaseModel):
@@ -116,6 +119,11 @@ class SurrogateConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
+    ratio: Literal["token", "sequence"] = Field(
+        "token",
+        description="What is clipped: each token's probability ratio, or for all tokens of a response the geometric "
+        "mean of their ratios (GSPO; its clips are some hundred times smaller).",
+    )
     clip_low: float = Field(0.2, gt=0, lt=1, description="The ratio is clipped below at 1 - clip_low.")
     clip_high: float = Field(0.2, gt=0, description="The ratio is clipped above at 1 + clip_high.")
     dual_clip: float | None = Field(None, gt=1, description="Bound c on the loss -c*A of negative advantages.")
@@ -137,18 +145,50 @@ class DistillConfig(BaseModel):
     tail: Literal["outside", "literal", "bucket", "renormalise"] = Field(
         "outside", description="What becomes of the probability outside the teacher's top k."
     )
-    top_k: int = Field(64, ge=1, description="Tokens of the teacher's distribution that are kept (k).")
+    support: Literal["teacher", "student", "full"] = Field(
+        "teacher",
+        description="Which tokens are compared: the teacher's top k, the student's top k before the update, or the "
+        "whole vocabulary (no tail then; hidden states of the teacher are kept in host memory).",
+    )
+    top_k: int = Field(64, ge=1, description="Tokens of the distribution that are kept (k).")
     temperature: float = Field(1.0, gt=0, description="Temperature of both distributions.")
     clip: float | None = Field(None, gt=0, description="Upper bound of every vocabulary entry's summand (OPSD).")
+    importance_cap: float | None = Field(
+        None,
+        gt=0,
+        description="Weight tokens by min(cap, probability now / probability when sampled), detached (SDPO).",
+    )
+
+    def errors(self, vocab_size: int) -> Iterator[str]:
+        """What cannot be computed, as `key below the objective's section: reason`."""
+        if self.support == "full":
+            return
+        if self.top_k > vocab_size:
+            yield f"distill.top_k: {self.top_k} exceeds the vocabulary of {vocab_size} tokens"
+        reverse = self.kind in ("reverse_kl", "akl") or (self.kind == "jsd" and self.beta == 1.0)
+        if (reverse or (self.kind == "skew_reverse" and self.beta == 0.0)) and self.tail in ("outside", "literal"):
+            yield (
+                f"distill.kind: {self.kind} is infinite where the teacher is cut to zero; set "
+                "objective.distill.tail=bucket"
+            )
+        if self.tail == "literal" and not (self.kind == "jsd" and self.beta == 0.5 and self.clip is None):
+            yield (
+                "distill.tail: literal is defined for kind=jsd with beta=0.5 and no clip only, not "
+                f"{self.kind} with beta={self.beta}, clip={self.clip}"
+            )
 
 
 @dataclass(frozen=True)
 class LossSpec:
-    """The loss of one optimizer step. temperature: sampling temperature of the surrogate's log-probs."""
+    """The loss of one optimizer step. temperature: sampling temperature of the surrogate's log-probs.
+
+    kl_coefficient: weight of half the squared log-ratio to the reference policy (k2).
+    """
 
     surrogate: SurrogateConfig
     distill: DistillConfig | None
     temperature: float
+    kl_coefficient: float = 0.0
 
 
 class Objective(Protocol):

@@ -30,6 +30,7 @@ def clipped_surrogate(
     """max(-A r, -A clip(r, 1 - low, 1 + high)) with r = exp(log q - log q_old); where A < 0 and `dual_clip` is c, at
     most -A c. Each token is weighted by the detached, capped probability ratio of trainer to engine when
     `importance_cap` is set. All inputs [T]; pass logprobs_T.detach() as old_logprobs_T for one update per step.
+    `ratio` is the caller's: a sequence's ratio comes in as denominators that make every token's ratio the sequence's.
     """
     log_ratio = logprobs_T - old_logprobs_T
     ratio = log_ratio.detach().exp()

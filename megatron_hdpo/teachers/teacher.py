@@ -1,37 +1,47 @@
-"""Whose weights score a teacher's scorings, and where they rest meanwhile."""
+"""What a teacher is to the learner: something that scores, and that may follow the policy."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
-
-from megatron_hdpo.model.network import HeadlessGPTModel
-from megatron_hdpo.weights.host import HostWeights, copy_to_host, load_from_host
+from megatron_hdpo.model.policy import Policy
+from megatron_hdpo.weights.host import HostWeights
 
 
-class TeacherConfig(BaseModel):
-    """The teacher of a distillation objective."""
+@dataclass(frozen=True)
+class TeacherState:
+    """What a teacher must have back at a resume: JSON values, and this rank's shard of its weights."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    kind: Literal["policy", "frozen"] = Field(
-        "policy",
-        description="policy: the model itself before this step's update (drifting); frozen: the model as it was when "
-        "reinforcement learning began, a real copy that rests in host memory.",
-    )
+    values: dict[str, Any] = field(default_factory=dict)
+    weights: HostWeights | None = None
 
 
 class Teacher(Protocol):
-    """Holds or finds the teacher's weights."""
+    """Holds or finds the teacher's weights. Every method is called on every rank."""
 
     kind: str
 
     @contextmanager
-    def weights(self) -> Iterator[None]:
-        """Within this context the model holds the teacher's weights."""
+    def scorer(self) -> Iterator[Policy]:
+        """Within this context the policy that is handed out holds the teacher's weights: it scores and shows its head.
+
+        It may be the trained policy itself with other weights in it, so nobody may train meanwhile.
+        """
+
+    def after_update(self) -> None:
+        """An optimizer step was taken (not one that was skipped)."""
+
+    def after_step(self) -> None:
+        """A rollout step has been learned from."""
+
+    def state(self) -> TeacherState:
+        """What a checkpoint must hold."""
+
+    def load_state(self, values: Mapping[str, Any], weights: HostWeights | None) -> None:
+        """Take back what `state` gave. Raises WeightsError when the weights are of another model or layout."""
 
 
 class PolicyTeacher:
@@ -39,32 +49,23 @@ class PolicyTeacher:
 
     kind = "policy"
 
-    @contextmanager
-    def weights(self) -> Iterator[None]:
-        """The model as it is."""
-        yield
-
-
-class FrozenTeacher:
-    """A copy of this rank's shard taken at construction; swapped in for scoring and out again, bit for bit."""
-
-    kind = "frozen"
-
-    def __init__(self, model: HeadlessGPTModel) -> None:
-        self.model = model
-        self.copy: HostWeights = copy_to_host(model)
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
 
     @contextmanager
-    def weights(self) -> Iterator[None]:
-        """The copy, in place of the policy's weights, which come back also after an error."""
-        policy = copy_to_host(self.model)
-        load_from_host(self.model, self.copy)
-        try:
-            yield
-        finally:
-            load_from_host(self.model, policy)
+    def scorer(self) -> Iterator[Policy]:
+        """The policy as it is."""
+        yield self.policy
 
+    def after_update(self) -> None:
+        """Nothing: it is the policy."""
 
-def build_teacher(config: TeacherConfig, model: HeadlessGPTModel) -> Teacher:
-    """The teacher of the recipe, from the weights that the model holds now."""
-    return PolicyTeacher() if config.kind == "policy" else FrozenTeacher(model)
+    def after_step(self) -> None:
+        """Nothing."""
+
+    def state(self) -> TeacherState:
+        """Nothing."""
+        return TeacherState()
+
+    def load_state(self, values: Mapping[str, Any], weights: HostWeights | None) -> None:
+        """Nothing."""

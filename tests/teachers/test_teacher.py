@@ -19,7 +19,8 @@ from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.objectives.hdpo import HDPO, HDPOConfig
 from megatron_hdpo.objectives.interface import Score
 from megatron_hdpo.rollout.types import Completion, Group, Sample
-from megatron_hdpo.teachers.teacher import PolicyTeacher, Teacher, TeacherConfig, build_teacher
+from megatron_hdpo.teachers.resting import FrozenTeacher
+from megatron_hdpo.teachers.teacher import PolicyTeacher, Teacher
 from megatron_hdpo.tracking.console import Console
 
 LAYOUTS = {"tp2": (2, 1), "pp2": (1, 2), "dp2": (1, 1)}
@@ -42,27 +43,26 @@ def _same(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
 def _score_with_teachers(path: Path, context) -> dict[str, bool]:
     policy = build_policy(path, context, optimizer=OPTIMIZER)
     undisturbed = build_policy(path, context, optimizer=OPTIMIZER)
-    frozen = build_teacher(TeacherConfig(kind="frozen"), policy.model)
-    drifting = build_teacher(TeacherConfig(kind="policy"), policy.model)
+    frozen, drifting = FrozenTeacher(policy), PolicyTeacher(policy)
     start, at_start = _bits(policy), _scores(policy)
     for each in (policy, undisturbed):
         each.update(share(each, make_examples()), SPEC)
     moved, after = _bits(policy), _scores(policy)
     found = {"last stage scores": bool(at_start) == context.is_last_stage, "update moved": moved != start}
-    with frozen.weights():
+    with frozen.scorer():
         found["frozen holds the first weights"] = _bits(policy) == start
         found["frozen scores as at the start"] = _same(_scores(policy), at_start)
     found["restored"] = _bits(policy) == moved
-    with drifting.weights():
+    with drifting.scorer():
         found["drifting is the policy"] = _bits(policy) == moved and _same(_scores(policy), after)
     found["policy scores otherwise"] = not at_start or not _same(after, at_start)
-    with suppress(RuntimeError), frozen.weights():
+    with suppress(RuntimeError), frozen.scorer():
         raise RuntimeError("on purpose")
     found["restored after an error"] = _bits(policy) == moved
     for each in (policy, undisturbed):
         each.update(share(each, make_examples(seed=3)), SPEC)
     found["optimizer undisturbed"] = _bits(policy) == _bits(undisturbed) != moved
-    with frozen.weights():
+    with frozen.scorer():
         found["frozen after two updates"] = _same(_scores(policy), at_start)
     return found
 
@@ -87,8 +87,8 @@ def _divergences(path: Path, context) -> dict[str, float]:
     objective, found = HDPO(config, temperature=1.0), {}
     policy = build_policy(path, context, optimizer=OPTIMIZER.model_copy(update={"weight_decay": 0.0}))
     teachers: dict[str, Teacher] = {
-        "frozen": build_teacher(TeacherConfig(kind="frozen"), policy.model),
-        "policy": PolicyTeacher(),
+        "frozen": FrozenTeacher(policy),
+        "policy": PolicyTeacher(policy),
     }
     for when in ("before", "after"):
         for name, teacher in teachers.items():
@@ -127,15 +127,3 @@ def test_the_learner_asks_the_teacher_of_the_recipe(layout: str, ranks) -> None:
         assert abs(jsd["frozen before"]) < 1e-6 and abs(jsd["policy before"]) < 1e-6
         assert abs(jsd["policy after"]) < 1e-6
         assert jsd["frozen after"] > 1e-3
-
-
-def test_the_copy_is_a_copy(ranks) -> None:
-    """Also of a model that no rank and no optimizer stands behind."""
-    model = torch.nn.Linear(3, 2)
-    teacher = build_teacher(TeacherConfig(kind="frozen"), model)
-    first = model.weight.detach().clone()
-    with torch.no_grad():
-        model.weight.add_(1.0)
-    with teacher.weights():
-        assert torch.equal(model.weight, first)
-    assert torch.equal(model.weight, first + 1.0)

@@ -1,0 +1,89 @@
+"""A teacher with a model of its own: another checkpoint of the same vocabulary, on the same layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megatron_hdpo.model.architecture import read_architecture
+from megatron_hdpo.model.build import ModelConfig, ModelError, build_model
+from megatron_hdpo.model.policy import Policy
+from megatron_hdpo.teachers.sizes import check_sizes
+from megatron_hdpo.teachers.teacher import TeacherState
+from megatron_hdpo.weights.host import HostWeights, copy_to_host
+from megatron_hdpo.weights.load import load_hf
+
+
+class ExternalTeacher:
+    """The checkpoint at `path`, for a policy of the same vocabulary; `model` is the recipe's model section.
+
+    On a GPU its weights lie in host memory but while it scores.
+    """
+
+    kind = "external"
+
+    def __init__(self, path: str | Path, policy: Policy, model: ModelConfig) -> None:
+        architecture = read_architecture(path)
+        for line in check_sizes(architecture, policy.architecture, str(path)):
+            raise ModelError(line)
+        own = build_model(architecture, policy.context, model.model_copy(update={"path": str(path)}))
+        load_hf(own, architecture, policy.context, path)
+        own.requires_grad_(False)
+        self.policy = Policy(
+            architecture,
+            policy.context,
+            own,
+            policy.micro_batch_tokens,
+            head_chunk=policy.head_chunk,
+            vocab_size=policy.vocab_size,
+        )
+        self.on_device = policy.context.device.type == "cuda"
+        self.resting: HostWeights = copy_to_host(own) if self.on_device else {}
+        self._rest()
+
+    @contextmanager
+    def scorer(self) -> Iterator[Policy]:
+        """The teacher's own model, on the device until the context ends."""
+        if self.on_device:
+            device = self.policy.context.device
+            for name, parameter in self.policy.model.named_parameters():
+                parameter.data = self.resting[name].to(device, non_blocking=True)
+        try:
+            yield self.policy
+        finally:
+            self._rest()
+
+    def _rest(self) -> None:
+        if self.on_device:
+            for name, parameter in self.policy.model.named_parameters():
+                parameter.data = self.resting[name]
+
+    def after_update(self) -> None:
+        """Nothing: it stays."""
+
+    def after_step(self) -> None:
+        """Nothing: it stays."""
+
+    def state(self) -> TeacherState:
+        """Nothing: its checkpoint is its memory."""
+        return TeacherState()
+
+    def load_state(self, values: Mapping[str, Any], weights: HostWeights | None) -> None:
+        """Nothing."""
+
+
+def check_same_vocabulary(teacher: Mapping[str, int], student: Mapping[str, int], path: str) -> None:
+    """Raise ModelError, naming a token, unless both tokenizers give every token the same id."""
+    if teacher == student:
+        return
+    token = min((t for t in teacher.keys() | student.keys() if teacher.get(t) != student.get(t)), key=_by_id(student))
+    raise ModelError(
+        f"teacher.path: the tokenizer of {path} is not the model's: token {token!r} has id {teacher.get(token)} there "
+        f"and {student.get(token)} here. Distillation token by token needs one vocabulary"
+    )
+
+
+def _by_id(ids: Mapping[str, int]) -> Any:
+    return lambda token: (ids.get(token, len(ids)), token)
