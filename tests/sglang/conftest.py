@@ -47,6 +47,7 @@ def sglang_config() -> ServerConfig:
         max_running_requests=16,
         environment={"PYTHONPATH": str(SHIM), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         start_timeout_s=300.0,
+        stop_timeout_s=0.0,  # on a CPU nothing is gained by an end of its own, which may take 20 s
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 from server_tools import fake_config, session_processes, wait_until
-from tenacity import wait_none
+from tenacity import wait_fixed, wait_none
 
 from megatron_hdpo.rollout.sglang import servers as servers_module
 from megatron_hdpo.rollout.sglang.command import Launch
@@ -35,6 +37,16 @@ def make_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ma
     yield make
     for servers in made:
         servers.close()
+
+
+def swallow(restart: Callable[[int], None]) -> Callable[[int], None]:
+    """The error a restart ends with when the servers are closed is for the thread that asked for it."""
+
+    def quietly(index: int) -> None:
+        with contextlib.suppress(ServerError):
+            restart(index)
+
+    return quietly
 
 
 def kill(servers: Servers, index: int) -> None:
@@ -85,7 +97,7 @@ def test_deaths_beyond_max_restarts_end_the_run(make_servers: MakeServers) -> No
     kill(servers, 0)
     assert servers.check() == [0]
     kill(servers, 0)
-    with pytest.raises(ServerError, match=r"max_restarts=1 times already(.|\n)*SIGKILL"):
+    with pytest.raises(ServerError, match=r"max_restarts=1 times already. SGLang server 0 ended(.|\n)*SIGKILL"):
         servers.check()
 
 
@@ -99,6 +111,35 @@ def test_starts_that_fail_count_as_restarts(make_servers: MakeServers) -> None:
         servers.check()
     assert servers.restarts == [3, 0] and told == []
     assert servers.processes[0].log.read_text().count("=== server 0 started") == 4
+
+
+def test_a_restart_under_way_in_a_thread_ends_with_close(
+    make_servers: MakeServers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(servers_module, "BACKOFF", wait_fixed(600))
+    servers = make_servers()
+    servers.start()
+    process = servers.processes[0]
+    servers.config.environment["FAKE"] = "silent"
+    loading, waiting = (threading.Thread(target=swallow(servers.restart), args=[index]) for index in range(2))
+    loading.start()
+    assert wait_until(lambda: process.log.read_text().count("=== server 0 started") == 2 and process.alive())
+    servers.config.environment["FAKE"] = "dies"
+    kill(servers, 1)
+    waiting.start()
+    assert wait_until(lambda: servers.processes[1].log.read_text().count("no such model") == 1)
+    servers.close()
+    for thread in (loading, waiting):
+        thread.join(10)
+        assert not thread.is_alive()
+    assert not any(process.alive() for process in servers.processes)
+
+
+def test_a_closed_server_does_not_start(make_servers: MakeServers) -> None:
+    servers = make_servers()
+    servers.close()
+    with pytest.raises(ServerError, match="closed"):
+        servers.start()
 
 
 def test_one_server_that_cannot_start_takes_the_others_along(make_servers: MakeServers) -> None:

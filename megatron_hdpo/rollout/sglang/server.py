@@ -11,6 +11,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -47,15 +48,18 @@ class ServerProcess:
         self.host = node_address() if config.host == "node" else config.host
         self._key_file = folder / f"sglang_{launch.index}.key.yaml" if self.api_key else None
         self._ports: list[HeldPort] = []
+        self._port: int | None = None
         self._supervisor: subprocess.Popen[bytes] | None = None
         self._log_start = 0
+        self._closed = False
+        self._lock = threading.Lock()
 
     @property
     def url(self) -> str:
         """Where the server answers; known from `start` on."""
-        if not self._ports:
+        if self._port is None:
             raise RuntimeError("a server has a URL from its first start on")
-        return f"http://{self.host}:{self._ports[0].number}"
+        return f"http://{self.host}:{self._port}"
 
     @property
     def pid(self) -> int:
@@ -65,32 +69,12 @@ class ServerProcess:
         return self._supervisor.pid
 
     def start(self) -> None:
-        """Start the process and return at once. A server that is alive is left alone."""
-        if self.alive():
-            return
-        if not self._ports:
-            # TCPStore listens on all interfaces.
-            self._ports = [HeldPort(self.host), HeldPort("")]
-        port, nccl_port = (held.number for held in self._ports)
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        self._write_key()
-        command = server_command(self.config, self.launch, self.host, port, nccl_port, self._key_file)
-        guarded = [sys.executable, "-IS", supervisor.__file__, str(os.getpid()), str(self.config.stop_timeout_s)]
-        environment = server_environment(self.config, self.launch.device, os.environ)
-        with self.log.open("a") as log:
-            now = datetime.datetime.now().isoformat(sep=" ", timespec="seconds")
-            log.write(f"=== server {self.launch.index} started {now}: {shlex.join(command)}\n")
-            log.flush()
-            self._log_start = log.tell()
-            # A session of its own: Ctrl-C in the trainer's terminal reaches the trainer, which then stops its servers.
-            self._supervisor = subprocess.Popen(
-                guarded + command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=environment,
-                start_new_session=True,
-            )
+        """Start the process and return at once; one that is alive is left alone. Raises ServerError once closed."""
+        with self._lock:
+            if self._closed:
+                raise ServerError(f"SGLang server {self.launch.index} is closed")
+            if not self.alive():
+                self._start()
 
     def wait_ready(self) -> None:
         """Return when the server answers. Raises ServerError when it died or did not answer within
@@ -112,7 +96,7 @@ class ServerProcess:
 
     def answers(self, timeout_s: float = 2.0) -> bool:
         """Whether the server answers now. Raises nothing."""
-        connection = http.client.HTTPConnection(self.host, self._ports[0].number, timeout=timeout_s)
+        connection = http.client.HTTPConnection(self.host, self._port, timeout=timeout_s)
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         try:
             connection.request("GET", "/model_info", headers=headers)
@@ -143,7 +127,9 @@ class ServerProcess:
                 self._supervisor.kill()
 
     def close(self) -> None:
-        """Stop, and give back the ports and the key. Idempotent."""
+        """Stop for good, also while another thread starts it, and give back the ports and the key. Idempotent."""
+        with self._lock:
+            self._closed = True
         self.stop()
         self._release_ports()
         if self._key_file is not None:
@@ -152,6 +138,31 @@ class ServerProcess:
     def describe_end(self) -> str:
         """How a server that is not alive ended: exit code, end of its log, path of its log."""
         return self._report(f"ended, {self._exit()}")
+
+    def _start(self) -> None:
+        if not self._ports:
+            # TCPStore listens on all interfaces.
+            self._ports = [HeldPort(self.host), HeldPort("")]
+        self._port, nccl_port = (held.number for held in self._ports)
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self._write_key()
+        command = server_command(self.config, self.launch, self.host, self._port, nccl_port, self._key_file)
+        guarded = [sys.executable, "-IS", supervisor.__file__, str(os.getpid()), str(self.config.stop_timeout_s)]
+        environment = server_environment(self.config, self.launch.device, os.environ)
+        with self.log.open("a") as log:
+            now = datetime.datetime.now().isoformat(sep=" ", timespec="seconds")
+            log.write(f"=== server {self.launch.index} started {now}: {shlex.join(command)}\n")
+            log.flush()
+            self._log_start = log.tell()
+            # A session of its own: Ctrl-C in the trainer's terminal reaches the trainer, which then stops its servers.
+            self._supervisor = subprocess.Popen(
+                guarded + command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
+            )
 
     def _release_ports(self) -> None:
         for port in self._ports:

@@ -67,7 +67,10 @@ class ServerConfig(BaseModel):
     environment: dict[str, str] = Field(default_factory=dict, description="Environment variables of the servers.")
     start_timeout_s: float = Field(900.0, gt=0, description="Longest wait for a server to load and answer.")
     stop_timeout_s: float = Field(
-        20.0, ge=0, description="Time a server has for an end of its own before it is killed."
+        30.0,
+        ge=0,
+        description="Time a server has for an end of its own before it is killed. SGLang looks for the request every "
+        "5 s and gives its schedulers 15 s to free the GPU.",
     )
     max_restarts: int = Field(5, ge=0, description="New starts of one server that died, in the whole run.")
 

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tenacity import Retrying, before_sleep_log, retry_if_exception_type, stop_after_attempt, wait_exponential
+from tenacity import (
+    Retrying,
+    before_sleep_log,
+    retry_if_exception_type,
+    sleep_using_event,
+    stop_after_attempt,
+    stop_when_event_set,
+    wait_exponential,
+)
 
 from megatron_hdpo.rollout.sglang.command import Launch
 from megatron_hdpo.rollout.sglang.server import ServerError, ServerProcess
@@ -22,7 +31,7 @@ class Servers:
     """`launches` says what each server loads and where it runs. No thread watches: whoever needs the servers asks.
 
     on_restart(index, url): a server is back with the weights of its model folder; it must be given the run's before it
-    samples. index counts from 0 in the order of `launches`.
+    samples. index counts from 0 in the order of `launches`. `restart` may run in a thread of its own; `close` ends it.
     """
 
     def __init__(
@@ -32,6 +41,7 @@ class Servers:
         self.on_restart = on_restart
         self.processes = [ServerProcess(config, launch, folder) for launch in launches]
         self.restarts = [0] * len(self.processes)
+        self._closed = threading.Event()
 
     @property
     def urls(self) -> list[str]:
@@ -54,21 +64,21 @@ class Servers:
         Raises ServerError when one died more often than `max_restarts`."""
         dead = [index for index, process in enumerate(self.processes) if not process.alive()]
         for index in dead:
-            LOGGER.warning("%s", self.processes[index].describe_end())
             self.restart(index)
         return dead
 
     def restart(self, index: int) -> None:
         """Kill server `index` if it lives (it may hang), start it, wait for it, and call `on_restart`. A start that
         fails is tried again, later and later. Raises ServerError when `max_restarts` are used up."""
+        process = self.processes[index]
+        end = f"SGLang server {index} hangs." if process.alive() else process.describe_end()
         left = self.config.max_restarts - self.restarts[index]
         if left <= 0:
-            end = self.processes[index].describe_end() if not self.processes[index].alive() else "It does not answer."
-            raise ServerError(
-                f"SGLang server {index} was restarted max_restarts={self.config.max_restarts} times already. {end}"
-            )
+            raise ServerError(f"restarted max_restarts={self.config.max_restarts} times already. {end}")
+        LOGGER.warning("%s", end)
         retrying = Retrying(
-            stop=stop_after_attempt(left),
+            stop=stop_after_attempt(left) | stop_when_event_set(self._closed),
+            sleep=sleep_using_event(self._closed),
             wait=BACKOFF,
             retry=retry_if_exception_type(ServerError),
             before_sleep=before_sleep_log(LOGGER, logging.WARNING),
@@ -76,10 +86,11 @@ class Servers:
         )
         retrying(self._start_again, index)
         if self.on_restart is not None:
-            self.on_restart(index, self.processes[index].url)
+            self.on_restart(index, process.url)
 
     def close(self) -> None:
-        """End all servers, side by side, and give back their ports. Idempotent."""
+        """End all servers, side by side, and give back their ports; none starts again. Idempotent."""
+        self._closed.set()
         for process in self.processes:
             process.request_stop()
         for process in self.processes:
