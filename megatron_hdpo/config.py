@@ -10,6 +10,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -302,8 +303,8 @@ def _teacher_errors(recipe: Recipe, architecture: Architecture, world_size: int)
 def _engine_errors(recipe: Recipe) -> Iterator[str]:
     rollout = recipe.rollout
     if rollout.engine == "embedded":
-        for key in ("ahead", "stop_early"):
-            if getattr(rollout, key):
+        for key in ("ahead", "stop_at_reward"):
+            if getattr(rollout, key) not in (0, None):
                 yield f"rollout.{key}: needs rollout.engine=sglang, whose servers sample while the trainer works"
         return
     device = resolved_device(recipe.device)
@@ -331,6 +332,16 @@ def _warnings(recipe: Recipe) -> Iterator[str]:
         yield (
             "rollout.top_p/top_k truncate the distribution, log-probs are those of the whole: importance ratios are "
             f"biased; objective.surrogate.importance_cap={DEFAULT_IMPORTANCE_CAP} is used"
+        )
+    if recipe.rollout.ahead and surrogate is not None and surrogate.importance_cap is None:
+        yield (
+            "rollout.ahead: rollouts are one step old, which importance weights correct for; "
+            f"objective.surrogate.importance_cap={DEFAULT_IMPORTANCE_CAP} is used"
+        )
+    if recipe.rollout.stop_at_reward is not None:
+        yield (
+            "rollout.stop_at_reward: a prompt's rollouts end at its first right one, so the surrogate sees short responses "
+            "more often than long ones; meant for objectives that learn from cliffs alone"
         )
     if recipe.rollout.samples_per_prompt == 1:
         yield "rollout.samples_per_prompt=1: a group of one has advantage 0, so the surrogate learns nothing"

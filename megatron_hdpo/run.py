@@ -27,10 +27,11 @@ from megatron_hdpo.model.build import ModelError, build_model, wrap_data_paralle
 from megatron_hdpo.model.optimizer import OptimizerConfig, build_optimizer
 from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.objectives.interface import Objective
-from megatron_hdpo.objectives.registry import build_objective
+from megatron_hdpo.objectives.registry import Materials, build_objective
 from megatron_hdpo.objectives.settings import surrogate_of
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.rewards.pool import RewardPool
+from megatron_hdpo.rollout.ahead import StepRollouts
 from megatron_hdpo.rollout.build import build_engine
 from megatron_hdpo.rollout.engine import Engine
 from megatron_hdpo.rollout.rollouts import RolloutCoordinator
@@ -62,6 +63,7 @@ class Run:
     checkpoints: CheckpointStore
     tracker: Tracker
     console: Console
+    step_rollouts: StepRollouts
     step: int = 0
 
     def sync(self, version: int, norm_scale: float = 1.0) -> dict[str, float]:
@@ -106,6 +108,7 @@ class Run:
 
     def close(self, failed: bool) -> None:
         """Stop workers and engine, close the trackers."""
+        self.step_rollouts.close()
         self.rewards.close()
         self.engine.close()
         self.tracker.close(failed)
@@ -126,7 +129,8 @@ def build_run(recipe: Recipe, context: ParallelContext, objective: Objective | N
     rewards = RewardPool(recipe.data.tasks, recipe.reward)
     data = _load_data(recipe, context, console, tokenizer, rewards)
     policy = _build_policy(recipe, context, console, architecture)
-    built = build_engine(recipe.rollout, Path(recipe.model.path), architecture, context, recipe.output)
+    with console.phase("start engine"):
+        built = build_engine(recipe.rollout, Path(recipe.model.path), architecture, context, recipe.output)
     engine = built.engine
     sampler = Sampler(engine, rewards, partial(_decode, tokenizer), recipe.rollout.max_retries)
     stops = stop_token_ids(tokenizer, recipe.model.path)
@@ -146,7 +150,7 @@ def build_run(recipe: Recipe, context: ParallelContext, objective: Objective | N
     )
     run = Run(
         recipe, context, architecture, data, policy, engine, built.sync, rewards, rollouts, objective, learner, store,
-        tracker, console,
+        tracker, console, StepRollouts(rollouts),
     )  # fmt: skip
     rollouts.restore_weights = run.restore_weights
     return run
@@ -209,7 +213,7 @@ def _load_data(
     rewards: RewardPool,
 ) -> LoadedData:
     """The leader loads first and leaves its parsed answers in the cache; what it finds wrong stops every rank."""
-    privileged = recipe.objective.privileged_prompts or recipe.warmup.kind == "sft"
+    privileged = recipe.objective.needs_privileged or recipe.warmup.kind == "sft"
     with console.phase("load data"):
         error, data = None, None
         if context.is_leader:
@@ -238,9 +242,9 @@ def _build_policy(recipe: Recipe, context: ParallelContext, console: Console, ar
 def _build_objective(recipe: Recipe, data: LoadedData) -> Objective:
     config = recipe.objective
     surrogate = surrogate_of(config)
-    if recipe.rollout.filtered and surrogate is not None and surrogate.importance_cap is None:
+    biased = recipe.rollout.filtered or recipe.rollout.ahead
+    if biased and surrogate is not None and surrogate.importance_cap is None:
         surrogate = surrogate.model_copy(update={"importance_cap": DEFAULT_IMPORTANCE_CAP})
         config = config.model_copy(update={"surrogate": surrogate})
-    return build_objective(
-        config, recipe.rollout.temperature, recipe.train.updates_per_step, recipe.data.leakage, data.prompts.markers
-    )
+    materials = Materials(recipe.rollout.temperature, recipe.train.updates_per_step, data.prompts, recipe.data.leakage)
+    return build_objective(config, materials)

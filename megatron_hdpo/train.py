@@ -30,11 +30,11 @@ def train(run: Run) -> None:
         run.tracker.log(0, evaluate_now(run) | run.console.timer.metrics())
     while run.step < last:
         groups, metrics = rollouts_of_step(run)
+        begin_next_rollouts(run)
         metrics |= run.learner.learn(groups, run.step)
         run.step += 1
         if recipe.rollout.replay is None:
-            with run.console.phase("sync"):
-                run.sync(run.step)
+            metrics |= sync(run)
         if due(run.step, recipe.evaluation.every, last):
             metrics |= evaluate_now(run)
         _record_and_save(run, metrics)
@@ -42,6 +42,27 @@ def train(run: Run) -> None:
         with run.console.phase("export"):
             out = recipe.output / "hf"
             save_hf(run.policy.model, run.architecture, run.context, recipe.model.path, out, overwrite=True)
+
+
+def begin_next_rollouts(run: Run) -> None:
+    """With rollouts sampled ahead: start on the next step's. Else the engine may give its memory to the trainer."""
+    rollout = run.recipe.rollout
+    if rollout.replay is not None:
+        return
+    if rollout.ahead and run.step + 1 < run.recipe.train.steps:
+        problems = run.data.order.batch(run.step + 1, rollout.prompts_per_step)
+        run.step_rollouts.begin(problems, run.step + 1, run.objective)
+    else:
+        run.engine.make_room()
+
+
+def sync(run: Run) -> dict[str, float]:
+    """Give the engine the new weights; metrics. Samples in progress are waited for where the recipe says so."""
+    if run.recipe.rollout.ahead and run.recipe.rollout.swap == "after_batch":
+        with run.console.phase("rollouts ahead"):
+            run.step_rollouts.wait()
+    with run.console.phase("sync"):
+        return run.sync(run.step)
 
 
 def _record_and_save(run: Run, metrics: dict[str, float]) -> None:
@@ -72,8 +93,8 @@ def rollouts_of_step(run: Run) -> tuple[list[Group], dict[str, float]]:
     problems = run.data.order.batch(run.step, rollout.prompts_per_step)
     total = len(problems) * rollout.samples_per_prompt
     with run.console.phase("rollout", total=_share(run, total), unit="sample") as phase:
-        groups = run.rollouts.step(problems, run.step, run.objective, phase.advance)
-    check_versions(groups, run.step)
+        groups = run.step_rollouts.take(problems, run.step, run.objective, phase.advance)
+    check_versions(groups, run.step, rollout.ahead)
     metrics = rollout_metrics(groups) | run.objective.metrics(groups)
     if rollout.save and run.context.is_leader:
         _save_rollouts(run.recipe.output / "rollouts" / file, groups, run)
@@ -95,15 +116,17 @@ def _save_rollouts(path: Path, groups: Sequence[Group], run: Run) -> None:
     partial.replace(path)
 
 
-def check_versions(groups: Sequence[Group], version: int) -> None:
-    """Raise TrainingError when a token was sampled by other weights than those of this step."""
+def check_versions(groups: Sequence[Group], version: int, ahead: int = 0) -> None:
+    """Raise TrainingError when a token was sampled by weights older than those of this step by more than `ahead`, or by
+    none of this run's."""
     for group in groups:
         for sample in (*group.samples, *group.privileged):
             found = sample.completion.weight_versions
-            if np.any(found != version):
+            if found.min() < max(version - ahead, 0) or found.max() > version:
+                wanted = f"{version - ahead} to {version}" if ahead else str(version)
                 raise TrainingError(
                     f"step {version}: problem {group.problem.id} was answered by weights of version "
-                    f"{sorted(set(found.tolist()))}, not {version}: the engine missed a weight update"
+                    f"{sorted(set(found.tolist()))}, not {wanted}: the engine missed a weight update"
                 )
 
 
@@ -127,6 +150,7 @@ def evaluate_now(run: Run) -> dict[str, float]:
     config, problems = run.recipe.evaluation, run.data.evaluation
     if not problems or run.recipe.rollout.replay is not None:
         return {}
+    run.step_rollouts.wait()  # an engine's results go to one reader at a time
     total = _share(run, evaluation_samples(config, problems))
     with run.console.phase("evaluate", total=total, unit="sample") as phase:
         return evaluate(config, problems, run.rollouts, phase.advance)

@@ -37,6 +37,9 @@ class FakeEngine:
     def update_weights(self, stream: WeightStream, version: int) -> None:
         self.weight_version = version
 
+    def make_room(self) -> None:
+        """It takes none."""
+
     def health(self) -> EngineHealth:
         return EngineHealth(True, self.weight_version)
 

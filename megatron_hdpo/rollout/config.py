@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from megatron_hdpo.rollout.embedded import EmbeddedEngineConfig
+from megatron_hdpo.rollout.sglang.config import SGLangConfig
 from megatron_hdpo.rollout.types import SamplingParams
 
 
@@ -16,10 +17,11 @@ class RolloutConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    engine: Literal["embedded"] = Field("embedded", description="Which engine samples.")
+    engine: Literal["embedded", "sglang"] = Field("embedded", description="Which engine samples.")
     embedded: EmbeddedEngineConfig = Field(
         default_factory=EmbeddedEngineConfig, description="The engine on every rank's own device."
     )
+    sglang: SGLangConfig = Field(default_factory=SGLangConfig, description="Stock SGLang servers.")
     prompts_per_step: int = Field(32, ge=1, description="Problems per step.")
     samples_per_prompt: int = Field(16, ge=1, description="Rollouts per problem (the group size G).")
     max_new_tokens: int = Field(2048, ge=1, description="Longest response in tokens.")
@@ -32,10 +34,29 @@ class RolloutConfig(BaseModel):
         description="Ask for a cliff's privileged rollouts as soon as it is known to be one, while other prompts are "
         "still being sampled; false: after the last student rollout.",
     )
+    stop_at_reward: float | None = Field(
+        None,
+        description="End a prompt's sampling at its first rollout of so much reward: for objectives that only look for "
+        "cliffs. The surrogate then sees short responses more often than long ones. SGLang only.",
+    )
+    ahead: Literal[0, 1] = Field(
+        0,
+        description="1: sample the next step's rollouts while this step trains, with weights one step old; importance "
+        "weights correct for it (objective.surrogate.importance_cap). SGLang only.",
+    )
+    swap: Literal["after_batch", "mid_generation"] = Field(
+        "after_batch",
+        description="With ahead=1: new weights wait for the samples in progress, or come in the middle of them.",
+    )
     save: bool = Field(True, description="Write every step's rollouts to rollouts/step_<n>.jsonl in the run folder.")
     replay: Path | None = Field(
         None, description="Take the rollouts from this folder of saved ones in place of an engine."
     )
+
+    @property
+    def engine_dtype(self) -> str:
+        """Precision in which the engine computes."""
+        return self.embedded.dtype if self.engine == "embedded" else self.sglang.servers.dtype
 
     @property
     def filtered(self) -> bool:

@@ -148,6 +148,9 @@ class EmbeddedEngine:
         """Whether requests can be served now, and why not."""
         return EngineHealth(alive=not self._unusable, weight_version=self._version, detail=self._unusable)
 
+    def make_room(self) -> None:
+        """Nothing: weights and cache stay, there is room for both wherever this engine is used."""
+
     def release(self) -> None:
         """Give the memory of weights and cache back to a trainer on the same device; the next `update_weights` brings
         the engine back. Raises RuntimeError while requests are outstanding."""

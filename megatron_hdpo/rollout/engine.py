@@ -58,6 +58,10 @@ class Engine(Protocol):
         """Replace the weights by (Hugging Face name, full tensor) pairs and stamp them with `version`. Every parameter
         must arrive exactly once with its shape; else ValueError, and the engine serves nothing until a whole one."""
 
+    def make_room(self) -> None:
+        """Nothing is outstanding, and nothing will be asked before the next weight update: memory that a trainer on the
+        same device could use may be given up until then."""
+
     def health(self) -> EngineHealth:
         """Whether requests can be served now; never raises."""
 

@@ -3,36 +3,53 @@
 The ranks that sample share the problems; groups are then gathered, so that every rank holds the whole step in the same
 order, whatever the number of ranks. A group's privileged rollouts are asked for as soon as its last student rollout has
 been judged, while other groups are still being sampled.
+
+An engine that has lost the weights (its last server died) stops sampling on its rank only; all ranks then bring the
+weights back together, and it goes on with what is missing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 from megatron_hdpo.data.problem import Problem
 from megatron_hdpo.data.prompts import PromptBuilder
 from megatron_hdpo.objectives.interface import Objective
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.rollout.config import RolloutConfig
-from megatron_hdpo.rollout.sampler import OnProgress, RolloutRequest, Rollouts, Sampler, rollout_seed
+from megatron_hdpo.rollout.engine import EngineLostWeights
+from megatron_hdpo.rollout.sampler import OnProgress, RolloutRequest, Rollouts, Sampler, Sampling, rollout_seed
 from megatron_hdpo.rollout.types import Group, SamplingParams
+
+LOGGER = logging.getLogger(__name__)
 
 
 @dataclass
 class SampledShare:
     """What one rank has sampled of a step: groups by the index of their problem. complete: privileged rollouts are
-    among them, as far as the objective asked for any."""
+    among them, as far as the objective asked for any. unfinished: what an engine without weights has left to do."""
 
     step: int
     problems: int
     groups: dict[int, Group] = field(default_factory=dict)
     complete: bool = True
+    unfinished: Sampling | None = None
+
+    def run(self, sampling: Sampling) -> None:
+        """Sample to the end, or until the engine has lost the weights."""
+        try:
+            sampling.run()
+            self.unfinished = None
+        except EngineLostWeights as error:
+            LOGGER.warning("sampling stopped, the engine has no weights: %s", error)
+            self.unfinished = sampling
 
 
 class RolloutCoordinator:
     """See the module. stop_token_ids: tokens that end a response. seed: the run's. sampling_ranks: the ranks whose
-    engine takes requests, all by default."""
+    engine takes requests, all by default. restore_weights: gives all engines the run's weights again; collective."""
 
     def __init__(
         self,
@@ -43,6 +60,7 @@ class RolloutCoordinator:
         stop_token_ids: tuple[int, ...],
         seed: int,
         sampling_ranks: Sequence[int] | None = None,
+        restore_weights: Callable[[], object] | None = None,
     ) -> None:
         self.config = config
         self.context = context
@@ -50,6 +68,7 @@ class RolloutCoordinator:
         self.prompts = prompts
         self.stop_token_ids = stop_token_ids
         self.seed = seed
+        self.restore_weights = restore_weights
         self.sampling_ranks = list(range(context.world_size) if sampling_ranks is None else sampling_ranks)
 
     def step(
@@ -66,12 +85,13 @@ class RolloutCoordinator:
         share = SampledShare(step, len(problems), complete=not self._bounded(len(problems), objective))
         sampling = self.config.sampling(self.config.samples_per_prompt, self.stop_token_ids)
         requests = self._requests(problems, sampling, ("train", step))
+        requests = [replace(request, stop_at=self.config.stop_at_reward) for request in requests]
         share.groups = {int(r.key): Group(r.problem, r.prompt_ids, []) for r in requests}
 
         def then(request: RolloutRequest, rollouts: Rollouts) -> list[RolloutRequest]:
             return self._judged(share, request, rollouts, objective)
 
-        self.sampler.sample(requests, on_progress, then)
+        share.run(self.sampler.begin(requests, on_progress, then))
         return share
 
     def finish_step(
@@ -90,7 +110,7 @@ class RolloutCoordinator:
         def then(request: RolloutRequest, rollouts: Rollouts) -> list[RolloutRequest]:
             return self._judged(share, request, rollouts, objective)
 
-        self.sampler.sample(requests, on_progress, then)
+        share.run(self.sampler.begin(requests, on_progress, then))
         return self._gather(share)
 
     def groups(
@@ -159,6 +179,13 @@ class RolloutCoordinator:
         return not self.config.overlap_privileged or (bound is not None and bound < problems)
 
     def _gather(self, share: SampledShare) -> list[Group]:
+        """The groups of all ranks, once every rank's sampling is over."""
+        while any(self.context.gather_objects(share.unfinished is not None)):
+            if self.restore_weights is None:
+                raise EngineLostWeights("the engine has lost the weights, and nothing can bring them back")
+            self.restore_weights()
+            if share.unfinished is not None:
+                share.run(share.unfinished)
         merged: dict[int, Group] = {}
         for part in self.context.gather_objects(share.groups):
             merged |= part

@@ -75,13 +75,24 @@ class Sampler:
         on_progress: OnProgress | None = None,
         then: Then = lambda request, rollouts: (),
     ) -> dict[str, Rollouts]:
-        """Judged rollouts by request key.
+        """Judged rollouts by request key; see `begin`."""
+        sampling = self.begin(requests, on_progress, then)
+        sampling.run()
+        return sampling.done
+
+    def begin(
+        self,
+        requests: Sequence[RolloutRequest],
+        on_progress: OnProgress | None = None,
+        then: Then = lambda request, rollouts: (),
+    ) -> Sampling:
+        """A sampling of these requests, to be `run`.
 
         then(request, rollouts) is called once for each request, when its last rollout has been judged; the requests
         that it returns join the others at once, while those are still being sampled. on_progress gets the number of
         samples that came with each result.
         """
-        return _Sampling(self, on_progress, then).run(requests)
+        return Sampling(self, requests, on_progress, then)
 
 
 @dataclass
@@ -93,7 +104,7 @@ class _Open:
     missing: int
     judged: list[Sample | None] = field(default_factory=list)
     judging: int = 0
-    tries: int = 0
+    ids: list[str] = field(default_factory=list)
     stopped: bool = False
     rollouts: Rollouts = field(default_factory=Rollouts)
 
@@ -106,39 +117,51 @@ class _Check:
     text: str
 
 
-class _Sampling:
-    """One call of `Sampler.sample`."""
+class Sampling:
+    """Requests under way. done: judged rollouts by request key, complete when `run` has returned."""
 
-    def __init__(self, sampler: Sampler, on_progress: OnProgress | None, then: Then) -> None:
+    def __init__(
+        self, sampler: Sampler, requests: Sequence[RolloutRequest], on_progress: OnProgress | None, then: Then
+    ) -> None:
         self.sampler, self.on_progress, self.then = sampler, on_progress, then
-        self.open: dict[str, _Open] = {}
-        self.checks: dict[Future[Judgement], _Check] = {}
         self.done: dict[str, Rollouts] = {}
+        self._open = {request.key: _Open(request, request.sampling.n) for request in requests}
+        self._checks: dict[Future[Judgement], _Check] = {}
 
-    def run(self, requests: Sequence[RolloutRequest]) -> dict[str, Rollouts]:
-        self._begin(requests)
-        while self.open:
+    def run(self) -> None:
+        """Sample and judge to the end. Raises EngineLostWeights when the engine must be given weights first; run again
+        after that, it goes on with what is missing."""
+        self._submit([(entry, entry.missing, 0) for entry in self._open.values() if entry.missing])
+        while self._open:
             for result in self.sampler.engine.results():
                 if result is not None:
                     self._take(result)
                 self._collect(timeout=0.0)
-            if self.open and not self.checks:
-                raise RuntimeError(f"the engine never answered the requests {sorted(self.open)[:5]}")
+            if self._open and not self._checks:
+                raise RuntimeError(f"the engine never answered the requests {sorted(self._open)[:5]}")
             self._collect(timeout=None)
-        return self.done
 
-    def _begin(self, requests: Sequence[RolloutRequest]) -> None:
-        for request in requests:
-            self.open[request.key] = _Open(request, request.sampling.n)
-        self.sampler.engine.submit([_attempt(request, request.sampling.n, 0) for request in requests])
+    def _submit(self, wanted: Sequence[tuple[_Open, int, int]]) -> None:
+        """So many samples of each request, at the given number of failures so far. A new try has a seed of its own:
+        with the old one it would repeat samples that succeeded."""
+        attempts = []
+        for entry, count, failures in wanted:
+            request, suffix = entry.request, f"#{failures}"
+            if request.key + suffix in entry.ids:
+                suffix += f".{len(entry.ids)}"
+            seed = request.seed if not entry.ids else rollout_seed(request.seed, "retry", suffix[1:])
+            entry.ids.append(request.key + suffix)
+            attempts.append(_attempt(request, entry.ids[-1], count, seed))
+        if attempts:
+            self.sampler.engine.submit(attempts)
 
     def _take(self, result: GenerationResult) -> None:
-        key = result.request_id.rsplit("#", 1)[0]
-        entry = self.open[key]
+        key, _, attempt = result.request_id.rpartition("#")
+        entry = self._open[key]
         for completion in result.completions:
             text = self.sampler.decode(completion.token_ids)
             future = self.sampler.rewards.submit(entry.request.problem, text)
-            self.checks[future] = _Check(key, len(entry.judged), completion, text)
+            self._checks[future] = _Check(key, len(entry.judged), completion, text)
             entry.judged.append(None)
             entry.judging += 1
             entry.missing -= 1
@@ -146,27 +169,27 @@ class _Sampling:
             entry.missing -= result.cancelled
             entry.rollouts.drop("stopped_early", result.cancelled)
         if result.errors:
-            self._retry(entry, len(result.errors))
+            self._retry(entry, len(result.errors), int(attempt.partition(".")[0]))
         if self.on_progress is not None and result.completions:
             self.on_progress(len(result.completions))
         self._close_if_done(entry)
 
-    def _retry(self, entry: _Open, failed: int) -> None:
-        entry.tries += 1
-        if entry.tries > self.sampler.max_retries or entry.stopped:
+    def _retry(self, entry: _Open, failed: int, failures: int) -> None:
+        """failures: of these samples before this one."""
+        if failures >= self.sampler.max_retries or entry.stopped:
             entry.missing -= failed
             entry.rollouts.drop("generation_failed", failed)
         else:
-            self.sampler.engine.submit([_attempt(entry.request, failed, entry.tries)])
+            self._submit([(entry, failed, failures + 1)])
 
     def _collect(self, timeout: float | None) -> None:
         """Take the checks that have ended; wait for one of them at least with timeout None."""
-        if not self.checks:
+        if not self._checks:
             return
-        ended, _ = wait(self.checks, timeout, return_when=FIRST_COMPLETED)
+        ended, _ = wait(self._checks, timeout, return_when=FIRST_COMPLETED)
         for future in ended:
-            check, judgement = self.checks.pop(future), future.result()
-            entry = self.open[check.key]
+            check, judgement = self._checks.pop(future), future.result()
+            entry = self._open[check.key]
             entry.judging -= 1
             if judgement.reward is None:
                 entry.rollouts.drop("check_failed")
@@ -179,19 +202,21 @@ class _Sampling:
         stop_at = entry.request.stop_at
         if stop_at is not None and reward >= stop_at and entry.missing and not entry.stopped:
             entry.stopped = True
-            self.sampler.engine.cancel([f"{entry.request.key}#{attempt}" for attempt in range(entry.tries + 1)])
+            self.sampler.engine.cancel(entry.ids)
 
     def _close_if_done(self, entry: _Open) -> None:
         if entry.missing or entry.judging:
             return
-        del self.open[entry.request.key]
+        del self._open[entry.request.key]
         entry.rollouts.samples = [sample for sample in entry.judged if sample is not None]
         self.done[entry.request.key] = entry.rollouts
-        self._begin(self.then(entry.request, entry.rollouts))
+        following = {
+            request.key: _Open(request, request.sampling.n) for request in self.then(entry.request, entry.rollouts)
+        }
+        self._open |= following
+        self._submit([(new, new.missing, 0) for new in following.values()])
 
 
-def _attempt(request: RolloutRequest, n: int, attempt: int) -> GenerationRequest:
-    """A retry has a seed of its own: with the old one it would repeat samples that succeeded."""
-    seed = request.seed if attempt == 0 else rollout_seed(request.seed, "retry", attempt)
+def _attempt(request: RolloutRequest, request_id: str, n: int, seed: int) -> GenerationRequest:
     sampling = replace(request.sampling, n=n)
-    return GenerationRequest(f"{request.key}#{attempt}", request.prompt_ids, sampling, seed, request.problem.id)
+    return GenerationRequest(request_id, request.prompt_ids, sampling, seed, request.problem.id)

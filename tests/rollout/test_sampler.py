@@ -101,7 +101,7 @@ def test_a_group_without_samples_is_no_cliff() -> None:
 
 def test_a_failed_check_is_no_reward() -> None:
     done = sampler(FakeEngine(), Judge(lambda text: text.startswith(("1", "2", "3")))).sample([request("a", n=40)])["a"]
-    failed = [text_of(FakeEngine()._completion(_attempt(request("a"), 40, 0), i).token_ids) for i in range(40)]
+    failed = [text_of(FakeEngine()._completion(_attempt(request("a"), "a#0", 40, 7), i).token_ids) for i in range(40)]
     expected = sum(text.startswith(("1", "2", "3")) for text in failed)
     assert 0 < expected < 40 and done.dropped == {"check_failed": expected}
     assert len(done.samples) == 40 - expected

@@ -119,6 +119,11 @@ class SGLangEngine:
         """Not this way: what reaches the servers how is decided by `push.WeightPush`, which a run holds."""
         raise NotImplementedError("weights reach SGLang servers by WeightPush.push")
 
+    def make_room(self) -> None:
+        """Servers with a memory saver release weights and key-value cache; a weight update brings them back."""
+        if self.config.servers.memory_saver:
+            self._thread.run(self._release())
+
     def mark_served(self, served: Sequence[Replica], version: int) -> None:
         """These replicas have taken the weights of `version`; others may not be asked until they have."""
         for replica in self.replicas:
@@ -182,6 +187,12 @@ class SGLangEngine:
         await self._end_tasks()
         if self._session is not None:
             await self._session.close()
+
+    async def _release(self) -> None:
+        for replica in self.replicas:
+            if replica.state == "serving" and replica.info.memory_saver:
+                await replica.api.post("/release_memory_occupation", {}, self.config.sync.timeout_s)
+                replica.state, replica.reason, replica.asleep = "stale", "its memory is the trainer's", True
 
     async def _begin(self, requests: Sequence[GenerationRequest]) -> None:
         loop = asyncio.get_running_loop()

@@ -124,6 +124,7 @@ class WeightPush:
         watch.paused = True
         servers = Participants([r for r in self.engine.replicas if r.state != "down"], watch)
         await servers.each(lambda replica: replica.api.pause(self.config.pause, timeout))
+        await servers.each(lambda replica: self._resume(replica, "weights"))
         await servers.each(self._begin_session)
         await self.transport.open(servers)
         return servers
@@ -149,6 +150,14 @@ class WeightPush:
                 await replica.api.update("/end_weight_update", {}, self.config.timeout_s)
 
         await servers.each(end)
+        await servers.each(lambda replica: self._resume(replica, "kv_cache", "cuda_graph"))
+        for replica in servers.replicas:
+            replica.asleep = False
+
+    async def _resume(self, replica: Replica, *tags: str) -> None:
+        """Memory that was given to the trainer: that of the weights before they come, the rest afterwards."""
+        if replica.asleep:
+            await replica.api.post("/resume_memory_occupation", {"tags": list(tags)}, self.config.timeout_s)
 
     async def _go_on(self) -> None:
         """Generation goes on everywhere, also where the update failed: a paused server would never be seen again."""

@@ -28,6 +28,7 @@ class Replica:
     in_flight: set[asyncio.Task[Any]] = field(default_factory=set)
     reason: str = "no weights yet"
     half_updated: bool = False
+    asleep: bool = False
 
     @property
     def url(self) -> str:

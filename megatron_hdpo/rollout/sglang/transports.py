@@ -102,8 +102,8 @@ class BroadcastTransport:
     """update_weights_from_distributed: this rank broadcasts each bucket to the servers' ranks in a process group of
     their own (NCCL, gloo on a CPU)."""
 
-    def __init__(self, timeout_s: float, device: torch.device, host: str) -> None:
-        self.timeout_s, self.device, self.host = timeout_s, device, host
+    def __init__(self, timeout_s: float, device: torch.device) -> None:
+        self.timeout_s, self.device = timeout_s, device
         self._group: UpdateGroup | None = None
 
     async def open(self, servers: Participants) -> None:
@@ -114,7 +114,7 @@ class BroadcastTransport:
         await self.leave(servers)
         if not members:
             return
-        self._group = UpdateGroup(members, self.host, "nccl" if self.device.type == "cuda" else "gloo")
+        self._group = UpdateGroup(members, "nccl" if self.device.type == "cuda" else "gloo")
         joining = asyncio.create_task(asyncio.to_thread(self._group.join, self.timeout_s))
         offsets = self._group.offsets
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import secrets
-import socket
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
+from megatron_hdpo.rollout.sglang.ports import HeldPort, node_address
+
 
 class UpdateGroup:
     """members: number of ranks of each server, by its address; the trainer is rank 0, servers follow in this order."""
 
-    def __init__(self, members: Mapping[str, int], host: str, backend: str) -> None:
-        self.members, self.host, self.backend = dict(members), host, backend
+    def __init__(self, members: Mapping[str, int], backend: str) -> None:
+        self.members, self.backend = dict(members), backend
+        self.host = "127.0.0.1" if all(map(_is_on_this_node, members)) else node_address()
         self.name = f"weights-{secrets.token_hex(4)}"
         self.world_size = 1 + sum(members.values())
         self.offsets: dict[str, int] = {}
@@ -25,9 +28,7 @@ class UpdateGroup:
         for url, ranks in members.items():
             self.offsets[url] = offset
             offset += ranks
-        with socket.socket() as free:
-            free.bind((host, 0))
-            self.port = free.getsockname()[1]
+        self._port = HeldPort(self.host)
         self._group: dist.ProcessGroup | None = None
         self._store: dist.Store | None = None
 
@@ -35,7 +36,7 @@ class UpdateGroup:
         """Body of /init_weights_update_group for the server whose first rank is `offset`."""
         return {
             "master_address": self.host,
-            "master_port": self.port,
+            "master_port": self._port.number,
             "rank_offset": offset,
             "world_size": self.world_size,
             "group_name": self.name,
@@ -45,7 +46,7 @@ class UpdateGroup:
     def join(self, timeout_s: float) -> None:
         """Wait for all members; blocks."""
         timeout = timedelta(seconds=timeout_s)
-        store = dist.TCPStore(self.host, self.port, self.world_size, True, timeout, wait_for_workers=False)
+        store = dist.TCPStore(self.host, self._port.number, self.world_size, True, timeout, wait_for_workers=False)
         self._store = dist.PrefixStore(self.name, store)
         # torch has no public way to a second world; SGLang's side is made by this function too.
         self._group, _ = distributed_c10d._new_process_group_helper(
@@ -63,3 +64,8 @@ class UpdateGroup:
         if self._group is not None:
             dist.destroy_process_group(self._group)
         self._group = self._store = None
+        self._port.close()
+
+
+def _is_on_this_node(url: str) -> bool:
+    return urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")

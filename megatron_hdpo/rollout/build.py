@@ -1,0 +1,153 @@
+"""The engine of a recipe, the way its weights get there, and the ranks that sample."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from megatron_hdpo.model.architecture import Architecture
+from megatron_hdpo.parallel.context import ParallelContext
+from megatron_hdpo.rollout.config import RolloutConfig
+from megatron_hdpo.rollout.embedded import EmbeddedEngine
+from megatron_hdpo.rollout.engine import Engine
+from megatron_hdpo.rollout.sglang.api import ApiError
+from megatron_hdpo.rollout.sglang.command import Launch
+from megatron_hdpo.rollout.sglang.engine import SGLangEngine
+from megatron_hdpo.rollout.sglang.gate import Gate
+from megatron_hdpo.rollout.sglang.push import Transport, WeightPush
+from megatron_hdpo.rollout.sglang.server import ServerError
+from megatron_hdpo.rollout.sglang.servers import Servers
+from megatron_hdpo.rollout.sglang.topology import Place, PlannedServer, given_urls, planned_servers
+from megatron_hdpo.rollout.sglang.transports import BroadcastTransport, DiskTransport, TensorTransport
+from megatron_hdpo.rollout.weight_sync import EmbeddedSync, ServerSync, WeightSync
+from megatron_hdpo.weights.stream import Receivers
+
+T = TypeVar("T")
+
+
+class EngineError(RuntimeError):
+    """The engine cannot be had; the text says why and on which rank."""
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """An engine with what a run needs beside it."""
+
+    engine: Engine
+    sync: WeightSync
+    sampling_ranks: list[int]
+
+
+def build_engine(
+    config: RolloutConfig, model_path: Path, architecture: Architecture, context: ParallelContext, output: Path
+) -> BuiltEngine:
+    """Collective. Raises EngineError, on every rank, when a server does not come up or cannot be used."""
+    if config.engine == "embedded" or config.replay is not None:
+        embedded = config.embedded.model_copy(update={"vocab_size": architecture.vocab_size})
+        engine = EmbeddedEngine(model_path, embedded, context.device)
+        return BuiltEngine(engine, EmbeddedSync(engine), list(range(context.world_size)))
+    return _on_servers(config, model_path, architecture, context, output)
+
+
+def place_of(context: ParallelContext) -> Place:
+    """Where this rank is, from torchrun's variables."""
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    leads = context.groups.tp.rank() == 0 and context.groups.pp.rank() == 0
+    return Place(context.rank, int(os.environ.get("LOCAL_RANK", "0")), local_size, leads)
+
+
+def _on_servers(
+    rollout: RolloutConfig, model_path: Path, architecture: Architecture, context: ParallelContext, output: Path
+) -> BuiltEngine:
+    config, device = rollout.sglang, context.device.type
+    places = context.gather_objects(place_of(context))
+    plan = together(context, lambda: planned_servers(config, places, device))
+    mine = [server for server in plan if server.owner == context.rank]
+    servers = together(context, lambda: _started(rollout, mine, model_path, device, output))
+    urls = servers.urls if servers else given_urls(config, places).get(context.rank, [])
+    engine = together(
+        context,
+        lambda: SGLangEngine(config, urls, architecture.vocab_size, architecture.max_positions, servers),
+        close=servers.close if servers else None,
+    )
+    owners = sorted({server.owner for server in plan} | set(given_urls(config, places)))
+    receivers: Receivers = "leader" if all(places[owner].leads for owner in owners) else "all"
+    gate = None
+    if config.sync.verify:
+        gate = Gate(architecture.num_kv_heads, architecture.vocab_size, device, config.sync.timeout_s)
+    transport = _transport(rollout, plan, model_path, context, output)
+    return BuiltEngine(engine, ServerSync(WeightPush(engine, transport, gate), receivers, context), owners)
+
+
+def _started(
+    rollout: RolloutConfig, mine: Sequence[PlannedServer], model_path: Path, device: str, output: Path
+) -> Servers | None:
+    """The servers that this rank owns, answering."""
+    if not mine:
+        return None
+    config = rollout.sglang.servers
+    config.check(device)
+    config.check_interpreter(device)
+    node = os.environ.get("GROUP_RANK", "0")
+    launches = [Launch(model_path, device, server.index, server.first_gpu) for server in mine]
+    servers = Servers(config, launches, output / "logs" / f"node{node}")
+    servers.start()
+    return servers
+
+
+def _transport(
+    rollout: RolloutConfig,
+    plan: Sequence[PlannedServer],
+    model_path: Path,
+    context: ParallelContext,
+    output: Path,
+) -> Transport:
+    config, device = rollout.sglang, context.device
+    timeout = config.sync.timeout_s
+    path = config.sync.path
+    shares_memory = device.type == "cpu" or config.placement == "colocated"
+    if path == "auto":
+        path = "tensor" if shares_memory else "distributed"
+    if path == "disk":
+        return DiskTransport(timeout, (config.sync.folder or output / "sync") / f"rank{context.rank}", model_path)
+    if path == "distributed":
+        return BroadcastTransport(timeout, device)
+    gather = _gather_payloads(plan, config.servers.tensor_parallel, context) if device.type == "cuda" else None
+    return TensorTransport(timeout, gather)
+
+
+def _gather_payloads(
+    plan: Sequence[PlannedServer], size: int, context: ParallelContext
+) -> Callable[[str], Sequence[str]] | None:
+    """Handles of the ranks on whose GPUs this rank's server runs. Every rank makes every group, in one order."""
+    mine = None
+    for server in plan:
+        ranks = list(range(server.owner, server.owner + size))
+        group = dist.new_group(ranks, backend="gloo")
+        mine = group if context.rank in ranks else mine
+    if mine is None:
+        return None
+    group = mine
+    return lambda payload: context.gather_objects(payload, group)
+
+
+def together(context: ParallelContext, work: Callable[[], T], close: Callable[[], None] | None = None) -> T:
+    """`work()` on every rank; an error of any rank is raised on all, as EngineError. close: ends what this rank already
+    has when another rank fails."""
+    result, failure = None, ""
+    try:
+        result = work()
+    except (ApiError, ServerError, ValueError, OSError) as error:
+        failure = str(error)
+    failures = [text for text in context.gather_objects(failure) if text]
+    if failures:
+        ended = close or getattr(result, "close", None)
+        if ended is not None:
+            ended()
+        raise EngineError("rollout.engine: " + "; ".join(dict.fromkeys(failures)))
+    return result  # type: ignore[return-value]

@@ -1,0 +1,83 @@
+"""Which rank starts and speaks to which servers: pure functions of the configuration and of where the ranks are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_hdpo.rollout.sglang.config import SGLangConfig
+
+
+class TopologyError(ValueError):
+    """The servers do not fit the ranks or the GPUs; the text says which key to change."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank is: its number on its node, how many ranks the node has, and whether it leads its data-parallel
+    replica (and so is given whole tensors when only leaders are)."""
+
+    rank: int
+    local_rank: int
+    local_size: int
+    leads: bool
+
+    @property
+    def node(self) -> int:
+        """The first rank of this rank's node."""
+        return self.rank - self.local_rank
+
+
+@dataclass(frozen=True)
+class PlannedServer:
+    """A server of a node: who owns it (starts it, speaks to it), its number among that node's servers, and the first
+    of its devices among those that the owner sees."""
+
+    owner: int
+    index: int
+    first_gpu: int = 0
+
+
+def planned_servers(config: SGLangConfig, places: Sequence[Place], device: str) -> list[PlannedServer]:
+    """The servers that the run starts, over all nodes; none with placement=given. Raises TopologyError."""
+    if config.placement == "given":
+        return []
+    nodes: dict[int, list[Place]] = {}
+    for place in places:
+        nodes.setdefault(place.node, []).append(place)
+    return [server for node in nodes.values() for server in _of_node(config, node, device)]
+
+
+def _of_node(config: SGLangConfig, places: list[Place], device: str) -> list[PlannedServer]:
+    size = config.servers.tensor_parallel
+    if config.placement == "colocated" and device == "cuda":
+        count = _count(config, len(places), "colocated servers share the ranks' GPUs", "ranks")
+        return [PlannedServer(places[s * size].rank, s, s * size) for s in range(count)]
+    leaders = [place.rank for place in places if place.leads] or [places[0].rank]
+    if config.placement == "separate" and device == "cuda":
+        gpus = sorted(config.gpus)
+        if gpus != list(range(gpus[0], gpus[0] + len(gpus))):
+            raise TopologyError(f"rollout.sglang.gpus: {config.gpus} are not consecutive numbers")
+        count = _count(config, len(gpus), "rollout.sglang.gpus are too few", "GPUs")
+        return [PlannedServer(leaders[s % len(leaders)], s, gpus[0] + s * size) for s in range(count)]
+    return [PlannedServer(leaders[s % len(leaders)], s) for s in range(config.replicas or 1)]
+
+
+def _count(config: SGLangConfig, available: int, why: str, what: str) -> int:
+    size = config.servers.tensor_parallel
+    count = config.replicas or available // size
+    if count < 1 or count * size > available:
+        raise TopologyError(
+            f"rollout.sglang: {config.replicas or 1} servers of tensor_parallel {size} need more than the {available} "
+            f"{what} of a node ({why}): lower rollout.sglang.replicas or rollout.sglang.servers.tensor_parallel"
+        )
+    return count
+
+
+def given_urls(config: SGLangConfig, places: Sequence[Place]) -> dict[int, list[str]]:
+    """The given addresses by the rank that speaks to each: leaders of replicas in turn."""
+    leaders = [place.rank for place in places if place.leads]
+    shared: dict[int, list[str]] = {}
+    for i, url in enumerate(config.urls):
+        shared.setdefault(leaders[i % len(leaders)], []).append(url)
+    return shared

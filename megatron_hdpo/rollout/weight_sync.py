@@ -1,0 +1,74 @@
+"""From the trainer's weights to every rank's engine, collectively."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from megatron_hdpo.model.policy import TrainingError
+from megatron_hdpo.parallel.context import ParallelContext
+from megatron_hdpo.rollout.engine import Engine, WeightStream
+from megatron_hdpo.rollout.sglang.gate import GateError
+from megatron_hdpo.rollout.sglang.push import WeightPush, WeightPushError
+from megatron_hdpo.weights.stream import Receivers
+
+OpenStream = Callable[[Receivers], WeightStream]
+PUSHES = 3
+"""Tries of a push that no server of some rank took, after the servers were started anew."""
+
+
+class WeightSync(Protocol):
+    """Gives every engine the weights of a stream, stamped with `version`; returns metrics. Collective."""
+
+    def __call__(self, open_stream: OpenStream, version: int) -> dict[str, float]: ...
+
+
+@dataclass(frozen=True)
+class EmbeddedSync:
+    """Every rank's own engine takes every tensor."""
+
+    engine: Engine
+
+    def __call__(self, open_stream: OpenStream, version: int) -> dict[str, float]:
+        """See WeightSync."""
+        self.engine.update_weights(open_stream("all"), version)
+        return {}
+
+
+@dataclass(frozen=True)
+class ServerSync:
+    """The ranks that speak to servers push; the others take part in the gathering of tensors."""
+
+    push: WeightPush
+    receivers: Receivers
+    context: ParallelContext
+
+    def __call__(self, open_stream: OpenStream, version: int) -> dict[str, float]:
+        """See WeightSync. Raises TrainingError, on every rank, when a server serves other weights than it was sent, or
+        none took them."""
+        for last in (False,) * (PUSHES - 1) + (True,):
+            metrics, failure, fatal = self._push(open_stream, version)
+            failures = [f for f in self.context.gather_objects((failure, fatal)) if f[0]]
+            if not failures:
+                return self._summed(metrics)
+            if last or any(is_fatal for _, is_fatal in failures):
+                raise TrainingError("weight sync: " + "; ".join(text for text, _ in failures))
+        raise AssertionError
+
+    def _push(self, open_stream: OpenStream, version: int) -> tuple[dict[str, float], str, bool]:
+        """Metrics, or what went wrong and whether another try is no use."""
+        try:
+            return self.push.push(open_stream(self.receivers), version).metrics(), "", False
+        except WeightPushError as error:
+            return {}, str(error), False
+        except GateError as error:
+            return {}, str(error), True
+
+    def _summed(self, mine: dict[str, float]) -> dict[str, float]:
+        """Bytes and GB/s add up over ranks; the slowest rank's seconds count."""
+        everyone = self.context.gather_objects(mine)
+        return {
+            name: (max if name.endswith("_s") and "per" not in name else sum)(part[name] for part in everyone)
+            for name in everyone[0]
+        }
