@@ -49,18 +49,21 @@ class Learner:
     def learn(self, groups: Sequence[Group], step: int) -> dict[str, float]:
         """Update the policy on the groups of the step (the same list on every rank); returns its metrics."""
         self.objective.begin_step(step, groups)
-        examples, teacher_head = self._examples(self._share(groups))
+        mine = self._share(groups)
+        scores, heads = self._scores(self.objective.scorings(mine))
+        totals = self._totals(mine, scores)
+        examples = self._examples(mine, scores, totals)
         updates = []
         with self.console.phase("train", total=self._tokens(examples), unit="tok") as phase:
             for update in range(self.updates_per_step):
                 part = examples[update :: self.updates_per_step]
-                new = self.policy.update(part, self.objective.loss, phase.advance, teacher_head)
+                new = self.policy.update(part, self.objective.loss, phase.advance, heads.get("teacher"))
                 self._stop_when_only_skipping(new)
                 if not new["train/skipped"]:
                     self.teacher.after_update()
                 updates.append(new)
         self.teacher.after_step()
-        return _of_step(updates)
+        return _of_step(updates) | self.objective.totals_metrics(totals)
 
     def memory(self) -> Memory:
         """What a checkpoint must hold of objective and teacher."""
@@ -93,13 +96,12 @@ class Learner:
         context = self.policy.context
         return [groups[i] for i in split_by_tokens(costs, context.dp_size)[context.dp_rank]]
 
-    def _examples(self, groups: Sequence[Group]) -> tuple[list[Example], Tensor | None]:
-        """This replica's examples, and the head of the teacher whose hidden states are their targets."""
-        scores, heads = self._scores(self.objective.scorings(groups))
+    def _examples(
+        self, groups: Sequence[Group], scores: Mapping[ScoringKey, Score], totals: Mapping[str, float]
+    ) -> list[Example]:
         context = self.policy.context
-        totals = self._totals(groups, scores)
         examples = self.objective.examples(groups, scores, totals) if context.is_last_stage else None
-        return share_examples(examples, context), heads.get("teacher")
+        return share_examples(examples, context)
 
     def _totals(self, groups: Sequence[Group], scores: Mapping[ScoringKey, Score]) -> dict[str, float]:
         """The objective's sums, over all replicas. One rank speaks for each replica: one that has the scores."""

@@ -120,7 +120,8 @@ def _methods(policy: Policy, groups: list[Group], arguments: argparse.Namespace)
         "HDPO, teacher from the trainer": HDPO(HDPOConfig(), 1.0),
         "HDPO, teacher from the rollout": HDPO(HDPOConfig(logits_from="rollout"), 1.0),
     }
-    learners = {name: Learner(policy, objective, PolicyTeacher(policy), console) for name, objective in objectives.items()}
+    teacher = PolicyTeacher(policy)
+    learners = {name: Learner(policy, objective, teacher, console) for name, objective in objectives.items()}
     phases: dict[str, list[dict[str, float]]] = {name: [] for name in learners}
 
     def step(name: str) -> float:

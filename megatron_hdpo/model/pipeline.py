@@ -11,7 +11,9 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
 from megatron_hdpo.model.micro_batch import MicroBatch
+from megatron_hdpo.model.network import HeadlessGPTModel
 from megatron_hdpo.parallel.context import ParallelContext
+from megatron_hdpo.weights.parameters import unwrap
 
 OnProgress = Callable[[int], None]
 
@@ -28,7 +30,7 @@ WorkT = TypeVar("WorkT", bound=HasBatch)
 
 
 def run_micro_batches(
-    ddp: DistributedDataParallel,
+    ddp: DistributedDataParallel | HeadlessGPTModel,
     context: ParallelContext,
     work: Sequence[WorkT],
     last_stage: Callable[[WorkT, Tensor], Tensor],
@@ -36,7 +38,8 @@ def run_micro_batches(
     forward_only: bool,
     on_progress: OnProgress | None = None,
 ) -> None:
-    """Run every micro-batch forward and, unless `forward_only`, backward (1F1B), and reduce the gradients at the end.
+    """Run every micro-batch forward and, unless `forward_only`, backward (1F1B), and reduce the gradients at the end (a
+    bare model runs forward only).
 
     last_stage: from a piece of work and the model's output on the last stage to a scalar loss, already normalised:
     gradients of micro-batches and replicas are added up. Every rank must bring the same number of micro-batches.
@@ -59,7 +62,7 @@ def run_micro_batches(
     stages = context.groups.pp.size()
     communicator = {}
     if stages > 1:
-        communicator["p2p_communicator"] = P2PCommunicator(pp_group=context.groups.pp, config=ddp.module.config)
+        communicator["p2p_communicator"] = P2PCommunicator(pp_group=context.groups.pp, config=unwrap(ddp).config)
     get_forward_backward_func(pp_size=stages, vp_size=None)(
         forward_step_func=forward_step,
         data_iterator=iter(work),

@@ -43,6 +43,10 @@ class BaseObjective:
         """None."""
         return {}
 
+    def totals_metrics(self, totals: Mapping[str, float]) -> dict[str, float]:
+        """None."""
+        return {}
+
     def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
         """None."""
         return {}

@@ -225,6 +225,9 @@ class Objective(Protocol):
         """This replica's part of the sums over the whole step that `examples` needs (weights normalised over the batch,
         ...). The same names on every replica, whatever its groups."""
 
+    def totals_metrics(self, totals: Mapping[str, float]) -> dict[str, float]:
+        """Metrics that only the totals over all replicas can tell; called on every rank."""
+
     def examples(
         self, groups: Sequence[Group], scores: Mapping[ScoringKey, Score], totals: Mapping[str, float]
     ) -> list[Example]:

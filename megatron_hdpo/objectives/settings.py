@@ -13,6 +13,8 @@ from megatron_hdpo.objectives.interface import SurrogateConfig
 TeacherKind = Literal["policy", "frozen", "snapshot", "ema", "external"]
 OWN_TEACHERS: tuple[TeacherKind, ...] = ("policy", "frozen", "snapshot", "ema")
 """The policy at one age or another: what self-distillation needs."""
+OTHER_TEACHERS: tuple[TeacherKind, ...] = ("frozen", "snapshot", "ema", "external")
+"""All but the policy itself, which agrees with the student after the same prompt."""
 ANY_TEACHER: tuple[TeacherKind, ...] = (*OWN_TEACHERS, "external")
 
 
@@ -35,7 +37,17 @@ class ObjectiveSettings(BaseModel):
     teachers: ClassVar[tuple[TeacherKind, ...]] = ()
     """Teachers that the method can learn from; () for a method without one."""
     privileged_prompts: ClassVar[bool] = False
-    """Whether prompts that show the answer are needed."""
+    """Whether prompts that show the answer are needed, whatever the settings."""
+
+    @property
+    def needs_privileged(self) -> bool:
+        """Whether prompts that show the answer are needed with these settings."""
+        return self.privileged_prompts
+
+    @property
+    def hint_shows(self) -> frozenset[str]:
+        """Variables that the template of hints must show: `attempt` for siblings, `feedback`; empty without hints."""
+        return frozenset()
 
     @property
     def needs_reference(self) -> bool:

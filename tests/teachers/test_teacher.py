@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from distributed_helper import run_ranks
 from layout_cases import share
 from tiny_policy import OPTIMIZER, SPEC, VOCAB, build_policy, joined, make_checkpoint, make_examples, make_scorings
