@@ -1,0 +1,93 @@
+"""vOPD: single-sample on-policy distillation with the value of a state as baseline.
+
+arXiv 2605.07865. With r = ln p - ln q of the sampled token, the myopic value of a state is E_q[r] = -KL(q || p), so
+
+    A = r + KL(q || p),        everything detached.
+
+The KL is over the whole vocabulary, or of the two distributions renormalised on the student's top k, whatever the two
+say of the sampled token: any function of the state leaves the estimator unbiased. Whether it lowers the variance is an
+empirical matter; the second moment of the advantage is logged with and without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from megatron_hdpo.objectives.interface import Score, Scoring, ScoringKey
+from megatron_hdpo.objectives.opd import SampledConfig, SampledDistillation
+from megatron_hdpo.objectives.settings import Surroundings
+from megatron_hdpo.objectives.targets import Place
+from megatron_hdpo.rollout.types import Group, Sample
+
+
+class BaselineConfig(BaseModel):
+    """The baseline of the single sample."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["full", "top_k", "none"] = Field(
+        "full",
+        description="-KL(q || p) over the vocabulary, of both renormalised on the student's top k, or none (OPD).",
+    )
+    top_k: int = Field(100, ge=1, description="The k of kind=top_k.")
+
+
+class VOPDConfig(SampledConfig):
+    """On-policy distillation with a value baseline."""
+
+    name: Literal["vopd"] = "vopd"
+    baseline: BaselineConfig = Field(default_factory=BaselineConfig, description="What is taken off the log-ratio.")
+
+    def errors(self, around: Surroundings) -> Iterator[str]:
+        """A k beyond the vocabulary."""
+        if self.baseline.kind == "top_k" and self.baseline.top_k > around.vocab_size:
+            yield f"baseline.top_k: {self.baseline.top_k} exceeds the vocabulary of {around.vocab_size} tokens"
+
+
+class VOPD(SampledDistillation):
+    """See VOPDConfig."""
+
+    config: VOPDConfig
+
+    def sides(self, place: Place, group: Group, sample: Sample) -> tuple[Scoring, Scoring]:
+        """The two scorings, one of which refers to the other for the baseline."""
+        student, teacher = super().sides(place, group, sample)
+        if self.config.baseline.kind == "full":
+            return replace(student, reverse_kl_to=teacher.key), replace(teacher, hidden=True)
+        if self.config.baseline.kind == "top_k":
+            return replace(student, top_k=self.config.baseline.top_k), replace(teacher, at=student.key)
+        return student, teacher
+
+    def baseline(self, place: Place, scores: Mapping[ScoringKey, Score]) -> np.ndarray:
+        """-KL(q || p) [T]."""
+        student, teacher = scores[*place, "old"], scores[*place, "teacher"]
+        if self.config.baseline.kind == "none":
+            return np.zeros(())
+        if self.config.baseline.kind == "full":
+            assert student.reverse_kl_T is not None
+            return -student.reverse_kl_T.astype(np.float64)
+        assert student.top is not None and teacher.at_logprobs_TK is not None
+        return -renormalised_kl(student.top.logprobs_TK, teacher.at_logprobs_TK)
+
+    def totals_metrics(self, totals: Mapping[str, float]) -> dict[str, float]:
+        """Second moments of the advantage, per token."""
+        metrics = super().totals_metrics(totals)
+        if count := totals["tokens"]:
+            metrics["vopd/second_moment"] = totals["squared_less_baseline"] / count
+            metrics["vopd/second_moment_without_baseline"] = totals["squared"] / count
+        return metrics
+
+
+def renormalised_kl(student_TK: np.ndarray, teacher_TK: np.ndarray) -> np.ndarray:
+    """KL [T] of two distributions renormalised on K tokens, from log-probs, in float64."""
+    lq, lp = (_normalised(values_TK.astype(np.float64)) for values_TK in (student_TK, teacher_TK))
+    return (np.exp(lq) * (lq - lp)).sum(-1)
+
+
+def _normalised(logprobs_TK: np.ndarray) -> np.ndarray:
+    return logprobs_TK - np.logaddexp.reduce(logprobs_TK, axis=-1, keepdims=True)
