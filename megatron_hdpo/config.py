@@ -340,7 +340,7 @@ def _warnings(recipe: Recipe) -> Iterator[str]:
         )
     if recipe.rollout.stop_at_reward is not None:
         yield (
-            "rollout.stop_at_reward: a prompt's rollouts end at its first right one, so the surrogate sees short responses "
+            "rollout.stop_at_reward: a prompt ends at its first right rollout, so the surrogate sees short responses "
             "more often than long ones; meant for objectives that learn from cliffs alone"
         )
     if recipe.rollout.samples_per_prompt == 1:

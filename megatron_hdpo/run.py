@@ -110,6 +110,7 @@ class Run:
         """Stop workers and engine, close the trackers."""
         self.step_rollouts.close()
         self.rewards.close()
+        self.weight_sync.close()
         self.engine.close()
         self.tracker.close(failed)
 

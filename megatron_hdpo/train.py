@@ -141,6 +141,8 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         metrics["rollout/response_tokens"] = float(np.mean([sample.length for sample in samples]))
         truncated = [sample.completion.finish_reason == "length" for sample in samples]
         metrics["rollout/truncated_rate"] = float(np.mean(truncated))
+        versions = [sample.completion.weight_versions for sample in samples]
+        metrics["rollout/mixed_versions_rate"] = float(np.mean([found.min() != found.max() for found in versions]))
         metrics["rollout/nll"] = -float(np.mean(np.concatenate([s.completion.logprobs for s in samples])))
     return metrics
 

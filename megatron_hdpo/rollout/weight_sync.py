@@ -23,6 +23,9 @@ class WeightSync(Protocol):
 
     def __call__(self, open_stream: OpenStream, version: int) -> dict[str, float]: ...
 
+    def close(self) -> None:
+        """There will be no further one. Idempotent."""
+
 
 @dataclass(frozen=True)
 class EmbeddedSync:
@@ -34,6 +37,9 @@ class EmbeddedSync:
         """See WeightSync."""
         self.engine.update_weights(open_stream("all"), version)
         return {}
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,10 @@ class ServerSync:
             if last or any(is_fatal for _, is_fatal in failures):
                 raise TrainingError("weight sync: " + "; ".join(text for text, _ in failures))
         raise AssertionError
+
+    def close(self) -> None:
+        """Leave the servers' process group, where there is one."""
+        self.push.close()
 
     def _push(self, open_stream: OpenStream, version: int) -> tuple[dict[str, float], str, bool]:
         """Metrics, or what went wrong and whether another try is no use."""

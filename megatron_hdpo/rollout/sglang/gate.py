@@ -6,6 +6,7 @@ uniform and of the right version: the same weights are the drifting teacher of t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from megatron_hdpo.rollout.sglang.participants import Participants
 from megatron_hdpo.rollout.sglang.replica import Replica
 from megatron_hdpo.rollout.sglang.served_parameters import ServedParameters
 
+LOGGER = logging.getLogger(__name__)
 PROBE_TOP = 8
 PROBE_TOKENS = 4
 NEAR_UNIFORM = 2.0
@@ -49,6 +51,7 @@ class Gate:
 
     def __init__(self, kv_heads: int, vocab_size: int, device: str, timeout_s: float) -> None:
         self.kv_heads, self.vocab_size, self.device, self.timeout_s = kv_heads, vocab_size, device, timeout_s
+        self._audited = False
 
     def expect(self, replicas: Sequence[Replica]) -> Expected:
         """What to show the stream's buckets to, for `check`."""
@@ -66,6 +69,8 @@ class Gate:
             parameters = expected.by_size[replica.info.tensor_parallel]
             for rank in found[replica.url]:
                 place = _tensor_parallel_rank(rank)
+                if replica.info.quantization and not self._audited:
+                    self._log_audit(rank["checksums"], parameters.digests[place], replica)
                 wrong = differences(rank["checksums"], parameters.digests[place], replica.info.quantization)
                 if wrong:
                     raise GateError(
@@ -73,6 +78,17 @@ class Gate:
                         + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")
                         + ": the weights that it serves are not those that it was sent; nothing is trained on them"
                     )
+
+    def _log_audit(self, served: dict[str, str], expected: dict[str, str], replica: Replica) -> None:
+        """Once per run: each parameter, and whether the server holds it as it was sent."""
+        self._audited = True
+        audited = audit(served, expected)
+        for name, is_quantised in audited.items():
+            LOGGER.info("%s: %s", name, replica.info.quantization if is_quantised else "as sent")
+        LOGGER.warning(
+            "%s: %d of %d parameters are quantised (%s); their values are not compared with the trainer's",
+            replica.url, sum(audited.values()), len(audited), replica.info.quantization,
+        )  # fmt: skip
 
     async def probe(self, servers: Participants, version: int) -> None:
         """Raises GateError when a server's next-token distribution is not finite or near uniform, or of another

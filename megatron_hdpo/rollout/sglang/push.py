@@ -8,7 +8,7 @@ bucket: weights that are half new never bear it.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_hdpo.rollout.engine import WeightStream
 from megatron_hdpo.rollout.sglang.api import ApiError
 from megatron_hdpo.rollout.sglang.engine import SGLangEngine
-from megatron_hdpo.rollout.sglang.gate import Gate
+from megatron_hdpo.rollout.sglang.gate import Gate, GateError
 from megatron_hdpo.rollout.sglang.participants import Participants
 from megatron_hdpo.rollout.sglang.replica import Replica
 
@@ -60,6 +60,9 @@ class Transport(Protocol):
     async def close(self, servers: Participants) -> None:
         """After the last bucket."""
 
+    async def leave(self, replicas: Sequence[Replica]) -> None:
+        """There will be no further push."""
+
 
 class WeightPush:
     """Pushes to all servers of an engine; holds two buckets beside what its caller streams. gate: None to trust the
@@ -84,15 +87,28 @@ class WeightPush:
             seconds = time.monotonic() - begin
             if self.gate is not None:
                 run(self.gate.check(servers, gate_input, version))
+        except BaseException as error:
+            for replica in list(servers.replicas):
+                servers.set_aside(replica, f"its update to version {version} failed: {error}")
+            raise
         finally:
             run(self._go_on())
         if self.engine.replicas and not servers.replicas:
             reasons = "; ".join(f"{replica.url}: {replica.reason}" for replica in self.engine.replicas)
             raise WeightPushError(f"no server took the weights of version {version}: {reasons}")
         if self.gate is not None:
-            run(self.gate.probe(servers, version))
+            try:
+                run(self.gate.probe(servers, version))
+            except GateError as error:
+                for replica in list(servers.replicas):
+                    servers.set_aside(replica, str(error))
+                raise
         self.engine.mark_served(servers.replicas, version)
         return PushReport(num_bytes, seconds, len(servers.replicas))
+
+    def close(self) -> None:
+        """Leave what was joined for the sake of pushing. Idempotent."""
+        self.engine.thread.run(self.transport.leave([r for r in self.engine.replicas if r.state != "down"]))
 
     def _stream(self, stream: WeightStream, servers: Participants, version: int) -> tuple[int, Any]:
         """Bytes sent, and what the gate needs to know of them."""

@@ -83,6 +83,9 @@ class TensorTransport:
         """Let go of the last bucket."""
         self._kept = []
 
+    async def leave(self, replicas: Sequence[Replica]) -> None:
+        """Nothing was joined."""
+
 
 def _serialised(payload: Any) -> str:
     buffer = io.BytesIO()
@@ -111,7 +114,7 @@ class BroadcastTransport:
         members = {replica.url: replica.info.tensor_parallel for replica in servers.replicas}
         if self._group is not None and self._group.members == members:
             return
-        await self.leave(servers)
+        await self.leave(servers.replicas)
         if not members:
             return
         self._group = UpdateGroup(members, "nccl" if self.device.type == "cuda" else "gloo")
@@ -168,12 +171,12 @@ class BroadcastTransport:
         for replica in list(servers.replicas):
             servers.set_aside(replica, "a broadcast of weights was broken off because another server failed")
 
-    async def leave(self, servers: Participants) -> None:
+    async def leave(self, replicas: Sequence[Replica]) -> None:
         """End the group, on both sides where they answer."""
         if self._group is None:
             return
         group, self._group = self._group, None
-        for replica in servers.replicas:
+        for replica in replicas:
             if replica.url in group.members:
                 try:
                     await replica.api.update("/destroy_weights_update_group", {"group_name": group.name}, 30)
@@ -230,3 +233,6 @@ class DiskTransport:
 
         await servers.each(update)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    async def leave(self, replicas: Sequence[Replica]) -> None:
+        """Nothing was joined."""
