@@ -122,7 +122,8 @@ class SurrogateConfig(BaseModel):
     ratio: Literal["token", "sequence"] = Field(
         "token",
         description="What is clipped: each token's probability ratio, or for all tokens of a response the geometric "
-        "mean of their ratios (GSPO; its clips are some hundred times smaller).",
+        "mean of their ratios (GSPO; its clips are some hundred times smaller). Where tokens weigh differently (an "
+        "importance cap), a token's weight goes with its own gradient (GSPO-token).",
     )
     clip_low: float = Field(0.2, gt=0, lt=1, description="The ratio is clipped below at 1 - clip_low.")
     clip_high: float = Field(0.2, gt=0, description="The ratio is clipped above at 1 + clip_high.")

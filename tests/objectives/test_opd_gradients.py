@@ -12,7 +12,6 @@ from method_gradients import (
     Found,
     Models,
     assert_same_gradients,
-    group_of,
     hand_made_groups,
     make_models,
     reference_gradients,
