@@ -1,0 +1,120 @@
+"""A proxy before a real server that does to chosen requests what networks and broken servers do."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import aiohttp
+import orjson
+from aiohttp import web
+
+Answer = dict[str, Any]
+Fault = Callable[[web.Request, "FaultProxy"], Any]
+
+
+class FaultProxy:
+    """faults: by path, a list whose first entry is what befalls the next request there (None: nothing); when the list
+    is empty requests pass. asked: bodies by path, in order."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self.faults: dict[str, list[Fault | None]] = {}
+        self.asked: dict[str, list[Answer]] = {}
+        self.url = ""
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        body = await request.read()
+        self.asked.setdefault(request.path, []).append(orjson.loads(body) if body else {})
+        waiting = self.faults.get(request.path)
+        fault = waiting.pop(0) if waiting else None
+        if fault is not None:
+            answer = await fault(request, self)
+            if answer is not None:
+                return answer
+        return await self.forward(request, body)
+
+    async def forward(
+        self, request: web.Request, body: bytes, change: Callable[[Answer], Answer] | None = None
+    ) -> web.Response:
+        headers = {"Content-Type": "application/json"}
+        async with (
+            aiohttp.ClientSession() as session,
+            session.request(request.method, self.target + request.path_qs, data=body, headers=headers) as answer,
+        ):
+            content = await answer.read()
+            if change is not None:
+                content = orjson.dumps(change(orjson.loads(content)))
+            return web.Response(body=content, status=answer.status, content_type="application/json")
+
+
+def status(code: int) -> Fault:
+    """An error answer."""
+
+    async def fault(request: web.Request, proxy: FaultProxy) -> web.Response:
+        return web.Response(status=code, text='{"error": {"message": "injected"}}')
+
+    return fault
+
+
+def delay(seconds: float) -> Fault:
+    """The request reaches the server late."""
+
+    async def fault(request: web.Request, proxy: FaultProxy) -> None:
+        await asyncio.sleep(seconds)
+
+    return fault
+
+
+def cut_off() -> Fault:
+    """The connection breaks without an answer."""
+
+    async def fault(request: web.Request, proxy: FaultProxy) -> web.Response:
+        assert request.transport is not None
+        request.transport.close()
+        return web.Response()
+
+    return fault
+
+
+def changed(change: Callable[[Answer], Answer]) -> Fault:
+    """The server's answer, falsified."""
+
+    async def fault(request: web.Request, proxy: FaultProxy) -> web.Response:
+        return await proxy.forward(request, await request.read(), change)
+
+    return fault
+
+
+@contextmanager
+def fault_proxy(target: str) -> Iterator[FaultProxy]:
+    """A proxy at a port of its own, in a thread."""
+    proxy, loop, started = FaultProxy(target), asyncio.new_event_loop(), threading.Event()
+
+    async def serve() -> web.AppRunner:
+        app = web.Application(client_max_size=2**30)
+        app.router.add_route("*", "/{path:.*}", proxy.handle)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        proxy.url = f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"  # type: ignore[union-attr]
+        started.set()
+        return runner
+
+    def work() -> None:
+        runner = loop.run_until_complete(serve())
+        loop.run_forever()
+        loop.run_until_complete(runner.shutdown())
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    assert started.wait(10)
+    try:
+        yield proxy
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(5)

@@ -1,0 +1,80 @@
+"""An engine of one process on given servers, and the reference that its answers are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from megatron_hdpo.rollout.sglang.config import SGLangConfig
+from megatron_hdpo.rollout.sglang.engine import SGLangEngine
+from megatron_hdpo.rollout.sglang.gate import Gate
+from megatron_hdpo.rollout.sglang.push import WeightPush
+from megatron_hdpo.rollout.sglang.servers import Servers
+from megatron_hdpo.rollout.sglang.transports import TensorTransport
+from megatron_hdpo.rollout.types import Completion, GenerationRequest, GenerationResult, SamplingParams
+
+VOCAB, CONTEXT, KV_HEADS = 17, 128, 2
+
+
+class Weights:
+    """A model whose weights of version v are its checkpoint's times 1 + v / 20."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+        self._state = {name: value.clone() for name, value in self.model.state_dict().items()}
+
+    def stream(self, version: int) -> Iterator[tuple[str, Tensor]]:
+        for name, value in self._state.items():
+            yield name, (value * (1 + version / 20)).float()
+
+    def logprobs(self, prompt: np.ndarray, completion: Completion, version: int) -> np.ndarray:
+        """[T, V] in float64."""
+        self.model.load_state_dict(dict(self.stream(version)))
+        ids = torch.tensor([*prompt.tolist(), *completion.token_ids.tolist()])[None]
+        with torch.no_grad():
+            return self.model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1).numpy()
+
+    def worst(self, prompt: np.ndarray, completion: Completion, version: int) -> float:
+        """Largest difference of the sampled log-probs."""
+        rows = self.logprobs(prompt, completion, version)
+        own = rows[np.arange(len(rows)), completion.token_ids]
+        return float(np.abs(own - completion.logprobs).max())
+
+
+@contextmanager
+def one_engine(
+    urls: Sequence[str], servers: Servers | None = None, gate: bool = True, **settings: Any
+) -> Iterator[tuple[SGLangEngine, WeightPush]]:
+    """An engine, and the push that fills it."""
+    config = SGLangConfig.model_validate({"placement": "given", "urls": list(urls)} | settings)
+    engine = SGLangEngine(config, urls, VOCAB, CONTEXT, servers)
+    checks = Gate(KV_HEADS, VOCAB, "cpu", 60.0) if gate else None
+    try:
+        yield engine, WeightPush(engine, TensorTransport(60.0), checks)
+    finally:
+        engine.close()
+
+
+def request(key: str = "p#0", n: int = 1, tokens: int = 8, prompt: Sequence[int] = (2, 3, 4), **kw: Any) -> Any:
+    params = SamplingParams(tokens, n=n, **kw)
+    return GenerationRequest(key, np.array(prompt, dtype=np.int32), params, affinity=key)
+
+
+def collect(engine: SGLangEngine, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
+    """All results of the requests."""
+    engine.submit(requests)
+    return [result for result in engine.results() if result is not None]
+
+
+def completions(results: Sequence[GenerationResult]) -> list[Completion]:
+    """The samples among them; fails on errors."""
+    assert not [error for result in results for error in result.errors], results
+    return [completion for result in results for completion in result.completions]
