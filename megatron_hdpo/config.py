@@ -282,6 +282,9 @@ def _objective_errors(recipe: Recipe, architecture: Architecture) -> Iterator[st
         recipe.rollout.samples_per_prompt,
     )
     yield from (f"objective.{line}" for line in objective.errors(around))
+    if missing := objective.hint_shows - recipe.data.prompts.hint_shows:
+        names = " and ".join(sorted(missing))
+        yield f"data.prompts.hint: the template does not use {names}, which {objective.name} shows to its teacher"
 
 
 def _teacher_errors(recipe: Recipe, architecture: Architecture, world_size: int) -> Iterator[str]:

@@ -215,18 +215,19 @@ def _load_data(
 ) -> LoadedData:
     """The leader loads first and leaves its parsed answers in the cache; what it finds wrong stops every rank."""
     privileged = recipe.objective.needs_privileged or recipe.warmup.kind == "sft"
+    hints = bool(recipe.objective.hint_shows)
     with console.phase("load data"):
         error, data = None, None
         if context.is_leader:
             try:
-                data = load(recipe.data, tokenizer, rewards, privileged)
+                data = load(recipe.data, tokenizer, rewards, privileged, hints)
             except Exception as problem:
                 error = problem
         error = context.broadcast_object(error)
         if error is not None:
             raise error
         if data is None:
-            data = load(recipe.data, tokenizer, rewards, privileged)
+            data = load(recipe.data, tokenizer, rewards, privileged, hints)
     for line in data.report.lines():
         console.print(line)
     return data

@@ -88,8 +88,9 @@ def _objective(variant: str, recipe):
     class Failures(HDPO):
         """The filter upside down: what is distilled are the privileged rollouts that failed."""
 
-        def _why_drop(self, sample, seen, kept):
-            return "right" if self._right(sample) else super()._why_drop(replace(sample, reward=1.0), seen, kept)
+        def keep_privileged(self, group):
+            group.privileged = [replace(s, reward=float(not self.filter.is_right(s))) for s in group.privileged]
+            return super().keep_privileged(group)
 
     class ShuffledTargets(HDPO):
         """Right rollouts, but each token gets the target of another position of its response."""

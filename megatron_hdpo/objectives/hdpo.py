@@ -12,9 +12,9 @@ from dataclasses import replace
 from typing import ClassVar, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from megatron_hdpo.data.leakage import LeakageConfig, find_leak
+from megatron_hdpo.data.leakage import LeakageConfig
 from megatron_hdpo.objectives.base import NO_TOTALS
 from megatron_hdpo.objectives.grpo import GRPO, GRPOConfig, group_shares
 from megatron_hdpo.objectives.interface import (
@@ -26,21 +26,16 @@ from megatron_hdpo.objectives.interface import (
     Scoring,
     ScoringKey,
 )
+from megatron_hdpo.objectives.privileged import PrivilegedFilter, PrivilegedRolloutConfig, privileged_metrics
 from megatron_hdpo.objectives.settings import OWN_TEACHERS, Surroundings, TeacherKind
 from megatron_hdpo.objectives.targets import target_of, target_scorings
 from megatron_hdpo.rollout.types import Group, Sample, TopLogprobs
 
 
-class PrivilegedConfig(BaseModel):
+class PrivilegedConfig(PrivilegedRolloutConfig):
     """The second try at cliff prompts, and which of its rollouts become distillation data."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    rollouts: int = Field(8, ge=1, description="Privileged rollouts per cliff prompt.")
     max_prompts_per_step: int = Field(32, ge=0, description="Cliff prompts per step that get a second try, at most.")
-    success_threshold: float = Field(1.0, description="Reward from which a rollout counts as right.")
-    max_kept_per_prompt: int | None = Field(None, ge=1, description="Right rollouts kept per prompt, at most.")
-    drop_duplicates: bool = Field(True, description="Keep one of several equal rollouts of a prompt.")
 
 
 class HDPOConfig(GRPOConfig):
@@ -90,8 +85,7 @@ class HDPO(GRPO):
         leak_markers: Sequence[str] = (),
     ) -> None:
         super().__init__(config, temperature, updates_per_step)
-        self.leakage = leakage or LeakageConfig()
-        self.leak_markers = tuple(leak_markers)
+        self.filter = PrivilegedFilter(config.privileged, leakage or LeakageConfig(), tuple(leak_markers))
         self.max_privileged_prompts = config.privileged.max_prompts_per_step
         self.privileged_top_logprobs = config.distill.top_k if config.logits_from == "rollout" else 0
 
@@ -102,7 +96,7 @@ class HDPO(GRPO):
 
     def is_cliff(self, group: Group) -> bool:
         """Every judged rollout failed. A group without a judged rollout is no cliff: nothing is known of it."""
-        return bool(group.samples) and all(not self._right(sample) for sample in group.samples)
+        return bool(group.samples) and all(not self.filter.is_right(sample) for sample in group.samples)
 
     def privileged(self, group: Group, step: int) -> int:
         """Privileged rollouts for a cliff."""
@@ -115,17 +109,7 @@ class HDPO(GRPO):
 
     def keep_privileged(self, group: Group) -> Group:
         """The right, distinct, honest rollouts, first come first kept."""
-        kept: list[Sample] = []
-        seen: set[bytes] = set()
-        for sample in group.privileged:
-            reason = self._why_drop(sample, seen, len(kept))
-            if reason is None:
-                seen.add(sample.completion.token_ids.tobytes())
-                kept.append(sample)
-            else:
-                group.dropped[reason] = group.dropped.get(reason, 0) + 1
-        group.privileged = kept
-        return group
+        return self.filter.keep(group)
 
     def scorings(self, groups: Sequence[Group]) -> list[Scoring]:
         """The teacher's distribution at each token of each kept rollout, after the privileged prompt."""
@@ -168,36 +152,7 @@ class HDPO(GRPO):
         metrics["privileged/cliff_prompts"] = float(len(cliffs))
         if cliffs:
             metrics["privileged/taught_prompts_rate"] = sum(bool(g.privileged) for g in cliffs) / len(cliffs)
-        return metrics | _privileged_metrics(groups)
-
-    def _right(self, sample: Sample) -> bool:
-        return sample.reward >= self.config.privileged.success_threshold
-
-    def _why_drop(self, sample: Sample, seen: set[bytes], kept: int) -> str | None:
-        settings = self.config.privileged
-        if not self._right(sample):
-            return "wrong"
-        if self.leakage.enabled and find_leak(sample.text, self.leak_markers, self.leakage.phrases):
-            return "leaked"
-        if settings.drop_duplicates and sample.completion.token_ids.tobytes() in seen:
-            return "duplicate"
-        if settings.max_kept_per_prompt is not None and kept >= settings.max_kept_per_prompt:
-            return "over_cap"
-        return None
-
-
-_RIGHT_BUT_DROPPED = ("leaked", "duplicate", "over_cap")
-
-
-def _privileged_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Privileged rollouts that were judged, how many were right, and why right ones were dropped."""
-    kept = sum(len(group.privileged) for group in groups)
-    dropped = {r: sum(g.dropped.get(r, 0) for g in groups) for r in ("wrong", *_RIGHT_BUT_DROPPED)}
-    right = kept + sum(dropped[reason] for reason in _RIGHT_BUT_DROPPED)
-    judged = right + dropped["wrong"]
-    metrics = {"privileged/rollouts": float(judged), "privileged/kept": float(kept)}
-    metrics |= {f"privileged/{reason}": float(dropped[reason]) for reason in _RIGHT_BUT_DROPPED}
-    return metrics | ({"privileged/success_rate": right / judged} if judged else {})
+        return metrics | privileged_metrics(groups)
 
 
 def distillation_example(group: Group, sample: Sample, target: TopLogprobs | HiddenStates) -> Example:
