@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 Tree = dict[str, Any]
 
 
-def make_model(path: Path, **sizes: int) -> Path:
+def make_model(path: Path, **sizes: Any) -> Path:
     """A tiny checkpoint whose weights are large enough that distributions differ from position to position."""
     make_tiny_model(path, **({"layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "ffn": 64} | sizes))
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import types
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -13,7 +14,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
-from recipes import ROOT, Tree
+from recipes import ROOT, Tree, make_model
 
 from megatron_hdpo.config import (
     Recipe,
@@ -25,6 +26,7 @@ from megatron_hdpo.config import (
     save_recipe,
 )
 from megatron_hdpo.model.architecture import Architecture, read_architecture
+from megatron_hdpo.teachers.sizes import check_sizes
 
 
 def test_saved_recipe_reads_back_equal(tree: Tree, tmp_path: Path) -> None:
@@ -237,3 +239,98 @@ def test_warnings(section: str, key: str, value: Any, warning: str, tree: Tree, 
     tree[section][key] = value
     warnings = check_recipe(parse_recipe(tree), architecture, 1)
     assert len(warnings) == 1 and warning in warnings[0]
+
+
+@pytest.fixture(scope="session")
+def larger_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the same vocabulary; heads that TP 3 does not divide."""
+    return make_model(tmp_path_factory.mktemp("larger") / "model", hidden=48)
+
+
+EXTERNAL = {"kind": "external", "path": "LARGER"}
+
+
+@pytest.mark.parametrize(
+    ("objective", "teacher", "reason"),
+    [
+        ({"name": "grpo"}, {"kind": "ema"}, "teacher.kind: ema, but objective grpo has no teacher"),
+        (
+            {"name": "hdpo", "distill": {"top_k": 5}},
+            EXTERNAL,
+            "teacher.kind: external, but objective hdpo learns from policy or frozen or",
+        ),
+        ({"name": "opd"}, {"kind": "policy"}, "teacher.kind: policy, but objective opd learns from frozen or"),
+        ({"name": "opd"}, EXTERNAL, None),
+        (
+            {"name": "opd"},
+            {"kind": "external", "path": "/nowhere"},
+            "teacher.path: /nowhere/config.json does not exist",
+        ),
+        ({"name": "opd", "estimator": "top_k"}, EXTERNAL, "objective.distill.top_k: 64 exceeds the vocabulary"),
+        ({"name": "opd", "estimator": "full"}, EXTERNAL, None),
+        (
+            {"name": "opd", "estimator": "top_k", "distill": {"support": "full"}},
+            EXTERNAL,
+            "objective.distill.support: full is what estimator=full does",
+        ),
+        ({"name": "vopd"}, {"kind": "frozen"}, None),
+        ({"name": "vopd", "baseline": {"kind": "top_k"}}, {"kind": "frozen"}, "objective.baseline.top_k: 100 exceeds"),
+        ({"name": "akl", "distill": {"kind": "akl", "tail": "bucket", "top_k": 5}}, {"kind": "frozen"}, None),
+        (
+            {"name": "akl", "distill": {"kind": "akl", "tail": "bucket", "top_k": 5}},
+            {"kind": "policy"},
+            "objective.tokens: student, but teacher.kind=policy agrees with the student",
+        ),
+        (
+            {"name": "akl", "tokens": "teacher", "distill": {"kind": "akl", "tail": "bucket", "top_k": 5}},
+            {"kind": "policy"},
+            None,
+        ),
+        (
+            {"name": "akl", "distill": {"top_k": 5}},
+            {"kind": "frozen"},
+            "objective.distill.kind: jsd, but objective akl",
+        ),
+        (
+            {"name": "akl", "distill": {"kind": "akl", "top_k": 5}},
+            {"kind": "frozen"},
+            "objective.distill.kind: akl is infinite where the teacher is cut to zero",
+        ),
+        (
+            {"name": "hdpo", "logits_from": "rollout", "distill": {"support": "student", "top_k": 5}},
+            {"kind": "policy"},
+            "objective.logits_from: rollout gives the teacher's top k, but distill.support is student",
+        ),
+    ],
+)
+def test_objectives_and_teachers(
+    objective: Tree, teacher: Tree, reason: str | None, tree: Tree, architecture: Architecture, larger_model: Path
+) -> None:
+    tree["objective"] = objective
+    tree["teacher"] = {key: str(larger_model) if value == "LARGER" else value for key, value in teacher.items()}
+    if reason is None:
+        assert check_recipe(parse_recipe(tree), architecture, 1) == []
+        return
+    with pytest.raises(RecipeError) as error:
+        check_recipe(parse_recipe(tree), architecture, 1)
+    assert len(str(error.value).splitlines()) == 1 and str(error.value).startswith(reason)
+
+
+def test_an_external_teacher_has_the_layout_and_the_positions(
+    tree: Tree, architecture: Architecture, tmp_path: Path
+) -> None:
+    short = make_model(tmp_path / "short", heads=3, kv_heads=3, hidden=48, max_positions=16)
+    tree["objective"], tree["teacher"] = {"name": "opd"}, {"kind": "external", "path": str(short)}
+    tree["parallel"] = {"tensor": 2}
+    with pytest.raises(RecipeError) as error:
+        check_recipe(parse_recipe(tree), architecture, 2)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 2 and all(line.startswith("teacher.path: ") for line in lines)
+    assert "3 attention heads" in lines[0] and "16 positions, sequences may have" in lines[1]
+
+
+def test_a_teacher_must_know_every_token(architecture: Architecture) -> None:
+    assert list(check_sizes(replace(architecture, vocab_size=architecture.vocab_size + 8), architecture, "there")) == []
+    smaller = replace(architecture, vocab_size=architecture.vocab_size - 1)
+    (error,) = check_sizes(smaller, architecture, "there")
+    assert error.startswith("teacher.path: there has a vocabulary of")

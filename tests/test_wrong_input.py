@@ -156,12 +156,13 @@ TABLE = [
     Wrong(
         "missing tag of a union",
         "RecipeError: {recipe}: data.train.0.kind: required key is missing, one of digit_sums, "
-        "reasoning_gym, jsonl, parquet, huggingface",
+        "knights_knaves, letter_choice, reasoning_gym, jsonl, parquet, huggingface",
         edit=without("data.train.0.kind"),
     ),
     Wrong(
         "unknown tag of a union",
-        "RecipeError: {recipe}: objective.name: ppo is not one of grpo, hdpo",
+        "RecipeError: {recipe}: objective.name: ppo is not one of grpo, hdpo, opd, vopd, akl, opsd, "
+        "sdpo, srpo, rlsd, rlcsd, contrastive_opsd, paced",
         ["objective.name=ppo"],
     ),
     Wrong(
@@ -544,7 +545,7 @@ TABLE = [
     Wrong(
         "tag in the wrong place",
         "RecipeError: {recipe}: objective.hdpo: unknown key; known keys: name, advantage, overlong, overlong_penalty, "
-        "surrogate, privileged, distill, logits_from",
+        "aggregation, surrogate, kl, privileged, distill, logits_from",
         ["objective.hdpo.distill.top_k=3"],
     ),
     Wrong(
@@ -627,8 +628,8 @@ RESUMED = [
     ),
     Wrong(
         "frozen teacher gone",
-        "CheckpointError: {folder}/run/checkpoints/teacher is missing: a run with a frozen teacher cannot be resumed "
-        "without it",
+        "CheckpointError: {folder}/run/checkpoints/teacher is missing: a run with a frozen teacher or a KL penalty "
+        "cannot be resumed without it",
         edit=lambda tree, folder: shutil.rmtree(folder / "run/checkpoints/teacher"),
     ),
     Wrong(

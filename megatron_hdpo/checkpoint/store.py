@@ -156,7 +156,9 @@ class CheckpointStore:
         """Read weights that `save_weights` wrote into `model`. Raises CheckpointError when they are not there."""
         path = self.root / name
         if not path.is_dir():
-            raise CheckpointError(f"{path} is missing: a run with a frozen teacher cannot be resumed without it")
+            raise CheckpointError(
+                f"{path} is missing: a run with a frozen teacher or a KL penalty cannot be resumed without it"
+            )
         with self.context.megatron_calls():
             model.load_state_dict(_load({"model": model.sharded_state_dict()}, path)["model"])
 

@@ -172,11 +172,10 @@ class DistillConfig(BaseModel):
                 f"distill.kind: {self.kind} is infinite where the teacher is cut to zero; set "
                 "objective.distill.tail=bucket"
             )
-        if self.tail == "literal" and not (self.kind == "jsd" and self.beta == 0.5 and self.clip is None):
-            yield (
-                "distill.tail: literal is defined for kind=jsd with beta=0.5 and no clip only, not "
-                f"{self.kind} with beta={self.beta}, clip={self.clip}"
-            )
+        if self.tail == "literal" and self.kind != "jsd":
+            yield f"distill.tail: literal is defined for kind=jsd only, not {self.kind}"
+        elif self.tail == "literal" and not (self.beta == 0.5 and self.clip is None):
+            yield f"distill.tail: literal is defined for beta=0.5 without clip, not beta={self.beta}, clip={self.clip}"
 
 
 @dataclass(frozen=True)
