@@ -30,7 +30,7 @@ def engine_of_two(
     launches = [Launch(sglang_model, "cpu", index=index) for index in range(2)]
     servers = Servers(sglang_config, launches, tmp_path_factory.mktemp("two"))
     servers.start()
-    with one_engine(servers.urls, servers, health_interval_s=0.5, health_timeout_s=4.0) as (engine, push):
+    with one_engine(servers.urls, servers, health_interval_s=1.0, health_timeout_s=15.0) as (engine, push):
         yield engine, push, servers
     assert not [p for process in servers.processes for p in session_processes(process.pid)]
 

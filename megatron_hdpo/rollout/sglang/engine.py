@@ -16,6 +16,7 @@ import os
 import queue
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import aiohttp
@@ -23,7 +24,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt,
 
 from megatron_hdpo.rollout.engine import EngineHealth, EngineLostWeights, WeightStream
 from megatron_hdpo.rollout.request_check import problem_with
-from megatron_hdpo.rollout.sglang.answers import BadAnswerError, completion_of
+from megatron_hdpo.rollout.sglang.answers import UNVERSIONED, BadAnswerError, completion_of
 from megatron_hdpo.rollout.sglang.api import ApiError, ServerApi
 from megatron_hdpo.rollout.sglang.config import SGLangConfig
 from megatron_hdpo.rollout.sglang.loop_thread import LoopThread
@@ -235,6 +236,8 @@ class SGLangEngine:
             completion = completion_of(answer, request.sampling.top_logprobs, self.vocab_size)
         except BadAnswerError as error:
             raise _AskAgainError(f"{replica.url}: {error}") from error
+        if completion.weight_versions.min() == UNVERSIONED:
+            raise _AskAgainError(f"{replica.url}: weights that are not this run's wrote it")
         if completion.weight_versions.min() != completion.weight_versions.max():
             self.mixed_versions += 1
             if self.config.mixed_versions == "drop":
@@ -267,13 +270,12 @@ class SGLangEngine:
             replica.in_flight.discard(inner)
 
     async def _stop_on_server(self, replica: Replica, rid: str) -> None:
-        """Nobody waits for this sample any more: the server need not go on with it."""
-        if replica.state == "down":
-            return
-        try:
-            await asyncio.shield(replica.api.abort(rid))
-        except (ApiError, asyncio.CancelledError):
-            return
+        """Nobody waits for this sample any more: its server need not go on with it. A router does not say which of
+        them it chose."""
+        asked = self.replicas if self.config.router else [replica]
+        aborts = [other.api.abort(rid) for other in asked if other.state != "down"]
+        with suppress(asyncio.CancelledError):
+            await asyncio.shield(asyncio.gather(*aborts, return_exceptions=True))
 
     async def _choose(self, request: GenerationRequest) -> Replica:
         """The serving replica with the least to do; among equals always the same one for the same affinity, whose cache
