@@ -113,3 +113,42 @@ def test_no_privileged_rollouts() -> None:
     objective = GRPO(GRPOConfig(), 1.0)
     assert objective.privileged(group(CLIFF), 0) == 0
     assert objective.loss.distill is None and objective.loss.temperature == 1.0
+
+
+def test_a_mean_over_sequences() -> None:
+    examples = GRPO(GRPOConfig(aggregation="sequence", overlong="mask"), 1.0).examples([_cut_group()], {})
+    assert [e.surrogate_count for e in examples] == [1, 0, 1, 0]
+    assert [float(e.surrogate_weights_T.sum()) for e in examples] == pytest.approx([1, 0, 1, 0])
+
+
+@pytest.mark.parametrize(
+    ("samples", "overlong", "signal"),
+    [
+        (CLIFF, "keep", False),
+        (SOLVED, "keep", False),
+        (MIXED, "keep", True),
+        (EMPTY, "keep", False),
+        ([1.0], "keep", False),
+        ([sample(1.0, cut=True), sample(0.0, cut=True)], "keep", True),
+        ([sample(1.0, cut=True), sample(0.0, cut=True)], "mask", False),
+        ([sample(1.0, cut=True), sample(0.0)], "mask", True),
+        ([sample(0.0, cut=True), sample(0.0)], "penalise", True),
+        ([sample(1.0, 0), sample(0.0, 0)], "keep", False),
+    ],
+)
+def test_signal_is_an_advantage_that_is_trained_on(samples: list, overlong: str, signal: bool) -> None:
+    """Dynamic sampling replaces groups without it; a KL penalty alone is none."""
+    objective = GRPO(GRPOConfig.model_validate({"overlong": overlong, "kl": {"coefficient": 0.1}}), 1.0)
+    assert objective.has_signal(group(samples)) is signal
+
+
+def test_a_penalty_keeps_groups_without_contrast_alive() -> None:
+    objective = GRPO(GRPOConfig.model_validate({"kl": {"coefficient": 0.1}, "overlong": "mask"}), 0.9)
+    groups = [group([sample(0.0, 2), sample(0.0, 3, cut=True)])]
+    (scoring,) = objective.scorings(groups)
+    assert (scoring.key, scoring.weights, scoring.temperature) == ((0, "student", 0, "reference"), "reference", 0.9)
+    reference = np.array([-1.0, -2.0], dtype=np.float32)
+    alive, masked = objective.examples(groups, {scoring.key: Score(reference, np.zeros(2))})
+    assert not alive.inert and masked.inert and masked.reference_logprobs_T is None
+    np.testing.assert_array_equal(alive.reference_logprobs_T, reference)
+    assert objective.loss.kl_coefficient == 0.1 and objective.config.needs_reference

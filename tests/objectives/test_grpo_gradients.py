@@ -20,6 +20,7 @@ from method_gradients import (
     make_models,
     reference_gradients,
     run_cases,
+    sample_of,
 )
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -98,14 +99,29 @@ def surrogate(own: Tensor, old: Tensor, sample: Sample, advantage: float, keys: 
     return torch.stack(losses)
 
 
+def with_an_empty_response() -> list[Group]:
+    """Its reward is part of the others' baseline; it has no token."""
+    groups = hand_made_groups()
+    rng = np.random.default_rng(0)
+    groups[0].samples.append(sample_of(rng, 1.0, 0))
+    groups[3].samples.insert(0, sample_of(rng, 0.0, 0))
+    return groups
+
+
 def loss_of(
-    keys: dict, *, moved: bool = False, by_sequence: bool = False, mask: bool = False, kl: float = 0.0
+    keys: dict,
+    *,
+    moved: bool = False,
+    by_sequence: bool = False,
+    mask: bool = False,
+    kl: float = 0.0,
+    groups: Callable[[], list[Group]] = hand_made_groups,
 ) -> Callable[[Models], Tensor]:
     def loss(models: Models) -> Tensor:
         total, count = torch.zeros(()).double(), 0
-        for group in hand_made_groups():
+        for group in groups():
             for sample, advantage in zip(group.samples, rloo(group), strict=True):
-                if mask and sample.completion.finish_reason == "length":
+                if not sample.length or (mask and sample.completion.finish_reason == "length"):
                     continue
                 ids = sample.completion.token_ids
                 own = sampled(models.student(group.prompt_ids, ids), ids)
@@ -131,6 +147,10 @@ EXPECTED: dict[str, tuple[Case, Callable[[Models], Tensor]]] = {
         loss_of(SEQUENCE_CLIPS, moved=True, by_sequence=True),
     ),
     "sequence_ratio_by_token": (Case(sequence_ratio_by_token, G, moved=True), loss_of(CAPPED, moved=True)),
+    "empty_response": (
+        Case(sequence_ratio, with_an_empty_response, moved=True),
+        loss_of(SEQUENCE_CLIPS, moved=True, by_sequence=True, groups=with_an_empty_response),
+    ),
     "penalised": (Case(penalised, G, moved=True), loss_of({}, moved=True, mask=True, kl=0.3)),
 }
 LAYOUTS = ["one_rank", "tp2_dp2"]
