@@ -18,9 +18,7 @@ _OWN_SETTINGS = (
     "dtype quantization context-length mem-fraction-static max-total-tokens max-running-requests attention-backend "
     "enable-memory-saver enable-weights-cpu-backup api-key host tp tp-size tensor-parallel-size"
 )
-_OF_THE_RUN = (
-    "model model-path device port nccl-port config base-gpu-id skip-server-warmup dp dp-size data-parallel-size"
-)
+_OF_THE_RUN = "model model-path device port nccl-port config base-gpu-id skip-server-warmup sleep-on-idle dp dp-size data-parallel-size"
 RESERVED_FLAGS = dict.fromkeys(_OWN_SETTINGS.split(), "a setting of its own") | dict.fromkeys(
     _OF_THE_RUN.split(), "decided by the run"
 )
@@ -62,6 +60,8 @@ def server_command(
         "max-total-tokens": config.max_total_tokens or (CPU_CACHE_TOKENS if launch.device == "cpu" else None),
         "max-running-requests": config.max_running_requests,
         "attention-backend": config.attention_backend,
+        # An idle scheduler would otherwise keep a core busy that the trainer can use.
+        "sleep-on-idle": True,
         # A warm-up runs on after the server answers and stands in the way of the first weight update.
         "skip-server-warmup": True,
         "enable-memory-saver": config.memory_saver or None,
