@@ -11,7 +11,15 @@ from megatron_hdpo.checkpoint.store import Memory
 from megatron_hdpo.model.packing import split_by_tokens
 from megatron_hdpo.model.policy import Policy, TrainingError, share_examples
 from megatron_hdpo.model.scoring import Answered, in_waves
-from megatron_hdpo.objectives.interface import Example, Objective, Score, Scoring, ScoringKey, Weights
+from megatron_hdpo.objectives.interface import (
+    Example,
+    HiddenStates,
+    Objective,
+    Score,
+    Scoring,
+    ScoringKey,
+    Weights,
+)
 from megatron_hdpo.rollout.types import Group
 from megatron_hdpo.teachers.teacher import PolicyTeacher, Teacher
 from megatron_hdpo.tracking.console import Console
@@ -49,21 +57,18 @@ class Learner:
     def learn(self, groups: Sequence[Group], step: int) -> dict[str, float]:
         """Update the policy on the groups of the step (the same list on every rank); returns its metrics."""
         self.objective.begin_step(step, groups)
-        mine = self._share(groups)
-        scores, heads = self._scores(self.objective.scorings(mine))
-        totals = self._totals(mine, scores)
-        examples = self._examples(mine, scores, totals)
+        examples, teacher_head, metrics = self._plan(self._share(groups))
         updates = []
         with self.console.phase("train", total=self._tokens(examples), unit="tok") as phase:
             for update in range(self.updates_per_step):
                 part = examples[update :: self.updates_per_step]
-                new = self.policy.update(part, self.objective.loss, phase.advance, heads.get("teacher"))
+                new = self.policy.update(part, self.objective.loss, phase.advance, teacher_head)
                 self._stop_when_only_skipping(new)
                 if not new["train/skipped"]:
                     self.teacher.after_update()
                 updates.append(new)
         self.teacher.after_step()
-        return _of_step(updates) | self.objective.totals_metrics(totals)
+        return _of_step(updates) | metrics
 
     def memory(self) -> Memory:
         """What a checkpoint must hold of objective and teacher."""
@@ -96,12 +101,16 @@ class Learner:
         context = self.policy.context
         return [groups[i] for i in split_by_tokens(costs, context.dp_size)[context.dp_rank]]
 
-    def _examples(
-        self, groups: Sequence[Group], scores: Mapping[ScoringKey, Score], totals: Mapping[str, float]
-    ) -> list[Example]:
+    def _plan(self, groups: Sequence[Group]) -> tuple[list[Example], Tensor | None, dict[str, float]]:
+        """This replica's examples, the head of the teacher whose hidden states are their targets, and the objective's
+        metrics of the plan. Scores and heads that no example needs end here, before the update takes its memory."""
+        scores, heads = self._scores(self.objective.scorings(groups))
+        totals = self._totals(groups, scores)
         context = self.policy.context
-        examples = self.objective.examples(groups, scores, totals) if context.is_last_stage else None
-        return share_examples(examples, context)
+        made = self.objective.examples(groups, scores, totals) if context.is_last_stage else None
+        examples = share_examples(made, context)
+        needed = any(isinstance(example.target, HiddenStates) for example in examples)
+        return examples, heads.get("teacher") if needed else None, self.objective.totals_metrics(totals)
 
     def _totals(self, groups: Sequence[Group], scores: Mapping[ScoringKey, Score]) -> dict[str, float]:
         """The objective's sums, over all replicas. One rank speaks for each replica: one that has the scores."""

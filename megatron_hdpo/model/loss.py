@@ -116,9 +116,8 @@ def _own_logprobs(
 def _sequence_shift(own_N: Tensor, inputs: LossInputs, batch: MicroBatch) -> Tensor:
     """What to add to a token's log-ratio to make it its response's mean log-ratio."""
     log_ratio_N = torch.where(inputs.old_N.isnan(), 0.0, own_N - inputs.old_N)
-    count = torch.bincount(inputs.sequence_N, minlength=len(batch.responses)).clamp_min(1)
-    total = log_ratio_N.new_zeros(len(batch.responses)).index_add_(0, inputs.sequence_N, log_ratio_N)
-    return (total / count)[inputs.sequence_N] - log_ratio_N
+    parts = log_ratio_N.split(batch.responses)
+    return torch.cat([part.sum() / max(len(part), 1) - part for part in parts])
 
 
 def _chunk_loss(
@@ -182,8 +181,12 @@ def _surrogate_sums(
         "entropy": torch.where(counted, losses.entropy_T.detach(), 0.0).sum(),
         "mismatch_k3": (log_ratio.exp() - 1 - log_ratio).sum(),
         "mismatch_abs": log_ratio.abs().sum(),
-        "mismatch_max": torch.cat([log_ratio.new_full((1,), -torch.inf), log_ratio[counted]]).amax(),  # a log
+        "mismatch_max": _maximum(torch.where(counted, own_N - rollout_N, -torch.inf)),  # a log
     }
+
+
+def _maximum(values_N: Tensor) -> Tensor:
+    return values_N.amax() if len(values_N) else values_N.new_full((), -torch.inf)
 
 
 def _distill_sums(losses: Losses, inputs: LossInputs, distill_sum: Tensor) -> dict[str, Tensor]:

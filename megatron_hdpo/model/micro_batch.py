@@ -29,9 +29,9 @@ class MicroBatch:
 class LossInputs:
     """Per-token numbers of a micro-batch's N response tokens, float32 [N].
 
-    NaN in old_N and rollout_N: take the policy's own; NaN in reference_N: no penalty. sequence_N: int64, the response
-    that a token belongs to. moved: whether any response has denominators of its own. target: the teacher's distribution
-    at those tokens that have one (its `rows` index the N tokens); None when none has.
+    NaN in old_N and rollout_N: take the policy's own; NaN in reference_N: no penalty. moved: whether any response has
+    denominators of its own. target: the teacher's distribution at those tokens that have one (its `rows` index the N
+    tokens); None when none has.
     """
 
     advantages_N: Tensor
@@ -40,7 +40,6 @@ class LossInputs:
     rollout_N: Tensor
     distill_weights_N: Tensor
     reference_N: Tensor
-    sequence_N: Tensor
     moved: bool
     target: TopK | Hidden | None
 
@@ -81,8 +80,6 @@ def loss_inputs(examples: Sequence[Example], device: torch.device, teacher_head:
     teacher_head: [V / tp, H], for targets that are hidden states; those stay on the host until their loss is made.
     """
 
-    lengths = [len(e.response_ids) for e in examples]
-
     def tokens(read: Callable[[Example], np.ndarray | None], missing: float) -> Tensor:
         parts = [np.full(len(e.response_ids), missing) if (v := read(e)) is None else v for e in examples]
         return torch.from_numpy(_concatenate(parts, np.float32)).to(device)
@@ -94,7 +91,6 @@ def loss_inputs(examples: Sequence[Example], device: torch.device, teacher_head:
         rollout_N=tokens(lambda e: e.rollout_logprobs_T, np.nan),
         distill_weights_N=tokens(lambda e: e.distill_weights_T, 0.0),
         reference_N=tokens(lambda e: e.reference_logprobs_T, np.nan),
-        sequence_N=torch.from_numpy(np.repeat(np.arange(len(examples)), lengths)).to(device),
         moved=any(e.old_logprobs_T is not None for e in examples),
         target=_target(examples, device, teacher_head),
     )
