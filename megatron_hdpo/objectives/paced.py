@@ -23,6 +23,7 @@ from pydantic import Field
 from megatron_hdpo.data.leakage import LeakageConfig
 from megatron_hdpo.objectives.base import NO_TOTALS
 from megatron_hdpo.objectives.distillation import Distillation, DistillationConfig, student_distillation
+from megatron_hdpo.objectives.grpo import group_shares
 from megatron_hdpo.objectives.interface import DistillConfig, Example, LossSpec, Score, Scoring, ScoringKey
 from megatron_hdpo.objectives.privileged import PrivilegedFilter, PrivilegedRolloutConfig, privileged_metrics
 from megatron_hdpo.objectives.settings import Surroundings
@@ -181,8 +182,8 @@ class PACED(Distillation):
         return mean | {"paced/stage": 1.0 if self.step < self.config.switch_step else 2.0}
 
     def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Shares of kinds of groups and of masked rollouts, and what became of the teacher's rollouts."""
-        return super().metrics(groups) | privileged_metrics(groups)
+        """Shares of kinds of groups, and what became of the teacher's rollouts."""
+        return group_shares(groups, self.config.privileged.success_threshold) | privileged_metrics(groups)
 
     def state(self) -> dict[str, Any]:
         """Pass rates by problem, each with the step that measured it."""
