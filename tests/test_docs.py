@@ -3,7 +3,7 @@
 import math
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from pydantic import Field, TypeAdapter
 from megatron_hdpo.data.problem import Problem
 from megatron_hdpo.data.report import LoadReport
 from megatron_hdpo.data.tasks import DigitSumsTask
+from megatron_hdpo.objectives.registry import ObjectiveConfig
 from megatron_hdpo.rollout.types import Completion, Group, Sample
 
 ROOT = Path(__file__).parents[1]
@@ -53,6 +54,20 @@ def test_the_example_task_of_the_docs_works_as_written():
         assert task.score(problem, right) == 1.0 and task.feedback(problem, right) is None
         assert task.score(problem, "\\boxed{0}") == 0.0 and "divide both" in task.feedback(problem, "\\boxed{0}")
     TypeAdapter(Annotated[made | DigitSumsTask, Field(discriminator="kind")])
+
+
+def test_the_table_of_methods_has_every_method_and_keys_that_exist():
+    table = (ROOT / "docs" / "methods.md").read_text().partition("## Teachers")[0]
+    lines = [line for line in table.splitlines() if line.startswith("| `") and not line.startswith("| `name`")]
+    rows = [line.split("`")[1] for line in lines]
+    configs = {config.model_fields["name"].default: config for config in get_args(get_args(ObjectiveConfig)[0])}
+    assert set(rows) == set(configs)
+    for name, line in zip(rows, lines, strict=True):
+        for key in re.findall(r"`([\w.]+)`", line.split("|")[5]):
+            section = configs[name]
+            for part in key.split("."):
+                assert part in section.model_fields, f"{name} has no key {key}"
+                section = section.model_fields[part].annotation
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
