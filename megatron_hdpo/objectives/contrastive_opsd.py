@@ -77,7 +77,7 @@ class ContrastiveOPSD(Distillation):
     def _of(self, place: Place, group: Group, sample: Sample) -> Iterator[Scoring]:
         """The teacher's top k after the right sibling, and its log-probs of the same tokens after the wrong one."""
         pair, ids, distill = self.config.siblings, sample.completion.token_ids, self.config.distill
-        seed = self.step, group.problem.id, ids.tolist()
+        seed = sample, self.step, group.problem.id
         (right,) = draw(right_siblings(group, place[2], pair), 1, *seed, "right")
         (wrong,) = draw(wrong_siblings(group, place[2], pair), 1, *seed, "wrong")
         first, second = (self.prompts.hinted(group.problem, sibling_hint(s, pair)) for s in (right, wrong))

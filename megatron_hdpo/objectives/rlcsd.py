@@ -109,7 +109,7 @@ class RLCSD(GRPO):
     def _contexts(self, index: int, group: Group) -> dict[str, np.ndarray]:
         """Prompt ids of the teacher: `right`, `wrong0`, `wrong1`, ..."""
         pair = self.config.siblings
-        seed = self.step, group.problem.id, group.samples[index].completion.token_ids.tolist()
+        seed = group.samples[index], self.step, group.problem.id
         right = draw(right_siblings(group, index, pair), 1, *seed, "right")
         wrong = draw(wrong_siblings(group, index, pair), self.config.negatives, *seed, "wrong")
         drawn = {"right": right[0]} | {f"wrong{k}": sample for k, sample in enumerate(wrong)}

@@ -113,9 +113,9 @@ class RLSD(GRPO):
         pair = self.config.siblings
         if not has_pair(group, index, pair):
             return {}
-        target = group.samples[index].completion.token_ids.tolist()
+        target = group.samples[index]
         found = {"right": right_siblings(group, index, pair), "wrong": wrong_siblings(group, index, pair)}
-        drawn = {name: draw(c, 1, self.step, group.problem.id, target, name)[0] for name, c in found.items()}
+        drawn = {name: draw(c, 1, target, self.step, group.problem.id, name)[0] for name, c in found.items()}
         return {name: self.prompts.hinted(group.problem, sibling_hint(s, pair)) for name, s in drawn.items()}
 
     def examples(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -60,7 +61,7 @@ def right_siblings(group: Group, index: int, config: SiblingConfig) -> list[Samp
 def wrong_siblings(group: Group, index: int, config: PairConfig) -> list[Sample]:
     """The wrong ones among the others that show any text, and an answer where one is needed."""
     wrong = [s for s in others(group, index) if s.reward < config.success_threshold and _shown(s, config)]
-    return [s for s in wrong if not config.wrong_need_answer or extract_answer(s.text)]
+    return [s for s in wrong if not config.wrong_need_answer or _boxed_answer(s.text)]
 
 
 def has_pair(group: Group, index: int, config: PairConfig) -> bool:
@@ -70,18 +71,18 @@ def has_pair(group: Group, index: int, config: PairConfig) -> bool:
 
 def sibling_hint(sample: Sample, config: SiblingConfig) -> Hint:
     """A sibling as a hint: its text, and the answer that it gives in a box, if any."""
-    answer = extract_answer(sample.text)
-    return Hint(_shown(sample, config), answer.text if answer else "")
+    return Hint(_shown(sample, config), _boxed_answer(sample.text))
 
 
-def draw(candidates: Sequence[Sample], count: int, *seed: object) -> list[Sample]:
-    """`count` of the candidates, each set of them equally likely over seeds; all where there are fewer. The order in
-    which they come does not matter: what decides is a hash of the seed and their tokens."""
+def draw(candidates: Sequence[Sample], count: int, target: Sample, *seed: object) -> list[Sample]:
+    """`count` of the candidates as hints for `target`, each set of them equally likely over seeds; all where there are
+    fewer. The order in which they come does not matter: what decides is a hash of the seed and everybody's tokens."""
+    salt = "/".join(map(str, seed)).encode() + _digest(target.completion.token_ids.tobytes())
     seen: Counter[bytes] = Counter()
     ranked: list[tuple[bytes, int, Sample]] = []
     for candidate in candidates:
         tokens = candidate.completion.token_ids.tobytes()
-        ranked.append((_digest(seed, tokens, seen[tokens]), len(ranked), candidate))
+        ranked.append((_digest(salt, seen[tokens].to_bytes(4, "little"), tokens), len(ranked), candidate))
         seen[tokens] += 1
     return [candidate for *_, candidate in sorted(ranked, key=lambda entry: entry[:2])[:count]]
 
@@ -90,6 +91,12 @@ def _shown(sample: Sample, config: SiblingConfig) -> str:
     return (visible_text(sample.text) if config.remove_thinking else sample.text).strip()
 
 
-def _digest(seed: tuple[object, ...], tokens: bytes, occurrence: int) -> bytes:
-    text = "/".join(map(str, (*seed, occurrence)))
-    return hashlib.blake2b(text.encode() + tokens, digest_size=16).digest()
+@lru_cache(maxsize=256)
+def _boxed_answer(text: str) -> str:
+    """The answer in the last box, "" without one. Every sibling of a group asks it of the same long texts."""
+    answer = extract_answer(text)
+    return answer.text if answer else ""
+
+
+def _digest(*parts: bytes) -> bytes:
+    return hashlib.blake2b(b"".join(parts), digest_size=16).digest()

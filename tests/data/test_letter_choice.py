@@ -61,6 +61,14 @@ def test_parquet(tmp_path) -> None:
     assert only(asked).answer == "D" and asked.task_name == "gases"
 
 
+def test_rows_of_a_hugging_face_dataset(tmp_path) -> None:
+    (tmp_path / "gases").mkdir()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([ROW]), tmp_path / "gases" / "train.parquet")
+    rows = {"dataset": str(tmp_path / "gases"), "split": "train"}
+    asked = TASK.validate_python({"kind": "letter_choice", "rows": rows})
+    assert only(asked).answer == "D" and asked.task_name == "gases" and only(asked).id == "gases/1"
+
+
 def test_shuffled_choices_are_spread_over_the_letters_and_depend_on_the_seed_alone(tmp_path) -> None:
     rows = [ROW | {"question": f"question {i}"} for i in range(200)]
     made = [task(tmp_path, *rows, shuffle_choices=seed).problems(LoadReport()) for seed in (1, 1, 2)]

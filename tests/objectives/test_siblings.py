@@ -20,6 +20,7 @@ from megatron_hdpo.objectives.siblings import (
     wrong_siblings,
 )
 
+TARGET = sample(1.0, token_ids=[9])
 THOUGHT = "<think>maybe \\boxed{3}</think>It is \\boxed{4}."
 
 
@@ -78,18 +79,24 @@ def test_draws_are_uniform_and_know_no_order() -> None:
     candidates = [sample(1.0, token_ids=ids) for ids in ([1], [2], [3, 3], [3, 3], [4])]
     counts: Counter[int] = Counter()
     for seed in range(3000):
-        (drawn,) = draw(candidates, 1, seed, "p/1")
+        (drawn,) = draw(candidates, 1, TARGET, seed, "p/1")
         counts[drawn.completion.token_ids[0]] += 1
-        (turned,) = draw(candidates[::-1], 1, seed, "p/1")
+        (turned,) = draw(candidates[::-1], 1, TARGET, seed, "p/1")
         assert turned.completion.token_ids.tolist() == drawn.completion.token_ids.tolist()
     assert all(abs(counts[token] - expected) < 120 for token, expected in {1: 600, 2: 600, 3: 1200, 4: 600}.items())
 
 
+def test_each_target_has_its_own_draw() -> None:
+    candidates = [sample(0.0, token_ids=[i]) for i in range(4)]
+    drawn = [draw(candidates, 1, sample(1.0, token_ids=[100 + i]), 0)[0].completion.token_ids[0] for i in range(40)]
+    assert set(drawn) == {0, 1, 2, 3}
+
+
 def test_no_candidate_is_drawn_twice_and_few_are_all() -> None:
     candidates = [sample(0.0) for _ in range(6)]
-    assert len({id(s) for s in draw(candidates, 4, 1)}) == 4
-    assert len(draw(candidates[:2], 4, 1)) == 2 and draw([], 1, 1) == []
-    pairs = {frozenset(id(s) for s in draw(candidates, 2, seed)) for seed in range(300)}
+    assert len({id(s) for s in draw(candidates, 4, TARGET, 1)}) == 4
+    assert len(draw(candidates[:2], 4, TARGET, 1)) == 2 and draw([], 1, TARGET, 1) == []
+    pairs = {frozenset(id(s) for s in draw(candidates, 2, TARGET, seed)) for seed in range(300)}
     assert len(pairs) == 15
 
 
