@@ -11,6 +11,7 @@ from megatron_hdpo.rollout.types import Completion, TopLogprobs
 
 UNVERSIONED = -1
 """Version of weights that the trainer has not stamped: those that a server was started with."""
+LARGEST_VERSION = 2**31 - 1
 
 
 class BadAnswerError(ValueError):
@@ -19,6 +20,15 @@ class BadAnswerError(ValueError):
 
 def completion_of(answer: dict[str, Any], top_logprobs: int, vocab_size: int) -> Completion:
     """The completion in an answer. Raises BadAnswerError with the reason when there is none."""
+    try:
+        return _completion(answer, top_logprobs, vocab_size)
+    except BadAnswerError:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise BadAnswerError(f"an answer that cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _completion(answer: dict[str, Any], top_logprobs: int, vocab_size: int) -> Completion:
     meta = answer["meta_info"]
     ids = np.asarray(answer.get("output_ids") or [], dtype=np.int64)
     reason = (meta.get("finish_reason") or {}).get("type")
@@ -38,7 +48,7 @@ def completion_of(answer: dict[str, Any], top_logprobs: int, vocab_size: int) ->
         logprobs=logprobs,
         finish_reason=reason,
         weight_versions=_versions(meta, len(ids)),
-        top_logprobs=_top(meta, len(ids), top_logprobs) if top_logprobs else None,
+        top_logprobs=_top(meta, len(ids), top_logprobs, vocab_size) if top_logprobs else None,
     )
 
 
@@ -51,10 +61,12 @@ def _versions(meta: dict[str, Any], length: int) -> np.ndarray:
 
 
 def _number(version: Any) -> int:
-    return int(version) if str(version).isdigit() else UNVERSIONED
+    """The trainer stamps steps; what others have stamped (a date, a name) is none of them."""
+    text = str(version)
+    return int(text) if text.isdecimal() and int(text) <= LARGEST_VERSION else UNVERSIONED
 
 
-def _top(meta: dict[str, Any], length: int, k: int) -> TopLogprobs:
+def _top(meta: dict[str, Any], length: int, k: int, vocab_size: int) -> TopLogprobs:
     """Flat arrays where the server gives them, else its nested lists."""
     if "output_top_logprobs_val_flat_b64" in meta:
         values = _flat(meta, "val", np.float32).reshape(meta["output_top_logprobs_shape"])
@@ -69,6 +81,8 @@ def _top(meta: dict[str, Any], length: int, k: int) -> TopLogprobs:
         raise BadAnswerError(f"top log-probs of shape {values.shape} for {length} tokens and k = {k}")
     if not np.isfinite(values).all():
         raise BadAnswerError("a top log-prob that is not finite")
+    if ids.shape != values.shape or ids.min() < 0 or ids.max() >= vocab_size:
+        raise BadAnswerError(f"top tokens of shape {ids.shape}, or beyond the vocabulary of {vocab_size}")
     return TopLogprobs(ids, values)
 
 

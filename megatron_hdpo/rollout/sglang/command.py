@@ -18,7 +18,10 @@ _OWN_SETTINGS = (
     "dtype quantization context-length mem-fraction-static max-total-tokens max-running-requests attention-backend "
     "enable-memory-saver enable-weights-cpu-backup api-key host tp tp-size tensor-parallel-size"
 )
-_OF_THE_RUN = "model model-path device port nccl-port config base-gpu-id skip-server-warmup sleep-on-idle dp dp-size data-parallel-size"
+_OF_THE_RUN = (
+    "model model-path device port nccl-port config base-gpu-id skip-server-warmup sleep-on-idle "
+    "dp dp-size data-parallel-size"
+)
 RESERVED_FLAGS = dict.fromkeys(_OWN_SETTINGS.split(), "a setting of its own") | dict.fromkeys(
     _OF_THE_RUN.split(), "decided by the run"
 )

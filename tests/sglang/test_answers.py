@@ -1,0 +1,136 @@
+"""What of a server's answer becomes a completion, and what never does."""
+
+from __future__ import annotations
+
+import base64
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_hdpo.rollout.sglang.answers import UNVERSIONED, BadAnswerError, completion_of
+
+VOCAB = 17
+IDS = [4, 9, 1]
+LOGPROBS = [-0.5, -1.25, -2.0]
+TOP_VALUES = [[-0.5, -1.5], [-0.75, -1.25], [-0.25, -3.0]]
+TOP_IDS = [[4, 2], [3, 9], [0, 16]]
+Answer = dict[str, Any]
+
+
+def answer(**meta: Any) -> Answer:
+    """As SGLang gives it for three tokens."""
+    rows = [[value, token, None] for value, token in zip(LOGPROBS, IDS, strict=True)]
+    fields = {
+        "finish_reason": {"type": "stop", "matched": 1},
+        "weight_version": "7",
+        "output_token_logprobs": rows,
+        "completion_tokens": 3,
+    }
+    return {"text": "", "output_ids": list(IDS), "meta_info": fields | meta}
+
+
+def span(version: str, start: int, end: int) -> Answer:
+    return {"version": version, "start": start, "end": end}
+
+
+def nested() -> Answer:
+    rows = zip(TOP_VALUES, TOP_IDS, strict=True)
+    return {"output_top_logprobs": [[[v, i, None] for v, i in zip(*row, strict=True)] for row in rows]}
+
+
+def flat(values: Any = TOP_VALUES, ids: Any = TOP_IDS, kind: type = np.float32) -> Answer:
+    packed = {"val": np.array(values, dtype=kind), "idx": np.array(ids, dtype=np.int32)}
+    fields: Answer = {"output_top_logprobs_shape": list(np.shape(values))}
+    for name, array in packed.items():
+        fields[f"output_top_logprobs_{name}_flat_b64"] = base64.b64encode(array.tobytes()).decode()
+        fields[f"output_top_logprobs_{name}_flat_b64_dtype"] = str(array.dtype)
+    return fields
+
+
+def test_a_completion_is_what_the_server_said() -> None:
+    completion = completion_of(answer(), 0, VOCAB)
+    assert completion.token_ids.dtype == np.int32 and completion.token_ids.tolist() == IDS
+    assert completion.logprobs.dtype == np.float32 and completion.logprobs.tolist() == LOGPROBS
+    assert completion.finish_reason == "stop" and completion.top_logprobs is None
+    assert completion.weight_versions.dtype == np.int32 and completion.weight_versions.tolist() == [7, 7, 7]
+    assert completion_of(answer(finish_reason={"type": "length", "length": 3}), 0, VOCAB).finish_reason == "length"
+
+
+@pytest.mark.parametrize("top", [nested(), flat(), flat(kind=np.float64)], ids=["nested", "flat", "flat, float64"])
+def test_top_log_probs_in_either_form(top: Answer) -> None:
+    found = completion_of(answer(**top), 2, VOCAB).top_logprobs
+    assert found is not None and found.ids_TK.dtype == np.int32 and found.logprobs_TK.dtype == np.float32
+    assert found.ids_TK.tolist() == TOP_IDS and found.logprobs_TK.tolist() == TOP_VALUES
+    assert completion_of(answer(**top), 0, VOCAB).top_logprobs is None, "not asked for"
+
+
+@pytest.mark.parametrize(
+    ("meta", "versions"),
+    [
+        ({"weight_versions": [span("6", 0, 2), span("7", 2, 3)]}, [6, 6, 7]),
+        ({"weight_versions": [span("6", 0, 1)]}, [6, 7, 7]),
+        ({"weight_versions": []}, [7, 7, 7]),
+        ({"weight_version": "default"}, [UNVERSIONED] * 3),
+        ({"weight_version": None}, [UNVERSIONED] * 3),
+        ({"weight_version": "-3"}, [UNVERSIONED] * 3),
+        ({"weight_version": "²"}, [UNVERSIONED] * 3),
+        ({"weight_version": "1732000000000"}, [UNVERSIONED] * 3),
+        ({"weight_versions": [span("default", 0, 1)]}, [UNVERSIONED, 7, 7]),
+    ],
+    ids=["two spans", "one span", "no span", "never stamped", "none", "negative", "no digits", "a date", "no run's"],
+)
+def test_every_token_has_a_version(meta: Answer, versions: list[int]) -> None:
+    assert completion_of(answer(**meta), 0, VOCAB).weight_versions.tolist() == versions
+
+
+BROKEN: dict[str, tuple[Answer, str]] = {
+    "aborted": (answer(finish_reason={"type": "abort", "message": "no room"}), "finished by 'abort' .*no room"),
+    "not finished": (answer(finish_reason=None), "finished by None"),
+    "no tokens": (answer(output_token_logprobs=[]) | {"output_ids": []}, "0 tokens"),
+    "tokens missing": (answer() | {"output_ids": IDS[:2]}, "2 tokens with log-probs of 3"),
+    "of other tokens": (answer() | {"output_ids": [4, 8, 1]}, "or of others"),
+    "no log-probs": (answer(output_token_logprobs=None), "log-probs of 0"),
+    "beyond the vocabulary": (
+        answer(output_token_logprobs=[[-1.0, VOCAB, None]]) | {"output_ids": [VOCAB]},
+        "beyond the vocabulary of 17",
+    ),
+    "negative": (answer(output_token_logprobs=[[-1.0, -1, None]]) | {"output_ids": [-1]}, "beyond the vocabulary"),
+    "null log-prob": (
+        answer(output_token_logprobs=[[-0.5, 4, None], [None, 9, None], [-1, 1, None]]),
+        "not finite at token 1",
+    ),
+    "infinite": (answer(output_token_logprobs=[[float("-inf"), i, None] for i in IDS]), "not finite at token 0"),
+    "no top": (answer(), r"top log-probs of shape \(0,\)"),
+    "too few top": (answer(output_top_logprobs=[row[:1] for row in nested()["output_top_logprobs"]]), "other than 2"),
+    "top of fewer tokens": (answer(output_top_logprobs=nested()["output_top_logprobs"][:2]), "for 3 tokens and k = 2"),
+    "flat top of fewer": (answer(**flat(TOP_VALUES[:2], TOP_IDS[:2])), "for 3 tokens and k = 2"),
+    "top not finite": (answer(**flat([[float("nan"), -1.0]] * 3)), "a top log-prob that is not finite"),
+    "top beyond": (answer(**flat(ids=[[4, VOCAB]] * 3)), "beyond the vocabulary"),
+    "no shape": (answer(**flat() | {"output_top_logprobs_shape": None}), r"top log-probs of shape \(6,\)"),
+    "a word for a reason": (answer(finish_reason="stop"), "answer"),
+    "rows without ids": (answer(output_token_logprobs=[[-1.0]] * 3), "answer"),
+    "words for ids": (answer() | {"output_ids": ["a", "b", "c"]}, "answer"),
+    "spans without ends": (answer(weight_versions=[{"version": "7"}]), "answer"),
+}
+
+
+@pytest.mark.parametrize("name", list(BROKEN))
+def test_what_is_no_completion(name: str) -> None:
+    broken, words = BROKEN[name]
+    with pytest.raises(BadAnswerError, match=words):
+        completion_of(broken, 2 if "top" in name or name == "no shape" else 0, VOCAB)
+
+
+def test_no_field_that_is_missing_or_of_another_type_raises_anything_else() -> None:
+    good = answer(**flat(), weight_versions=[span("7", 0, 3)])
+    for name in good["meta_info"]:
+        for value in (None, 3, "x", [], {}, [None], [[]]):
+            spoiled = copy.deepcopy(good)
+            spoiled["meta_info"][name] = value
+            try:
+                completion = completion_of(spoiled, 2, VOCAB)
+            except BadAnswerError:
+                continue
+            assert completion.token_ids.tolist() == IDS and completion.logprobs.tolist() == LOGPROBS, name

@@ -1,0 +1,122 @@
+"""What a server of 1, 2 and 4 ranks holds of a checkpoint, against splits made by hand."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_hdpo.rollout.sglang.served_parameters import ServedParameters, part_of
+
+HEADS, HEAD_DIM, HIDDEN, FFN, VOCAB = 8, 4, 6, 8, 70
+LAYER = "model.layers.3."
+Tensors = dict[str, Tensor]
+
+
+def checkpoint(kv_heads: int, family: str) -> Tensors:
+    """A layer, its embedding and head; every element has a value of its own."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (VOCAB, HIDDEN),
+        "lm_head.weight": (VOCAB, HIDDEN),
+        "model.norm.weight": (HIDDEN,),
+        LAYER + "input_layernorm.weight": (HIDDEN,),
+        LAYER + "post_attention_layernorm.weight": (HIDDEN,),
+        LAYER + "self_attn.q_proj.weight": (HEADS * HEAD_DIM, HIDDEN),
+        LAYER + "self_attn.k_proj.weight": (kv_heads * HEAD_DIM, HIDDEN),
+        LAYER + "self_attn.v_proj.weight": (kv_heads * HEAD_DIM, HIDDEN),
+        LAYER + "self_attn.o_proj.weight": (HIDDEN, HEADS * HEAD_DIM),
+        LAYER + "mlp.gate_proj.weight": (FFN, HIDDEN),
+        LAYER + "mlp.up_proj.weight": (FFN, HIDDEN),
+        LAYER + "mlp.down_proj.weight": (HIDDEN, FFN),
+    }
+    if family == "qwen2":
+        for name, rows in (("q", HEADS), ("k", kv_heads), ("v", kv_heads)):
+            shapes[f"{LAYER}self_attn.{name}_proj.bias"] = (rows * HEAD_DIM,)
+    if family == "qwen3":
+        shapes |= {f"{LAYER}self_attn.{name}_norm.weight": (HEAD_DIM,) for name in "qk"}
+    start = 1.0
+    tensors = {}
+    for name, shape in shapes.items():
+        count = int(torch.tensor(shape).prod())
+        tensors[name] = torch.arange(start, start + count).view(shape)
+        start += count
+    return tensors
+
+
+def by_hand(full: Tensors, family: str, rank: int, ranks: int, kv_heads: int) -> Tensors:
+    """Row by row, head by head."""
+    heads = range(rank * HEADS // ranks, (rank + 1) * HEADS // ranks)
+    # A rank needs the key-value heads that its query heads read.
+    kv = sorted({head * kv_heads // HEADS for head in heads})
+    ffn = range(rank * FFN // ranks, (rank + 1) * FFN // ranks)
+
+    def rows(name: str, wanted: list[int] | range, width: int = 1) -> Tensor:
+        return torch.stack([full[name][i * width + j] for i in wanted for j in range(width)])
+
+    def vocabulary(name: str) -> Tensor:
+        padded = 128 // ranks
+        wanted = range(rank * padded, (rank + 1) * padded)
+        return torch.stack([full[name][i] if i < VOCAB else torch.zeros(HIDDEN) for i in wanted])
+
+    held = {name: full[name] for name in full if "norm" in name}
+    held |= {name: vocabulary(name) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    attention, mlp = LAYER + "self_attn.", LAYER + "mlp."
+    for leaf in ("weight", "bias") if family == "qwen2" else ("weight",):
+        parts = [rows(f"{attention}q_proj.{leaf}", heads, HEAD_DIM)]
+        parts += [rows(f"{attention}{name}_proj.{leaf}", kv, HEAD_DIM) for name in "kv"]
+        held[f"{attention}qkv_proj.{leaf}"] = torch.cat(parts)
+    held[mlp + "gate_up_proj.weight"] = torch.cat([rows(f"{mlp}{name}_proj.weight", ffn) for name in ("gate", "up")])
+    columns = [head * HEAD_DIM + i for head in heads for i in range(HEAD_DIM)]
+    held[attention + "o_proj.weight"] = full[attention + "o_proj.weight"][:, columns]
+    held[mlp + "down_proj.weight"] = full[mlp + "down_proj.weight"][:, list(ffn)]
+    return held
+
+
+def bits(tensor: Tensor) -> str:
+    """A digest that shows shape and values."""
+    assert tensor.is_contiguous()
+    return f"{tuple(tensor.shape)} {tensor.tolist()}"
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4, 8])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_each_rank_holds_its_part(ranks: int, kv_heads: int, family: str) -> None:
+    full = checkpoint(kv_heads, family)
+    order = list(full.items())
+    random.Random(ranks).shuffle(order)
+    parameters = ServedParameters(ranks, kv_heads, bits)
+    for name, tensor in order:
+        parameters.add(name, tensor)
+    for rank in range(ranks):
+        wanted = {name: bits(t.contiguous()) for name, t in by_hand(full, family, rank, ranks, kv_heads).items()}
+        assert parameters.digests[rank] == wanted
+
+
+def test_a_parameter_is_digested_when_its_last_part_has_come() -> None:
+    full = checkpoint(2, "llama")
+    parameters = ServedParameters(2, 2, bits)
+    attention = LAYER + "self_attn."
+    for name in "qv":
+        parameters.add(f"{attention}{name}_proj.weight", full[f"{attention}{name}_proj.weight"])
+    assert parameters.digests == [{}, {}]
+    parameters.add(f"{attention}k_proj.weight", full[f"{attention}k_proj.weight"])
+    assert [list(held) for held in parameters.digests] == [[f"{attention}qkv_proj.weight"]] * 2
+    assert not parameters._waiting, "parts are let go of"
+
+
+@pytest.mark.parametrize("rows", [64, 65, 128, 129])
+def test_a_vocabulary_is_padded_to_64_rows(rows: int) -> None:
+    tensor = torch.ones(rows, 2)
+    for ranks in (1, 2, 4):
+        parameters = ServedParameters(ranks, 2, lambda part: str(tuple(part.shape)))
+        parameters.add("lm_head.weight", tensor)
+        padded = {64: 64, 65: 128, 128: 128, 129: 192}[rows]
+        assert [held["lm_head.weight"] for held in parameters.digests] == [str((padded // ranks, 2))] * ranks
+
+
+def test_a_bias_behind_a_sum_over_ranks_is_whole() -> None:
+    assert part_of(LAYER + "self_attn.o_proj.bias").kind == "whole"
+    assert part_of(LAYER + "self_attn.o_proj.weight").kind == "columns"
