@@ -35,6 +35,7 @@ from megatron_hdpo.teachers.external import ExternalTeacher, check_same_vocabula
 from megatron_hdpo.teachers.resting import EmaTeacher, SnapshotTeacher
 from megatron_hdpo.teachers.teacher import Teacher
 from megatron_hdpo.tracking.console import Console
+from megatron_hdpo.weights.host import copy_to_host
 
 LAYOUTS = {"tp2": (2, 1), "pp2": (1, 2), "dp2": (1, 1)}
 FOLLOWED = ["tp2", "pp2"]
@@ -155,7 +156,12 @@ def _external(path: Path, teacher_path: Path, context: ParallelContext) -> dict[
     before, own = _seen(teacher), weights_of(policy)
     learner.learn([], 0)
     after = _seen(teacher)
+    # As on a GPU: weights come from their resting place for the scoring alone.
+    teacher.on_device, teacher.resting = True, copy_to_host(teacher.policy.model)
+    moved_in = _seen(teacher)
+    at_rest = all(p.data_ptr() == teacher.resting[n].data_ptr() for n, p in teacher.policy.model.named_parameters())
     return {
+        "rests": at_rest and all(np.array_equal(a, b) for a, b in zip(before[1], moved_in[1], strict=True)),
         "moved": any(not np.array_equal(own[name], values) for name, values in weights_of(policy).items()),
         "same": all(np.array_equal(a, b) for a, b in zip(before[1], after[1], strict=True)),
         "scores": before[1],
@@ -253,7 +259,7 @@ def test_an_external_teacher(layout: str, ranks, paths: dict[str, Path]) -> None
     model = AutoModelForCausalLM.from_pretrained(paths["external"], dtype=torch.float64)
     for seen in ranks:
         found = seen[layout, "external"]
-        assert found["moved"] and found["same"]
+        assert found["moved"] and found["same"] and found["rests"]
         for scoring, logprobs in zip(make_scorings()[1:3], found["scores"], strict=False):
             ids = torch.tensor([*scoring.context_ids.tolist(), *scoring.response_ids.tolist()])
             logits = model(ids[None]).logits[0, len(scoring.context_ids) - 1 : -1, :VOCAB] / scoring.temperature
