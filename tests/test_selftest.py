@@ -86,6 +86,7 @@ def all_faults(recipe: str, overrides: Sequence[str]) -> dict[str, str]:
     from megatron_hdpo import start
     from megatron_hdpo.config import load_recipe
     from megatron_hdpo.parallel import context as parallel
+    from megatron_hdpo.rollout.weight_sync import EmbeddedSync
     from megatron_hdpo.run import build_run
     from megatron_hdpo.selftest import SelfTestError
 
@@ -95,13 +96,14 @@ def all_faults(recipe: str, overrides: Sequence[str]) -> dict[str, str]:
     for name, fault in FAULTS.items():
         run.sync(0)
         run.engine = run.rollouts.sampler.engine = fault(engine)
+        run.weight_sync = EmbeddedSync(run.engine)
         with faulty_policy(run.policy, name):
             try:
                 start._self_test(run)
                 messages[name] = "passed"
             except SelfTestError as error:
                 messages[name] = str(error)
-        run.engine = engine
+        run.engine, run.weight_sync = engine, EmbeddedSync(engine)
     before = {name: p.detach().clone() for name, p in run.policy.model.named_parameters()}
     start._self_test(run)
     assert all((p == before[name]).all() for name, p in run.policy.model.named_parameters())
