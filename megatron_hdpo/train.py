@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from megatron_hdpo.data.errors import DataError
 from megatron_hdpo.evaluation.evaluate import evaluate, evaluation_samples
 from megatron_hdpo.model.policy import TrainingError
+from megatron_hdpo.rollout.refill import refilled, with_signal
 from megatron_hdpo.rollout.sample_log import read_groups, write_groups
 from megatron_hdpo.rollout.types import Group
 from megatron_hdpo.run import Run, rollouts_file
@@ -84,21 +85,36 @@ def due(step: int, every: int | None, last: int) -> bool:
 
 
 def rollouts_of_step(run: Run) -> tuple[list[Group], dict[str, float]]:
-    """The judged groups of the next step, privileged rollouts included, with their metrics."""
+    """The judged groups that the next step learns from, privileged rollouts included, with metrics of all that were
+    sampled."""
     rollout = run.recipe.rollout
     file = rollouts_file(run.step + 1)
     if rollout.replay is not None:
         groups = _replayed(rollout.replay / file)
-        return groups, rollout_metrics(groups) | run.objective.metrics(groups)
-    problems = run.data.order.batch(run.step, rollout.prompts_per_step)
-    total = len(problems) * rollout.samples_per_prompt
-    with run.console.phase("rollout", total=_share(run, total), unit="sample") as phase:
-        groups = run.step_rollouts.take(problems, run.step, run.objective, phase.advance)
-    check_versions(groups, run.step, rollout.ahead)
+    else:
+        groups = _sampled(run)
+        check_versions(groups, run.step, rollout.ahead)
+        if rollout.save and run.context.is_leader:
+            _save_rollouts(run.recipe.output / "rollouts" / file, groups, run)
     metrics = rollout_metrics(groups) | run.objective.metrics(groups)
-    if rollout.save and run.context.is_leader:
-        _save_rollouts(run.recipe.output / "rollouts" / file, groups, run)
+    if rollout.refill_rounds:
+        sampled, groups = len(groups), with_signal(groups, rollout.prompts_per_step, run.objective)
+        metrics |= {"rollout/groups": float(sampled), "rollout/groups_with_signal": float(len(groups))}
     return groups, metrics
+
+
+def _sampled(run: Run) -> list[Group]:
+    """The groups of the next step, and those that dynamic sampling adds."""
+    rollout, size = run.recipe.rollout, run.recipe.rollout.prompts_per_step
+    problems = run.data.order.batch(run.step, size)
+    with run.console.phase("rollout", total=_share(run, size * rollout.samples_per_prompt), unit="sample") as phase:
+        groups = run.step_rollouts.take(problems, run.step, run.objective, phase.advance)
+
+        def sample_more(turn: int, count: int, leave_out: Collection[str]) -> list[Group]:
+            more = run.data.order.further(run.step, turn, count, leave_out)
+            return run.rollouts.step(more, run.step, run.objective, phase.advance)
+
+        return refilled(groups, rollout.refill_rounds, size, run.objective, sample_more)
 
 
 def _replayed(path: Path) -> list[Group]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from megatron_hdpo.data.errors import DataError
 from megatron_hdpo.data.problem import Problem
@@ -40,6 +40,18 @@ class ProblemOrder:
         start, end = self._drawn(step, size), self._drawn(step + 1, size)
         chosen = [p for task in self._by_task for p in self._slice(task, start[task], end[task], size)]
         random.Random(f"{self.seed}/batch/{step}").shuffle(chosen)
+        return chosen
+
+    def further(self, step: int, turn: int, size: int, leave_out: Collection[str]) -> list[Problem]:
+        """Up to `size` problems besides those of the ids to leave out, tasks by their shares: a function of seed, step
+        and turn. They do not count in the walk through the epochs."""
+        rng = random.Random(f"{self.seed}/further/{step}/{turn}")
+        seen = set(leave_out)
+        left = {task: [p for p in problems if p.id not in seen] for task, problems in self._by_task.items()}
+        chosen: list[Problem] = []
+        while len(chosen) < size and (tasks := [task for task in left if left[task]]):
+            (task,) = rng.choices(tasks, [self._shares[task] for task in tasks])
+            chosen.append(left[task].pop(rng.randrange(len(left[task]))))
         return chosen
 
     def epochs(self, step: int, size: int) -> dict[str, float]:

@@ -34,6 +34,12 @@ class RolloutConfig(BaseModel):
         description="Ask for a cliff's privileged rollouts as soon as it is known to be one, while other prompts are "
         "still being sampled; false: after the last student rollout.",
     )
+    refill_rounds: int = Field(
+        0,
+        ge=0,
+        description="Dynamic sampling (DAPO): groups without signal for the objective are left out of learning, and so "
+        "many times per step further problems are sampled in their place; 0 learns from all groups.",
+    )
     stop_at_reward: float | None = Field(
         None,
         description="End a prompt's sampling at its first rollout of so much reward: for objectives that only look for "
