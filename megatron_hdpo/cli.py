@@ -54,6 +54,7 @@ def user_errors() -> tuple[type[Exception], ...]:
     from megatron_hdpo.model.policy import TrainingError
     from megatron_hdpo.parallel.layout import LayoutError
     from megatron_hdpo.rewards.pool import RewardPoolError
+    from megatron_hdpo.rollout.build import EngineError
     from megatron_hdpo.selftest import SelfTestError
     from megatron_hdpo.tracking.backends import BackendMissing
     from megatron_hdpo.tracking.metrics import MetricsFileError
@@ -61,8 +62,8 @@ def user_errors() -> tuple[type[Exception], ...]:
     from megatron_hdpo.weights.errors import WeightsError
 
     return (
-        ArchitectureError, BackendMissing, CheckpointError, DataError, LayoutError, MetricsFileError, ModelError,
-        RecipeError, ReportError, RewardPoolError, SelfTestError, TrainingError, WeightsError,
+        ArchitectureError, BackendMissing, CheckpointError, DataError, EngineError, LayoutError, MetricsFileError,
+        ModelError, RecipeError, ReportError, RewardPoolError, SelfTestError, TrainingError, WeightsError,
     )  # fmt: skip
 
 

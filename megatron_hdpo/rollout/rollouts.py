@@ -124,12 +124,14 @@ class RolloutCoordinator:
         Collective."""
         share = SampledShare(0, len(problems))
         requests = self._requests(problems, sampling, purpose)
-        rollouts = self.sampler.sample(requests, on_progress)
-        for request in requests:
-            done = rollouts[request.key]
-            share.groups[int(request.key)] = Group(
-                request.problem, request.prompt_ids, done.samples, dropped=done.dropped
-            )
+        share.groups = {int(r.key): Group(r.problem, r.prompt_ids, []) for r in requests}
+
+        def then(request: RolloutRequest, rollouts: Rollouts) -> list[RolloutRequest]:
+            group = share.groups[int(request.key)]
+            group.samples, group.dropped = rollouts.samples, rollouts.dropped
+            return []
+
+        share.run(self.sampler.begin(requests, on_progress, then))
         return self._gather(share)
 
     def _requests(

@@ -63,10 +63,9 @@ class SGLangEngine:
         self._version = -1
         self._thread = LoopThread("sglang")
         self._session: aiohttp.ClientSession | None = None
-        self._done: queue.SimpleQueue[GenerationResult] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[GenerationResult | None] = queue.SimpleQueue()
         self._tasks: dict[str, list[asyncio.Task[None]]] = {}
         self._outstanding: dict[str, int] = {}
-        self._lost_weights = False
         self._closed = False
         try:
             self._thread.run(self._connect(urls))
@@ -91,6 +90,8 @@ class SGLangEngine:
 
     def submit(self, requests: Sequence[GenerationRequest]) -> None:
         """Queue requests, all or none. Raises ValueError on a request that would kill a server or be refused."""
+        if len({request.request_id for request in requests}) < len(requests):
+            raise ValueError(f"requests of one id among {[request.request_id for request in requests][:20]}")
         for request in requests:
             self._validate(request)
         self._outstanding |= {request.request_id: request.sampling.n for request in requests}
@@ -104,11 +105,11 @@ class SGLangEngine:
             try:
                 result = self._done.get(timeout=POLL_S)
             except queue.Empty:
-                if self._lost_weights:
-                    self._drop_outstanding()
-                    raise EngineLostWeights("; ".join(f"{r.url}: {r.reason}" for r in self.replicas)) from None
                 yield None
                 continue
+            if result is None:
+                self._drop_outstanding()
+                raise EngineLostWeights("; ".join(f"{r.url}: {r.reason}" for r in self.replicas))
             self._take_off(result)
             yield result
 
@@ -125,14 +126,15 @@ class SGLangEngine:
         if self.config.servers.memory_saver:
             self._thread.run(self._release())
 
-    def mark_served(self, served: Sequence[Replica], version: int) -> None:
-        """These replicas have taken the weights of `version`; others may not be asked until they have."""
+    async def mark_served(self, served: Sequence[Replica], version: int) -> None:
+        """These replicas have taken the weights of `version`; others may not be asked until they have, nor those that
+        were lost since."""
         for replica in self.replicas:
-            if replica in served:
+            if replica in served and replica.state != "down":
                 replica.state, replica.reason, replica.half_updated = "serving", "", False
             elif replica.state == "serving":
                 replica.state, replica.reason = "stale", f"it missed the weights of version {version}"
-        self._version, self._lost_weights = version, False
+        self._version = version
 
     def health(self) -> EngineHealth:
         """Whether any server has the run's weights; the state of each."""
@@ -159,6 +161,7 @@ class SGLangEngine:
         own = len(self.servers.processes) if self.servers else 0
         for index, url in enumerate(urls):
             self.replicas.append(await self._replica(index, url, index if index < own else None))
+            self.context_length = min(self.context_length, self.replicas[-1].info.context or self.context_length)
         self.watch = Watch(self)
         for replica in self.replicas:
             asyncio.get_running_loop().create_task(self.watch.run(replica))
@@ -192,8 +195,12 @@ class SGLangEngine:
     async def _release(self) -> None:
         for replica in self.replicas:
             if replica.state == "serving" and replica.info.memory_saver:
-                await replica.api.post("/release_memory_occupation", {}, self.config.sync.timeout_s)
                 replica.state, replica.reason, replica.asleep = "stale", "its memory is the trainer's", True
+                try:
+                    async with replica.looked_at:
+                        await replica.api.post("/release_memory_occupation", {}, self.config.sync.timeout_s)
+                except ApiError as error:
+                    await self.watch.lose(replica, str(error))
 
     async def _begin(self, requests: Sequence[GenerationRequest]) -> None:
         loop = asyncio.get_running_loop()
@@ -221,13 +228,14 @@ class SGLangEngine:
         except asyncio.CancelledError:
             self._done.put(GenerationResult(request.request_id, [], cancelled=1))
         except EngineLostWeights:
-            self._lost_weights = True
+            # In the queue, so that it is seen whatever becomes of the servers meanwhile: this sample will not come.
+            self._done.put(None)
         except Exception as error:
             LOGGER.warning("request %s, sample %d: %s", request.request_id, index, error)
             self._done.put(GenerationResult(request.request_id, [], errors=[f"sample {index}: {error}"]))
 
     async def _try(self, request: GenerationRequest, index: int) -> Completion:
-        replica = await self._choose(request)
+        replica, wanted = await self._choose(request), self._version
         async with replica.slots:
             if replica.state != "serving":
                 raise _AskAgainError(f"{replica.url} was lost: {replica.reason}")
@@ -238,6 +246,9 @@ class SGLangEngine:
             raise _AskAgainError(f"{replica.url}: {error}") from error
         if completion.weight_versions.min() == UNVERSIONED:
             raise _AskAgainError(f"{replica.url}: weights that are not this run's wrote it")
+        if self.config.router and completion.weight_versions.min() < wanted:
+            # A router goes on asking servers that have missed an update.
+            raise _AskAgainError(f"{replica.url}: a server behind the router has older weights than {wanted}")
         if completion.weight_versions.min() != completion.weight_versions.max():
             self.mixed_versions += 1
             if self.config.mixed_versions == "drop":

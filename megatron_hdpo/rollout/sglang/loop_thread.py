@@ -16,11 +16,15 @@ class LoopThread:
 
     def __init__(self, name: str) -> None:
         self.loop = asyncio.new_event_loop()
+        self._closed = False
         self._thread = threading.Thread(target=self.loop.run_forever, name=name, daemon=True)
         self._thread.start()
 
     def start(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-        """Schedule it and return at once."""
+        """Schedule it and return at once. Raises RuntimeError once closed: nobody would run it."""
+        if self._closed:
+            coroutine.close()
+            raise RuntimeError("the engine is closed")
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
@@ -29,9 +33,10 @@ class LoopThread:
 
     def close(self) -> None:
         """Idempotent."""
-        if self.loop.is_closed():
+        if self._closed:
             return
-        self.run(_cancel_all())
+        self._closed = True
+        asyncio.run_coroutine_threadsafe(_cancel_all(), self.loop).result()
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()
         self.loop.close()

@@ -28,12 +28,26 @@ class Participants:
             elif isinstance(result, BaseException):
                 raise result
 
+    async def attempt(self, step: Awaitable[None]) -> None:
+        """Await a step that all take together. Where it breaks (no room on the disk, no process group) they are all
+        set aside, and this rank goes on with the stream, in which other ranks take part."""
+        try:
+            await step
+        except (OSError, RuntimeError) as error:
+            self.set_all_aside(f"the update broke off: {type(error).__name__}: {error}")
+
     async def drop(self, replica: Replica, reason: str) -> None:
         """This replica has failed."""
         self.set_aside(replica, reason)
         await self._watch.lose(replica, reason)
 
     def set_aside(self, replica: Replica, reason: str) -> None:
-        """This replica is well, but what it has of the new weights is no use."""
+        """This replica is well, but what it has of the new weights is no use, nor what it goes on to sample."""
         self.replicas.remove(replica)
-        replica.state, replica.reason, replica.half_updated = "stale", reason, True
+        replica.half_updated = True
+        replica.take_out(reason, "stale")
+
+    def set_all_aside(self, reason: str) -> None:
+        """None of them is of use."""
+        for replica in list(self.replicas):
+            self.set_aside(replica, reason)

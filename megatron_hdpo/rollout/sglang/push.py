@@ -80,16 +80,16 @@ class WeightPush:
         """
         run = self.engine.thread.run
         begin = time.monotonic()
-        servers = run(self._begin())
+        servers = run(self._participants())
         try:
+            run(self._begin(servers))
             num_bytes, gate_input = self._stream(stream, servers, version)
             run(self._end(servers))
             seconds = time.monotonic() - begin
             if self.gate is not None:
                 run(self.gate.check(servers, gate_input, version))
         except BaseException as error:
-            for replica in list(servers.replicas):
-                servers.set_aside(replica, f"its update to version {version} failed: {error}")
+            run(self._set_aside(servers, f"its update to version {version} failed: {error}"))
             raise
         finally:
             run(self._go_on())
@@ -100,10 +100,9 @@ class WeightPush:
             try:
                 run(self.gate.probe(servers, version))
             except GateError as error:
-                for replica in list(servers.replicas):
-                    servers.set_aside(replica, str(error))
+                run(self._set_aside(servers, str(error)))
                 raise
-        self.engine.mark_served(servers.replicas, version)
+        run(self.engine.mark_served(servers.replicas, version))
         return PushReport(num_bytes, seconds, len(servers.replicas))
 
     def close(self) -> None:
@@ -115,17 +114,20 @@ class WeightPush:
         expected = self.gate.expect(servers.replicas) if self.gate else None
         sending: Future[None] | None = None
         num_bytes = 0
-        for bucket, is_last in _with_last(_buckets(stream, self.config.bucket_mib * 2**20)):
-            prepared = self.transport.prepare(bucket)
-            num_bytes += sum(_num_bytes(tensor) for _, tensor in bucket)
-            if expected is not None:
-                expected.add(bucket)
+        try:
+            for bucket, is_last in _with_last(_buckets(stream, self.config.bucket_mib * 2**20)):
+                prepared = self.transport.prepare(bucket)
+                num_bytes += sum(_num_bytes(tensor) for _, tensor in bucket)
+                if expected is not None:
+                    expected.add(bucket)
+                if sending is not None:
+                    sending.result()
+                last = self._last(version) if is_last else {}
+                sending = self.engine.thread.start(servers.attempt(self.transport.send(prepared, servers, last)))
+        finally:
+            # Also when the stream breaks: nothing may be under way when the servers go on.
             if sending is not None:
                 sending.result()
-            last = self._last(version) if is_last else {}
-            sending = self.engine.thread.start(self.transport.send(prepared, servers, last))
-        if sending is not None:
-            sending.result()
         return num_bytes, expected
 
     def _last(self, version: int) -> dict[str, Any]:
@@ -133,17 +135,22 @@ class WeightPush:
         in_use = self.config.pause == "in_place" and any(replica.in_flight for replica in self.engine.replicas)
         return {"weight_version": str(version), "flush_cache": not in_use}
 
-    async def _begin(self) -> Participants:
+    async def _participants(self) -> Participants:
         """The servers that take part: all that answer, after those that are being started anew are up."""
-        watch, timeout = self.engine.watch, self.config.timeout_s
-        await watch.wait_for_restarts()
+        watch = self.engine.watch
+        await watch.wait_for_servers()
         watch.paused = True
-        servers = Participants([r for r in self.engine.replicas if r.state != "down"], watch)
+        return Participants([r for r in self.engine.replicas if r.state != "down"], watch)
+
+    async def _set_aside(self, servers: Participants, reason: str) -> None:
+        servers.set_all_aside(reason)
+
+    async def _begin(self, servers: Participants) -> None:
+        timeout = self.config.timeout_s
         await servers.each(lambda replica: replica.api.pause(self.config.pause, timeout))
         await servers.each(lambda replica: self._resume(replica, "weights"))
         await servers.each(self._begin_session)
-        await self.transport.open(servers)
-        return servers
+        await servers.attempt(self.transport.open(servers))
 
     async def _begin_session(self, replica: Replica) -> None:
         if not replica.info.sessions:
@@ -158,7 +165,7 @@ class WeightPush:
             await replica.api.update("/begin_weight_update", {}, self.config.timeout_s)
 
     async def _end(self, servers: Participants) -> None:
-        await self.transport.close(servers)
+        await servers.attempt(self.transport.close(servers))
         with_session = [replica for replica in servers.replicas if replica.info.sessions]
 
         async def end(replica: Replica) -> None:

@@ -15,7 +15,8 @@ State = Literal["stale", "serving", "down"]
 class Replica:
     """state: `serving` has the weights of the present version; `stale` answers but has others; `down` does not answer.
     ask: where samples are asked for: the server itself, or the router before it. own: index among the servers that this
-    process started, None for one that was given. in_flight: samples being asked of it.
+    process started, None for one that was given. in_flight: samples being asked of it. asleep: its memory is the
+    trainer's; a look at its health would sample and end it. looked_at: held during such a look.
     """
 
     index: int
@@ -29,14 +30,16 @@ class Replica:
     reason: str = "no weights yet"
     half_updated: bool = False
     asleep: bool = False
+    looked_at: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
     def url(self) -> str:
         """Its address."""
         return self.api.url
 
-    def take_out(self, reason: str) -> None:
-        """It does not answer: nothing more is asked of it, and what was is asked elsewhere."""
-        self.state, self.reason = "down", reason
+    def take_out(self, reason: str, state: State = "down") -> None:
+        """It does not answer, or what it would is no use: nothing more is asked of it, and what was is asked elsewhere.
+        In the engine's loop."""
+        self.state, self.reason = state, reason
         for task in list(self.in_flight):
             task.cancel()

@@ -88,6 +88,10 @@ class Servers:
         if self.on_restart is not None:
             self.on_restart(index, process.url)
 
+    def exhausted(self, index: int) -> bool:
+        """Whether server `index` has used up its restarts."""
+        return self.restarts[index] >= self.config.max_restarts
+
     def close(self) -> None:
         """End all servers, side by side, and give back their ports; none starts again. Idempotent."""
         self._closed.set()

@@ -168,8 +168,7 @@ class BroadcastTransport:
         if self._group is not None:
             self._group.abandon()
             self._group = None
-        for replica in list(servers.replicas):
-            servers.set_aside(replica, "a broadcast of weights was broken off because another server failed")
+        servers.set_all_aside("a broadcast of weights was broken off because another server failed")
 
     async def leave(self, replicas: Sequence[Replica]) -> None:
         """End the group, on both sides where they answer."""

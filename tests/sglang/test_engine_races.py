@@ -1,0 +1,262 @@
+"""The engine when things happen at once: updates that fail amid samples, servers lost and back, ends amid work."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+from fault_proxy import FaultProxy, changed, cut_off, delay, fault_proxy, status
+from one_engine import Weights, collect, completions, one_engine, request
+from server_tools import LiveServer, wait_until
+
+from megatron_hdpo.rollout.engine import EngineLostWeights
+from megatron_hdpo.rollout.sglang.engine import SGLangEngine
+from megatron_hdpo.rollout.sglang.gate import Gate, GateError
+from megatron_hdpo.rollout.sglang.push import WeightPushError
+from megatron_hdpo.rollout.sglang.transports import BroadcastTransport, DiskTransport, TensorTransport
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def weights(sglang_server: LiveServer) -> Weights:
+    return Weights(sglang_server.model)
+
+
+@pytest.fixture
+def proxy(sglang_server: LiveServer) -> Iterator[FaultProxy]:
+    with fault_proxy(sglang_server.url) as proxy:
+        yield proxy
+
+
+def within(seconds: float, work: Callable[[], Any]) -> Any:
+    """`work()` in a thread; fails when it hangs."""
+    outcome: list[Any] = []
+
+    def call() -> None:
+        try:
+            outcome.append((work(), None))
+        except BaseException as error:
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert outcome, f"not over after {seconds} s"
+    result, error = outcome[0]
+    if error is not None:
+        raise error
+    return result
+
+
+def drain(engine: SGLangEngine) -> list[Any]:
+    return [result for result in engine.results() if result is not None]
+
+
+def test_what_was_in_progress_when_an_update_failed_is_no_sample(sglang_server: LiveServer, weights: Weights) -> None:
+    prepare = TensorTransport.prepare
+    with one_engine([sglang_server.url]) as (engine, push):
+        push.push(weights.stream(0), 0)
+        push.transport.prepare = lambda b: prepare(push.transport, [(n, t * 1.5) for n, t in b])  # type: ignore
+        engine.submit([request(n=12, tokens=110)])
+        time.sleep(0.2)
+        with pytest.raises(GateError):
+            push.push(weights.stream(1), 1)
+        time.sleep(1.0)
+        found: list[Any] = []
+        with pytest.raises(EngineLostWeights):
+            for result in engine.results():
+                found += [] if result is None else completions([result])
+        assert all(weights.worst(request().prompt_ids, sample, 0) < TOLERANCE for sample in found)
+        assert {int(v) for sample in found for v in sample.weight_versions} <= {0}
+
+
+def test_weights_that_were_lost_and_came_back_unseen(sglang_server: LiveServer, weights: Weights) -> None:
+    with one_engine([sglang_server.url]) as (engine, push):
+        engine.submit([request(n=3)])
+        time.sleep(0.2)
+        push.push(weights.stream(1), 1)
+        with pytest.raises(EngineLostWeights):
+            within(10, lambda: drain(engine))
+        assert len(completions(within(20, lambda: collect(engine, [request(n=3)])))) == 3
+        assert not engine._tasks and not engine._outstanding and not engine.replicas[0].in_flight
+
+
+def test_a_server_that_is_lost_while_it_is_probed_does_not_serve(
+    sglang_server: LiveServer, weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe = Gate.probe
+
+    async def probe_and_lose(self: Gate, servers: Any, version: int) -> None:
+        await probe(self, servers, version)
+        await servers._watch.lose(servers.replicas[0], "gone")
+
+    with one_engine([sglang_server.url], health_interval_s=0.3) as (engine, push):
+        monkeypatch.setattr(Gate, "probe", probe_and_lose)
+        push.push(weights.stream(1), 1)
+        assert engine.replicas[0].state == "down"
+        assert wait_until(lambda: engine.replicas[0].state == "serving"), "it has the weights, and comes back"
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_a_folder_that_cannot_be_written_costs_the_update_alone(
+    sglang_server: LiveServer, weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    """before anything, at the first file, at the index: as on a disk without room."""
+    from megatron_hdpo.rollout.sglang import transports
+
+    def full(*args: Any, **kw: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with one_engine([sglang_server.url]) as (engine, push):
+        push.push(weights.stream(1), 1)
+        push.transport = DiskTransport(60.0, tmp_path / "sync", sglang_server.model)
+        target = [(transports.shutil, "copy"), (transports, "save_file"), (transports.json, "dumps")][after]
+        with monkeypatch.context() as patch:
+            patch.setattr(*target, full)
+            read: list[str] = []
+            with pytest.raises(WeightPushError, match="No space left"):
+                push.push(((read.append(n), (n, t))[1] for n, t in weights.stream(2)), 2)
+        assert len(read) == len(list(weights.stream(2))), "other ranks gather for every tensor of the stream"
+        assert not engine.watch.paused and not engine.health().alive
+        push.push(weights.stream(3), 3)
+        (sample,) = completions(within(20, lambda: collect(engine, [request()])))
+        assert weights.worst(request().prompt_ids, sample, 3) < TOLERANCE
+
+
+def test_a_group_that_cannot_be_joined_costs_the_update_alone(proxy: FaultProxy, weights: Weights) -> None:
+    import torch
+
+    with one_engine([proxy.url], health_interval_s=0.3) as (engine, push):
+        push.transport = BroadcastTransport(4.0, torch.device("cpu"))
+        proxy.faults["/init_weights_update_group"] = [status(500)]
+        with pytest.raises(WeightPushError, match="injected"):
+            within(30, lambda: push.push(weights.stream(1), 1))
+        push.push(weights.stream(2), 2)
+        (sample,) = completions(collect(engine, [request()]))
+        assert weights.worst(request().prompt_ids, sample, 2) < TOLERANCE
+        push.close()
+
+
+def test_a_given_server_may_be_away_for_a_moment(proxy: FaultProxy, weights: Weights) -> None:
+    with one_engine([proxy.url], health_interval_s=1.0) as (engine, push):
+        push.push(weights.stream(1), 1)
+        # Two: a GET whose connection breaks is sent once more by the client itself.
+        proxy.faults["/generate"], proxy.faults["/model_info"] = [cut_off()], [cut_off()] * 2
+        with pytest.raises(EngineLostWeights):
+            collect(engine, [request()])
+        push.push(weights.stream(1), 1)
+        assert len(completions(collect(engine, [request(n=2)]))) == 2
+
+
+def test_nothing_that_a_server_answers_ends_the_watch_over_it(proxy: FaultProxy, weights: Weights) -> None:
+    with one_engine([proxy.url], health_interval_s=0.2) as (engine, push):
+        push.push(weights.stream(1), 1)
+        proxy.faults["/server_info"] = [changed(lambda a: []), changed(lambda a: a | {"version": "no number"})]  # type: ignore
+        proxy.faults["/model_info"] = [changed(lambda a: [])]  # type: ignore
+        engine.thread.run(engine.watch.lose(engine.replicas[0], "a test"))
+        assert wait_until(lambda: not proxy.faults["/server_info"] and engine.health().alive), engine.health()
+
+
+def test_requests_of_one_id_are_refused(sglang_server: LiveServer, weights: Weights) -> None:
+    with one_engine([sglang_server.url]) as (engine, push):
+        push.push(weights.stream(1), 1)
+        with pytest.raises(ValueError, match="one id"):
+            engine.submit([request("a#0"), request("a#0")])
+        assert drain(engine) == []
+
+
+def test_the_context_of_a_server_bounds_its_samples(proxy: FaultProxy, weights: Weights) -> None:
+    """A server with a shorter context would end them early and call it their length."""
+    proxy.faults["/server_info"] = [changed(lambda a: a | {"context_length": 64})]
+    with one_engine([proxy.url]) as (engine, push):
+        push.push(weights.stream(1), 1)
+        with pytest.raises(ValueError, match="exceed the context of 64"):
+            engine.submit([request(tokens=62)])
+
+
+def test_memory_that_is_lent_is_not_looked_at(proxy: FaultProxy, weights: Weights) -> None:
+    async def done(request: web.Request, proxy: FaultProxy) -> web.Response:
+        return web.json_response({})
+
+    proxy.faults["/server_info"] = [changed(lambda a: a | {"enable_memory_saver": True})]
+    with one_engine([proxy.url], health_interval_s=0.2) as (engine, push):
+        engine.config.servers.memory_saver = True
+        push.push(weights.stream(1), 1)
+        proxy.faults["/release_memory_occupation"] = [done]
+        engine.make_room()
+        looks = len(proxy.asked.get("/health", []))
+        time.sleep(1.5)
+        assert len(proxy.asked.get("/health", [])) == looks, "a look at /health samples, with no weights to sample by"
+        assert engine.replicas[0].state == "stale" and engine.replicas[0].asleep
+        proxy.faults["/resume_memory_occupation"] = [done, done]
+        push.push(weights.stream(2), 2)
+        assert [body["tags"] for body in proxy.asked["/resume_memory_occupation"]] == [
+            ["weights"],
+            ["kv_cache", "cuda_graph"],
+        ]
+        proxy.faults["/release_memory_occupation"] = [status(500)]
+        engine.make_room()
+        assert not engine.health().alive, "it is taken out, and the trainer goes on"
+
+
+def test_a_router_may_not_hand_over_samples_of_older_weights(proxy: FaultProxy, weights: Weights) -> None:
+    def older(answer: Any) -> Any:
+        return answer | {"meta_info": answer["meta_info"] | {"weight_version": "1", "weight_versions": []}}
+
+    with one_engine([proxy.target], router=proxy.url) as (engine, push):
+        push.push(weights.stream(2), 2)
+        proxy.faults["/generate"] = [changed(older), changed(older)]
+        samples = completions(collect(engine, [request(n=3)]))
+        assert {int(v) for sample in samples for v in sample.weight_versions} == {2}
+        assert len(proxy.asked["/generate"]) == 5
+
+
+def test_an_engine_may_be_closed_amid_anything(proxy: FaultProxy, weights: Weights) -> None:
+    with one_engine([proxy.url]) as (engine, push):
+        push.push(weights.stream(1), 1)
+        proxy.faults["/generate"] = [delay(60.0)] * 4
+        engine.submit([request(n=4)])
+        reader = threading.Thread(target=lambda: drain(engine), daemon=True)
+        reader.start()
+        proxy.faults["/pause_generation"] = [delay(60.0)]
+        pushing = threading.Thread(target=lambda: quietly(lambda: push.push(weights.stream(2), 2)), daemon=True)
+        pushing.start()
+        time.sleep(0.5)
+        within(15, engine.close)
+        within(1, engine.close)
+        reader.join(5)
+        pushing.join(5)
+        assert not reader.is_alive() and not pushing.is_alive()
+        with pytest.raises(Exception, match="closed"):
+            within(5, lambda: engine.submit([request("late#0")]))
+    assert asyncio.run(alone()) == 1
+
+
+async def alone() -> int:
+    """No loop of the engine's is in the way."""
+    return len(asyncio.all_tasks())
+
+
+def quietly(work: Callable[[], Any]) -> None:
+    try:
+        work()
+    except BaseException:
+        return
+
+
+def test_nothing_is_kept_of_requests_that_are_over(sglang_server: LiveServer, weights: Weights) -> None:
+    with one_engine([sglang_server.url]) as (engine, push):
+        push.push(weights.stream(1), 1)
+        for turn in range(5):
+            engine.submit([request(f"{turn}.{i}#0", n=4, tokens=20) for i in range(4)])
+            engine.cancel([f"{turn}.0#0"])
+            drain(engine)
+            assert not engine._tasks and not engine._outstanding and not engine.replicas[0].in_flight
+        assert len(asyncio.all_tasks(engine.thread.loop)) <= 1, "the watch alone"
