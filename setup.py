@@ -19,6 +19,8 @@ CORE = [
     "reasoning-gym==0.1.25",
     "math-verify==0.9.0",
     "pebble>=5.2",
+    "aiohttp>=3.10",  # SGLang's servers are spoken to through it
+    "orjson",
     "packaging",
     "tenacity>=9",
     "rich>=13",
