@@ -29,8 +29,11 @@ HARD = ("n6", "n7", "n8")
 STEPS = 80
 
 
-def learn(seed: int, folder: str) -> dict[str, dict[str, float]]:
-    """Evaluation metrics before (`warmed_up`) and after each variant, all from the same warmed-up weights."""
+def learn(
+    seed: int, folder: str, variants: Sequence[str] = VARIANTS, settings: Sequence[str] = ()
+) -> dict[str, dict[str, float]]:
+    """Evaluation metrics before (`warmed_up`) and after each variant, all from the same warmed-up weights. settings:
+    further overrides of the recipe."""
     import torch
 
     from megatron_hdpo.config import load_recipe
@@ -45,7 +48,7 @@ def learn(seed: int, folder: str) -> dict[str, dict[str, float]]:
     model = make_tiny_model(Path(folder) / "model", seed=seed)
     context = start(ParallelConfig(), "cpu", seed)
     results = {}
-    for variant in ("warmed_up", *VARIANTS):
+    for variant in ("warmed_up", *variants):
         out = Path(folder) / variant
         overrides = [f"output={out}", f"seed={seed}", "evaluation.every=null", "rollout.save=false"]
         if variant == "warmed_up":
@@ -53,7 +56,7 @@ def learn(seed: int, folder: str) -> dict[str, dict[str, float]]:
         else:
             overrides += [f"model.path={Path(folder) / 'warmed_up' / 'hf'}", "warmup.kind=none"]
             overrides += [f"train.steps={STEPS}", "evaluation.before=false", "checkpoint.export=false"]
-        recipe = load_recipe(RECIPE, overrides)
+        recipe = load_recipe(RECIPE, [*overrides, *settings])
         run = build_run(recipe, context, objective=_objective(variant, recipe))
         if variant == "wrong_reference":
             run.rollouts.prompts = _WrongReference(run.data.prompts, run.data.train)
