@@ -34,6 +34,12 @@ class WeightSyncConfig(BaseModel):
     verify: bool = Field(
         True, description="Compare the servers' checksum of every parameter with the trainer's, after each sync."
     )
+    min_peak: float = Field(
+        2.0,
+        ge=0,
+        description="With verify: the likeliest token's probability, times the vocabulary, must be at least this on "
+        "average over a few tokens, or the weights are taken for broken; 0 accepts an untrained model.",
+    )
 
 
 class SGLangConfig(BaseModel):

@@ -22,8 +22,6 @@ from megatron_hdpo.rollout.sglang.served_parameters import ServedParameters
 LOGGER = logging.getLogger(__name__)
 PROBE_TOP = 8
 PROBE_TOKENS = 4
-NEAR_UNIFORM = 2.0
-"""A mean probability of the likeliest token below so many times 1 / vocabulary says that the model knows nothing."""
 _QUANTISED = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 
 
@@ -47,9 +45,10 @@ class Expected:
 
 
 class Gate:
-    """device: the servers' (cpu or cuda), which decides how they hash."""
+    """device: the servers' (cpu or cuda), which decides how they hash. min_peak: see WeightSyncConfig."""
 
-    def __init__(self, kv_heads: int, vocab_size: int, device: str, timeout_s: float) -> None:
+    def __init__(self, kv_heads: int, vocab_size: int, device: str, timeout_s: float, min_peak: float = 2.0) -> None:
+        self.min_peak = min_peak
         self.kv_heads, self.vocab_size, self.device, self.timeout_s = kv_heads, vocab_size, device, timeout_s
         self._audited = False
 
@@ -118,8 +117,11 @@ class Gate:
             return f"it states weights of version {sorted(served)}, not {version}"
         assert completion.top_logprobs is not None
         likeliest = float(np.exp(completion.top_logprobs.logprobs_TK[:, 0]).mean())
-        if likeliest * self.vocab_size < NEAR_UNIFORM:
-            return f"its next-token distribution is near uniform (likeliest token at {likeliest:.2g} on average)"
+        if likeliest * self.vocab_size < self.min_peak:
+            return (
+                f"its next-token distribution is near uniform (likeliest token at {likeliest:.2g} on average; for a "
+                "model that knows nothing yet set rollout.sglang.sync.min_peak=0)"
+            )
         return ""
 
 
