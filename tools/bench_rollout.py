@@ -114,10 +114,11 @@ def server(options: argparse.Namespace, scratch: Path, size: str) -> Iterator[tu
 
 
 @contextmanager
-def engine_on(url: str, model: Path, concurrency: int) -> Iterator[tuple[SGLangEngine, Any]]:
-    """An engine that has the model's weights, and their state dict."""
-    weights = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    settings = SGLangConfig(placement="given", urls=[url], max_concurrency=concurrency)
+def engine_on(options: argparse.Namespace, url: str, model: Path) -> Iterator[tuple[SGLangEngine, Any]]:
+    """An engine that has the model's weights, and the model, on the device and in the server's precision."""
+    dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
+    weights = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(options.device)
+    settings = SGLangConfig(placement="given", urls=[url], max_concurrency=options.concurrency)
     engine = SGLangEngine(settings, [url], weights.config.vocab_size, weights.config.max_position_embeddings)
     try:
         WeightPush(engine, TensorTransport(600.0), None).push(iter(weights.state_dict().items()), 0)
@@ -130,7 +131,7 @@ def throughput(options: argparse.Namespace, url: str, model: Path) -> dict[str, 
     """Generated tokens per second: the engine, and a load generator that sends the same bodies, reads the answers and
     looks at nothing in them."""
     rates: dict[str, list[float]] = {"engine": [], "bare": []}
-    with engine_on(url, model, options.concurrency) as (engine, _):
+    with engine_on(options, url, model) as (engine, _):
         params = SamplingParams(options.new_tokens, n=1, top_logprobs=options.top_logprobs)
         requests = [GenerationRequest(f"{i}", np.arange(3, 11, dtype=np.int32), params) for i in range(options.samples)]
         bodies = [engine._body(request, 0) for request in requests]
@@ -172,7 +173,7 @@ def syncs(options: argparse.Namespace, url: str, model: Path, scratch: Path) -> 
     """Seconds of a push by each path, the gate's share apart."""
     device = torch.device(options.device)
     found = []
-    with engine_on(url, model, options.concurrency) as (engine, weights):
+    with engine_on(options, url, model) as (engine, weights):
         config = weights.config
         gate = Gate(
             config.num_key_value_heads, config.vocab_size, options.device, 600.0, min_peak=0.0
@@ -224,7 +225,7 @@ def overlap(options: argparse.Namespace, url: str, model: Path, context: Any) ->
     )
     seconds: dict[bool, list[float]] = {True: [], False: []}
     with (
-        engine_on(url, model, options.concurrency) as (engine, _),
+        engine_on(options, url, model) as (engine, _),
         RewardPool(data.tasks, RewardConfig(workers=1)) as rewards,
     ):
         loaded = load(data, tokenizer, rewards)

@@ -7,6 +7,8 @@ Checks, each of which is recorded with its numbers or its error and does not sto
   layer_specs   Transformer Engine's spec against plain torch: log-probs and gradients of a model with the same weights
   divergence    Triton kernels against the torch reference and against the copy bandwidth (tools/bench_divergence.py)
   step          HDPO step against GRPO step, packed against padded, against transformers (tools/bench_step.py)
+  sglang        an SGLang server on the GPU: weights by CUDA IPC, NCCL and disk, each through the gate, and its speed
+                (tools/bench_rollout.py); reported as not installed where SGLang is not in this environment
   run           a whole HDPO run on the GPU: engine, self-test, training, checkpoint, export (examples/digit_sums)
 
 It needs the package's core dependencies; layer_specs also needs transformer-engine. No network.
@@ -15,6 +17,7 @@ It needs the package's core dependencies; layer_specs also needs transformer-eng
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -90,6 +93,15 @@ def step(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {"table": json.loads(out.read_text())}
 
 
+def sglang(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The table of tools/bench_rollout.py, whose pushes by each path must pass the gate."""
+    if importlib.util.find_spec("sglang") is None:
+        return {"installed": False}
+    out = folder / "rollout.json"
+    _run([str(ROOT / "tools" / "bench_rollout.py"), "--device", arguments.device, "--out", str(out)])
+    return {"installed": True, "table": json.loads(out.read_text())}
+
+
 def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Last line of the metrics of a short run of examples/digit_sums."""
     overrides = [f"model.path={_tiny(folder)}", f"output={folder / 'run'}", f"device={arguments.device}"]
@@ -103,6 +115,7 @@ CHECKS: dict[str, Callable[..., dict]] = {
     "layer_specs": layer_specs,
     "divergence": divergence,
     "step": step,
+    "sglang": sglang,
     "run": run,
 }
 
