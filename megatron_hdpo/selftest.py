@@ -87,7 +87,7 @@ def check_alignment(policy: Policy, groups: Sequence[Group]) -> float:
     examples = [_self_example(scoring, scores[scoring.key].top) for scoring in scorings] if scores else None
     shared = share_examples(examples if policy.context.is_last_stage else None, policy.context)
     spec = LossSpec(SurrogateConfig(), distill, temperature=1.0)
-    return policy.accumulate_gradients(shared, spec)["distill/jsd"]
+    return policy.accumulate_gradients(shared, spec)["distill/divergence"]
 
 
 def _self_example(scoring: Scoring, top: object) -> Example:

@@ -174,7 +174,7 @@ def test_every_step_has_its_metrics(uninterrupted: tuple[Tree, Ended]) -> None:
     lines = read_metrics(uninterrupted[0]["output"])
     assert {"eval/held_out/pass@1", "eval/held_out/greedy", "time/warm_up_s"} <= lines[0].keys()
     for line in lines[1:]:
-        assert {"rollout/reward_mean", "rollout/cliff_rate", "distill/forward_kl", "train/grad_norm"} <= line.keys()
+        assert {"rollout/reward_mean", "rollout/cliff_rate", "distill/divergence", "train/grad_norm"} <= line.keys()
         assert ("eval/held_out/pass@1" in line) == (line["step"] % 2 == 0)
         assert ("time/save_s" in line) == (line["step"] % CHECKPOINT_EVERY == 0)
         phases = sum(v for k, v in line.items() if k.startswith("time/") and k != "time/step_s")
@@ -298,7 +298,7 @@ def test_same_step_on_every_layout(
             np.testing.assert_allclose(a.completion.logprobs, b.completion.logprobs, atol=2e-3)
     for mine_line, line in zip(metrics_of(tree), metrics_of(uninterrupted[0])[:2], strict=True):
         compared = mine_line.keys() & line.keys() - {"train/lr"}
-        assert {"train/grad_norm", "distill/forward_kl"} <= compared or line["step"] == 0
+        assert {"train/grad_norm", "distill/divergence"} <= compared or line["step"] == 0
         for name in compared:
             assert mine_line[name] == pytest.approx(line[name], rel=2e-3, abs=1e-5), name
 

@@ -76,7 +76,7 @@ def step_metrics(
     if count := total["reference_tokens"]:
         metrics["train/reference_kl"] = total["reference_kl"] / count
     if (count := total["distill_tokens"]) and spec.distill is not None:
-        metrics[f"distill/{spec.distill.kind}"] = total["divergence"] / normalisers.distill
+        metrics["distill/divergence"] = total["divergence"] / normalisers.distill
         metrics["distill/covered_mass"] = total["covered_mass"] / count
         metrics["distill/student_mass_at_top1"] = total["student_mass_at_top1"] / count
     return metrics

@@ -32,7 +32,7 @@ _STEP_METRICS = (
     "rollout/cliff_rate",
     "privileged/success_rate",
     "distill/tokens",
-    "distill/jsd",
+    "distill/divergence",
     "train/grad_norm",
 )
 _COLUMNS = tuple(headline for name in _STEP_METRICS for headline in HEADLINES if headline.name == name)

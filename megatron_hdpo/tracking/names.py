@@ -22,7 +22,7 @@ HEADLINES = (
     Headline("rollout/cliff_rate", "cliffs", "Cliff rate (share of prompts)", ".3f"),
     Headline("privileged/success_rate", "priv.", "Privileged success rate", ".3f"),
     Headline("distill/tokens", "tokens", "Tokens distilled per step", ",.0f"),
-    Headline("distill/jsd", "JSD", "JSD (nats per token)", ".4f"),
+    Headline("distill/divergence", "diverg.", "Divergence to the teacher (nats per token)", ".4f"),
     Headline("distill/covered_mass", "cover", "Student mass on the teacher's top-k", ".3f"),
     Headline("train/grad_norm", "grad", "Gradient norm", ".3g"),
     Headline("train/entropy", "entropy", "Policy entropy (nats per token)", ".3f"),

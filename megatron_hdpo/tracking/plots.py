@@ -91,9 +91,9 @@ def _privileged(axes: Axes, records: Records) -> Handles:
 
 
 def _divergence(axes: Axes, records: Records) -> Handles:
-    handles = _curve(axes, records, "distill/jsd", PURPLE, "JSD")
-    _color_axis(axes, "JSD (nats per token)", PURPLE)
-    if handles:
+    handles = _curve(axes, records, "distill/divergence", PURPLE, "divergence")
+    _color_axis(axes, "Divergence (nats per token)", PURPLE)
+    if handles and min(series(records, "distill/divergence")[1]) >= 0:  # with clipped summands it may be negative
         axes.set_ylim(bottom=0)
     if series(records, "distill/covered_mass")[0]:
         right = _right_axis(axes, "Student mass on teacher's top-k", BLUE)

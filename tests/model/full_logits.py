@@ -116,7 +116,7 @@ def _metrics(sums: dict[str, float], surrogate_count: float, distill_count: floa
         names |= {"mismatch_k3": "k3", "mismatch_abs": "abs"}
         metrics |= {f"train/{name}": sums[key] / sums["tokens"] for name, key in names.items()}
     if sums["targets"]:
-        metrics["distill/jsd"] = sums["jsd"] / distill_count
+        metrics["distill/divergence"] = sums["jsd"] / distill_count
         metrics["distill/covered_mass"] = sums["covered"] / sums["targets"]
         metrics["distill/student_mass_at_top1"] = sums["top1"] / sums["targets"]
     return metrics

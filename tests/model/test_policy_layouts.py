@@ -132,7 +132,7 @@ def test_tokens_without_gradient_count(layout: str, outcome: Get, reference) -> 
     result, expected = outcome(layout, "llama", "one_replica_is_inert"), reference("llama")
     halved = {name: gradient / 2 for name, gradient in expected.gradients.items()}
     assert_same_tensors(result.tensors, halved, TOLERANCE)
-    for name in ("train/surrogate_loss", "distill/jsd"):
+    for name in ("train/surrogate_loss", "distill/divergence"):
         assert result.metrics[name] == pytest.approx(expected.metrics[name] / 2, rel=1e-5)
 
 
@@ -143,7 +143,7 @@ def test_a_step_without_a_distillation_token(layout: str, outcome: Get, paths) -
     assert_same_tensors(result.tensors, expected.gradients, TOLERANCE)
     assert_same_metrics(result.metrics, expected.metrics)
     assert result.metrics["distill/tokens"] == 0.0
-    assert "distill/jsd" not in result.metrics
+    assert "distill/divergence" not in result.metrics
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -94,7 +94,7 @@ def _divergences(path: Path, context) -> dict[str, float]:
             learner = Learner(policy, objective, teacher, Console(enabled=False))
             metrics = learner.learn([_cliff()], 0)
             assert metrics["distill/tokens"] == 12.0
-            found[f"{name} {when}"] = metrics["distill/jsd"]
+            found[f"{name} {when}"] = metrics["distill/divergence"]
         policy.update(share(policy, make_examples()), SPEC)
     return found
 

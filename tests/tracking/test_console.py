@@ -132,7 +132,7 @@ def test_step_rows_line_up_under_a_header_repeated_every_20_rows():
         "rollout/cliff_rate": 0.5,
         "privileged/success_rate": 0.75,
         "distill/tokens": 12345,
-        "distill/jsd": 0.01234,
+        "distill/divergence": 0.01234,
         "train/grad_norm": 12.3456,
         "time/rollout_s": 3.0,
         "time/train_s": 4.5,
@@ -142,7 +142,7 @@ def test_step_rows_line_up_under_a_header_repeated_every_20_rows():
     rows = stream.getvalue().splitlines()
     assert [index for index, row in enumerate(rows) if "reward" in row] == [0, 21, 42]
     assert len({len(row) for row in rows}) == 1
-    assert rows[0].split() == ["step", "reward", "cliffs", "priv.", "tokens", "JSD", "grad", "seconds"]
+    assert rows[0].split() == ["step", "reward", "cliffs", "priv.", "tokens", "diverg.", "grad", "seconds"]
     assert rows[1].split() == ["1/2000", "0.250", "0.500", "0.750", "12,345", "0.0123", "12.3", "7.5"]
     assert rows[2].split() == ["2/2000", "-", "-", "-", "-", "-", "-", "1.0"]
 

@@ -37,13 +37,13 @@ def test_nan_and_infinity_are_null_and_counted(tmp_path, caplog):
     writer = MetricsWriter(tmp_path)
     with caplog.at_level(logging.WARNING):
         for step in range(1, 13):
-            writer.write(step, {"train/grad_norm": math.nan, "distill/jsd": -math.inf if step == 1 else 0.0})
+            writer.write(step, {"train/grad_norm": math.nan, "distill/divergence": -math.inf if step == 1 else 0.0})
     text = (tmp_path / "metrics.jsonl").read_text()
     assert "NaN" not in text and "Infinity" not in text
     assert all(record["train/grad_norm"] is None for record in read_metrics(tmp_path))
-    assert writer.nonfinite == {"train/grad_norm": 12, "distill/jsd": 1}
+    assert writer.nonfinite == {"train/grad_norm": 12, "distill/divergence": 1}
     said = [record.getMessage() for record in caplog.records]
-    assert len(said) == 3  # grad_norm the 1st and the 10th time, jsd once
+    assert len(said) == 3  # grad_norm the 1st and the 10th time, divergence once
     assert any("train/grad_norm" in line and "10 so far" in line for line in said)
 
 

@@ -27,7 +27,7 @@ STEPS = {
         "rollout/cliff_rate": 0.5,
         "privileged/success_rate": 0.75,
         "distill/tokens": 1000,
-        "distill/jsd": 0.08,
+        "distill/divergence": 0.08,
         "distill/covered_mass": 0.9,
         "train/grad_norm": 2.0,
         "train/entropy": 0.9,
@@ -101,7 +101,7 @@ def test_final_table_on_the_console(run):
     stream = io.StringIO()
     write_report(run).show(Console(True, stream=stream))
     text = stream.getvalue()
-    for expected in ("Evaluation", "pass@1", "+0.250", "Cliff rate", "JSD", "whole step", "report.html"):
+    for expected in ("Evaluation", "pass@1", "+0.250", "Cliff rate", "Divergence", "whole step", "report.html"):
         assert expected in text
 
 
@@ -233,7 +233,7 @@ def panels(records):
         ("rollout/cliff_rate", 0, "#D55E00"),
         ("eval/pass@1", 1, "#0072B2"),
         ("privileged/success_rate", 2, "#009E73"),
-        ("distill/jsd", 3, "#CC79A7"),
+        ("distill/divergence", 3, "#CC79A7"),
         ("distill/covered_mass", 3, "#0072B2"),
         ("train/grad_norm", 4, "#D55E00"),
         ("train/entropy", 4, "#009E73"),
@@ -247,8 +247,8 @@ def test_each_metric_is_drawn_in_its_panel_and_nowhere_else(metric, panel, color
     assert drawn == [panel]
 
 
-@pytest.mark.parametrize("jsd", [0.08, 1e-9, 123.0])
-def test_no_text_overlaps_in_a_full_figure(monkeypatch, jsd):
+@pytest.mark.parametrize("divergence", [0.08, 1e-9, 123.0])
+def test_no_text_overlaps_in_a_full_figure(monkeypatch, divergence):
     from matplotlib.text import Text
 
     drawn, sizes, plain = {}, set(), Text.draw
@@ -265,8 +265,8 @@ def test_no_text_overlaps_in_a_full_figure(monkeypatch, jsd):
     records = [{"step": step, "time": 0.0, **STEPS[1], **full, **evals} for step in range(120)]
     records[7]["train/grad_norm"] = 5000.0
     for record in records:
-        record["distill/jsd"] = jsd * (1 + record["step"])
-        record["distill/tokens"] = 5e6 * jsd
+        record["distill/divergence"] = divergence * (1 + record["step"])
+        record["distill/tokens"] = 5e6 * divergence
     draw_report(records)
     ((width, height),) = sizes
     boxes = [(label, box) for _, label, box in drawn.values()]
