@@ -20,6 +20,7 @@ CORE = [
     "math-verify==0.9.0",
     "pebble>=5.2",
     "aiohttp>=3.10",  # SGLang's servers are spoken to through it
+    "filelock",
     "orjson",
     "packaging",
     "tenacity>=9",

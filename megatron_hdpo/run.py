@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
@@ -65,6 +66,7 @@ class Run:
     console: Console
     step_rollouts: StepRollouts
     step: int = 0
+    lock: FileLock | None = None
 
     def sync(self, version: int, norm_scale: float = 1.0) -> dict[str, float]:
         """Stream the policy's weights into the engine and stamp them with `version`; metrics. norm_scale: multiplies
@@ -99,12 +101,28 @@ class Run:
 
         Not before everything that can be wrong with the recipe is known: what is refused must leave the folder of the
         run that it would have resumed as it was. resume_step: the step of the loaded checkpoint, None at a fresh start.
+        Collective. Raises RecipeError when another run is at work in the folder.
         """
         recipe, leader = self.recipe, self.context.is_leader
+        self._lock_folder()
         self.tracker = Tracker(recipe.tracking, recipe.output, self.console, resume_step=resume_step, enabled=leader)
         self.tracker.log_config(recipe.model_dump(mode="json"))
         if leader:
             save_recipe(recipe, recipe.output / "recipe.yaml")
+
+    def _lock_folder(self) -> None:
+        """Two runs in one folder would overwrite each other's checkpoints. The system lets go of a dead run's lock."""
+        taken = False
+        if self.context.is_leader:
+            self.lock = FileLock(self.recipe.output / "run.lock")
+            try:
+                self.lock.acquire(timeout=0)
+            except Timeout:
+                taken = True
+        if self.context.broadcast_object(taken):
+            raise RecipeError(
+                f"output: another run is at work in {self.recipe.output}: wait for it or name another one"
+            )
 
     def close(self, failed: bool) -> None:
         """Stop workers and engine, close the trackers."""
@@ -113,6 +131,8 @@ class Run:
         self.weight_sync.close()
         self.engine.close()
         self.tracker.close(failed)
+        if self.lock is not None:
+            self.lock.release()
 
 
 def build_run(recipe: Recipe, context: ParallelContext, objective: Objective | None = None) -> Run:

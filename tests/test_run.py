@@ -348,3 +348,24 @@ def test_torchrun(tree: Tree, tmp_path: Path) -> None:
     done = torchrun()
     assert done.returncode == 0, done.stderr[-3000:]
     assert [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()] == [0, 1, 2]
+
+
+def train_in_a_taken_folder(recipe: str, output: str) -> None:
+    from filelock import FileLock
+
+    from megatron_hdpo import cli
+
+    other = FileLock(Path(output) / "run.lock")
+    if os.environ["RANK"] == "0":
+        other.acquire()
+    cli.main(["train", recipe])
+
+
+def test_one_run_at_a_time_in_a_folder(tiny_model: Path, tmp_path: Path, write_recipe: Callable[[Tree], Path]) -> None:
+    tree = small_recipe(tiny_model, tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    ended = run_world(2, train_in_a_taken_folder, str(write_recipe(tree)), tree["output"])
+    assert ended.codes == [2, 2]
+    heard = "".join(ended.stderr)
+    assert heard.count("another run is at work") == 1 and "Traceback" not in heard
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
