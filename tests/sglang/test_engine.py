@@ -18,7 +18,7 @@ from megatron_hdpo.rollout.engine import EngineLostWeights
 from megatron_hdpo.rollout.sglang.gate import GateError
 from megatron_hdpo.rollout.sglang.push import WeightPushError
 from megatron_hdpo.rollout.types import Group, Sample
-from megatron_hdpo.train import check_versions
+from megatron_hdpo.rollout_phase import check_versions
 
 TOLERANCE = 1e-5
 
