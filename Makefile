@@ -1,4 +1,5 @@
 # make quickstart   set everything up and train a real pretrained model with HDPO, about ten minutes on 2 cores
+# make compare      every method on the same tiny model, task and seeds: a table and a figure in runs/compare
 # make test         set everything up, SGLang too, then lint, types and all tests
 # make fast-test    the same without the slow tests; those of SGLang where `make sglang-env` was called
 # make sglang-env   an environment with SGLang for a CPU, for its tests: two minutes, 2.6 GB
@@ -11,7 +12,7 @@ QUICKSTART := runs/quickstart
 MODEL  := runs/smollm2-135m-instruct
 RANKS  := 2
 
-.PHONY: setup sglang-env quickstart test fast-test lint clean
+.PHONY: setup sglang-env quickstart compare test fast-test lint clean
 
 setup: $(VENV)/.ready
 
@@ -32,6 +33,9 @@ quickstart: setup
 	$(BIN)/python examples/quickstart/fetch_model.py $(MODEL)
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m megatron_hdpo train examples/quickstart/hdpo.yaml
 	$(BIN)/python examples/quickstart/show_result.py $(QUICKSTART)/hf
+
+compare: setup
+	OMP_NUM_THREADS=1 $(BIN)/python examples/compare/compare.py
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -1,0 +1,51 @@
+"""One run of the comparison, trained to its end in this process.
+
+Beside what every run records, each step has `compare/signal_rate`: the share of the sampled groups that can change the
+policy, as the method itself sees it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from megatron_hdpo.config import Recipe
+from megatron_hdpo.objectives.interface import Objective
+from megatron_hdpo.parallel.context import start, stop
+from megatron_hdpo.rollout.types import Group
+from megatron_hdpo.run import build_run
+from megatron_hdpo.train import train
+
+SIGNAL = "compare/signal_rate"
+
+
+def run_recipe(recipe: Recipe, log: Path) -> None:
+    """Train to the recipe's last step; what is printed goes into the file `log`. For a process of its own."""
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    run = build_run(recipe, start(recipe.parallel, "cpu", recipe.seed))
+    _record_signal(run.objective)
+    finished = False
+    try:
+        train(run)
+        finished = True
+    finally:
+        run.close(failed=not finished)
+    stop()
+
+
+def _record_signal(objective: Objective) -> None:
+    """Add the share of groups with signal to what the method itself measures."""
+    of_the_method = objective.metrics
+
+    def metrics(groups: Sequence[Group]) -> dict[str, float]:
+        judged = [group for group in groups if group.samples]
+        signal = sum(map(objective.has_signal, judged))
+        return of_the_method(groups) | ({SIGNAL: signal / len(judged)} if judged else {})
+
+    objective.metrics = metrics  # type: ignore[method-assign]
