@@ -177,7 +177,7 @@ def check_recipe(recipe: Recipe, architecture: Architecture, world_size: int) ->
     """Warnings of a recipe that runs but deserves a word. Raises RecipeError, with all reasons, for one that cannot."""
     errors = [*_layout_errors(recipe, architecture, world_size), *_length_errors(recipe, architecture)]
     errors += [*_objective_errors(recipe, architecture), *_teacher_errors(recipe, architecture, world_size)]
-    errors += _engine_errors(recipe)
+    errors += _engine_errors(recipe, architecture)
     if recipe.checkpoint.export and Path(recipe.model.path).resolve() == (recipe.output / "hf").resolve():
         errors.append(f"model.path: {recipe.model.path} is where this run exports to: choose another output")
     if errors:
@@ -303,7 +303,7 @@ def _teacher_errors(recipe: Recipe, architecture: Architecture, world_size: int)
         yield f"teacher.path: {teacher.path} has {other.max_positions} positions, sequences may have {longest} tokens"
 
 
-def _engine_errors(recipe: Recipe) -> Iterator[str]:
+def _engine_errors(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
     rollout = recipe.rollout
     if rollout.engine == "embedded":
         for key in ("ahead", "stop_at_reward"):
@@ -316,10 +316,29 @@ def _engine_errors(recipe: Recipe) -> Iterator[str]:
         sglang.servers.check(device)
     except ValueError as error:
         yield f"rollout.sglang.servers: {error}"
+    if sglang.placement != "given":
+        yield from _server_errors(recipe, architecture, device)
     if rollout.ahead and sglang.placement == "colocated" and device == "cuda":
         yield "rollout.ahead: colocated servers share the GPUs with the trainer, so they cannot sample while it trains"
     if sglang.servers.memory_saver and sglang.placement != "colocated":
         yield "rollout.sglang.servers.memory_saver: only colocated servers have memory to give back to the trainer"
+
+
+def _server_errors(recipe: Recipe, architecture: Architecture, device: str) -> Iterator[str]:
+    """Of servers that the run starts."""
+    servers, prompts = recipe.rollout.sglang.servers, recipe.data.prompts
+    prompt = max(prompts.max_prompt_tokens, prompts.privileged_limit)
+    context, response = servers.context_length, recipe.rollout.max_new_tokens
+    if context is not None and prompt + response > context:
+        yield (
+            f"rollout.sglang.servers.context_length: {context} cannot hold a prompt of {prompt} tokens (data.prompts) "
+            f"and rollout.max_new_tokens {response}"
+        )
+    if device == "cpu" and architecture.num_kv_heads % servers.tensor_parallel:
+        yield (
+            f"rollout.sglang.servers.tensor_parallel: {servers.tensor_parallel} ranks do not divide the model's "
+            f"{architecture.num_kv_heads} key-value heads, which SGLang would pad on a CPU"
+        )
 
 
 def resolved_device(device: str) -> str:

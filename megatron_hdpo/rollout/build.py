@@ -20,6 +20,7 @@ from megatron_hdpo.rollout.sglang.command import Launch
 from megatron_hdpo.rollout.sglang.engine import SGLangEngine
 from megatron_hdpo.rollout.sglang.gate import Gate
 from megatron_hdpo.rollout.sglang.push import Transport, WeightPush
+from megatron_hdpo.rollout.sglang.same_model import check_served_models
 from megatron_hdpo.rollout.sglang.server import ServerError
 from megatron_hdpo.rollout.sglang.servers import Servers
 from megatron_hdpo.rollout.sglang.topology import Place, PlannedServer, given_urls, planned_servers
@@ -75,6 +76,7 @@ def _on_servers(
         lambda: SGLangEngine(config, urls, architecture.vocab_size, architecture.max_positions, servers),
         close=servers.close if servers else None,
     )
+    together(context, lambda: check_served_models(engine, architecture), close=engine.close)
     owners = sorted({server.owner for server in plan} | set(given_urls(config, places)))
     receivers: Receivers = "leader" if all(places[owner].leads for owner in owners) else "all"
     gate = None

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from server_tools import LiveServer
+from server_tools import LiveServer, servers_under
 
 from megatron_hdpo.rollout.sglang.command import Launch
 from megatron_hdpo.rollout.sglang.server import ServerProcess
@@ -30,7 +30,7 @@ def nothing_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """After the last test no process of any server runs: each, whoever its parent is now, writes to a server's log."""
     yield
     base = tmp_path_factory.getbasetemp()
-    left = [process for process in psutil.process_iter(["cmdline"]) if _writes_log_under(base, process)]
+    left = servers_under(base)
     listening = {process.pid: _listening(process) for process in left}
     for process in left:
         process.kill()
@@ -97,14 +97,6 @@ def _sglang_python() -> Path:
         needed = bool(os.environ.get("CI") or os.environ.get("MEGATRON_HDPO_REQUIRE_SGLANG"))
         (pytest.fail if needed else pytest.skip)(f"no SGLang at {python}: run `make sglang-env`")
     return python
-
-
-def _writes_log_under(base: Path, process: psutil.Process) -> bool:
-    try:
-        output = Path(os.readlink(f"/proc/{process.pid}/fd/1"))
-    except OSError:
-        return False
-    return output.is_relative_to(base) and output.name.startswith("sglang_")
 
 
 def _listening(process: psutil.Process) -> list[int]:

@@ -51,12 +51,16 @@ class Weights:
 
 @contextmanager
 def one_engine(
-    urls: Sequence[str], servers: Servers | None = None, gate: bool = True, **settings: Any
+    urls: Sequence[str],
+    servers: Servers | None = None,
+    gate: bool = True,
+    kv_heads: int = KV_HEADS,
+    **settings: Any,
 ) -> Iterator[tuple[SGLangEngine, WeightPush]]:
     """An engine, and the push that fills it."""
     config = SGLangConfig.model_validate({"placement": "given", "urls": list(urls)} | settings)
     engine = SGLangEngine(config, urls, VOCAB, CONTEXT, servers)
-    checks = Gate(KV_HEADS, VOCAB, "cpu", 60.0) if gate else None
+    checks = Gate(kv_heads, VOCAB, "cpu", 60.0) if gate else None
     try:
         yield engine, WeightPush(engine, TensorTransport(60.0), checks)
     finally:

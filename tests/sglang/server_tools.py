@@ -34,7 +34,8 @@ class LiveServer:
 def fake_config(folder: Path, behaviour: str = "", **settings: Any) -> ServerConfig:
     """Settings with an "interpreter" that runs the stand-in, whatever module it is told to run."""
     python = folder / "python"
-    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{FAKE}" "$@"\n')
+    version = 'if [ "$1" = -c ]; then echo 9.9.9; exit; fi'
+    python.write_text(f'#!/bin/sh\n{version}\nexec "{sys.executable}" "{FAKE}" "$@"\n')
     python.chmod(0o755)
     environment = {"FAKE": behaviour} | settings.pop("environment", {})
     return ServerConfig(python=python, environment=environment, **({"start_timeout_s": 20.0} | settings))
@@ -50,6 +51,19 @@ def session_processes(session: int) -> list[psutil.Process]:
         except (OSError, psutil.Error):
             continue
     return found
+
+
+def servers_under(folder: Path) -> list[psutil.Process]:
+    """Processes that write to a server's log in this folder: all of a server's, whoever their parent is now."""
+    return [process for process in psutil.process_iter() if _writes_log_under(folder, process)]
+
+
+def _writes_log_under(folder: Path, process: psutil.Process) -> bool:
+    try:
+        output = Path(os.readlink(f"/proc/{process.pid}/fd/1"))
+    except OSError:
+        return False
+    return output.is_relative_to(folder) and output.name.startswith("sglang_")
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 10.0) -> bool:

@@ -137,7 +137,7 @@ def differences(served: dict[str, str], expected: dict[str, str], quantization: 
             lines.append(f"{name} is not among its parameters")
         elif served[name] != value:
             lines.append(f"{name} has checksum {served[name]}, the trainer's is {value}")
-    lines += [f"{name} was never sent" for name in served if name not in expected and not _derived(name)]
+    lines += [f"{name} was never sent" for name in served if name not in expected and not derived(name)]
     return lines
 
 
@@ -151,7 +151,7 @@ def audit(served: dict[str, str], expected: dict[str, str]) -> dict[str, bool]:
     return {name: served.get(name) != value for name, value in expected.items()}
 
 
-def _derived(name: str) -> bool:
+def derived(name: str) -> bool:
     """Scales of quantised layers and the like, which the server makes itself."""
     return name.endswith(("_scale", "_scale_inv", "_scales")) or "rotary_emb" in name
 
