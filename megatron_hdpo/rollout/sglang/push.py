@@ -103,7 +103,8 @@ class WeightPush:
                 run(self._set_aside(servers, str(error)))
                 raise
         run(self.engine.mark_served(servers.replicas, version))
-        return PushReport(num_bytes, seconds, len(servers.replicas))
+        # A rank without servers only helped to gather.
+        return PushReport(num_bytes if servers.replicas else 0, seconds, len(servers.replicas))
 
     def close(self) -> None:
         """Leave what was joined for the sake of pushing. Idempotent."""
