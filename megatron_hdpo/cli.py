@@ -13,6 +13,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_hdpo.planner.options import add_options as add_plan_options
+
 if TYPE_CHECKING:
     from torch.distributed import Store
 
@@ -53,6 +55,7 @@ def user_errors() -> tuple[type[Exception], ...]:
     from megatron_hdpo.model.build import ModelError
     from megatron_hdpo.model.policy import TrainingError
     from megatron_hdpo.parallel.layout import LayoutError
+    from megatron_hdpo.planner.errors import PlanError
     from megatron_hdpo.rewards.pool import RewardPoolError
     from megatron_hdpo.rollout.build import EngineError
     from megatron_hdpo.selftest import SelfTestError
@@ -63,7 +66,7 @@ def user_errors() -> tuple[type[Exception], ...]:
 
     return (
         ArchitectureError, BackendMissing, CheckpointError, DataError, EngineError, LayoutError, MetricsFileError,
-        ModelError, RecipeError, ReportError, RewardPoolError, SelfTestError, TrainingError, WeightsError,
+        ModelError, PlanError, RecipeError, ReportError, RewardPoolError, SelfTestError, TrainingError, WeightsError,
     )  # fmt: skip
 
 
@@ -104,6 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     _recipe_command(commands, "train", _train, "train, or resume the run in the recipe's output folder")
     _recipe_command(commands, "evaluate", _evaluate, "evaluate model.path on data.evaluation, without training")
     _recipe_command(commands, "check", _check, "check recipe, data and layout; loads no weights")
+    _recipe_command(commands, "plan", _plan, "memory and time of a step on a cluster, and faster layouts; needs no GPU")
+    add_plan_options(commands.choices["plan"])
     report = commands.add_parser("report", help="tables, report.png and report.html of a run folder")
     report.add_argument("run_dir", type=Path)
     report.set_defaults(run=_report)
@@ -159,6 +164,12 @@ def _check(arguments: argparse.Namespace) -> None:
     print(f"\nfirst prompt ({example.id}):\n{data.prompts.render_student(example)}")
     print(f"\nfirst privileged prompt:\n{data.prompts.render_privileged(example)}")
     print("\nthe recipe is fine")
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from megatron_hdpo.planner.command import plan_recipe
+
+    print(plan_recipe(arguments.recipe, arguments.overrides, arguments))
 
 
 def _report(arguments: argparse.Namespace) -> None:

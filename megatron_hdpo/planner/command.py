@@ -1,0 +1,38 @@
+"""`python -m megatron_hdpo plan RECIPE`: the recipe's step on a cluster, and the layouts that would be faster."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_hdpo.config import load_recipe
+from megatron_hdpo.planner.cluster import cluster_of
+from megatron_hdpo.planner.from_recipe import Guesses, layout_of, rollouts_of, workload_of
+from megatron_hdpo.planner.plan import plan, search
+from megatron_hdpo.planner.shapes import architecture_of
+from megatron_hdpo.planner.text import describe, ranking
+
+
+def plan_recipe(recipe_path: Path, overrides: Sequence[str], options: argparse.Namespace) -> str:
+    """The text of the plan. Raises RecipeError and PlanError."""
+    recipe = load_recipe(recipe_path, overrides)
+    architecture = architecture_of(options.model or recipe.model.path)
+    cluster = cluster_of(options.gpu, options.nodes, options.gpus_per_node)
+    guesses = Guesses(
+        options.cliff_rate,
+        options.solved_rate,
+        options.privileged_success,
+        options.prompt_tokens,
+        options.privileged_prompt_tokens,
+        options.response_tokens,
+        options.rollout_gpus,
+    )
+    workload, rollouts = workload_of(recipe, guesses), rollouts_of(recipe, guesses)
+    layout = layout_of(recipe, cluster.gpus - rollouts.gpus)
+    own = plan(architecture, cluster, layout, workload, rollouts)
+    found = search(architecture, cluster, workload, rollouts, layout.spec)
+    lengths = f"mean lengths: prompt {workload.prompt_tokens}, response {workload.response_tokens} tokens; " + (
+        f"cliffs {workload.cliff_rate:.0%}, privileged success {workload.privileged_success:.0%}"
+    )
+    return "\n\n".join([lengths, describe(own), ranking(found)])

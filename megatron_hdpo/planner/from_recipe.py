@@ -1,0 +1,111 @@
+"""The planner's inputs, read from a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from megatron_hdpo.config import Recipe
+from megatron_hdpo.objectives.grpo import GRPOConfig
+from megatron_hdpo.objectives.hdpo import HDPOConfig
+from megatron_hdpo.planner.errors import PlanError
+from megatron_hdpo.planner.layout import Layout, Spec
+from megatron_hdpo.planner.workload import Rollouts, TeacherKind, Workload
+
+# A recipe says how long prompts and responses may be, not how long they are. Assumed means, as shares of the longest.
+MEAN_PROMPT_SHARE = 0.25
+MEAN_RESPONSE_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Guesses:
+    """What a recipe cannot tell. Lengths in tokens; None takes the shares above."""
+
+    cliff_rate: float = 0.25
+    solved_rate: float = 0.0
+    privileged_success: float = 0.5
+    prompt_tokens: int | None = None
+    privileged_prompt_tokens: int | None = None
+    response_tokens: int | None = None
+    rollout_gpus: int = 0
+
+
+def workload_of(recipe: Recipe, guesses: Guesses) -> Workload:
+    """The work of a step. Raises PlanError for objectives whose work is not known here."""
+    objective = recipe.objective
+    if not isinstance(objective, HDPOConfig) and objective.name != "grpo":
+        raise PlanError(f"objective {objective.name} is not planned yet: plan it as hdpo or grpo")
+    assert isinstance(objective, GRPOConfig)
+    if objective.needs_reference:
+        raise PlanError("objective.kl: the reference's forward passes are not planned yet: set its coefficient to 0")
+    if recipe.model.dtype != "bfloat16":
+        raise PlanError(f"model.dtype={recipe.model.dtype} is not planned: GPUs train in bfloat16")
+    prompts, rollout = recipe.data.prompts, recipe.rollout
+    work = Workload(
+        prompts=rollout.prompts_per_step,
+        samples=rollout.samples_per_prompt,
+        prompt_tokens=_mean(guesses.prompt_tokens, prompts.max_prompt_tokens, MEAN_PROMPT_SHARE),
+        response_tokens=_mean(guesses.response_tokens, rollout.max_new_tokens, MEAN_RESPONSE_SHARE),
+        longest_response=rollout.max_new_tokens,
+        cliff_rate=guesses.cliff_rate,
+        solved_rate=guesses.solved_rate,
+        micro_batch_tokens=recipe.train.micro_batch_tokens,
+        updates=recipe.train.updates_per_step,
+        teacher="none",
+        top_k=0,
+    )
+    if not isinstance(objective, HDPOConfig):
+        return work
+    if objective.distill.support == "full":
+        raise PlanError("objective.distill.support=full keeps hidden states of the teacher, which is not planned yet")
+    if objective.distill.support == "student":
+        raise PlanError("objective.distill.support=student takes a second forward pass, which is not planned yet")
+    return replace(
+        work,
+        privileged_prompt_tokens=_mean(guesses.privileged_prompt_tokens, prompts.privileged_limit, MEAN_PROMPT_SHARE),
+        privileged_rollouts=objective.privileged.rollouts,
+        privileged_success=guesses.privileged_success,
+        max_cliffs=objective.privileged.max_prompts_per_step,
+        top_k=objective.distill.top_k,
+        teacher=_teacher(recipe),
+        scored_by_trainer=objective.logits_from == "trainer",
+    )
+
+
+def _mean(given: int | None, longest: int, share: float) -> int:
+    return given if given is not None else max(1, round(longest * share))
+
+
+def _teacher(recipe: Recipe) -> TeacherKind:
+    kind = recipe.teacher.kind
+    if kind == "external":
+        raise PlanError("teacher.kind=external has a model of its own, which is not planned yet")
+    return kind
+
+
+def rollouts_of(recipe: Recipe, guesses: Guesses) -> Rollouts:
+    """Where the recipe samples."""
+    rollout = recipe.rollout
+    if rollout.engine == "embedded":
+        return Rollouts("embedded", max_concurrency=rollout.embedded.max_batch_sequences)
+    servers = rollout.sglang.servers
+    if servers.quantization is not None:
+        raise PlanError(f"rollout.sglang.servers.quantization={servers.quantization} is not planned yet")
+    return Rollouts(
+        "colocated" if rollout.sglang.placement == "colocated" else "separate",
+        servers.tensor_parallel,
+        guesses.rollout_gpus,
+        rollout.sglang.max_concurrency,
+        servers.memory_saver,
+        servers.mem_fraction_static,
+        rollout.ahead > 0,
+    )
+
+
+def layout_of(recipe: Recipe, gpus: int) -> Layout:
+    """The recipe's layout over `gpus` of the trainer. Raises PlanError where they are no multiple."""
+    ranks = recipe.parallel.model_ranks
+    if gpus % ranks:
+        raise PlanError(f"{gpus} GPUs are no multiple of parallel.tensor x parallel.pipeline = {ranks}")
+    spec: Spec = "torch" if recipe.model.spec == "torch" else "transformer_engine"
+    parallel = recipe.parallel
+    return Layout(parallel.tensor, parallel.pipeline, gpus // ranks, parallel.sequence, recipe.model.recompute, spec)

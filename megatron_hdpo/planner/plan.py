@@ -1,0 +1,184 @@
+"""A step's plan for one layout, and the search over layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from megatron_hdpo.model.architecture import Architecture
+from megatron_hdpo.planner.cluster import GIB, Cluster
+from megatron_hdpo.planner.errors import PlanError
+from megatron_hdpo.planner.layout import Layout, Spec, check
+from megatron_hdpo.planner.memory import (
+    PhaseMemory,
+    by_phase,
+    cache_bytes_per_token,
+    cache_room,
+    host_bytes,
+    why_not,
+)
+from megatron_hdpo.planner.time import Batch, PhaseTime, sampling, sync, teacher, training
+from megatron_hdpo.planner.workload import Rollouts, Workload
+
+_MOST_STAGES = 20  # of a search; deeper pipelines of 80 layers only add bubbles
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A step on one layout. refusals: why it does not fit; empty when it does."""
+
+    architecture: Architecture
+    cluster: Cluster
+    layout: Layout
+    workload: Workload
+    rollouts: Rollouts
+    memory: dict[str, PhaseMemory]
+    host_bytes: float
+    phases: tuple[PhaseTime, ...]
+    refusals: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether every phase fits the GPU's memory."""
+        return not self.refusals
+
+    @property
+    def gpus(self) -> int:
+        """The trainer's and those of servers apart."""
+        return self.layout.world + self.rollouts.gpus
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of a step; with rollouts ahead, sampling hides behind the rest or the rest behind it."""
+        sampled = sum(p.time_s for p in self.phases if "sampling" in p.phase)
+        rest = sum(p.time_s for p in self.phases) - sampled
+        return max(sampled, rest) if self.rollouts.ahead else sampled + rest
+
+    @property
+    def tokens(self) -> float:
+        """Prompt and response tokens of a step's student rollouts."""
+        return self.workload.student_sequences * self.workload.sequence_tokens
+
+    @property
+    def tokens_per_second_per_gpu(self) -> float:
+        """Of a step's student rollouts."""
+        return self.tokens / self.step_s / self.gpus
+
+    @property
+    def mfu(self) -> float:
+        """Useful arithmetic of all phases over the peak of all GPUs."""
+        return sum(p.flops for p in self.phases) / (self.step_s * self.gpus * self.cluster.gpu.flops_s)
+
+
+def plan(architecture: Architecture, cluster: Cluster, layout: Layout, workload: Workload, rollouts: Rollouts) -> Plan:
+    """The plan of a step. Raises PlanError where the trainer refuses the layout; memory that is missing is told in the
+    plan's refusals."""
+    check(layout, architecture)
+    if layout.world + rollouts.gpus > cluster.gpus:
+        raise PlanError(f"{layout} and {rollouts.gpus} rollout GPUs are more than the cluster's {cluster.gpus} GPUs")
+    if architecture.num_heads % rollouts.tensor:
+        raise PlanError(f"a server of {rollouts.tensor} GPUs does not divide {architecture.num_heads} attention heads")
+    engines = _engines(layout, rollouts)
+    batch, cache = _student_batch(architecture, cluster, layout, workload, rollouts, engines)
+    memory = by_phase(architecture, layout, workload, rollouts, cache)
+    refusals = why_not(memory, cluster.gpu)
+    if batch.at_once < 1:
+        refusals.append("sampling: no room for the key-value cache of a single longest sequence beside the weights")
+        batch = replace(batch, at_once=1.0)
+    privileged = replace(
+        batch,
+        sequences=workload.privileged_sequences / engines,
+        prompts=workload.cliffs / engines,
+        prompt_tokens=workload.privileged_prompt_tokens,
+        at_once=max(1e-9, min(batch.at_once, workload.privileged_sequences / engines)),
+    )
+    phases = (
+        sampling(architecture, "sampling", batch, engines, workload, rollouts, cluster),
+        sampling(architecture, "privileged sampling", privileged, engines, workload, rollouts, cluster),
+        teacher(architecture, layout, workload, cluster),
+        training(architecture, layout, workload, cluster),
+        sync(architecture, layout, rollouts, cluster),
+    )
+    host = host_bytes(architecture, layout, workload)
+    return Plan(architecture, cluster, layout, workload, rollouts, memory, host, phases, tuple(refusals))
+
+
+def _engines(layout: Layout, rollouts: Rollouts) -> int:
+    gpus = rollouts.gpus or layout.world
+    if gpus % rollouts.tensor:
+        raise PlanError(f"servers of {rollouts.tensor} GPUs do not divide {gpus} GPUs")
+    return gpus // rollouts.tensor
+
+
+def _student_batch(
+    a: Architecture, cluster: Cluster, layout: Layout, workload: Workload, rollouts: Rollouts, engines: int
+) -> tuple[Batch, float]:
+    """What each engine decodes at once, and the bytes of cache per GPU: what that needs, at most what is left."""
+    per_sequence = (workload.prompt_tokens + workload.longest_response) * cache_bytes_per_token(a, rollouts.tensor)
+    room = cache_room(a, layout, rollouts, cluster.gpu)
+    sequences = workload.student_sequences / engines
+    wanted = min(max(1.0, sequences), rollouts.max_concurrency)
+    at_once = min(wanted, room // per_sequence)
+    cache = at_once * per_sequence if rollouts.memory_fraction is None else room
+    return Batch(
+        sequences, min(at_once, max(sequences, 1e-9)), workload.prompts / engines, workload.prompt_tokens
+    ), cache
+
+
+def layouts(architecture: Architecture, gpus: int, gpus_per_node: int, spec: Spec) -> Iterator[Layout]:
+    """Every layout that the trainer takes: TP within a node, whole layers per stage, with and without recompute."""
+    for tensor in (1, 2, 4, 8):
+        for pipeline in range(1, min(_MOST_STAGES, architecture.num_layers) + 1):
+            if tensor > gpus_per_node or gpus % (tensor * pipeline):
+                continue
+            layout = Layout(tensor, pipeline, gpus // tensor // pipeline, tensor > 1, False, spec)
+            try:
+                check(layout, architecture)
+            except PlanError:
+                continue
+            yield layout
+            yield replace(layout, recompute=True)
+
+
+@dataclass(frozen=True)
+class Search:
+    """Plans that fit, fastest first, and those that do not, by how little they miss."""
+
+    fitting: tuple[Plan, ...]
+    refused: tuple[Plan, ...]
+
+
+def search(
+    architecture: Architecture,
+    cluster: Cluster,
+    workload: Workload,
+    rollouts: Rollouts,
+    spec: Spec = "transformer_engine",
+) -> Search:
+    """All layouts over the cluster's GPUs, with servers of `rollouts.tensor` GPUs or, for colocated ones, larger."""
+    gpus = cluster.gpus - rollouts.gpus
+    if gpus < 1:
+        raise PlanError(f"{rollouts.gpus} rollout GPUs leave none of {cluster.gpus} to the trainer")
+    made = []
+    for layout in layouts(architecture, gpus, cluster.gpus_per_node, spec):
+        for servers in _servers(architecture, rollouts, cluster):
+            try:
+                made.append(plan(architecture, cluster, layout, workload, servers))
+            except PlanError:
+                continue
+    fitting = sorted((p for p in made if p.fits), key=lambda p: p.step_s)
+    refused = sorted((p for p in made if not p.fits), key=lambda p: _missing(p))
+    return Search(tuple(fitting), tuple(refused))
+
+
+def _servers(a: Architecture, rollouts: Rollouts, cluster: Cluster) -> Iterator[Rollouts]:
+    yield rollouts
+    if rollouts.engine == "embedded":
+        return
+    for tensor in (2, 4, 8):
+        if rollouts.tensor < tensor <= cluster.gpus_per_node and a.num_heads % tensor == 0:
+            yield replace(rollouts, tensor=tensor)
+
+
+def _missing(plan: Plan) -> float:
+    return max(phase.excess(plan.cluster.gpu) for phase in plan.memory.values()) / GIB

@@ -1,0 +1,100 @@
+"""What others have published, beside what this planner says of it.
+
+The two figures that constants of cluster.py are taken from (verl's 30B over NCCL, SGLang's 30B by buckets) are left
+out: they would agree by construction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from megatron_hdpo.model.architecture import Architecture
+from megatron_hdpo.planner.cluster import (
+    BROADCAST_SYNC_BYTES_S,
+    GIB,
+    GPUS,
+    HBM_EFFICIENCY,
+    MATMUL_EFFICIENCY,
+    SHARED_SYNC_BYTES_S,
+    Cluster,
+)
+from megatron_hdpo.planner.layout import Layout
+from megatron_hdpo.planner.plan import plan
+from megatron_hdpo.planner.shapes import SHAPES
+from megatron_hdpo.planner.time import sync
+from megatron_hdpo.planner.workload import Rollouts, Workload
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A published number of seconds (the middle of a range) and the planned one. note: how alike they are."""
+
+    what: str
+    published_s: float
+    planned_s: float
+    note: str
+
+    @property
+    def error(self) -> float:
+        """Planned over published, less one."""
+        return self.planned_s / self.published_s - 1.0
+
+
+def comparisons() -> list[Comparison]:
+    """All that can be compared."""
+    return [*_syncs(), *_heads(), *_steps()]
+
+
+NOT_COMPARED = (
+    "NeMo-RL DeepSeek-V3 (128 to 512 H100): latent attention, no dense stand-in of the families that the trainer knows",
+    "OPSD 1.7B on 8 H100, about 3 h: number of steps and lengths are not published",
+    "vime OPD 4B from 32B on 8 A800, about 2 min/step: lengths and batch are not published",
+    "memory of chunked losses (NeMo-RL #2883, verl #6593, SkyRL #1610, #1751): chunk and layout are not published",
+)
+
+
+def _syncs() -> list[Comparison]:
+    cluster, servers = Cluster(GPUS["h100"], 2), Rollouts("separate", 1, 8)
+    rows = []
+    for name, tensor, published in (("7b", 1, 5.75), ("32b", 4, 17.9), ("72b", 8, 28.8)):
+        phase = sync(SHAPES[f"qwen2.5-{name}"], Layout(tensor, 1, 8 // tensor, tensor > 1), servers, cluster)
+        rows.append(
+            Comparison(f"verl, weights by NCCL, {name.upper()}", published, phase.time_s, "layout not published")
+        )
+    rows.append(Comparison("NeMo-RL, weights by NIXL, 69.95 GiB", 10.9, 69.95 * GIB / BROADCAST_SYNC_BYTES_S, "bytes"))
+    rows.append(Comparison("SGLang, weights by buckets, 80B", 7.0, 2 * 80e9 / SHARED_SYNC_BYTES_S, "bytes"))
+    rows.append(Comparison("SkyRL, weights by CUDA IPC, 14B", 1.6, 2 * 14.8e9 / SHARED_SYNC_BYTES_S, "bytes"))
+    return rows
+
+
+def _heads() -> list[Comparison]:
+    """Liger's fused linear JSD on an H100, V = 128k: logits of both sides and two products backward."""
+    gpu, vocab, hidden = GPUS["h100"], 128_256, 4096
+    rows = []
+    for tokens, published in ((8192, 0.183), (1024, 0.111)):
+        products = 4 * 2.0 * tokens * hidden * vocab / (MATMUL_EFFICIENCY * gpu.flops_s)
+        traffic = 8.0 * tokens * vocab * 2 / (gpu.hbm_bytes_s * HBM_EFFICIENCY)
+        note = "another implementation; hidden size 4,096 assumed"
+        rows.append(Comparison(f"Liger fused linear JSD, {tokens} tokens", published, products + traffic, note))
+    return rows
+
+
+def _stand_in(layers: int, hidden: int, heads: int, ffn: int) -> Architecture:
+    """A dense model with the attention of a Qwen3 mixture, and as many FFN channels as its active experts have."""
+    base = replace(SHAPES["qwen2.5-7b"], family="qwen3", qkv_bias=False, qk_norm=True, vocab_size=151936)
+    return replace(base, num_layers=layers, hidden_size=hidden, num_heads=heads, num_kv_heads=4, ffn_size=ffn)
+
+
+def _steps() -> list[Comparison]:
+    """NeMo-RL's GRPO steps. Tokens per step are those of its table (tokens/s/GPU x GPUs x seconds)."""
+    note = "a mixture of experts, which the trainer refuses: dense stand-in of the active parameters; lengths assumed"
+    small = _stand_in(48, 2048, 32, 8 * 768)
+    work = Workload(64, 32, 200, 3106, 3896, micro_batch_tokens=4096, teacher="none", top_k=0)
+    sync_step = plan(small, Cluster(GPUS["h100"], 4), Layout(2, 1, 16, True), work, Rollouts("colocated", 2))
+    large = _stand_in(94, 4096, 64, 8 * 1536)
+    long_work = Workload(16, 32, 200, 5616, 7992, micro_batch_tokens=8192, teacher="none", top_k=0)
+    long_step = plan(large, Cluster(GPUS["h100"], 16), Layout(4, 2, 16, True), long_work, Rollouts("colocated", 8))
+    return [
+        Comparison("NeMo-RL GRPO, Qwen3-30B-A3B, 32 H100, step", 192.0, sync_step.step_s, note),
+        Comparison("NeMo-RL GRPO, Qwen3-235B-A22B, 128 H100, step", 395.0, long_step.step_s, note),
+    ]

@@ -1,0 +1,41 @@
+"""Micro-batches as the planner sees them: how many rows, responses and targets, not which."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_hdpo.planner.layout import Layout
+
+
+@dataclass(frozen=True)
+class PackedShape:
+    """A packed micro-batch.
+
+    rows: tokens, padding included. length: of its sequences, for the cost of attention. responses: rows that the head
+    reads. targets: those with a teacher's top k. two_temperatures: surrogate and divergence differ in it. bucket: the
+    divergence keeps the tail in one bucket.
+    """
+
+    rows: int
+    length: int
+    responses: int
+    targets: int = 0
+    top_k: int = 0
+    two_temperatures: bool = False
+    bucket: bool = False
+
+    def padded(self, layout: Layout) -> PackedShape:
+        """With rows rounded up as sequence parallelism needs."""
+        step = layout.sequence_ranks
+        return self if self.rows % step == 0 else PackedShape(-(-self.rows // step) * step, *self._rest())
+
+    def _rest(self) -> tuple[int, int, int, int, bool, bool]:
+        return self.length, self.responses, self.targets, self.top_k, self.two_temperatures, self.bucket
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """So many micro-batches of one shape."""
+
+    shape: PackedShape
+    count: int

@@ -1,0 +1,112 @@
+"""A plan as text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from megatron_hdpo.planner.cluster import GIB
+from megatron_hdpo.planner.plan import Plan, Search
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns under their names, the first to the left, numbers to the right."""
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = (
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([line(head), *map(line, rows)])
+
+
+def memory_table(plan: Plan) -> str:
+    """GiB by kind and phase on the fullest GPU."""
+    kinds = list(dict.fromkeys(kind for phase in plan.memory.values() for kind in phase.kinds))
+    rows = [
+        [kind, *(f"{phase.kinds[kind] / GIB:.2f}" if kind in phase.kinds else "" for phase in plan.memory.values())]
+        for kind in kinds
+    ]
+    rows.append(["all", *(f"{phase.total / GIB:.2f}" for phase in plan.memory.values())])
+    return table([f"GiB of {plan.cluster.gpu.memory / GIB:.1f}", *plan.memory], rows)
+
+
+def time_table(plan: Plan) -> str:
+    """Seconds of each phase, and what bounds it."""
+    rows = [
+        [
+            phase.phase,
+            *(f"{s:.2f}" for s in (phase.arithmetic_s, phase.memory_s, phase.communication_s, phase.other_s)),
+            f"{phase.bound_s:.2f}",
+            f"{phase.time_s:.2f}",
+            f"{phase.mfu(plan.cluster, plan.gpus):.1%}",
+            f"{phase.tokens:,.0f}",
+        ]
+        for phase in plan.phases
+    ]
+    head = ["seconds", "arithmetic", "memory", "communication", "other", "roofline", "time", "MFU", "tokens"]
+    return table(head, rows)
+
+
+def collectives_table(plan: Plan) -> str:
+    """Number and bytes of the collectives of the training phase on a rank of the first stage."""
+    training = next(phase for phase in plan.phases if phase.phase == "training")
+    count: Counter[tuple[str, str, str]] = Counter()
+    size: dict[tuple[str, str, str], float] = {}
+    for made in training.collectives:
+        key = made.what, made.kind, made.group
+        count[key] += made.count
+        size[key] = size.get(key, 0.0) + made.bytes * made.count
+    rows = [[what, kind, group, f"{count[what, kind, group]:,}", _bytes(size[what, kind, group])]
+            for what, kind, group in count]  # fmt: skip
+    return table(["first stage, one optimizer step", "kind", "group", "number", "bytes"], rows)
+
+
+def _bytes(size: float) -> str:
+    for unit, name in ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if size >= unit:
+            return f"{size / unit:.2f} {name}"
+    return f"{size:.0f} B"
+
+
+def describe(plan: Plan) -> str:
+    """All about one plan."""
+    gpu = plan.cluster.gpu
+    host = f"; host memory {plan.host_bytes / GIB:.1f} GiB per GPU" if plan.host_bytes else ""
+    parts = [
+        f"{plan.layout} on {plan.gpus} {gpu.name}; rollouts {plan.rollouts.engine}, servers of {plan.rollouts.tensor}",
+        memory_table(plan),
+        time_table(plan),
+        collectives_table(plan),
+        f"step {plan.step_s:.1f} s, {plan.tokens_per_second_per_gpu:,.0f} tokens/s/GPU of student prompts and "
+        f"responses, MFU {plan.mfu:.1%}{host}",
+    ]
+    if plan.refusals:
+        parts.append("does not fit:\n" + "\n".join(f"  {line}" for line in plan.refusals))
+    return "\n\n".join(parts)
+
+
+def ranking(found: Search, count: int = 5) -> str:
+    """The fastest layouts that fit, and those that miss by the least, with why."""
+    rows = [_row(plan) for plan in found.fitting[:count]]
+    parts = [f"{len(found.fitting)} layouts fit, {len(found.refused)} do not"]
+    if rows:
+        parts.append(table(["fastest", "servers", "step s", "tokens/s/GPU", "training MFU", "fullest GiB"], rows))
+    for plan in found.refused[:count]:
+        parts.append(f"{plan.layout}, servers of {plan.rollouts.tensor}: {plan.refusals[0]}")
+    return "\n".join(parts)
+
+
+def _row(plan: Plan) -> list[str]:
+    training = next(phase for phase in plan.phases if phase.phase == "training")
+    fullest = max(phase.total for phase in plan.memory.values())
+    return [
+        str(plan.layout),
+        f"of {plan.rollouts.tensor}",
+        f"{plan.step_s:.1f}",
+        f"{plan.tokens_per_second_per_gpu:,.0f}",
+        f"{training.mfu(plan.cluster, plan.gpus):.1%}",
+        f"{fullest / GIB:.1f}",
+    ]

@@ -1,0 +1,135 @@
+"""The work of one step of HDPO or GRPO, and where rollouts are sampled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_hdpo.planner.errors import PlanError
+from megatron_hdpo.planner.shape_of_work import PackedShape, Repeated
+
+TeacherKind = Literal["none", "policy", "frozen", "snapshot", "ema"]
+Engine = Literal["embedded", "colocated", "separate"]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One step. Lengths are means, in tokens.
+
+    cliff_rate: share of prompts that all samples fail; solved_rate: that all samples solve; neither has a surrogate
+    gradient. privileged_success: share of privileged rollouts that become distillation data. teacher: none for GRPO;
+    scored_by_trainer: whether the teacher's top k takes a forward pass of the trainer.
+    """
+
+    prompts: int
+    samples: int
+    prompt_tokens: int
+    response_tokens: int
+    longest_response: int
+    privileged_prompt_tokens: int = 0
+    cliff_rate: float = 0.0
+    solved_rate: float = 0.0
+    privileged_rollouts: int = 0
+    privileged_success: float = 0.5
+    max_cliffs: int | None = None
+    micro_batch_tokens: int = 8192
+    head_chunk: int = 1024
+    top_k: int = 64
+    updates: int = 1
+    teacher: TeacherKind = "policy"
+    scored_by_trainer: bool = True
+
+    def __post_init__(self) -> None:
+        if self.prompt_tokens + self.response_tokens > self.micro_batch_tokens:
+            raise PlanError(
+                f"micro_batch_tokens {self.micro_batch_tokens} cannot hold one sequence of {self.prompt_tokens} + "
+                f"{self.response_tokens} tokens"
+            )
+        if not 0 <= self.cliff_rate + self.solved_rate <= 1:
+            raise PlanError(f"cliff rate {self.cliff_rate} and solved rate {self.solved_rate}: together at most 1")
+
+    @property
+    def cliffs(self) -> float:
+        """Prompts that get privileged rollouts."""
+        if self.teacher == "none":
+            return 0.0
+        cliffs = self.prompts * self.cliff_rate
+        return cliffs if self.max_cliffs is None else min(cliffs, self.max_cliffs)
+
+    @property
+    def student_sequences(self) -> float:
+        """Sampled."""
+        return float(self.prompts * self.samples)
+
+    @property
+    def privileged_sequences(self) -> float:
+        """Sampled."""
+        return self.cliffs * self.privileged_rollouts
+
+    @property
+    def kept(self) -> float:
+        """Privileged rollouts that are scored by the teacher and distilled."""
+        return self.privileged_sequences * self.privileged_success
+
+    @property
+    def surrogate_sequences(self) -> float:
+        """Student rollouts with an advantage: those of groups neither all wrong nor all right."""
+        return self.student_sequences * (1.0 - self.cliff_rate - self.solved_rate)
+
+    @property
+    def trained_sequences(self) -> float:
+        """Sequences that go through forward and backward."""
+        return self.surrogate_sequences + self.kept
+
+    @property
+    def sequence_tokens(self) -> int:
+        """Of one trained sequence."""
+        return self.prompt_tokens + self.response_tokens
+
+    def training_work(self, replicas: int) -> Repeated:
+        """Micro-batches of one of `replicas` in one optimizer step, its targets spread evenly over them."""
+        share = self.trained_sequences / replicas / self.updates
+        targets = self.kept / self.trained_sequences if self.trained_sequences else 0.0
+        return self._packed(share, self.prompt_tokens, targets)
+
+    def teacher_work(self, replicas: int) -> Repeated:
+        """Micro-batches of one of `replicas` in the teacher's scoring of a step; none where it is not asked."""
+        if not self.scored_by_trainer or self.teacher == "none":
+            return Repeated(PackedShape(0, 0, 0), 0)
+        return self._packed(self.kept / replicas, self.privileged_prompt_tokens, 1.0)
+
+    def _packed(self, sequences: float, prompt: int, targets: float) -> Repeated:
+        """Whole sequences in micro-batches as even as they come: the last one is not left nearly empty."""
+        length = prompt + self.response_tokens
+        count = max(1, round(sequences + 0.4999))
+        per_batch = max(1, self.micro_batch_tokens // length)
+        batches = -(-count // per_batch)
+        each = -(-count // batches)
+        responses = each * self.response_tokens
+        return Repeated(PackedShape(each * length, length, responses, round(responses * targets), self.top_k), batches)
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Where rollouts are sampled.
+
+    embedded: on every GPU of the trainer, with a whole copy of the model. colocated: SGLang servers of `tensor` GPUs on
+    the trainer's GPUs; saver: they give their memory back while the trainer works. separate: SGLang on `gpus` of their
+    own. memory_fraction: of a GPU, for a server's weights and cache; None: what is left.
+    """
+
+    engine: Engine = "colocated"
+    tensor: int = 1
+    gpus: int = 0
+    max_concurrency: int = 256
+    saver: bool = True
+    memory_fraction: float | None = None
+    ahead: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.engine == "separate") != (self.gpus > 0):
+            raise PlanError("separate servers need their number of GPUs (--rollout-gpus), and only they have one")
+        if self.engine == "separate" and self.gpus % self.tensor:
+            raise PlanError(f"{self.gpus} rollout GPUs are no multiple of servers of {self.tensor}")
+        if self.engine == "embedded" and self.tensor != 1:
+            raise PlanError("the embedded engine holds a whole model on every GPU: it has no tensor parallelism")
