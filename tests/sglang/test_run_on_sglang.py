@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
-from commands import Ended, run_command
+from commands import Ended, run_command, run_world
+from fault_proxy import cut_off, fault_proxy
 from recipes import Tree, small_recipe
-from server_tools import LiveServer
+from server_tools import LiveServer, servers_under, wait_until
 
 from megatron_hdpo.rollout.sample_log import read_groups
+from megatron_hdpo.rollout.sglang.server_config import ServerConfig
 from megatron_hdpo.rollout.types import Group
 from megatron_hdpo.tracking.metrics import read_metrics
 
@@ -118,3 +122,122 @@ def test_rollouts_ahead_are_one_step_old_at_most(sglang_server: LiveServer, tmp_
     pairs = zip(rows[1:], rows, strict=False)
     moved = [row for row, before in pairs if "train/mismatch_k3" in row and before["train/grad_norm"] > 0]
     assert moved and all(row["train/mismatch_k3"] > 1e-6 for row in moved), "old rollouts are not the new policy's"
+
+
+def test_the_servers_top_log_probs_teach_as_the_trainers_do(sglang_server: LiveServer, tmp_path: Path) -> None:
+    """Cliffs of the same saved rollouts: the teacher's distribution from the server, and from the trainer."""
+    tree = recipe_on([sglang_server.url], sglang_server.model, tmp_path / "server")
+    tree["data"]["train"][0]["lengths"] = [4, 5]
+    tree["warmup"]["privileged_share"] = 0.7
+    tree["objective"]["logits_from"] = "rollout"
+    tree["rollout"]["max_new_tokens"] = 10
+    tree["train"]["steps"] = 1
+    train(tree)
+    kept = [sample for group in groups_of(tmp_path / "server", 1) for sample in group.privileged]
+    assert kept and all(sample.completion.top_logprobs is not None for sample in kept)
+    (server,) = rows_of(tmp_path / "server")
+    tree["output"], tree["objective"]["logits_from"] = str(tmp_path / "trainer"), "trainer"
+    tree["rollout"]["replay"] = str(tmp_path / "server" / "rollouts")
+    train(tree)
+    (trainer,) = rows_of(tmp_path / "trainer")
+    assert server["distill/tokens"] == trainer["distill/tokens"] > 0 and trainer["train/grad_norm"] > 1e-3
+    for name in ("distill/divergence", "distill/covered_mass", "train/grad_norm"):
+        assert server[name] == pytest.approx(trainer[name], rel=1e-4), name
+
+
+def test_a_server_that_is_away_for_a_moment_costs_no_sample(sglang_server: LiveServer, tmp_path: Path) -> None:
+    """Amid an evaluation, and amid a step: all its connections break."""
+    with fault_proxy(sglang_server.url) as proxy:
+        tree = recipe_on([proxy.url], sglang_server.model, tmp_path / "run")
+        tree["rollout"]["sglang"]["health_interval_s"] = 0.5
+        tree["self_test"] = {"enabled": False}
+        # One sample of the gate; 12 of the evaluation before the first step, of which the third is lost.
+        proxy.faults["/generate"] = [None] * 3 + [cut_off()] + [None] * 40 + [cut_off()]
+        proxy.faults["/model_info"] = [cut_off()] * 4
+        ended = train(tree, "train.steps=2")
+    assert not proxy.faults["/generate"] and not proxy.faults["/model_info"], ended.text
+    rows = rows_of(tmp_path / "run")
+    assert [row["rollout/samples"] for row in rows] == [32, 32]
+    for step in (1, 2):
+        assert versions_of(groups_of(tmp_path / "run", step)) == {step - 1}
+
+
+def train_and_break(file: str) -> None:
+    """An error of the trainer's own, while the next step's rollouts, which never come, are being sampled."""
+    from megatron_hdpo import cli
+    from megatron_hdpo.learner import Learner
+    from megatron_hdpo.rollout.ahead import StepRollouts
+    from megatron_hdpo.rollout.sglang.api import ServerApi
+
+    begin = StepRollouts.begin
+
+    async def never(*args: Any) -> Any:
+        await asyncio.sleep(600)
+
+    def begin_in_vain(self: Any, *args: Any) -> None:
+        ServerApi.generate = never  # type: ignore[method-assign]
+        begin(self, *args)
+
+    def learn(self: Any, groups: Any, step: int) -> Any:
+        time.sleep(0.5)
+        raise RuntimeError("the trainer broke")
+
+    StepRollouts.begin, Learner.learn = begin_in_vain, learn  # type: ignore[method-assign]
+    cli.main(["train", file])
+
+
+def test_an_error_while_rollouts_are_sampled_ahead_ends_the_run(sglang_server: LiveServer, tmp_path: Path) -> None:
+    tree = recipe_on([sglang_server.url], sglang_server.model, tmp_path / "run")
+    tree["rollout"]["ahead"] = 1
+    tree["self_test"] = {"enabled": False}
+    tree["evaluation"] = {"before": False}
+    del tree["data"]["evaluation"], tree["warmup"]
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    ended = run_world(1, train_and_break, str(file), timeout=60)
+    assert ended.codes == [1] and "RuntimeError: the trainer broke" in ended.text, f"{ended.codes}\n{ended.text}"
+
+
+def kill_servers_of(folder: Path) -> None:
+    for process in servers_under(folder):
+        if "supervisor.py" not in " ".join(process.cmdline()):
+            process.kill()
+
+
+def train_and_lose_the_server(file: str) -> None:
+    """The only server is killed when the first of step 2's rollouts has come."""
+    from megatron_hdpo import cli
+    from megatron_hdpo.rollout.sampler import Sampling
+
+    take, versions = Sampling._take, []
+
+    def take_and_kill(self: Any, result: Any) -> None:
+        take(self, result)
+        version = self.sampler.engine.weight_version
+        if version == 1 and 1 not in versions:
+            kill_servers_of(Path(file).parent)
+        versions.append(version)
+
+    Sampling._take = take_and_kill  # type: ignore[method-assign]
+    cli.main(["train", file])
+
+
+@pytest.mark.slow
+def test_a_run_starts_its_servers_and_outlives_their_death(
+    sglang_config: ServerConfig, sglang_model: Path, tmp_path: Path
+) -> None:
+    tree = recipe_on([], sglang_model, tmp_path / "run")
+    servers = yaml.safe_load(sglang_config.model_dump_json(exclude_defaults=True))
+    tree["rollout"]["sglang"] = {"servers": servers, "sync": {"min_peak": 0}}
+    tree["rollout"]["max_new_tokens"] = 64
+    tree["data"]["prompts"]["max_privileged_tokens"] = 32
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    ended = run_world(1, train_and_lose_the_server, str(file), timeout=500)
+    assert ended.codes == [0], ended.text
+    log = (tmp_path / "run" / "logs" / "node0" / "sglang_0.log").read_text()
+    assert log.count("=== server 0 started") == 2
+    assert [row["rollout/samples"] for row in rows_of(tmp_path / "run")] == [32] * STEPS
+    for step in (1, 2, 3):
+        assert versions_of(groups_of(tmp_path / "run", step)) == {step - 1}
+    assert wait_until(lambda: not servers_under(tmp_path)), servers_under(tmp_path)
