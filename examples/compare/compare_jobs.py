@@ -26,6 +26,8 @@ RECIPES = ROOT / "examples" / "methods"
 TEACHER = ROOT / "examples" / "compare" / "teacher.yaml"
 TEACHER_SEED = 100
 TIME_LIMIT_S = 1800
+OF_A_WARMUP = ("seed", "model.", "data.", "warmup.", "evaluation.", "rollout.max_new_tokens")
+"""What of a recipe a warm-up and its evaluation depend on: changes elsewhere do not call for a new one."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,10 @@ class Job:
     def is_complete(self) -> bool:
         """Whether the folder holds this run, to its last step, and not one with other settings."""
         recipe = self.load()
-        if not (self.folder / METRICS_FILE).exists() or recipe_changes(self.folder / "recipe.yaml", recipe):
+        changes = recipe_changes(self.folder / "recipe.yaml", recipe)
+        if recipe.train.steps == 0:
+            changes = [change for change in changes if change.startswith(OF_A_WARMUP)]
+        if changes or not (self.folder / METRICS_FILE).exists():
             return False
         records = read_metrics(self.folder)
         exported = not recipe.checkpoint.export or (self.folder / "hf" / "config.json").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
@@ -44,12 +45,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Setting:
-    """How the runs were made. seconds: of the last call alone, which leaves out what was complete before it."""
+    """How the runs were made. seconds_of_last_call: without what was complete before it."""
 
     seeds: list[int]
     steps: int
     jobs: int
-    seconds: float
+    seconds_of_last_call: float
 
 
 Row = dict[str, Any]
@@ -67,7 +68,7 @@ def write_results(
     """Write compare.json, compare.md and compare.png into `out` and print the table. given: what the methods start
     from and learn from, which is evaluated only."""
     rows = [*_rows(given, trained=False), *_rows(outcomes, trained=True)]
-    machine = f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}"
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}, Python {platform.python_version()}"
     (out / "compare.json").write_text(
         json.dumps({"setting": asdict(setting), "machine": machine, "rows": rows}, indent=1) + "\n"
     )
