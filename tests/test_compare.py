@@ -17,7 +17,7 @@ from megatron_hdpo.rewards.pool import RewardPool
 from megatron_hdpo.run import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "examples" / "methods").glob("*.yaml"))
+METHODS = sorted((ROOT / "examples" / "methods").glob("*.yaml"))
 TEACHER = ROOT / "examples" / "compare" / "teacher.yaml"
 
 
@@ -34,19 +34,19 @@ def recipe_on(model: Path, path: Path) -> Recipe:
     return load_recipe(path, overrides)
 
 
-@pytest.mark.parametrize("path", [*RECIPES, TEACHER], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*METHODS, TEACHER], ids=lambda path: path.stem)
 def test_a_recipe_passes_every_check_without_a_warning(path, model):
     assert check_recipe(recipe_on(model, path), read_architecture(model), world_size=1) == []
 
 
 def test_every_method_of_the_registry_has_a_recipe():
     methods = {config.model_fields["name"].default for config in get_args(get_args(ObjectiveConfig)[0])}
-    assert {load_recipe(path).objective.name for path in RECIPES} == methods
+    assert {load_recipe(path).objective.name for path in METHODS} == methods
 
 
 def test_recipes_differ_in_nothing_but_the_method():
     """Model, problems, prompts, warm-up, samples, optimizer and evaluation are those of all."""
-    trees = {path.stem: load_recipe(path).model_dump(mode="json") for path in RECIPES}
+    trees = {path.stem: load_recipe(path).model_dump(mode="json") for path in METHODS}
     for name, tree in trees.items():
         assert tree.pop("output") == f"runs/methods/{name}"
         del tree["objective"], tree["teacher"]
@@ -55,7 +55,7 @@ def test_recipes_differ_in_nothing_but_the_method():
         assert tree == trees[next(iter(trees))]
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)
 def test_a_recipe_says_what_it_is_and_how_to_run_it(path):
     head = [line for line in path.read_text().splitlines() if line.startswith("#")]
     prose = head[: head.index("#")]
@@ -71,7 +71,7 @@ def test_a_sibling_is_shown_where_the_warm_up_showed_the_solution(model):
     """A hint that is a right response makes the very prompt that the warm-up taught the model to use."""
     from megatron_hdpo.data.prompts import Hint
 
-    recipe = recipe_on(model, RECIPES[0])
+    recipe = recipe_on(model, METHODS[0])
     pool = RewardPool(recipe.data.tasks, recipe.reward)
     try:
         data = load(recipe.data, load_tokenizer(model), pool, True, True)
@@ -136,3 +136,29 @@ def test_a_failed_run_is_no_number(tmp_path, monkeypatch):
     assert rows["hdpo"]["summary"] == rows["opd"]["summary"] == {}
     text = (tmp_path / "compare.md").read_text()
     assert f"| hdpo (2 of 2 failed) |{' failed |' * len(LABELS)}" in text and "nan" not in text.lower()
+
+
+@pytest.mark.parametrize(
+    ("steps", "override", "complete"),
+    [
+        (0, "optimizer.lr=0.1", True),
+        (0, "warmup.steps=7", False),
+        (0, "data.prompts.max_prompt_tokens=21", False),
+        (2, "optimizer.lr=0.1", False),
+    ],
+)
+def test_a_run_is_made_anew_for_the_settings_that_it_depends_on(steps, override, complete, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples" / "compare")
+    from compare_jobs import RECIPES, Job
+
+    from megatron_hdpo.config import save_recipe
+
+    job = Job(RECIPES / "grpo.yaml", tmp_path / "run", (f"train.steps={steps}",))
+    assert not job.is_complete()
+    save_recipe(job.load(), job.folder / "recipe.yaml")
+    (job.folder / "hf").mkdir()
+    (job.folder / "hf" / "config.json").write_text("{}")
+    assert not job.is_complete()
+    (job.folder / "metrics.jsonl").write_text(json.dumps({"step": steps}) + "\n")
+    assert job.is_complete()
+    assert Job(job.recipe, job.folder, (*job.overrides, override)).is_complete() == complete
