@@ -103,7 +103,7 @@ def cache_room(architecture: Architecture, layout: Layout, rollouts: Rollouts, g
     if rollouts.engine == "separate":
         return _SERVER_SHARE * gpu.memory - weights
     held = max(sum(resident(architecture, layout, stage).values()) for stage in layout.stages)
-    return gpu.memory - held - weights
+    return gpu.memory - held - weights - 2.0 * _SYNC_BUCKET_BYTES
 
 
 def by_phase(

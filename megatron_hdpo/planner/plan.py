@@ -114,15 +114,16 @@ def _student_batch(
     a: Architecture, cluster: Cluster, layout: Layout, workload: Workload, rollouts: Rollouts, engines: int
 ) -> tuple[Batch, float]:
     """What each engine decodes at once, and the bytes of cache per GPU: what that needs, at most what is left."""
-    per_sequence = (workload.prompt_tokens + workload.longest_response) * cache_bytes_per_token(a, rollouts.tensor)
+    per_token = cache_bytes_per_token(a, rollouts.tensor)
+    longest = (workload.prompt_tokens + workload.longest_response) * per_token
+    # The embedded engine keeps room for the longest response of every sequence; servers give pages as tokens come.
+    each = longest if rollouts.engine == "embedded" else workload.sequence_tokens * per_token
     room = cache_room(a, layout, rollouts, cluster.gpu)
     sequences = workload.student_sequences / engines
     wanted = min(max(1.0, sequences), rollouts.max_concurrency)
-    at_once = min(wanted, room // per_sequence)
-    cache = at_once * per_sequence if rollouts.memory_fraction is None else room
-    return Batch(
-        sequences, min(at_once, max(sequences, 1e-9)), workload.prompts / engines, workload.prompt_tokens
-    ), cache
+    at_once = 0.0 if room < longest else min(wanted, room // each)
+    cache = max(longest, at_once * each) if rollouts.memory_fraction is None else room
+    return Batch(sequences, at_once, workload.prompts / engines, workload.prompt_tokens), cache
 
 
 def layouts(architecture: Architecture, gpus: int, gpus_per_node: int, spec: Spec) -> Iterator[Layout]:

@@ -94,7 +94,7 @@ class Workload:
 
     def teacher_work(self, replicas: int) -> Repeated:
         """Micro-batches of one of `replicas` in the teacher's scoring of a step; none where it is not asked."""
-        if not self.scored_by_trainer or self.teacher == "none":
+        if not self.scored_by_trainer or not self.kept:
             return Repeated(PackedShape(0, 0, 0), 0)
         return self._packed(self.kept / replicas, self.privileged_prompt_tokens, 1.0)
 

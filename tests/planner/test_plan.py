@@ -1,0 +1,315 @@
+"""What must hold of every plan, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from recipes import Tree
+
+from megatron_hdpo import cli
+from megatron_hdpo.config import parse_recipe
+from megatron_hdpo.planner.activations import head_chunk_bytes, layer_bytes, stage_bytes
+from megatron_hdpo.planner.cluster import GPUS, Cluster, cluster_of
+from megatron_hdpo.planner.collectives import Collective, step_collectives
+from megatron_hdpo.planner.errors import PlanError
+from megatron_hdpo.planner.from_recipe import Guesses, layout_of, rollouts_of, workload_of
+from megatron_hdpo.planner.layout import Layout
+from megatron_hdpo.planner.memory import by_phase, host_bytes, resident
+from megatron_hdpo.planner.parameters import head_values, layer_matrices, model_values, stage_parameters
+from megatron_hdpo.planner.plan import Plan, plan, search
+from megatron_hdpo.planner.scaling import weak
+from megatron_hdpo.planner.shape_of_work import PackedShape, Repeated
+from megatron_hdpo.planner.shapes import SHAPES, architecture_of
+from megatron_hdpo.planner.time import training
+from megatron_hdpo.planner.workload import Rollouts, Workload
+
+ROOT = Path(__file__).parents[2]
+SMALL, SEVEN, LARGE = SHAPES["qwen2.5-1.5b"], SHAPES["qwen2.5-7b"], SHAPES["qwen2.5-72b"]
+H100, H200 = GPUS["h100"], GPUS["h200"]
+WORK = Workload(
+    prompts=64,
+    samples=16,
+    prompt_tokens=512,
+    response_tokens=2048,
+    longest_response=4096,
+    privileged_prompt_tokens=1024,
+    cliff_rate=0.25,
+    privileged_rollouts=8,
+)
+LAYOUTS = [
+    Layout(),
+    Layout(data=8),
+    Layout(pipeline=4, data=2),
+    Layout(tensor=2, data=4),
+    Layout(tensor=4, data=2, sequence=True),
+    Layout(tensor=2, pipeline=2, data=2, sequence=True, recompute=True),
+    Layout(tensor=4, pipeline=7, sequence=True, spec="torch"),
+]
+
+
+def _plan(layout: Layout, workload: Workload = WORK, rollouts: Rollouts | None = None) -> Plan:
+    nodes = -(-layout.world // 8)
+    return plan(SEVEN, Cluster(H200, nodes), layout, workload, rollouts or Rollouts())
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("qwen2.5-1.5b", 1.54), ("qwen2.5-7b", 7.62), ("qwen2.5-32b", 32.8), ("qwen2.5-72b", 72.7)],
+)
+def test_the_table_has_the_models_of_the_published_sizes(name: str, billions: float) -> None:
+    assert model_values(SHAPES[name]) / 1e9 == pytest.approx(billions, rel=0.005)
+
+
+@pytest.mark.parametrize("architecture", [SMALL, SEVEN, LARGE])
+@pytest.mark.parametrize("stages", [1, 2, 4])
+def test_parameters_are_conserved_over_stages_and_shards(architecture, stages: int) -> None:
+    """Stages add up to the model, a tied embedding counted on both ends; shards of matrices to the matrices."""
+    whole = stage_parameters(architecture, Layout(), 0).values
+    layout = Layout(pipeline=stages)
+    parts = [stage_parameters(architecture, layout, stage).values for stage in range(stages)]
+    copies = head_values(architecture, 1) if architecture.tied and stages > 1 else 0
+    assert sum(parts) == whole + copies
+    assert [2 * m for m in layer_matrices(architecture, 2)] == list(layer_matrices(architecture, 1))
+
+
+@pytest.mark.parametrize("data", [1, 2, 3, 8, 64])
+def test_optimizer_states_are_conserved_over_replicas(data: int) -> None:
+    layout = Layout(tensor=2, data=data)
+    kinds = resident(SEVEN, layout, 0)
+    values = stage_parameters(SEVEN, layout, 0).values
+    assert kinds["main weights"] * data == pytest.approx(4 * values)
+    assert kinds["optimizer"] * data == pytest.approx(8 * values)
+    assert kinds["gradients"] == 2 * kinds["weights"] >= 4 * values
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("spec", ["torch", "transformer_engine"])
+def test_memory_falls_with_tensor_parallelism(sequence: bool, spec) -> None:
+    """In every phase, at the same number of replicas."""
+    totals = []
+    for tensor in (1, 2, 4):
+        layout = Layout(tensor, 2, 2, sequence and tensor > 1, spec=spec)
+        phases = by_phase(SEVEN, layout, WORK, Rollouts("separate", gpus=8), 0.0)
+        totals.append({phase: memory.total for phase, memory in phases.items() if phase != "server"})
+    for wide, narrow in itertools.pairwise(totals):
+        assert all(narrow[phase] < wide[phase] for phase in ("sampling", "teacher", "training", "sync"))
+
+
+def test_sequence_parallelism_and_recompute_save_activations() -> None:
+    plain, rows = Layout(tensor=4), 8192
+    split = dataclasses.replace(plain, sequence=True)
+    again = dataclasses.replace(split, recompute=True)
+    sizes = [stage_bytes(SEVEN, layout, 0, rows) for layout in (plain, split, again)]
+    assert sizes[0] > sizes[1] > 10 * sizes[2]
+    # What sequence parallelism splits is exactly the part outside the tensor-parallel regions.
+    own = 2 * rows * (4 + 2 * SEVEN.hidden_size * 2)
+    assert layer_bytes(SEVEN, plain, rows) - layer_bytes(SEVEN, split, rows) == own * 3 // 4
+
+
+def test_the_heads_memory_does_not_grow_with_the_tokens() -> None:
+    shapes = [PackedShape(rows, 2048, rows, rows, 64) for rows in (8192, 32768)]
+    sizes = [head_chunk_bytes(SEVEN, Layout(), shape, 1024) for shape in shapes]
+    assert sizes[0] == sizes[1]
+    assert sizes[0] > head_chunk_bytes(SEVEN, Layout(tensor=4), shapes[0], 1024)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_times_are_never_below_the_roofline(layout: Layout) -> None:
+    made = _plan(layout)
+    for phase in made.phases:
+        assert phase.time_s >= phase.bound_s >= 0
+        assert 0 <= phase.mfu(made.cluster, made.gpus) < 0.8
+    assert made.step_s == pytest.approx(sum(phase.time_s for phase in made.phases))
+
+
+def test_more_replicas_never_cost_more_time_per_gpu() -> None:
+    """Layout fixed: arithmetic and memory traffic of training fall with the replicas (strong), and stay (weak)."""
+    layouts = [Layout(2, 2, data, True) for data in (1, 2, 4, 8, 16, 32)]
+    strong = [training(SEVEN, layout, WORK, Cluster(H100, 16)) for layout in layouts]
+    for fewer, more in itertools.pairwise(strong):
+        assert more.arithmetic_s <= fewer.arithmetic_s and more.memory_s <= fewer.memory_s
+        assert more.time_s <= fewer.time_s
+    grown = [dataclasses.replace(WORK, prompts=64 * layout.data) for layout in layouts]
+    weakly = [training(SEVEN, layout, work, Cluster(H100, 16)) for layout, work in zip(layouts, grown, strict=True)]
+    for fewer, more in itertools.pairwise(weakly):
+        assert more.arithmetic_s == pytest.approx(fewer.arithmetic_s)
+        assert more.memory_s <= fewer.memory_s  # the optimizer's share shrinks
+        assert more.flops == pytest.approx(2 * fewer.flops)
+
+
+def test_arithmetic_is_that_of_the_textbook() -> None:
+    """6 flops per parameter and token, and 6 x width x length per layer for causal attention."""
+    work = dataclasses.replace(WORK, cliff_rate=0.0, prompt_tokens=1, response_tokens=2047)
+    made = training(SEVEN, Layout(data=8), work, Cluster(H100, 1))
+    dense = model_values(SEVEN) - SEVEN.vocab_size * SEVEN.hidden_size
+    attention = SEVEN.num_layers * SEVEN.num_heads * SEVEN.head_dim * 2048
+    assert made.flops == pytest.approx(6 * (dense + attention) * made.tokens, rel=1e-3)
+    assert made.tokens == 64 * 16 * 2048
+
+
+def test_recompute_costs_time_and_no_useful_arithmetic() -> None:
+    plain = Layout(2, 2, 2, True)
+    times = [
+        training(SEVEN, layout, WORK, Cluster(H100, 1))
+        for layout in (plain, dataclasses.replace(plain, recompute=True))
+    ]
+    assert times[0].flops == times[1].flops
+    assert times[1].arithmetic_s / times[0].arithmetic_s == pytest.approx(4 / 3, rel=0.04)
+    assert times[1].communication_s > times[0].communication_s
+
+
+def test_what_one_stage_sends_another_receives() -> None:
+    layout, work = Layout(tensor=2, pipeline=4, sequence=True), [Repeated(PackedShape(2048, 1024, 512), 5)]
+    made = [c for stage in range(4) for c in step_collectives(SEVEN, layout, stage, work, 128)]
+    sent, received = (sum(c.bytes * c.count for c in made if c.kind == kind) for kind in ("send", "recv"))
+    assert sent == received == 3 * 2 * 5 * (24 + 2048 // 2 * SEVEN.hidden_size * 2)
+
+
+def test_links_between_nodes_are_slower_and_larger_groups_take_longer() -> None:
+    cluster = Cluster(H100, 8)
+    sizes = [Layout(data=data) for data in (2, 4, 8, 16, 64)]
+    seconds = [Collective("reduce_scatter", "dp_cp", 1e9, 1, "").seconds(layout, cluster) for layout in sizes]
+    assert seconds == sorted(seconds) and seconds[3] > 5 * seconds[2]
+    both = [Collective(kind, "dp_cp", 1e9, 1, "").seconds(sizes[2], cluster) for kind in ("all_reduce", "all_gather")]
+    assert both[0] == pytest.approx(2 * both[1])
+
+
+def test_sampling_is_no_faster_than_its_longest_response() -> None:
+    """Ten times the GPUs do not help a batch that waits for one long response."""
+    made = [_plan(Layout(data=data)).phases[0] for data in (64, 640)]
+    assert made[1].other_s == made[0].other_s
+    longer = dataclasses.replace(WORK, longest_response=8192)
+    assert _plan(Layout(data=640), longer).phases[0].time_s > 1.9 * made[1].time_s
+
+
+def test_no_privileged_work_without_cliffs_or_teacher() -> None:
+    for work in (dataclasses.replace(WORK, cliff_rate=0.0), dataclasses.replace(WORK, teacher="none")):
+        times = {phase.phase: phase.time_s for phase in _plan(Layout(data=8), work).phases}
+        assert times["privileged sampling"] == times["teacher"] == 0 < times["training"]
+    without = dataclasses.replace(WORK, scored_by_trainer=False)
+    assert _plan(Layout(data=8), without).phases[2].time_s == 0
+
+
+def test_an_embedded_engine_holds_a_whole_model_on_every_gpu_in_every_phase() -> None:
+    made = _plan(Layout(tensor=4, data=2, sequence=True), rollouts=Rollouts("embedded", max_concurrency=4))
+    for phase in ("sampling", "teacher", "training", "sync"):
+        assert made.memory[phase].kinds["engine weights"] == 2 * model_values(SEVEN)
+    saved = _plan(Layout(tensor=4, data=2, sequence=True), rollouts=Rollouts("colocated", saver=True))
+    assert "engine weights" not in saved.memory["training"].kinds
+
+
+def test_teachers_rest_on_the_host() -> None:
+    sizes = [host_bytes(SEVEN, Layout(), dataclasses.replace(WORK, teacher=t)) for t in ("policy", "frozen", "ema")]
+    values = stage_parameters(SEVEN, Layout(), 0).values
+    assert sizes == [0, 4 * values, 8 * values]
+    swapped = _plan(Layout(data=8), dataclasses.replace(WORK, teacher="frozen")).phases[2]
+    assert swapped.time_s > _plan(Layout(data=8)).phases[2].time_s
+
+
+def test_what_does_not_fit_says_where_and_why() -> None:
+    made = plan(LARGE, Cluster(H100, 1), Layout(8, 1, 1, True), WORK, Rollouts("colocated", 8))
+    assert not made.fits
+    assert any(line.startswith("training: ") and "too many (" in line for line in made.refusals)
+    assert "optimizer" in made.refusals[0] and "74.5" in made.refusals[0]
+
+
+def test_the_search_ranks_what_fits_and_nothing_else() -> None:
+    found = search(SEVEN, Cluster(H100, 2), WORK, Rollouts())
+    assert found.fitting and found.refused
+    steps = [made.step_s for made in found.fitting]
+    assert steps == sorted(steps)
+    for made in found.fitting:
+        assert all(memory.total <= H100.memory for memory in made.memory.values()) and made.layout.world == 16
+    assert all(made.refusals for made in found.refused)
+
+
+@pytest.mark.parametrize("name", ["qwen3-235b-a22b", "Qwen3-30B-A3B", "deepseek-v3"])
+def test_mixtures_of_experts_are_refused_by_name(name: str) -> None:
+    with pytest.raises(PlanError, match="no expert parallelism"):
+        architecture_of(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 128}', "no expert parallelism"),
+        ('{"architectures": ["GPT2LMHeadModel"]}', "not supported"),
+        ("{", "not JSON"),
+    ],
+)
+def test_folders_that_cannot_be_planned_are_refused(text: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(PlanError, match=says):
+        architecture_of(str(tmp_path))
+
+
+def test_inputs_that_cannot_be_are_refused() -> None:
+    refused: list[tuple[Callable[[], object], str]] = [
+        (lambda: architecture_of("no/such/model"), "neither a folder"),
+        (lambda: cluster_of("b200", 1), "known: h100, h200"),
+        (lambda: cluster_of("h100", 0), "at least one"),
+        (lambda: Rollouts("separate"), "--rollout-gpus"),
+        (lambda: Rollouts("embedded", 2), "no tensor parallelism"),
+        (lambda: dataclasses.replace(WORK, micro_batch_tokens=1024), "cannot hold one sequence"),
+        (lambda: dataclasses.replace(WORK, cliff_rate=0.8, solved_rate=0.4), "at most 1"),
+        (lambda: _plan(Layout(tensor=8)), "parallel.tensor=8 does not divide"),
+        (lambda: _plan(Layout(pipeline=3)), "parallel.pipeline=3 does not divide"),
+        (lambda: plan(SEVEN, Cluster(H100, 1), Layout(data=16), WORK, Rollouts()), "more than the cluster's 8"),
+    ]
+    for make, says in refused:
+        with pytest.raises(PlanError, match=says):
+            make()
+
+
+def test_a_recipe_is_read(tree: Tree) -> None:
+    recipe = parse_recipe(tree | {"model": tree["model"] | {"dtype": "bfloat16"}, "parallel": {"tensor": 2}})
+    work = workload_of(recipe, Guesses(cliff_rate=0.5, response_tokens=3))
+    rollout = tree["rollout"]
+    assert (work.prompts, work.samples) == (rollout["prompts_per_step"], rollout["samples_per_prompt"])
+    assert (work.response_tokens, work.longest_response) == (3, rollout["max_new_tokens"])
+    assert work.cliffs == 0.5 * work.prompts and work.teacher == "policy"
+    assert rollouts_of(recipe, Guesses()).engine == "embedded"
+    assert layout_of(recipe, 8) == Layout(2, 1, 4, spec=layout_of(recipe, 8).spec)
+    with pytest.raises(PlanError, match="no multiple"):
+        layout_of(recipe, 3)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("model", {"dtype": "float32"}, "model.dtype=float32"),
+        ("objective", {"distill": {"support": "full"}}, "support=full"),
+        ("objective", {"distill": {"support": "student"}}, "support=student"),
+        ("objective", {"kl": {"coefficient": 0.1}}, "reference"),
+        ("teacher", {"kind": "external", "path": "x"}, "external"),
+    ],
+)
+def test_recipes_that_are_not_planned_yet_say_so(tree: Tree, key: str, value: Tree, says: str) -> None:
+    tree = tree | {"model": tree["model"] | {"dtype": "bfloat16"}}
+    with pytest.raises(PlanError, match=says):
+        workload_of(parse_recipe(tree | {key: tree.get(key, {}) | value}), Guesses())
+
+
+def test_the_command_prints_the_plan(tree: Tree, write_recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_recipe(tree)
+    cli.main(["plan", str(path), "model.dtype=bfloat16", "--model", "qwen2.5-7b", "--gpu", "h200", "--nodes", "2"])
+    out = capsys.readouterr().out
+    assert "DP 16 on 16 h200" in out and "key-value cache" in out and "privileged sampling" in out
+    assert "reduce_scatter" in out and "layouts fit" in out
+
+
+def test_the_figures_are_those_of_this_planner() -> None:
+    """benchmarks/scaling.json was made by the command that it names, with the planner as it is."""
+    study = json.loads((ROOT / "benchmarks" / "scaling.json").read_text())
+    options = study["options"]
+    names = {field.name for field in dataclasses.fields(Workload)} & set(options)
+    work = Workload(prompts=study["prompts"]["weak, per GPU"], **{name: options[name] for name in names})
+    (point,) = weak(SEVEN, GPUS[options["gpu"]], [64], work, Rollouts("colocated"))
+    assert point.row() == next(row for row in study["weak"]["qwen2.5-7b"] if row["gpus"] == 64)
+    assert study["command"].startswith("python tools/scaling_study.py scaling")
+    assert set(study["weak"]) == set(study["strong"]) == set(SHAPES)
