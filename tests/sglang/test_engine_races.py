@@ -260,3 +260,14 @@ def test_nothing_is_kept_of_requests_that_are_over(sglang_server: LiveServer, we
             drain(engine)
             assert not engine._tasks and not engine._outstanding and not engine.replicas[0].in_flight
         assert len(asyncio.all_tasks(engine.thread.loop)) <= 1, "the watch alone"
+
+
+def test_weights_travel_in_the_type_that_servers_hold(proxy: FaultProxy, weights: Weights) -> None:
+    """What a server rounds has another checksum than what was sent: it is rounded here."""
+    proxy.faults["/server_info"] = [changed(lambda answer: answer | {"dtype": "bfloat16"})]
+    with one_engine([proxy.url], gate=False) as (engine, push):
+        report = push.push(weights.stream(1), 1)
+        whole = sum(tensor.numel() for _, tensor in weights.stream(1))
+        assert report.num_bytes == 2 * whole and engine.health().alive
+    with one_engine([proxy.url]) as (_, push):
+        assert push.push(weights.stream(2), 2).num_bytes == 4 * whole

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import yaml
 from commands import Ended, run_command, run_world
@@ -200,8 +202,9 @@ def test_an_error_while_rollouts_are_sampled_ahead_ends_the_run(sglang_server: L
 
 def kill_servers_of(folder: Path) -> None:
     for process in servers_under(folder):
-        if "supervisor.py" not in " ".join(process.cmdline()):
-            process.kill()
+        with suppress(psutil.Error):  # gone already, with its parent
+            if "supervisor.py" not in " ".join(process.cmdline()):
+                process.kill()
 
 
 def train_and_lose_the_server(file: str) -> None:

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from megatron_hdpo.rollout.engine import WeightStream
@@ -116,7 +117,8 @@ class WeightPush:
         sending: Future[None] | None = None
         num_bytes = 0
         try:
-            for bucket, is_last in _with_last(_buckets(stream, self.config.bucket_mib * 2**20)):
+            typed = _in_dtype(stream, self._served_dtype())
+            for bucket, is_last in _with_last(_buckets(typed, self.config.bucket_mib * 2**20)):
                 prepared = self.transport.prepare(bucket)
                 num_bytes += sum(_num_bytes(tensor) for _, tensor in bucket)
                 if expected is not None:
@@ -130,6 +132,13 @@ class WeightPush:
             if sending is not None:
                 sending.result()
         return num_bytes, expected
+
+    def _served_dtype(self) -> torch.dtype | None:
+        """The servers' type, where they all say one: what they would round the weights to is what the gate compares,
+        and travels."""
+        names = {replica.info.dtype for replica in self.engine.replicas}
+        found = getattr(torch, names.pop(), None) if len(names) == 1 else None
+        return found if isinstance(found, torch.dtype) else None
 
     def _last(self, version: int) -> dict[str, Any]:
         """What the prefix cache holds is of the old weights; it cannot be flushed while samples stand in it."""
@@ -196,6 +205,10 @@ class WeightPush:
 
 def _num_bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.itemsize
+
+
+def _in_dtype(stream: WeightStream, dtype: torch.dtype | None) -> WeightStream:
+    return stream if dtype is None else ((name, tensor.to(dtype)) for name, tensor in stream)
 
 
 def _buckets(stream: WeightStream, limit: int) -> Iterator[Bucket]:
