@@ -63,17 +63,27 @@ def _widths(a: Architecture, layout: Layout) -> tuple[int, int, int]:
 
 def stage_bytes(architecture: Architecture, layout: Layout, stage: int, rows: int) -> int:
     """Bytes that one micro-batch of `rows` tokens keeps on a stage between its forward and its backward pass."""
-    own = rows // layout.sequence_ranks
-    hidden = own * architecture.hidden_size
+    hidden = rows // layout.sequence_ranks * architecture.hidden_size
     layers = architecture.num_layers // layout.pipeline
     per_layer = hidden * layout.value_bytes if layout.recompute else layer_bytes(architecture, layout, rows)
     total = layers * per_layer
     if stage == 0:  # the tokens' ids, and which of them are another rank's
         total += rows * (_INT64 + (1 if layout.tensor > 1 else 0))
-    if stage == layout.pipeline - 1:  # the final norm
-        fp32 = _FP32 if layout.spec == "torch" else 0
-        total += own * _FP32 + hidden * (fp32 + layout.value_bytes)
-    return total
+    return total + _final_norm(architecture, layout, stage, rows)
+
+
+def _final_norm(architecture: Architecture, layout: Layout, stage: int, rows: int) -> int:
+    if stage < layout.pipeline - 1:
+        return 0
+    own, fp32 = rows // layout.sequence_ranks, _FP32 if layout.spec == "torch" else 0
+    return own * (_FP32 + architecture.hidden_size * (fp32 + layout.value_bytes))
+
+
+def recomputed_bytes(architecture: Architecture, layout: Layout, stage: int, rows: int) -> int:
+    """What recomputing a layer adds to the peak: its tensors, less those of the final norm, which are gone by then."""
+    if not layout.recompute:
+        return 0
+    return max(0, layer_bytes(architecture, layout, rows) - _final_norm(architecture, layout, stage, rows))
 
 
 def in_flight(layout: Layout, stage: int, micro_batches: int) -> int:

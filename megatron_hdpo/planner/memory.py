@@ -12,6 +12,7 @@ from megatron_hdpo.planner.activations import (
     in_flight,
     layer_bytes,
     pipeline_input_bytes,
+    recomputed_bytes,
     stage_bytes,
 )
 from megatron_hdpo.planner.cluster import FRAMEWORK_BYTES, GIB, Gpu
@@ -66,7 +67,7 @@ def training(architecture: Architecture, layout: Layout, stage: int, work: Repea
         "pipeline inputs": float(held * pipeline_input_bytes(architecture, layout, stage, shape.rows)),
     }
     if layout.recompute:
-        kinds["recomputed layer"] = float(layer_bytes(architecture, layout, shape.rows))
+        kinds["recomputed layer"] = float(recomputed_bytes(architecture, layout, stage, shape.rows))
     if stage == layout.pipeline - 1:
         kinds["head chunk"] = float(head_chunk_bytes(architecture, layout, shape, head_chunk))
         kinds["head gradient"] = float(head_gradient_bytes(architecture, layout, shape))

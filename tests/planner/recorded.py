@@ -99,22 +99,44 @@ def _group_names(context: ParallelContext) -> dict[str, str]:
     return named
 
 
-@contextmanager
-def saved_bytes(parameters: Iterable[Tensor]) -> Iterator[dict[int, int]]:
-    """Storages that autograd saves while it is entered, by address, each once; parameters left out."""
-    own = {p.untyped_storage().data_ptr() for p in parameters}
-    saved: dict[int, int] = {}
-    held = []  # an address must not be given again while it is counted
+class Kept:
+    """What autograd keeps for the backward pass while it is entered: bytes of storages, each counted once as long as
+    any graph holds it. Parameters are left out. live: now; peak: at most."""
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own and storage.nbytes():
-            saved[storage.data_ptr()] = storage.nbytes()
-            held.append(tensor)
-        return tensor
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self._own = {p.untyped_storage().data_ptr() for p in parameters}
+        self._holders: Counter[int] = Counter()
+        self.live = self.peak = 0
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield saved
+    @contextmanager
+    def watching(self) -> Iterator[Kept]:
+        """Watch every graph that is made."""
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda held: held.tensor):
+            yield self
+
+    def _pack(self, tensor: Tensor) -> _Held:
+        return _Held(self, tensor)
+
+    def hold(self, storage: torch.UntypedStorage, change: int) -> None:
+        """One holder more or less."""
+        address = storage.data_ptr()
+        if address in self._own:
+            return
+        before = self._holders[address] > 0
+        self._holders[address] += change
+        self.live += storage.nbytes() * ((self._holders[address] > 0) - before)
+        self.peak = max(self.peak, self.live)
+
+
+class _Held:
+    """A tensor in a graph; it tells when the graph lets go."""
+
+    def __init__(self, kept: Kept, tensor: Tensor) -> None:
+        self.kept, self.tensor = kept, tensor
+        kept.hold(tensor.untyped_storage(), 1)
+
+    def __del__(self) -> None:
+        self.kept.hold(self.tensor.untyped_storage(), -1)
 
 
 def build(
