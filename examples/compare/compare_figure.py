@@ -38,9 +38,9 @@ def draw(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> bytes:
         axes.set_title(title, fontsize=10, fontweight="bold", loc="left")
         if start and (spread := start["summary"].get(column)):
             axes.axvspan(spread["low"], spread["high"], color=GREY, alpha=0.3, linewidth=0)
+    grid[0, 0].set_ylim(len(trained) - 0.4, -0.6)  # shared; the first method on top
     for axes in grid[:, 0]:
         axes.set_yticks(range(len(trained)), [row["method"] for row in trained])
-        axes.invert_yaxis() if not axes.yaxis_inverted() else None
     note = "Dots: seeds; bars: their mean. Grey: before training. A seed that failed has no dot; red: all failed."
     figure.supxlabel(note, fontsize=9, color="#555555")
     buffer = BytesIO()
