@@ -43,7 +43,7 @@ def test_servers_follow_the_trainer_by_every_path(
     results = run_ranks(ranks, push_and_compare, sglang_server.url, sglang_server.model, tmp_path, layout)
     first = results[0]
     assert [entry["path"] for entry in first] == [path for path in PATHS for _ in range(2)]
-    assert all(entry["tokens"] > 20 for entry in first)
+    assert all(entry["tokens"] >= 8 for entry in first), "a token of each of the samples at least"
     sizes = {entry["metrics"]["sync/bytes"] for entry in first}
     assert len(sizes) == 1 and sizes.pop() > 50_000, "the same tensors by each path, each once"
     assert results == [first] * ranks
@@ -60,7 +60,7 @@ def sample_at(url: str, model: Path, folder: Path, temperature: float) -> tuple[
 def test_log_probs_at_another_temperature(sglang_server: LiveServer, tmp_path: Path, temperature: float) -> None:
     """The server's are of log_softmax(logits / T), as the surrogate wants them."""
     own, top, tokens = run_ranks(2, sample_at, sglang_server.url, sglang_server.model, tmp_path, temperature)[0]
-    assert own < TOLERANCE and top < TOLERANCE and tokens > 20
+    assert own < TOLERANCE and top < TOLERANCE and tokens >= 8
 
 
 def push_wrong(url: str, model: Path, folder: Path) -> list[str]:

@@ -97,9 +97,10 @@ def proxy_model(proxy: FaultProxy) -> str:
     import json
     import urllib.request
 
-    return json.load(urllib.request.urlopen(proxy.target + "/model_info"))["model_path"]
+    return json.load(urllib.request.urlopen(proxy.target + "/model_info"))["tokenizer_path"]
 
 
+NOT_HERE = {"model_path": "/elsewhere/model", "tokenizer_path": "/elsewhere/model"}
 SIZES: dict[str, tuple[dict[str, Any], str, str]] = {
     "wider": ({"hidden": 64}, "hidden_size 32, not 64", ""),
     "another vocabulary": ({"characters": "0123456789+=#-abc"}, "vocab_size 17, not 20", ""),
@@ -119,7 +120,7 @@ def test_servers_of_another_model(proxy: FaultProxy, tmp_path: Path, name: str, 
         pytest.skip("names of parameters do not tell sizes")
     model = make_model(tmp_path / "model", **({"characters": "0123456789+=#-"} | sizes))
     if not seen:
-        proxy.faults["/server_info"] = [changed(lambda answer: answer | {"model_path": "/elsewhere/model"})]
+        proxy.faults["/server_info"] = [changed(lambda answer: answer | NOT_HERE)]
     message = refusal(train(recipe(model, tmp_path / "run", {"placement": "given", "urls": [proxy.url]})))
     assert f"{proxy.url} serves another model" in message and (by_folder if seen else by_names) in message, message
     assert "/begin_weight_update" not in {path for path, bodies in proxy.asked.items() if any(bodies)}

@@ -30,11 +30,13 @@ class ApiError(RuntimeError):
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """What a server says of itself. max_prompt: longest prompt in tokens; context: prompt and response together, None
+    """What a server says of itself. model_path: where its last weights came from; tokenizer_path: the folder it was
+    started with. max_prompt: longest prompt in tokens; context: prompt and response together, None
     where the server takes the model's. sessions: weight updates must be bracketed by begin and end."""
 
     version: str
     model_path: str
+    tokenizer_path: str
     tensor_parallel: int
     data_parallel: int
     dtype: str
@@ -91,6 +93,7 @@ class ServerApi:
         return ServerInfo(
             version=version,
             model_path=str(said.get("model_path", "")),
+            tokenizer_path=str(said.get("tokenizer_path", "")),
             tensor_parallel=int(said.get("tp_size", 1)),
             data_parallel=int(said.get("dp_size", 1)),
             dtype=str(said.get("dtype", "auto")),

@@ -26,9 +26,10 @@ def check_served_models(engine: SGLangEngine, architecture: Architecture) -> Non
     for replica in engine.replicas:
         if replica.own is not None:
             continue
-        folder = Path(replica.info.model_path)
-        known = (folder / "config.json").is_file()
-        problem = _other_sizes(folder, architecture) if known else _other_names(engine, replica, architecture)
+        # An update from disk makes its folder the model's, and that may be gone.
+        folders = (Path(path) for path in (replica.info.model_path, replica.info.tokenizer_path))
+        folder = next((folder for folder in folders if (folder / "config.json").is_file()), None)
+        problem = _other_sizes(folder, architecture) if folder else _other_names(engine, replica, architecture)
         if problem:
             raise ValueError(
                 f"{replica.url} serves another model ({replica.info.model_path}) than model.path: {problem}"
