@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import multiprocessing
 import os
 import sys
 import time
@@ -41,8 +42,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _leave() -> None:
-    """End at once: other ranks may wait in a collective, which a normal exit would wait for."""
+    """End at once: other ranks may wait in a collective, which a normal exit would wait for. What a normal exit would
+    end, it ends too: Megatron's checkpoints keep a process that would hold on to our output for ever."""
     sys.stdout.flush()
+    for child in multiprocessing.active_children():
+        child.kill()
     os._exit(USER_ERROR)
 
 

@@ -318,6 +318,11 @@ def _engine_errors(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
         yield f"rollout.sglang.servers: {error}"
     if sglang.placement != "given":
         yield from _server_errors(recipe, architecture, device)
+    if rollout.ahead and getattr(recipe.objective, "logits_from", "trainer") == "rollout":
+        yield (
+            "objective.logits_from: with rollout.ahead=1 the engine's log-probs are of weights one step old, not of "
+            "the teacher; set objective.logits_from=trainer"
+        )
     if rollout.ahead and sglang.placement == "colocated" and device == "cuda":
         yield "rollout.ahead: colocated servers share the GPUs with the trainer, so they cannot sample while it trains"
     if sglang.servers.memory_saver and sglang.placement != "colocated":
@@ -354,6 +359,16 @@ def _warnings(recipe: Recipe) -> Iterator[str]:
         yield (
             "rollout.top_p/top_k truncate the distribution, log-probs are those of the whole: importance ratios are "
             f"biased; objective.surrogate.importance_cap={DEFAULT_IMPORTANCE_CAP} is used"
+        )
+    servers = recipe.rollout.sglang
+    if (
+        recipe.rollout.engine == "sglang"
+        and servers.placement != "given"
+        and servers.servers.dtype != recipe.model.dtype
+    ):
+        yield (
+            f"rollout.sglang.servers.dtype is {servers.servers.dtype}, model.dtype {recipe.model.dtype}: weights are "
+            "rounded on their way to the servers, and log-probs of engine and trainer differ by as much"
         )
     if recipe.rollout.ahead and surrogate is not None and surrogate.importance_cap is None:
         yield (

@@ -135,7 +135,7 @@ def _chunk_loss(
     surrogate = clipped_surrogate(losses.logprobs_T, old - shift, rollout - shift, inputs.advantages_N, spec.surrogate)
     surrogate_sum = (surrogate.loss_T * inputs.surrogate_weights_N).sum()
     total = surrogate_sum / normalisers.surrogate if normalisers.surrogate else surrogate_sum * 0.0
-    sums = _surrogate_sums(inputs, surrogate, surrogate_sum, own, rollout, losses)
+    sums = _surrogate_sums(inputs, surrogate, surrogate_sum, own, old - rollout, losses)
     if spec.kl_coefficient and normalisers.surrogate:
         penalty_sum, kl_sums = _penalty(losses.logprobs_T, inputs)
         total = total + spec.kl_coefficient * penalty_sum / normalisers.surrogate
@@ -168,11 +168,12 @@ def _sampling_weights(own_N: Tensor, inputs: LossInputs, cap: float | None) -> T
 
 
 def _surrogate_sums(
-    inputs: LossInputs, surrogate: Surrogate, surrogate_sum: Tensor, own_N: Tensor, rollout_N: Tensor, losses: Losses
+    inputs: LossInputs, surrogate: Surrogate, surrogate_sum: Tensor, own_N: Tensor, mismatch_N: Tensor, losses: Losses
 ) -> dict[str, Tensor]:
-    """Sums over the tokens of the surrogate (weight not zero). k3 = r - 1 - ln r with r = trainer / engine."""
+    """Sums over the tokens of the surrogate (weight not zero). mismatch_N: ln r with r = trainer / engine, the trainer
+    before the step's first update, so that its own movement does not count; k3 = r - 1 - ln r."""
     counted = inputs.surrogate_weights_N != 0
-    log_ratio = torch.where(counted, own_N - rollout_N, 0.0)
+    log_ratio = torch.where(counted, mismatch_N, 0.0)
     return {
         "surrogate": surrogate_sum.detach(),
         "surrogate_tokens": counted.sum(),
@@ -181,7 +182,7 @@ def _surrogate_sums(
         "entropy": torch.where(counted, losses.entropy_T.detach(), 0.0).sum(),
         "mismatch_k3": (log_ratio.exp() - 1 - log_ratio).sum(),
         "mismatch_abs": log_ratio.abs().sum(),
-        "mismatch_max": _maximum(torch.where(counted, own_N - rollout_N, -torch.inf)),  # a log
+        "mismatch_max": _maximum(torch.where(counted, mismatch_N, -torch.inf)),  # a log
     }
 
 
