@@ -76,7 +76,7 @@ def _surrogate(example: Example, t: int, logprobs_V: Tensor, spec: LossSpec, sum
     if config.importance_cap is not None:
         token = token * min(config.importance_cap, float(torch.exp(old - rollout)))
     if np.any(example.surrogate_weights_T * example.advantages_T) or example.target is not None:  # inert: no metrics
-        log_ratio = float(own.detach() - rollout)
+        log_ratio = float(old - rollout)
         sums["tokens"] += 1
         sums["nll"] -= float(own.detach())
         sums["entropy"] -= float((logprobs_V.exp() * logprobs_V).sum().detach())
