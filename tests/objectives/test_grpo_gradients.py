@@ -191,8 +191,9 @@ def test_options_are_seen(layout: str, found: Found) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_metrics(layout: str, found: Found) -> None:
-    """Over all replicas: the largest ratio of trainer to engine, and the sampled KL to the reference."""
-    models, ratios, kls = Models(found.paths, moved=True), [], []
+    """Over all replicas: the largest ratio of trainer, before the step's update, to engine, and the sampled KL of the
+    present policy to the reference."""
+    models, before, ratios, kls = Models(found.paths, moved=True), Models(found.paths, moved=False), [], []
     for group in hand_made_groups():
         inert = not any(rloo(group))
         for sample in group.samples:
@@ -201,7 +202,8 @@ def test_metrics(layout: str, found: Found) -> None:
             ids = sample.completion.token_ids
             own = sampled(models.student(group.prompt_ids, ids), ids).detach()
             kls += (own - sampled(models.teacher(group.prompt_ids, ids), ids)).tolist()
-            ratios += [] if inert else (own.numpy() - sample.completion.logprobs).tolist()
+            old = sampled(before.student(group.prompt_ids, ids), ids).detach()
+            ratios += [] if inert else (old.numpy() - sample.completion.logprobs).tolist()
     metrics = found.results[layout]["penalised"].metrics
     assert metrics["train/reference_kl"] == pytest.approx(np.mean(kls), rel=1e-4)
     unpenalised = found.results[layout]["unpenalised"].metrics
