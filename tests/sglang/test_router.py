@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 import urllib.request
@@ -33,7 +34,8 @@ def router(sglang_config: ServerConfig, workers: list[LiveServer]) -> Iterator[s
     port.close()
     command = [sglang_config.interpreter, "-m", "sglang_router.launch_router", "--host", "127.0.0.1"]
     command += ["--port", str(number), "--worker-urls", *(worker.url for worker in workers)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    environment = os.environ | sglang_config.environment  # it imports SGLang, which needs the shim
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{number}"
     try:
         assert wait_until(lambda: answers(url), 60)
