@@ -32,7 +32,7 @@ class RolloutConfig(BaseModel):
     overlap_privileged: bool = Field(
         True,
         description="Ask for a cliff's privileged rollouts as soon as it is known to be one, while other prompts are "
-        "still being sampled; false: after the last student rollout.",
+        "still being sampled; false, and on an engine that repeats itself exactly: after the last student rollout.",
     )
     refill_rounds: int = Field(
         0,

@@ -178,6 +178,9 @@ class RolloutCoordinator:
     def _bounded(self, problems: int, objective: Objective) -> bool:
         """Whether the step may have more groups that want privileged rollouts than may get them."""
         bound = objective.max_privileged_prompts
+        if self.sampler.engine.deterministic:
+            # What is asked for when a check happens to end would enter the batch, and the last bits of its log-probs.
+            return True
         return not self.config.overlap_privileged or (bound is not None and bound < problems)
 
     def _gather(self, share: SampledShare) -> list[Group]:

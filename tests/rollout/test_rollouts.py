@@ -69,7 +69,9 @@ class Context:
 
 
 def coordinator(context: Any, fails: Fails = lambda request, index: False, seed: int = 3) -> RolloutCoordinator:
-    sampler = Sampler(FakeEngine(fails), Judge(lambda text: text.startswith("4")), text_of)  # type: ignore[arg-type]
+    engine = FakeEngine(fails)
+    engine.deterministic = False  # one that repeats itself exactly is asked in two phases
+    sampler = Sampler(engine, Judge(lambda text: text.startswith("4")), text_of)  # type: ignore[arg-type]
     config = RolloutConfig(samples_per_prompt=3, max_new_tokens=8)
     return RolloutCoordinator(config, context, sampler, Prompts(), (1,), seed)  # type: ignore[arg-type]
 
