@@ -573,11 +573,11 @@ def test_message(case: Wrong, tree: Tree, tmp_path: Path) -> None:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Digest of every file below the folder, logs, caches and TensorBoard's events left out."""
+    """Digest of every file below the folder; logs, caches, TensorBoard's events and the empty lock left out."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in folder.rglob("*")
-        if path.is_file() and not {"logs", "cache", "tensorboard"} & set(path.relative_to(folder).parts)
+        if path.is_file() and not {"logs", "cache", "tensorboard", "run.lock"} & set(path.relative_to(folder).parts)
     }
 
 
