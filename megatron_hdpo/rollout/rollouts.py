@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from megatron_hdpo.data.problem import Problem
 from megatron_hdpo.data.prompts import PromptBuilder
@@ -87,11 +88,7 @@ class RolloutCoordinator:
         requests = self._requests(problems, sampling, ("train", step))
         requests = [replace(request, stop_at=self.config.stop_at_reward) for request in requests]
         share.groups = {int(r.key): Group(r.problem, r.prompt_ids, []) for r in requests}
-
-        def then(request: RolloutRequest, rollouts: Rollouts) -> list[RolloutRequest]:
-            return self._judged(share, request, rollouts, objective)
-
-        share.run(self.sampler.begin(requests, on_progress, then))
+        share.run(self.sampler.begin(requests, on_progress, partial(self._judged, share, objective)))
         return share
 
     def finish_step(
@@ -106,11 +103,7 @@ class RolloutCoordinator:
         chosen = dict(list(planned.items())[: objective.max_privileged_prompts])
         mine = {g: n for g, n in chosen.items() if g in share.groups}
         requests = [self._privileged(share, g, n, objective) for g, n in mine.items()]
-
-        def then(request: RolloutRequest, rollouts: Rollouts) -> list[RolloutRequest]:
-            return self._judged(share, request, rollouts, objective)
-
-        share.run(self.sampler.begin(requests, on_progress, then))
+        share.run(self.sampler.begin(requests, on_progress, partial(self._judged, share, objective)))
         return self._gather(share)
 
     def groups(
@@ -153,7 +146,7 @@ class RolloutCoordinator:
         ]
 
     def _judged(
-        self, share: SampledShare, request: RolloutRequest, rollouts: Rollouts, objective: Objective
+        self, share: SampledShare, objective: Objective, request: RolloutRequest, rollouts: Rollouts
     ) -> list[RolloutRequest]:
         """A request's rollouts are complete: put them into their group; the next request of that group, if any."""
         index, _, privileged = request.key.partition("/")
