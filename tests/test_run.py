@@ -318,7 +318,9 @@ def test_replay_needs_no_engine(
             if ranks == 1:
                 assert replayed[1][name] == lived[0][name], name
             else:
-                assert replayed[1][name] == pytest.approx(lived[0][name], rel=2e-3, abs=1e-5), name
+                # Two ranks warm up in another order of summation: the engine's log-probs are of slightly other weights.
+                noise = 1e-4 if "mismatch" in name else 1e-5
+                assert replayed[1][name] == pytest.approx(lived[0][name], rel=2e-3, abs=noise), name
     assert not (tmp_path / "run/rollouts").exists()
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from megatron_hdpo.data.problem import Problem
 from megatron_hdpo.evaluation.evaluate import EvaluationConfig, evaluate, evaluation_samples
+from megatron_hdpo.objectives.base import BaseObjective
 from megatron_hdpo.rollout.types import Completion, Group, Sample, SamplingParams
 
 Rewards = list[list[float]]
@@ -120,6 +121,6 @@ def test_seeds_are_the_same_every_time_and_unlike_those_of_training() -> None:
         return [request.seed for request in engine.seen]
 
     training = coordinator(Context(World(1), 0))
-    training.student(PROBLEMS, 0)
+    training.sample_step(PROBLEMS, 0, BaseObjective())
     assert seeds(1) == seeds(5) and len(set(seeds(1))) == 2 * len(PROBLEMS)
     assert not set(seeds(1)) & {request.seed for request in training.sampler.engine.seen}  # type: ignore[attr-defined]
