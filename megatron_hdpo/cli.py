@@ -56,7 +56,7 @@ def user_errors() -> tuple[type[Exception], ...]:
     from megatron_hdpo.config import RecipeError
     from megatron_hdpo.data.errors import DataError
     from megatron_hdpo.model.architecture import ArchitectureError
-    from megatron_hdpo.model.build import ModelError
+    from megatron_hdpo.model.config import ModelError
     from megatron_hdpo.model.policy import TrainingError
     from megatron_hdpo.parallel.layout import LayoutError
     from megatron_hdpo.planner.errors import PlanError

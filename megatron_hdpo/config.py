@@ -20,7 +20,7 @@ from megatron_hdpo.data.load import DataConfig
 from megatron_hdpo.data.tasks import TaskConfig
 from megatron_hdpo.evaluation.evaluate import EvaluationConfig
 from megatron_hdpo.model.architecture import Architecture, ArchitectureError, read_architecture
-from megatron_hdpo.model.build import ModelConfig
+from megatron_hdpo.model.config import ModelConfig
 from megatron_hdpo.model.optimizer import OptimizerConfig
 from megatron_hdpo.objectives.registry import ObjectiveConfig
 from megatron_hdpo.objectives.settings import Surroundings, surrogate_of
@@ -227,14 +227,7 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
 
 def _layout_errors(recipe: Recipe, architecture: Architecture, world_size: int) -> Iterator[str]:
     try:
-        check_layout(
-            recipe.parallel,
-            world_size=world_size,
-            num_layers=architecture.num_layers,
-            num_heads=architecture.num_heads,
-            num_kv_heads=architecture.num_kv_heads,
-            ffn_size=architecture.ffn_size,
-        )
+        check_layout(recipe.parallel, architecture.sizes, world_size)
     except LayoutError as error:
         yield f"parallel: {error}"
 

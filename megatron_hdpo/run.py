@@ -24,7 +24,8 @@ from megatron_hdpo.config import DEFAULT_IMPORTANCE_CAP, Recipe, RecipeError, ch
 from megatron_hdpo.data.load import LoadedData, load
 from megatron_hdpo.learner import Learner
 from megatron_hdpo.model.architecture import Architecture, read_architecture
-from megatron_hdpo.model.build import ModelError, build_model, wrap_data_parallel
+from megatron_hdpo.model.build import build_model, wrap_data_parallel
+from megatron_hdpo.model.config import ModelError
 from megatron_hdpo.model.optimizer import OptimizerConfig, build_optimizer
 from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.objectives.interface import Objective

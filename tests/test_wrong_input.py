@@ -347,8 +347,8 @@ TABLE = [
     ),
     Wrong(
         "world size no multiple",
-        "LayoutError: 1 ranks are no multiple of parallel.tensor x parallel.pipeline = 2 x 1: start with"
-        " torchrun --nproc-per-node 2 or a multiple",
+        "LayoutError: 1 ranks are no multiple of parallel.tensor x parallel.context x parallel.pipeline = 2 x 1 x 1: "
+        "start a multiple of 2",
         ["parallel.tensor=2"],
     ),
     Wrong(

@@ -28,7 +28,8 @@ from transformers import AutoModelForCausalLM
 from megatron_hdpo.data.problem import Problem
 from megatron_hdpo.learner import Learner
 from megatron_hdpo.model.architecture import read_architecture
-from megatron_hdpo.model.build import DTYPES, ModelConfig, build_model, wrap_data_parallel
+from megatron_hdpo.model.build import build_model, wrap_data_parallel
+from megatron_hdpo.model.config import DTYPES, ModelConfig
 from megatron_hdpo.model.optimizer import OptimizerConfig, build_optimizer
 from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.objectives.grpo import GRPO, GRPOConfig

@@ -125,7 +125,8 @@ def compare_specs(device: str, model_path: str) -> dict[str, Any]:
     import numpy as np
 
     from megatron_hdpo.model.architecture import read_architecture
-    from megatron_hdpo.model.build import ModelConfig, build_model, wrap_data_parallel
+    from megatron_hdpo.model.build import build_model, wrap_data_parallel
+    from megatron_hdpo.model.config import ModelConfig
     from megatron_hdpo.model.policy import Policy
     from megatron_hdpo.objectives.interface import Example, LossSpec, Scoring, SurrogateConfig
     from megatron_hdpo.parallel.context import start, stop

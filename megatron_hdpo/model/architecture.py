@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_hdpo.parallel.layout import ModelSizes
+
 Family = Literal["llama", "qwen2", "qwen3"]
 
 
@@ -19,7 +21,9 @@ class Architecture:
     """Sizes and switches of a decoder-only model.
 
     vocab_size is the real vocabulary; rows that a tensor-parallel layout pads onto it carry no probability.
-    rope_scaling is Llama 3's factor, or None.
+    rope_scaling is Llama 3's factor, or None. A model with experts (num_experts > 0) has them in every layer, each with
+    expert_ffn_size channels; experts_per_token of them see a token, their softmax weights adding up to 1 where
+    normalised_routing says so.
     """
 
     family: Family
@@ -37,6 +41,22 @@ class Architecture:
     qkv_bias: bool
     qk_norm: bool
     tied: bool
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_ffn_size: int = 0
+    normalised_routing: bool = True
+
+    @property
+    def sizes(self) -> ModelSizes:
+        """What a parallel layout must divide."""
+        return ModelSizes(
+            self.num_layers,
+            self.num_heads,
+            self.num_kv_heads,
+            self.ffn_size,
+            self.num_experts,
+            self.expert_ffn_size,
+        )
 
     def padded_vocab_size(self, tensor_parallel: int, multiple: int = 128) -> int:
         """Rows of the embedding over all shards: the vocabulary, rounded up so that the shards are equal."""

@@ -10,10 +10,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
+from megatron_hdpo.model.chunks import unwrap
 from megatron_hdpo.model.micro_batch import MicroBatch
 from megatron_hdpo.model.network import HeadlessGPTModel
 from megatron_hdpo.parallel.context import ParallelContext
-from megatron_hdpo.weights.parameters import unwrap
 
 OnProgress = Callable[[int], None]
 

@@ -19,6 +19,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from megatron_hdpo.model.architecture import Architecture
+from megatron_hdpo.model.chunks import unwrap
 from megatron_hdpo.model.loss import Normalisers, micro_batch_loss
 from megatron_hdpo.model.micro_batch import (
     LossInputs,
@@ -46,7 +47,6 @@ from megatron_hdpo.objectives.interface import (
     ScoringKey,
 )
 from megatron_hdpo.parallel.context import ParallelContext
-from megatron_hdpo.weights.parameters import unwrap
 
 
 class TrainingError(RuntimeError):

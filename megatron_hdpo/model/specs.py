@@ -27,15 +27,17 @@ def transformer_engine_available() -> bool:
     return importlib.util.find_spec("transformer_engine") is not None
 
 
-def layer_spec(name: SpecName, config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
-    """The decoder spec that GPTModel takes.
+def layer_spec(
+    name: SpecName, config: TransformerConfig, chunk: int | None = None
+) -> ModuleSpec | TransformerBlockSubmodules:
+    """The decoder spec that GPTModel takes. chunk: of the rank's layers, under the interleaved schedule.
 
     The plain spec brings its final norm along: Megatron's own choice of it depends on which optional packages can be
     imported (any package called apex breaks RMSNorm models there).
     """
     if name == "transformer_engine":
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    layers = [_torch_layer(config)] * get_num_layers_to_build(config)
+    layers = [_torch_layer(config)] * get_num_layers_to_build(config, chunk)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 

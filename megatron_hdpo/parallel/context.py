@@ -14,7 +14,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_hdpo.parallel.cpu import MegatronOnCpu
-from megatron_hdpo.parallel.layout import LayoutError, ParallelConfig
+from megatron_hdpo.parallel.layout import LayoutError, ParallelConfig, check_ranks
 
 T = TypeVar("T")
 
@@ -23,8 +23,9 @@ T = TypeVar("T")
 class ParallelContext:
     """Everything that code needs to know about the ranks; passed in, never looked up.
 
-    groups: Megatron's process groups (tp, pp, dp, mp, embd, ...).
-    host: gloo group of all ranks, for Python objects. replica_host: gloo group of the ranks of one replica.
+    groups: Megatron's process groups (tp, cp, pp, dp, ep, embd, ...).
+    host: gloo group of all ranks, for Python objects. replica_host: gloo group of the ranks of one replica: by stage,
+    then context-parallel, then tensor-parallel rank.
     """
 
     layout: ParallelConfig
@@ -105,12 +106,7 @@ def start(layout: ParallelConfig, device: str = "auto", seed: int = 0) -> Parall
     Raises LayoutError when the number of ranks does not fit the layout, before any group is made.
     """
     target = _device(device)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size % layout.model_ranks:
-        raise LayoutError(
-            f"{world_size} ranks are no multiple of parallel.tensor x parallel.pipeline = {layout.tensor} x "
-            f"{layout.pipeline}: start with torchrun --nproc-per-node {layout.model_ranks} or a multiple"
-        )
+    check_ranks(layout, int(os.environ.get("WORLD_SIZE", "1")))
     timeout = timedelta(minutes=layout.timeout_minutes)
     if not dist.is_initialized():
         backend = "nccl" if target.type == "cuda" else "gloo"
@@ -121,6 +117,10 @@ def start(layout: ParallelConfig, device: str = "auto", seed: int = 0) -> Parall
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_stages if layout.virtual_stages > 1 else None,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
         distributed_timeout_minutes=max(1, round(layout.timeout_minutes)),
         create_gloo_process_groups=True,
     )
@@ -131,7 +131,7 @@ def start(layout: ParallelConfig, device: str = "auto", seed: int = 0) -> Parall
         world_size=dist.get_world_size(),
         groups=ProcessGroupCollection.use_mpu_process_groups(),
         host=dist.new_group(backend="gloo", timeout=timeout),
-        replica_host=_replica_group(timeout),
+        replica_host=_replica_group(layout, timeout),
     )
     _seed(context, seed)
     return context
@@ -155,15 +155,17 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _replica_group(timeout: timedelta) -> dist.ProcessGroup:
-    """A gloo group for this rank's replica. new_group is collective: every rank makes every group in one order."""
-    mine = dist.get_process_group_ranks(parallel_state.get_model_parallel_group())
-    everyone: list[Any] = [None] * dist.get_world_size()
+def _replica_group(layout: ParallelConfig, timeout: timedelta) -> dist.ProcessGroup:
+    """A gloo group for this rank's replica: its tensor-, context- and pipeline-parallel ranks. new_group is
+    collective: every rank makes every group in one order."""
+    replicas = dist.get_world_size() // layout.model_ranks
+    mine, everyone = parallel_state.get_data_parallel_rank(), [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     own = None
-    for ranks in sorted({tuple(ranks) for ranks in everyone}):
-        group = dist.new_group(list(ranks), backend="gloo", timeout=timeout)
-        own = group if dist.get_rank() in ranks else own
+    for replica in range(replicas):
+        ranks = [rank for rank, index in enumerate(everyone) if index == replica]
+        group = dist.new_group(ranks, backend="gloo", timeout=timeout)
+        own = group if replica == mine else own
     assert own is not None
     return own
 

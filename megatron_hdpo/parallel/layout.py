@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 from pydantic import BaseModel, ConfigDict, Field
 
 
 class ParallelConfig(BaseModel):
-    """The parallel layout. Data parallelism takes what is left: world size / (tensor x pipeline)."""
+    """The parallel layout. Data parallelism takes what is left: world size / (tensor x context x pipeline)."""
 
     model_config = ConfigDict(extra="forbid")
 
     tensor: int = Field(1, ge=1, description="Ranks that share every layer's weights (TP).")
     pipeline: int = Field(1, ge=1, description="Stages that share the layers (PP), scheduled 1F1B.")
+    virtual_stages: int = Field(
+        1, ge=1, description="Chunks of layers on each pipeline rank (VPP); above 1 the schedule is interleaved 1F1B."
+    )
+    context: int = Field(1, ge=1, description="Ranks that share the tokens of every sequence (CP).")
+    expert: int = Field(1, ge=1, description="Ranks that share the experts of every MoE layer (EP).")
+    expert_tensor: int = Field(1, ge=1, description="Ranks that share the weights of every expert (ETP).")
     sequence: bool = Field(False, description="Split activations between TP regions along the sequence (SP).")
     timeout_minutes: float = Field(
         10.0, gt=0, description="Deadline of a collective; past it the run stops and names the rank that is late."
@@ -20,33 +29,87 @@ class ParallelConfig(BaseModel):
     @property
     def model_ranks(self) -> int:
         """Ranks that hold one copy of the model (one data-parallel replica)."""
-        return self.tensor * self.pipeline
+        return self.tensor * self.context * self.pipeline
+
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks that hold one copy of the experts."""
+        return self.expert_tensor * self.expert * self.pipeline
+
+    @property
+    def sequence_chunks(self) -> int:
+        """What the length of a packed sequence must be a multiple of: context parallelism gives each rank two chunks
+        of it, one from each end, so that causal attention costs every rank the same."""
+        return 1 if self.context == 1 else 2 * self.context
 
 
 class LayoutError(ValueError):
     """A layout that the model or the number of ranks does not allow. The text names the recipe's key."""
 
 
-def check_layout(
-    layout: ParallelConfig,
-    *,
-    world_size: int,
-    num_layers: int,
-    num_heads: int,
-    num_kv_heads: int,
-    ffn_size: int,
-) -> None:
+@dataclass(frozen=True)
+class ModelSizes:
+    """What a layout must divide. num_experts: 0 for a dense model; its ffn_size is then that of every layer."""
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    ffn_size: int
+    num_experts: int = 0
+    expert_ffn_size: int = 0
+
+
+def check_layout(layout: ParallelConfig, sizes: ModelSizes, world_size: int) -> None:
     """Raise LayoutError, with every reason, when the model cannot be split like this over `world_size` ranks."""
-    reasons = []
-    tp, pp = layout.tensor, layout.pipeline
-    if world_size % layout.model_ranks:
-        reasons.append(f"{world_size} ranks are no multiple of parallel.tensor x parallel.pipeline = {tp} x {pp}")
-    for what, count in (("attention heads", num_heads), ("key-value heads", num_kv_heads), ("FFN channels", ffn_size)):
-        if count % tp:
-            reasons.append(f"parallel.tensor={tp} does not divide the model's {count} {what}")
-    if num_layers % pp:
-        reasons.append(f"parallel.pipeline={pp} does not divide the model's {num_layers} layers")
-    if layout.sequence and tp == 1:
+    reasons = [*_rank_reasons(layout, world_size), *_size_reasons(layout, sizes), *_expert_reasons(layout, sizes)]
+    if layout.sequence and layout.tensor == 1:
         reasons.append("parallel.sequence=true needs parallel.tensor > 1")
+    if layout.virtual_stages > 1 and layout.pipeline == 1:
+        reasons.append(f"parallel.virtual_stages={layout.virtual_stages} needs parallel.pipeline > 1")
     if reasons:
         raise LayoutError("; ".join(reasons))
+
+
+def check_ranks(layout: ParallelConfig, world_size: int) -> None:
+    """Raise LayoutError when the layout does not fit `world_size` ranks, whatever the model."""
+    if reasons := list(_rank_reasons(layout, world_size)):
+        raise LayoutError("; ".join(reasons))
+
+
+def _rank_reasons(layout: ParallelConfig, world_size: int) -> Iterator[str]:
+    if world_size % layout.model_ranks:
+        yield (
+            f"{world_size} ranks are no multiple of parallel.tensor x parallel.context x parallel.pipeline = "
+            f"{layout.tensor} x {layout.context} x {layout.pipeline}: start a multiple of {layout.model_ranks}"
+        )
+    if world_size % layout.expert_ranks:
+        yield (
+            f"{world_size} ranks are no multiple of parallel.expert_tensor x parallel.expert x parallel.pipeline = "
+            f"{layout.expert_tensor} x {layout.expert} x {layout.pipeline}"
+        )
+
+
+def _size_reasons(layout: ParallelConfig, sizes: ModelSizes) -> Iterator[str]:
+    tp, chunks = layout.tensor, layout.pipeline * layout.virtual_stages
+    divided = [("attention heads", sizes.num_heads), ("key-value heads", sizes.num_kv_heads)]
+    if not sizes.num_experts:
+        divided.append(("FFN channels", sizes.ffn_size))
+    for what, count in divided:
+        if count % tp:
+            yield f"parallel.tensor={tp} does not divide the model's {count} {what}"
+    if sizes.num_layers % chunks:
+        keys = "parallel.pipeline" if layout.virtual_stages == 1 else "parallel.pipeline x parallel.virtual_stages"
+        yield f"{keys}={chunks} does not divide the model's {sizes.num_layers} layers"
+
+
+def _expert_reasons(layout: ParallelConfig, sizes: ModelSizes) -> Iterator[str]:
+    if not sizes.num_experts:
+        if layout.expert > 1 or layout.expert_tensor > 1:
+            yield "parallel.expert and parallel.expert_tensor are for models with experts, this one is dense"
+        return
+    if sizes.num_experts % layout.expert:
+        yield f"parallel.expert={layout.expert} does not divide the model's {sizes.num_experts} experts"
+    if sizes.expert_ffn_size % layout.expert_tensor:
+        yield f"parallel.expert_tensor={layout.expert_tensor} does not divide {sizes.expert_ffn_size} expert channels"
+    if layout.tensor > 1 and not layout.sequence:
+        yield "a model with experts and parallel.tensor > 1 needs parallel.sequence=true"

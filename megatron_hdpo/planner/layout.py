@@ -56,11 +56,8 @@ def check(layout: Layout, architecture: Architecture) -> None:
     try:
         check_layout(
             ParallelConfig(tensor=layout.tensor, pipeline=layout.pipeline, sequence=layout.sequence),
-            world_size=layout.world,
-            num_layers=architecture.num_layers,
-            num_heads=architecture.num_heads,
-            num_kv_heads=architecture.num_kv_heads,
-            ffn_size=architecture.ffn_size,
+            architecture.sizes,
+            layout.world,
         )
     except LayoutError as error:
         raise PlanError(str(error)) from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_hdpo.model.build import ModelConfig
+from megatron_hdpo.model.config import ModelConfig
 from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.teachers.config import (
     EmaTeacherConfig,

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hdpo.model.architecture import read_architecture
-from megatron_hdpo.model.build import ModelConfig, ModelError, build_model
+from megatron_hdpo.model.build import build_model
+from megatron_hdpo.model.config import ModelConfig, ModelError
 from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.teachers.sizes import check_sizes
 from megatron_hdpo.teachers.teacher import TeacherState

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from megatron_hdpo.model.chunks import unwrap
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.weights.errors import WeightsError
-from megatron_hdpo.weights.parameters import unwrap
 
 
 class MegatronBridge:

@@ -10,7 +10,8 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from megatron_hdpo.model.architecture import Architecture, read_architecture
-from megatron_hdpo.model.build import DTYPES, ModelConfig, build_model
+from megatron_hdpo.model.build import build_model
+from megatron_hdpo.model.config import DTYPES, ModelConfig
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.weights.errors import WeightsError
 from megatron_hdpo.weights.hf_files import DTYPES as FILE_DTYPES

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from megatron_hdpo.model.chunks import unwrap
 from megatron_hdpo.weights.errors import WeightsError, listed
-from megatron_hdpo.weights.parameters import unwrap
 
 HostWeights = dict[str, Tensor]
 """Parameter name -> values on the host, of this rank's shard; pinned when the model is on CUDA."""

@@ -5,16 +5,10 @@ from __future__ import annotations
 from torch import nn
 
 from megatron_hdpo.model.architecture import Architecture
+from megatron_hdpo.model.chunks import unwrap
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.weights.errors import WeightsError, listed
 from megatron_hdpo.weights.mapping import Shard, Slot, layers_of_stage, shard_of, stage_slots
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The GPTModel inside Megatron's DDP or precision wrappers; a bare model as it is."""
-    while isinstance(inner := getattr(model, "module", None), nn.Module):
-        model = inner
-    return model
 
 
 def bind(

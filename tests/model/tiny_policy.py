@@ -14,7 +14,8 @@ from megatron.core import parallel_state
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from megatron_hdpo.model.architecture import read_architecture
-from megatron_hdpo.model.build import ModelConfig, build_model, wrap_data_parallel
+from megatron_hdpo.model.build import build_model, wrap_data_parallel
+from megatron_hdpo.model.config import ModelConfig
 from megatron_hdpo.model.optimizer import OptimizerConfig, build_optimizer
 from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.objectives.interface import DistillConfig, Example, LossSpec, Scoring, SurrogateConfig

@@ -39,7 +39,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qw
 
 from megatron_hdpo.data.problem import Problem
 from megatron_hdpo.learner import Learner
-from megatron_hdpo.model.build import ModelConfig
+from megatron_hdpo.model.config import ModelConfig
 from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.objectives.interface import Objective
 from megatron_hdpo.parallel.context import ParallelContext

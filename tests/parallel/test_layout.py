@@ -10,13 +10,13 @@ import torch.distributed as dist
 from pydantic import ValidationError
 
 from megatron_hdpo.parallel.context import start
-from megatron_hdpo.parallel.layout import LayoutError, ParallelConfig, check_layout
+from megatron_hdpo.parallel.layout import LayoutError, ModelSizes, ParallelConfig, check_layout
 
 MODEL = {"num_layers": 6, "num_heads": 12, "num_kv_heads": 3, "ffn_size": 90}
 
 
 def _check(world_size: int, model: dict[str, Any] | None = None, **layout: Any) -> None:
-    check_layout(ParallelConfig(**layout), world_size=world_size, **{**MODEL, **(model or {})})
+    check_layout(ParallelConfig(**layout), ModelSizes(**{**MODEL, **(model or {})}), world_size)
 
 
 @pytest.mark.parametrize(
@@ -37,8 +37,13 @@ def test_layouts_that_fit(world_size: int, layout: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("world_size", "layout", "model", "text"),
     [
-        (4, {"tensor": 3}, {}, r"^4 ranks are no multiple of parallel.tensor x parallel.pipeline = 3 x 1$"),
-        (4, {"pipeline": 3}, {}, r"^4 ranks are no multiple of parallel.tensor x parallel.pipeline = 1 x 3$"),
+        (4, {"tensor": 3}, {}, r"^4 ranks are no multiple of .* = 3 x 1 x 1: start a multiple of 3$"),
+        (
+            4,
+            {"pipeline": 3},
+            {},
+            r"^4 ranks are no multiple of .* = 1 x 1 x 3: start a multiple of 3; 4 ranks are no multiple of .*expert",
+        ),
         (3, {"tensor": 3}, {"num_heads": 10}, r"^parallel.tensor=3 does not divide the model's 10 attention heads$"),
         (2, {"tensor": 2}, {}, r"^parallel.tensor=2 does not divide the model's 3 key-value heads$"),
         (3, {"tensor": 3}, {"ffn_size": 91}, r"^parallel.tensor=3 does not divide the model's 91 FFN channels$"),
@@ -59,7 +64,7 @@ def test_every_reason_is_given_at_once() -> None:
         assert part in str(error.value)
 
 
-@pytest.mark.parametrize("wrong", [{"tensor": 0}, {"pipeline": -1}, {"timeout_minutes": 0}, {"context": 2}])
+@pytest.mark.parametrize("wrong", [{"tensor": 0}, {"pipeline": -1}, {"timeout_minutes": 0}, {"contexts": 2}])
 def test_sizes_that_are_none(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         ParallelConfig(**wrong)
@@ -67,9 +72,7 @@ def test_sizes_that_are_none(wrong: dict[str, Any]) -> None:
 
 def test_a_wrong_number_of_ranks_is_said_before_any_group_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(
-        LayoutError, match=r"3 ranks are no multiple .* = 2 x 1: start with torchrun --nproc-per-node 2"
-    ):
+    with pytest.raises(LayoutError, match=r"3 ranks are no multiple .* = 2 x 1 x 1: start a multiple of 2"):
         start(ParallelConfig(tensor=2), device="cpu")
     assert not dist.is_initialized()
 

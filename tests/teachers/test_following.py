@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from megatron_hdpo.checkpoint.store import CheckpointError, CheckpointStore
 from megatron_hdpo.learner import Learner
-from megatron_hdpo.model.build import ModelConfig, ModelError
+from megatron_hdpo.model.config import ModelConfig, ModelError
 from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.objectives.base import BaseObjective
 from megatron_hdpo.parallel.context import ParallelContext

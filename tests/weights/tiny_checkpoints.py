@@ -12,7 +12,8 @@ from megatron.core import parallel_state
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from megatron_hdpo.model.architecture import Architecture, read_architecture
-from megatron_hdpo.model.build import ModelConfig, build_model
+from megatron_hdpo.model.build import build_model
+from megatron_hdpo.model.config import ModelConfig
 from megatron_hdpo.parallel.context import ParallelContext, start
 from megatron_hdpo.parallel.layout import ParallelConfig
 
