@@ -82,7 +82,7 @@ def _rank_reasons(layout: ParallelConfig, world_size: int) -> Iterator[str]:
             f"{world_size} ranks are no multiple of parallel.tensor x parallel.context x parallel.pipeline = "
             f"{layout.tensor} x {layout.context} x {layout.pipeline}: start a multiple of {layout.model_ranks}"
         )
-    if world_size % layout.expert_ranks:
+    if layout.expert * layout.expert_tensor > 1 and world_size % layout.expert_ranks:
         yield (
             f"{world_size} ranks are no multiple of parallel.expert_tensor x parallel.expert x parallel.pipeline = "
             f"{layout.expert_tensor} x {layout.expert} x {layout.pipeline}"
