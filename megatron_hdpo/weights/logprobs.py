@@ -7,78 +7,89 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_hdpo.model.architecture import Architecture
-from megatron_hdpo.model.network import HeadlessGPTModel, hidden_rows
-from megatron_hdpo.model.packing import PackedSequences, pack
+from megatron_hdpo.model.chunks import chunks_of, unwrap
+from megatron_hdpo.model.network import hidden_rows
+from megatron_hdpo.model.packing import PackedSequences, RowLayout, pack
 from megatron_hdpo.parallel.context import ParallelContext
 
 
 @torch.no_grad()
 def packed_logprobs(
-    model: HeadlessGPTModel, architecture: Architecture, context: ParallelContext, sequences: Sequence[np.ndarray]
+    model: nn.Module, architecture: Architecture, context: ParallelContext, sequences: Sequence[np.ndarray]
 ) -> list[Tensor]:
     """log_softmax of the next token at every position: fp32 [length, vocabulary] for each sequence, on the CPU.
 
-    The sequences go through the model as one packed row. Collective within a replica; the replica's first rank gets
-    the result, the others an empty list.
+    The sequences go through the model as one packed row. Collective within a replica, and over the ranks that share
+    its experts; the replica's first rank gets the result, the others an empty list.
     """
-    packed = pack(sequences, context.device, context.layout.tensor if context.layout.sequence else 1)
+    multiple, cp = context.layout.tensor if context.layout.sequence else 1, context.groups.cp
+    packed = pack(sequences, context.device, RowLayout(multiple, cp.size(), cp.rank()))
     with context.megatron_calls():
         hidden = _forward(model, architecture, context, packed)
-        logits = _gather_logits(model, hidden, context, packed.num_tokens) if context.is_last_stage else None
-    logits = _to_first_stage(logits, architecture, context, packed.num_tokens)
-    if logits is None:
+        logits_TV = _gather_logits(model, hidden, context, packed) if context.is_last_stage else None
+    logits_TV = _to_first_stage(logits_TV, architecture, context, packed.num_tokens)
+    if logits_TV is None:
         return []
-    logprobs_TV = torch.log_softmax(logits[:, : architecture.vocab_size].float().cpu(), dim=-1)
+    logprobs_TV = torch.log_softmax(logits_TV[:, : architecture.vocab_size].float().cpu(), dim=-1)
     return [
         logprobs_TV[start : start + len(sequence)] for start, sequence in zip(packed.starts, sequences, strict=True)
     ]
 
 
-def _forward(
-    model: HeadlessGPTModel, architecture: Architecture, context: ParallelContext, packed: PackedSequences
-) -> Tensor:
-    """The packed row through all pipeline stages, one after the other; returns this stage's output."""
-    pp = context.groups.pp
-    if not context.is_first_stage:
-        rows = packed.num_tokens // (context.layout.tensor if context.layout.sequence else 1)
-        shape = (rows, 1, architecture.hidden_size)
-        received = torch.empty(shape, dtype=model.config.pipeline_dtype, device=context.device)
-        dist.recv(received, group=pp, group_src=pp.rank() - 1)
-        model.set_input_tensor([received])
-    hidden = model(
-        input_ids=packed.tokens_T[None],
-        position_ids=packed.positions_T[None],
-        attention_mask=None,
-        packed_seq_params=packed.packed_seq_params(),
-    )
-    if not context.is_last_stage:
-        dist.send(hidden.contiguous(), group=pp, group_dst=pp.rank() + 1)
+def _forward(model: nn.Module, architecture: Architecture, context: ParallelContext, packed: PackedSequences) -> Tensor:
+    """The packed row through all pipeline stages, one after the other; returns the output of this rank's last one."""
+    pp, chunks = context.groups.pp, chunks_of(unwrap(model))
+    rows = len(packed.tokens_T) // (context.layout.tensor if context.layout.sequence else 1)
+    for number, chunk in enumerate(chunks):
+        if number > 0 or not context.is_first_stage:
+            received = torch.empty(
+                (rows, 1, architecture.hidden_size), dtype=chunk.config.pipeline_dtype, device=context.device
+            )
+            dist.recv(received, group=pp, group_src=(pp.rank() - 1) % pp.size())
+            chunk.set_input_tensor([received])
+        hidden = chunk(
+            input_ids=packed.tokens_T[None],
+            position_ids=packed.positions_T[None],
+            attention_mask=None,
+            packed_seq_params=packed.packed_seq_params(),
+        )
+        if number < len(chunks) - 1 or not context.is_last_stage:
+            dist.send(hidden.contiguous(), group=pp, group_dst=(pp.rank() + 1) % pp.size())
     return hidden
 
 
-def _gather_logits(model: HeadlessGPTModel, hidden: Tensor, context: ParallelContext, rows: int) -> Tensor:
-    """[rows, padded vocabulary] on every tensor-parallel rank of the last stage."""
-    hidden_TH = hidden_rows(model, hidden, torch.arange(rows, device=context.device), context.groups)
-    shard = torch.nn.functional.linear(hidden_TH, model.head_weight())
-    shards = [torch.empty_like(shard) for _ in range(context.groups.tp.size())]
-    dist.all_gather(shards, shard, group=context.groups.tp)
-    return torch.cat(shards, dim=-1)
+def _gather_logits(model: nn.Module, hidden: Tensor, context: ParallelContext, packed: PackedSequences) -> Tensor:
+    """[rows of all context-parallel ranks, padded vocabulary], on every rank of the last stage."""
+    bare, tp, cp = unwrap(model), context.groups.tp, context.groups.cp
+    own_rows_T = torch.from_numpy(packed.own_rows_T).to(context.device)
+    hidden_TH = hidden_rows(bare, hidden, torch.arange(len(own_rows_T), device=context.device), context.groups)
+    own_TV = torch.cat(_gathered(torch.nn.functional.linear(hidden_TH, bare.head_weight()), tp), dim=-1)
+    logits_TV = own_TV.new_empty(packed.num_tokens, own_TV.shape[1])
+    for rows_T, part_TV in zip(_gathered(own_rows_T, cp), _gathered(own_TV, cp), strict=True):
+        logits_TV[rows_T] = part_TV
+    return logits_TV
+
+
+def _gathered(values: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    parts = [torch.empty_like(values) for _ in range(group.size())]
+    dist.all_gather(parts, values, group=group)
+    return parts
 
 
 def _to_first_stage(
-    logits: Tensor | None, architecture: Architecture, context: ParallelContext, rows: int
+    logits_TV: Tensor | None, architecture: Architecture, context: ParallelContext, rows: int
 ) -> Tensor | None:
     """The last stage's logits on the replica's first rank; None elsewhere."""
     pp = context.groups.pp
-    if context.groups.tp.rank() != 0:
+    if context.groups.tp.rank() != 0 or context.groups.cp.rank() != 0:
         return None
     if pp.size() == 1:
-        return logits
-    if logits is not None:
-        dist.send(logits.float(), group=pp, group_dst=0)
+        return logits_TV
+    if logits_TV is not None:
+        dist.send(logits_TV.float(), group=pp, group_dst=0)
     if not context.is_first_stage:
         return None
     shape = (rows, architecture.padded_vocab_size(context.layout.tensor))

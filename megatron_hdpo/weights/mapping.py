@@ -50,7 +50,7 @@ class HfTensor:
 class Slot:
     """One Megatron parameter of one model.
 
-    names: under the plain-torch and the Transformer Engine spec, counted within its pipeline stage.
+    names: under the plain-torch and the Transformer Engine spec, counted within its stage.
     duplicate: the last stage's second copy of a tied embedding; it is loaded, but never exported.
     """
 
@@ -150,18 +150,22 @@ LAYER_TABLES: dict[Family, tuple[Rule, ...]] = {
 }
 
 
-def layers_of_stage(architecture: Architecture, pipeline: int, stage: int) -> range:
-    """Global indices of the decoder layers that a pipeline stage holds (equal stages)."""
-    count = architecture.num_layers // pipeline
+def layers_of_stage(architecture: Architecture, stages: int, stage: int) -> range:
+    """Global indices of the decoder layers that a stage holds (equal stages)."""
+    count = architecture.num_layers // stages
     return range(stage * count, (stage + 1) * count)
 
 
-def stage_slots(architecture: Architecture, pipeline: int, stage: int) -> Iterator[Slot]:
-    """The parameters of one pipeline stage, in the order in which they are streamed."""
-    last = stage == pipeline - 1
+def stage_slots(architecture: Architecture, stages: int, stage: int) -> Iterator[Slot]:
+    """The parameters of one stage, in the order in which they are streamed.
+
+    Stages follow one another as tokens pass them: of S pipeline ranks with C chunks each, chunk c of rank r is stage
+    c * S + r out of C * S.
+    """
+    last = stage == stages - 1
     if stage == 0:
         yield _slot(architecture, _EMBEDDING)
-    for local, layer in enumerate(layers_of_stage(architecture, pipeline, stage)):
+    for local, layer in enumerate(layers_of_stage(architecture, stages, stage)):
         for rule in LAYER_TABLES[architecture.family]:
             yield _slot(architecture, rule, f"decoder.layers.{local}.", layer)
     if last:
@@ -169,14 +173,14 @@ def stage_slots(architecture: Architecture, pipeline: int, stage: int) -> Iterat
             yield _slot(architecture, rule)
     if last and not architecture.tied:
         yield _slot(architecture, _OUTPUT)
-    if last and architecture.tied and pipeline > 1:
+    if last and architecture.tied and stages > 1:
         copy = Rule(_OUTPUT.torch_name, _OUTPUT.engine_name, _EMBEDDING.split, _EMBEDDING.sources)
         yield _slot(architecture, copy, duplicate=True)
 
 
-def all_slots(architecture: Architecture, pipeline: int) -> list[tuple[int, Slot]]:
-    """(pipeline stage, slot) of everything that is exported, each Hugging Face tensor once, in stream order."""
-    slots = ((stage, slot) for stage in range(pipeline) for slot in stage_slots(architecture, pipeline, stage))
+def all_slots(architecture: Architecture, stages: int) -> list[tuple[int, Slot]]:
+    """(stage, slot) of everything that is exported, each Hugging Face tensor once, in stream order."""
+    slots = ((stage, slot) for stage in range(stages) for slot in stage_slots(architecture, stages, stage))
     return [(stage, slot) for stage, slot in slots if not slot.duplicate]
 
 

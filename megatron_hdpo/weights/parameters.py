@@ -2,43 +2,71 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 from torch import nn
 
 from megatron_hdpo.model.architecture import Architecture
-from megatron_hdpo.model.chunks import unwrap
+from megatron_hdpo.model.chunks import chunks_of, unwrap
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.weights.errors import WeightsError, listed
 from megatron_hdpo.weights.mapping import Shard, Slot, layers_of_stage, shard_of, stage_slots
 
+Bound = dict[Slot, tuple[nn.Parameter, Shard]]
 
-def bind(
-    model: nn.Module, architecture: Architecture, context: ParallelContext
-) -> dict[Slot, tuple[nn.Parameter, Shard]]:
+
+def bind(model: nn.Module, architecture: Architecture, context: ParallelContext) -> Bound:
     """Every parameter of this rank with its slot and its part of it, in stream order.
 
     Raises WeightsError when a parameter has no slot, a slot no parameter, or their shapes differ.
     """
-    tp, pp = context.groups.tp, context.groups.pp
-    bare = unwrap(model)
-    parameters = dict(bare.named_parameters())
-    bound, missing, wrong = {}, [], _layer_mismatch(bare, layers_of_stage(architecture, pp.size(), pp.rank()))
-    for slot in stage_slots(architecture, pp.size(), pp.rank()):
+    bound: Bound = {}
+    problems = _Problems()
+    chunks = chunks_of(unwrap(model))
+    for number, chunk in enumerate(chunks):
+        stage = number * context.groups.pp.size() + context.groups.pp.rank()
+        bound |= _bind_chunk(chunk, architecture, context, len(chunks) * context.groups.pp.size(), stage, problems)
+    if lines := problems.lines():
+        tp, pp = context.groups.tp, context.groups.pp
+        where = f"rank {context.rank} (TP {tp.rank()} of {tp.size()}, PP {pp.rank()} of {pp.size()})"
+        raise WeightsError("\n".join([f"{where}: the model is not the {architecture.family} of the table", *lines]))
+    return bound
+
+
+@dataclass
+class _Problems:
+    """What a model and its table disagree on."""
+
+    missing: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """All of it, as text."""
+        return [
+            *listed("the table expects, the model lacks", self.missing),
+            *listed("the model has, the table does not know", self.unknown),
+            *listed("different in the model", self.wrong),
+        ]
+
+
+def _bind_chunk(
+    chunk: nn.Module, architecture: Architecture, context: ParallelContext, stages: int, stage: int, problems: _Problems
+) -> Bound:
+    tp = context.groups.tp
+    bound: Bound = {}
+    parameters = dict(chunk.named_parameters())
+    problems.wrong += _layer_mismatch(chunk, layers_of_stage(architecture, stages, stage))
+    for slot in stage_slots(architecture, stages, stage):
         name = next((name for name in slot.names if name in parameters), None)
         if name is None:
-            missing.append(" or ".join(sorted(set(slot.names))))
+            problems.missing.append(" or ".join(sorted(set(slot.names))))
             continue
         parameter, shard = parameters.pop(name), shard_of(architecture, slot, tp.size(), tp.rank())
         if tuple(parameter.shape) != shard.shape:
-            wrong.append(f"{name}: {tuple(parameter.shape)}, the table says {shard.shape}")
+            problems.wrong.append(f"{name}: {tuple(parameter.shape)}, the table says {shard.shape}")
         bound[slot] = (parameter, shard)
-    lines = [
-        *listed("the table expects, the model lacks", missing),
-        *listed("the model has, the table does not know", parameters),
-        *listed("different in the model", wrong),
-    ]
-    if lines:
-        where = f"rank {context.rank} (TP {tp.rank()} of {tp.size()}, PP {pp.rank()} of {pp.size()})"
-        raise WeightsError("\n".join([f"{where}: the model is not the {architecture.family} of the table", *lines]))
+    problems.unknown += parameters
     return bound
 
 

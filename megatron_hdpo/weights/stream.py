@@ -15,10 +15,9 @@ from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.weights.errors import WeightsError
 from megatron_hdpo.weights.mapping import Shard, Slot, all_slots, shard_of
-from megatron_hdpo.weights.parameters import bind
+from megatron_hdpo.weights.parameters import Bound, bind
 
 Receivers = Literal["all", "leader"]
-Bound = dict[Slot, tuple[nn.Parameter, Shard]]
 
 
 def stream_hf(
@@ -47,7 +46,8 @@ def stream_hf(
 
 @dataclass(frozen=True)
 class Bucket:
-    """Consecutive parameters of one pipeline stage that are exchanged together."""
+    """Consecutive parameters of one stage (of a pipeline rank's chunk, where it has several) that are exchanged
+    together."""
 
     stage: int
     slots: tuple[Slot, ...]
@@ -73,22 +73,26 @@ class WeightGatherer:
         self.architecture, self.context, self.to = architecture, context, to
         self.bound: Bound = bind(model, architecture, context)
         self.dtype = _common_dtype(self.bound, context)
-        self.buckets = plan_buckets(architecture, context.groups.pp.size(), bucket_bytes // self.dtype.itemsize)
+        stages = context.groups.pp.size() * context.layout.virtual_stages
+        self.buckets = plan_buckets(architecture, stages, bucket_bytes // self.dtype.itemsize)
 
     def gather(self, bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
         """Exchange one bucket now; the result yields its (name, full tensor) pairs, or nothing on a non-receiver."""
         flat = self._local_shards(bucket)
-        gathered = (_to_all if self.to == "all" else _to_leader)(flat, bucket.stage, self.context)
+        owner = bucket.stage % self.context.groups.pp.size()
+        gathered = (_to_all if self.to == "all" else _to_leader)(flat, owner, self.context)
         if self.to == "all":
             self._check_tied_copy(bucket, flat)
-        return iter(()) if gathered is None else _assemble(self.architecture, bucket, gathered)
+        if gathered is None or not is_receiver(self.context, self.to):
+            return iter(())
+        return _assemble(self.architecture, bucket, gathered)
 
     def _local_shards(self, bucket: Bucket) -> Tensor:
         """The bucket's shards back to back, [their elements]: values on the stage that owns them, room elsewhere."""
         tp = self.context.groups.tp
         sizes = [shard_of(self.architecture, slot, tp.size(), tp.rank()).numel for slot in bucket.slots]
         flat = torch.empty(sum(sizes), dtype=self.dtype, device=self.context.device)
-        if self.context.groups.pp.rank() == bucket.stage:
+        if self.context.groups.pp.rank() == bucket.stage % self.context.groups.pp.size():
             for slot, part in zip(bucket.slots, flat.split(sizes), strict=True):
                 part.copy_(self.bound[slot][0].detach().reshape(-1))
         return flat
@@ -106,10 +110,10 @@ class WeightGatherer:
                 )
 
 
-def plan_buckets(architecture: Architecture, pipeline: int, limit: int) -> list[Bucket]:
+def plan_buckets(architecture: Architecture, stages: int, limit: int) -> list[Bucket]:
     """Buckets in stream order: each at most `limit` elements in full, or one parameter that has more."""
     buckets: list[Bucket] = []
-    for stage, slot in all_slots(architecture, pipeline):
+    for stage, slot in all_slots(architecture, stages):
         alone = Bucket(stage, (slot,))
         if buckets and buckets[-1].stage == stage and buckets[-1].numel + alone.numel <= limit:
             buckets[-1] = Bucket(stage, (*buckets[-1].slots, slot))
@@ -120,7 +124,7 @@ def plan_buckets(architecture: Architecture, pipeline: int, limit: int) -> list[
 
 def is_receiver(context: ParallelContext, to: Receivers) -> bool:
     """Whether `stream_hf(to=...)` yields tensors on this rank."""
-    return to == "all" or (context.groups.tp.rank() == 0 and context.groups.pp.rank() == 0)
+    return to == "all" or context.is_replica_leader
 
 
 def _common_dtype(bound: Bound, context: ParallelContext) -> torch.dtype:
@@ -130,11 +134,11 @@ def _common_dtype(bound: Bound, context: ParallelContext) -> torch.dtype:
     return dtypes.pop()
 
 
-def _to_all(flat: Tensor, stage: int, context: ParallelContext) -> Tensor:
+def _to_all(flat: Tensor, owner: int, context: ParallelContext) -> Tensor:
     """Shards of all tensor-parallel ranks, [TP, elements], on every rank. PP moves shards, TP then joins them."""
     tp, pp = context.groups.tp, context.groups.pp
     if pp.size() > 1:
-        dist.broadcast(flat, group=pp, group_src=stage)
+        dist.broadcast(flat, group=pp, group_src=owner)
     if tp.size() == 1:
         return flat[None]
     gathered = flat.new_empty(tp.size() * len(flat))
@@ -142,15 +146,15 @@ def _to_all(flat: Tensor, stage: int, context: ParallelContext) -> Tensor:
     return gathered.view(tp.size(), -1)
 
 
-def _to_leader(flat: Tensor, stage: int, context: ParallelContext) -> Tensor | None:
+def _to_leader(flat: Tensor, owner: int, context: ParallelContext) -> Tensor | None:
     """Shards of all tensor-parallel ranks, [TP, elements], on the replica's first rank; None elsewhere."""
     tp, pp = context.groups.tp, context.groups.pp
-    if stage > 0 and pp.rank() == stage:
+    if owner > 0 and pp.rank() == owner:
         dist.send(flat, group=pp, group_dst=0)
     if pp.rank() > 0:
         return None
-    if stage > 0:
-        dist.recv(flat, group=pp, group_src=stage)
+    if owner > 0:
+        dist.recv(flat, group=pp, group_src=owner)
     if tp.size() == 1:
         return flat[None]
     gathered = flat.new_empty(tp.size(), len(flat)) if tp.rank() == 0 else None

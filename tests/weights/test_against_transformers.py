@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ from megatron_hdpo.weights.load import load_hf
 from megatron_hdpo.weights.logprobs import packed_logprobs
 
 LENGTHS = (1, 37, 5, 120)
+SEQUENCE: dict[str, Any] = {"tensor": 2, "sequence": True}
+TWO_RANKS: list[dict[str, Any]] = [{}, {"tensor": 2}, SEQUENCE, {"pipeline": 2, "virtual_stages": 2}, {"context": 2}]
+FOUR_RANKS = [{"tensor": 2, "pipeline": 2}, SEQUENCE | {"pipeline": 2}, SEQUENCE | {"context": 2}]
 
 
 def _sequences() -> list[np.ndarray]:
@@ -21,17 +25,17 @@ def _sequences() -> list[np.ndarray]:
     return [generator.integers(0, 499, length) for length in LENGTHS]
 
 
-def _logprobs(checkpoints: dict[str, Path], layouts: list[tuple[int, int, bool]]) -> dict[str, list[torch.Tensor]]:
+def _logprobs(checkpoints: dict[str, Path], layouts: list[dict[str, Any]]) -> dict[str, list[torch.Tensor]]:
     """Log-probs of every case at every layout, keyed by both; from the leader alone."""
     found = {}
-    for tensor, pipeline, sequence in layouts:
-        with layout(tensor, pipeline, sequence=sequence) as context:
+    for sizes in layouts:
+        with layout(**{"tensor": 1, "pipeline": 1} | sizes) as context:
             for case, path in checkpoints.items():
                 model, architecture = build(path, context)
                 load_hf(model, architecture, context, path)
                 result = packed_logprobs(model, architecture, context, _sequences())
                 if context.rank == 0:
-                    found[f"{case} at TP {tensor}, PP {pipeline}, SP {sequence}"] = result
+                    found[f"{case} at {sizes}"] = result
     return found
 
 
@@ -53,9 +57,8 @@ def test_logprobs_equal_transformers(tmp_path: Path) -> None:
             inputs = [torch.from_numpy(ids)[None] for ids in _sequences()]
             references[case] = [torch.log_softmax(model(ids).logits[0], dim=-1) for ids in inputs]
     _check_rope_scaling_matters(checkpoints["llama_tied_rope3"], references["llama_tied_rope3"])
-    found = run_ranks(2, _logprobs, checkpoints, [(1, 1, False), (2, 1, False), (2, 1, True), (1, 2, False)])[0]
-    found |= run_ranks(4, _logprobs, checkpoints, [(2, 2, False), (2, 2, True)])[0]
-    assert len(found) == 6 * len(CASES)
+    found = run_ranks(2, _logprobs, checkpoints, TWO_RANKS)[0] | run_ranks(4, _logprobs, checkpoints, FOUR_RANKS)[0]
+    assert len(found) == len(TWO_RANKS + FOUR_RANKS) * len(CASES)
     for key, logprobs in found.items():
         for ours, theirs in zip(logprobs, references[key.split()[0]], strict=True):
             assert ours.std() > 0.5, "logits this flat would agree by luck"

@@ -15,6 +15,8 @@ from megatron_hdpo.weights.load import load_hf
 from megatron_hdpo.weights.mapping import tensors
 from megatron_hdpo.weights.stream import stream_hf
 
+TWO_CHUNKS = {"virtual_stages": 2}
+
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
@@ -40,9 +42,9 @@ def _check_stream(path: Path, context, dtype: str, wrapped: bool, to: str, bucke
         assert torch.equal(value, expected[name].to(value.dtype)), f"{path.name} {name}"
 
 
-def _round_trips(checkpoints: dict[str, Path], layouts: list[tuple[int, int]]) -> None:
-    for tensor, pipeline in layouts:
-        with layout(tensor, pipeline) as context:
+def _round_trips(checkpoints: dict[str, Path], layouts: list[tuple[int, int, dict[str, int]]]) -> None:
+    for tensor, pipeline, rest in layouts:
+        with layout(tensor, pipeline, **rest) as context:
             for index, path in enumerate(checkpoints.values()):
                 wrapped, bucket = index % 2 == 0, (1, 10_000, 2**26)[index % 3]
                 _check_stream(path, context, "float32", wrapped, "all", bucket)
@@ -51,12 +53,12 @@ def _round_trips(checkpoints: dict[str, Path], layouts: list[tuple[int, int]]) -
 
 
 def test_one_rank(checkpoints: dict[str, Path]) -> None:
-    run_ranks(1, _round_trips, checkpoints, [(1, 1)])
+    run_ranks(1, _round_trips, checkpoints, [(1, 1, {})])
 
 
 def test_two_ranks(checkpoints: dict[str, Path]) -> None:
-    run_ranks(2, _round_trips, checkpoints, [(2, 1), (1, 2), (1, 1)])
+    run_ranks(2, _round_trips, checkpoints, [(2, 1, {}), (1, 2, {}), (1, 2, TWO_CHUNKS), (1, 1, {"context": 2})])
 
 
 def test_four_ranks(checkpoints: dict[str, Path]) -> None:
-    run_ranks(4, _round_trips, checkpoints, [(2, 2), (1, 4), (1, 2)])
+    run_ranks(4, _round_trips, checkpoints, [(2, 2, TWO_CHUNKS), (1, 4, {}), (1, 2, {}), (1, 2, {"context": 2})])
