@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_hdpo.checkpoint.store import Memory
-from megatron_hdpo.model.packing import split_by_tokens
+from megatron_hdpo.model.packing import split_by_cost
 from megatron_hdpo.model.policy import Policy, TrainingError, share_examples
 from megatron_hdpo.model.scoring import Answered, in_waves
 from megatron_hdpo.objectives.interface import (
@@ -23,6 +23,7 @@ from megatron_hdpo.objectives.interface import (
 from megatron_hdpo.rollout.types import Group
 from megatron_hdpo.teachers.teacher import PolicyTeacher, Teacher
 from megatron_hdpo.tracking.console import Console
+from megatron_hdpo.tracking.work import StepWork
 
 _PHASES = {"policy": "score", "teacher": "teacher", "reference": "reference"}
 Answers = dict[ScoringKey, Score]
@@ -52,12 +53,14 @@ class Learner:
         self.console = console
         self.updates_per_step = updates_per_step
         self.max_skipped_updates = max_skipped_updates
+        self.work = StepWork()
         self._skipped_in_a_row = 0
 
     def learn(self, groups: Sequence[Group], step: int) -> dict[str, float]:
         """Update the policy on the groups of the step (the same list on every rank); returns its metrics."""
         self.objective.begin_step(step, groups)
         examples, teacher_head, metrics = self._plan(self._share(groups))
+        self.work.trained(self.policy.architecture, examples)
         updates = []
         with self.console.phase("train", total=self._tokens(examples), unit="tok") as phase:
             for update in range(self.updates_per_step):
@@ -96,10 +99,11 @@ class Learner:
             )
 
     def _share(self, groups: Sequence[Group]) -> list[Group]:
-        """The groups of this data-parallel replica: whole groups, token sums nearly equal between replicas."""
-        costs = [sum(s.length + len(g.prompt_ids) for s in (*g.samples, *g.privileged)) for g in groups]
+        """The groups of this data-parallel replica: whole groups, nearly equal work for all replicas."""
+        cost = self.policy.architecture.forward_cost
+        costs = [sum(cost(s.length + len(g.prompt_ids)) for s in (*g.samples, *g.privileged)) for g in groups]
         context = self.policy.context
-        return [groups[i] for i in split_by_tokens(costs, context.dp_size)[context.dp_rank]]
+        return [groups[i] for i in split_by_cost(costs, context.dp_size)[context.dp_rank]]
 
     def _plan(self, groups: Sequence[Group]) -> tuple[list[Example], Tensor | None, dict[str, float]]:
         """This replica's examples, the head of the teacher whose hidden states are their targets, and the objective's
@@ -115,7 +119,7 @@ class Learner:
     def _totals(self, groups: Sequence[Group], scores: Mapping[ScoringKey, Score]) -> dict[str, float]:
         """The objective's sums, over all replicas. One rank speaks for each replica: one that has the scores."""
         context = self.policy.context
-        speaks = context.is_last_stage and context.groups.tp.rank() == 0
+        speaks = context.is_last_stage and context.groups.tp.rank() == context.groups.cp.rank() == 0
         parts = context.gather_objects(self.objective.totals(groups, scores) if speaks else {})
         return {name: sum(part.get(name, 0.0) for part in parts) for part in parts for name in part}
 
@@ -140,6 +144,7 @@ class Learner:
             self._holder(weights).scorer() as scorer,
         ):
             scores = scorer.score(scorings, phase.advance, answered)
+            self.work.scored(scorer.architecture, scorings)
             # A copy: the update that follows moves the policy's own head, and takes the teacher's from the device.
             keeps = self.policy.context.is_last_stage and any(s.hidden for s in scorings)
             return scores, scorer.head_copy(self.policy.head_rows) if keeps else None

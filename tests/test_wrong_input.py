@@ -607,9 +607,9 @@ CHECKPOINT = "{folder}/run/checkpoints/step_00000002"
 RESUMED = [
     Wrong(
         "checkpoint of another layout",
-        f"CheckpointError: {CHECKPOINT} was written at tensor x pipeline = 1 x 1, this run has 2 x 1: the optimizer's "
-        "state cannot change its layout. Start a new run from the exported Hugging Face checkpoint, or resume at the "
-        "old layout",
+        f"CheckpointError: {CHECKPOINT} was written at tensor=1 (parallel section), this run has tensor=2: the "
+        "optimizer's state cannot change its layout. Start a new run from the exported Hugging Face checkpoint, or "
+        "resume at the old layout",
         ["parallel.tensor=2"],
         ranks=2,
     ),

@@ -63,6 +63,20 @@ class RunState:
     pipeline_parallel: int
     architecture: dict[str, Any]
     memory: dict[str, Any] = field(default_factory=dict)
+    virtual_stages: int = 1
+    expert_parallel: int = 1
+    expert_tensor_parallel: int = 1
+
+    @property
+    def layout(self) -> dict[str, int]:
+        """What the optimizer's state is tied to, by the recipe's keys."""
+        return {
+            "tensor": self.tensor_parallel,
+            "pipeline": self.pipeline_parallel,
+            "virtual_stages": self.virtual_stages,
+            "expert": self.expert_parallel,
+            "expert_tensor": self.expert_tensor_parallel,
+        }
 
 
 class CheckpointStore:
@@ -82,12 +96,16 @@ class CheckpointStore:
         """Write the state after `step` steps; older checkpoints beyond `keep` are removed afterwards."""
         memory = memory or Memory()
         final = self.root / f"step_{step:08d}"
+        layout = self.context.layout
         state = RunState(
             step,
-            self.context.layout.tensor,
-            self.context.layout.pipeline,
+            layout.tensor,
+            layout.pipeline,
             dict(vars(policy.architecture)),
             memory.values,
+            layout.virtual_stages,
+            layout.expert,
+            layout.expert_tensor,
         )
         self._write(final, self._sharded(policy), {_STATE: json.dumps(vars(state), indent=1)}, memory.weights)
         if self.context.is_leader:
@@ -99,12 +117,13 @@ class CheckpointStore:
     def load(self, path: Path, policy: Policy) -> RunState:
         """Restore model, optimizer and schedule in place. Raises CheckpointError when the checkpoint does not fit."""
         state = read_state(path)
-        layout = self.context.layout
-        if (state.tensor_parallel, state.pipeline_parallel) != (layout.tensor, layout.pipeline):
+        now = {key: getattr(self.context.layout, key) for key in state.layout}
+        if differing := [key for key in now if now[key] != state.layout[key]]:
+            there, here = (", ".join(f"{key}={of[key]}" for key in differing) for of in (state.layout, now))
             raise CheckpointError(
-                f"{path} was written at tensor x pipeline = {state.tensor_parallel} x {state.pipeline_parallel}, this "
-                f"run has {layout.tensor} x {layout.pipeline}: the optimizer's state cannot change its layout. Start a "
-                "new run from the exported Hugging Face checkpoint, or resume at the old layout"
+                f"{path} was written at {there} (parallel section), this run has {here}: the optimizer's state cannot "
+                "change its layout. Start a new run from the exported Hugging Face checkpoint, or resume at the old "
+                "layout"
             )
         self._check_architecture(path, state, policy)
         assert policy.optimizer is not None and policy.schedule is not None
@@ -135,8 +154,16 @@ class CheckpointStore:
             ) from error
 
     def _shard_name(self) -> str:
+        """The file of this rank's shard of a teacher: ranks that hold the same weights have the same."""
         groups = self.context.groups
-        return f"teacher_tp{groups.tp.rank()}_pp{groups.pp.rank()}.pt"
+        name = f"teacher_tp{groups.tp.rank()}_pp{groups.pp.rank()}"
+        if self.context.layout.expert_ranks > self.context.layout.pipeline:
+            name += f"_ep{groups.ep.rank()}_etp{groups.expt_tp.rank()}"
+        return f"{name}.pt"
+
+    def _writes_shard(self) -> bool:
+        """True on the first of the ranks that hold the same weights. Collective."""
+        return self.context.gather_objects(self._shard_name()).index(self._shard_name()) == self.context.rank
 
     def has_weights(self, name: str, origin: str = "") -> bool:
         """Whether `save_weights` has written `name` completely, and from the same origin."""
@@ -181,7 +208,7 @@ class CheckpointStore:
         self.context.barrier("checkpoint folder made")
         with self.context.megatron_calls(), torch.no_grad():
             dist_checkpointing.save(sharded, str(partial))
-        if teacher is not None and self.context.dp_rank == 0:  # replicas hold the same
+        if self._writes_shard() and teacher is not None:
             torch.save(teacher, partial / self._shard_name())
         self.context.barrier("checkpoint written")
         if self.context.is_leader:

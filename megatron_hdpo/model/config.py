@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from megatron_hdpo.model.specs import SpecName, transformer_engine_available
 
+Layers = Annotated[int, Field(ge=0)]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -25,10 +26,37 @@ class ModelConfig(BaseModel):
         "auto",
         description="Layer spec; auto takes Transformer Engine on a GPU where it is installed, else plain torch.",
     )
-    recompute: bool = Field(False, description="Recompute every layer's activations in the backward pass.")
+    fp8: Literal["hybrid", "e4m3"] | None = Field(
+        None,
+        description="The layers' matrix products in FP8, by Transformer Engine: e4m3 throughout, or hybrid, whose "
+        "gradients are e5m2. Embedding, head, log-probs and divergences stay as they are.",
+    )
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = Field(
+        "tensorwise",
+        description="Where FP8 scales come from: delayed, a tensor's past; tensorwise, the tensor as it is; blockwise, "
+        "its blocks of 128; mxfp8, its blocks of 32 (Blackwell).",
+    )
+    fp8_param: bool = Field(False, description="Keep the weights themselves in FP8: refused, docs/precision.md why.")
+    first_last_layers_bf16: tuple[Layers, Layers] = Field(
+        (0, 0), description="With fp8: how many layers at the start and at the end of the model stay in bfloat16."
+    )
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="What the backward pass computes again to save memory: nothing, recompute_modules, or whole layers "
+        "(true and false are full and none).",
+    )
+    recompute_modules: list[Literal["core_attn", "layernorm", "mlp", "moe"]] = Field(
+        ["core_attn"], min_length=1, description="With recompute=selective: parts of a layer that are computed again."
+    )
     max_sequence: int | None = Field(
         None, ge=2, description="Longest sequence (prompt plus response); default: the model's own maximum."
     )
+
+
+    @field_validator("recompute", mode="before")
+    @classmethod
+    def _as_a_word(cls, value: Any) -> Any:
+        return ("full" if value else "none") if isinstance(value, bool) else value
 
 
 class ModelError(ValueError):

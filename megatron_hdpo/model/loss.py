@@ -46,13 +46,13 @@ def micro_batch_loss(
 
     hidden_NH: what the head reads at the rows of the N response tokens, whole on every tensor-parallel rank; its
     gradient comes back complete. head_weight_VH: this rank's shard of the head. Logits exist for `head_chunk` tokens
-    at a time. All ranks of the tensor-parallel group must call it together, also with N = 0.
+    at a time. All ranks of the tensor- and context-parallel groups must call it together, also with N = 0.
     """
     sums: dict[str, Tensor] = {}
     shift_N = None
     if spec.surrogate.ratio == "sequence" and inputs.moved:
         own_N = _own_logprobs(hidden_NH, head_weight_VH, batch, spec.temperature, groups, vocab_size, head_chunk)
-        shift_N = _sequence_shift(own_N, inputs, batch)
+        shift_N = _sequence_shift(own_N, inputs, batch, groups)
 
     def objective(losses: Losses, places: Tensor) -> Tensor:
         shift = None if shift_N is None else shift_N[places]
@@ -113,11 +113,11 @@ def _own_logprobs(
     return torch.cat(parts)
 
 
-def _sequence_shift(own_N: Tensor, inputs: LossInputs, batch: MicroBatch) -> Tensor:
+def _sequence_shift(own_N: Tensor, inputs: LossInputs, batch: MicroBatch, groups: ProcessGroupCollection) -> Tensor:
     """What to add to a token's log-ratio to make it its response's mean log-ratio."""
-    log_ratio_N = torch.where(inputs.old_N.isnan(), 0.0, own_N - inputs.old_N)
-    parts = log_ratio_N.split(batch.responses)
-    return torch.cat([part.sum() / max(len(part), 1) - part for part in parts])
+    log_ratio = batch.whole(torch.where(inputs.old_N.isnan(), 0.0, own_N - inputs.old_N), groups.cp)
+    parts = log_ratio.split(batch.responses)
+    return batch.own(torch.cat([part.sum() / max(len(part), 1) - part for part in parts]))
 
 
 def _chunk_loss(

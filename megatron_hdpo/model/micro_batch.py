@@ -7,22 +7,43 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_hdpo.divergence import Hidden, TopK
-from megatron_hdpo.model.packing import PackedSequences, pack
+from megatron_hdpo.model.packing import PackedSequences, RowLayout, pack
 from megatron_hdpo.objectives.interface import Example, HiddenStates, Scoring
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     """packed: prompts and responses. rows_N: the row of each response token's logits; the token itself is one row
-    further on. responses: number of tokens of each response, in order."""
+    further on. responses: number of tokens of each response, in order.
+
+    Under context parallelism the N tokens are those whose logits this rank has; places_N: their places among all
+    response tokens (None: they are all). `responses` counts the tokens of all ranks.
+    """
 
     packed: PackedSequences
     rows_N: Tensor
     sampled_ids_N: Tensor
     responses: tuple[int, ...]
+    places_N: Tensor | None = None
+
+    def own(self, values: Tensor) -> Tensor:
+        """Of values for all response tokens [all, ...]: those of this rank's."""
+        return values if self.places_N is None else values.index_select(0, self.places_N.to(values.device))
+
+    def whole(self, values: Tensor, group: ProcessGroup) -> Tensor:
+        """Values [N, ...] of the context-parallel ranks joined to those of all response tokens, on every rank.
+        Collective over the group."""
+        if self.places_N is None:
+            return values
+        joined = values.new_zeros(sum(self.responses), *values.shape[1:])
+        joined[self.places_N] = values  # every place is one rank's: the sum is exact
+        dist.all_reduce(joined, group=group)
+        return joined
 
 
 @dataclass(frozen=True)
@@ -50,39 +71,61 @@ class LossInputs:
 
 
 def response_micro_batch(
-    prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], device: torch.device, multiple: int
+    prompts: Sequence[np.ndarray],
+    responses: Sequence[np.ndarray],
+    device: torch.device,
+    layout: RowLayout | None = None,
 ) -> MicroBatch:
     """Pack prompt + response pairs. The last prompt token predicts the first response token."""
     sequences = [np.concatenate([prompt, response]) for prompt, response in zip(prompts, responses, strict=True)]
-    packed = pack(sequences, device, multiple)
+    packed = pack(sequences, device, layout)
     rows = [
         start + len(prompt) - 1 + np.arange(len(response))
         for start, prompt, response in zip(packed.starts, prompts, responses, strict=True)
     ]
-    rows_N = torch.from_numpy(_concatenate(rows, np.int64)).to(device)
-    sampled = torch.from_numpy(_concatenate(responses, np.int64)).to(device)
-    return MicroBatch(packed, rows_N, sampled, tuple(len(response) for response in responses))
+    places, own = packed.own(_concatenate(rows, np.int64))
+    sampled = _concatenate(responses, np.int64)[places]
+    shared = layout is not None and layout.context > 1
+    return MicroBatch(
+        packed,
+        torch.from_numpy(own).to(device),
+        torch.from_numpy(sampled).to(device),
+        tuple(len(response) for response in responses),
+        torch.from_numpy(places).to(device) if shared else None,
+    )
 
 
-def example_micro_batch(examples: Sequence[Example], device: torch.device, multiple: int) -> MicroBatch:
+def example_micro_batch(
+    examples: Sequence[Example], device: torch.device, layout: RowLayout | None = None
+) -> MicroBatch:
     """The token side of a micro-batch of examples; every pipeline stage needs it."""
-    return response_micro_batch([e.prompt_ids for e in examples], [e.response_ids for e in examples], device, multiple)
+    return response_micro_batch([e.prompt_ids for e in examples], [e.response_ids for e in examples], device, layout)
 
 
-def scoring_micro_batch(scorings: Sequence[Scoring], device: torch.device, multiple: int) -> MicroBatch:
+def scoring_micro_batch(
+    scorings: Sequence[Scoring], device: torch.device, layout: RowLayout | None = None
+) -> MicroBatch:
     """The token side of a micro-batch of scorings."""
-    return response_micro_batch([s.context_ids for s in scorings], [s.response_ids for s in scorings], device, multiple)
+    return response_micro_batch([s.context_ids for s in scorings], [s.response_ids for s in scorings], device, layout)
 
 
-def loss_inputs(examples: Sequence[Example], device: torch.device, teacher_head: Tensor | None = None) -> LossInputs:
+def loss_inputs(
+    examples: Sequence[Example],
+    device: torch.device,
+    teacher_head: Tensor | None = None,
+    places_N: Tensor | None = None,
+) -> LossInputs:
     """The numbers of a micro-batch of examples; only the last pipeline stage needs them.
 
     teacher_head: [V / tp, H], for targets that are hidden states; those stay on the host until their loss is made.
+    places_N: the response tokens that are wanted (`MicroBatch.places_N`); None: all.
     """
+    places = None if places_N is None else places_N.cpu().numpy()
 
     def tokens(read: Callable[[Example], np.ndarray | None], missing: float) -> Tensor:
         parts = [np.full(len(e.response_ids), missing) if (v := read(e)) is None else v for e in examples]
-        return torch.from_numpy(_concatenate(parts, np.float32)).to(device)
+        values = _concatenate(parts, np.float32)
+        return torch.from_numpy(values if places is None else values[places]).to(device)
 
     return LossInputs(
         advantages_N=tokens(lambda e: e.advantages_T, 0.0),
@@ -92,28 +135,46 @@ def loss_inputs(examples: Sequence[Example], device: torch.device, teacher_head:
         distill_weights_N=tokens(lambda e: e.distill_weights_T, 0.0),
         reference_N=tokens(lambda e: e.reference_logprobs_T, np.nan),
         moved=any(e.old_logprobs_T is not None for e in examples),
-        target=_target(examples, device, teacher_head),
+        target=_target(examples, device, teacher_head, places),
     )
 
 
-def _target(examples: Sequence[Example], device: torch.device, teacher_head: Tensor | None) -> TopK | Hidden | None:
+def _target(
+    examples: Sequence[Example], device: torch.device, teacher_head: Tensor | None, places: np.ndarray | None
+) -> TopK | Hidden | None:
     starts = np.cumsum([0, *(len(e.response_ids) for e in examples)])
     aimed = [(start, e.target) for start, e in zip(starts, examples, strict=False) if e.target is not None]
     if not aimed:
         return None
+    spans = [
+        (start, len(target.hidden_TH if isinstance(target, HiddenStates) else target.ids_TK)) for start, target in aimed
+    ]
+    kept, rows = _own_rows(_rows(spans), places)
+    if not len(kept):
+        return None
     if isinstance(aimed[0][1], HiddenStates):
         assert teacher_head is not None
-        hidden = [(start, target.hidden_TH) for start, target in aimed]
-        rows = _rows((start, len(states)) for start, states in hidden)
-        return Hidden(torch.cat([states for _, states in hidden]), teacher_head, rows)
-    rows = _rows((start, len(target.ids_TK)) for start, target in aimed)
-    ids = np.concatenate([target.ids_TK for _, target in aimed]).astype(np.int64)
-    logprobs = np.concatenate([target.logprobs_TK for _, target in aimed])
-    return TopK(torch.from_numpy(ids).to(device), torch.from_numpy(logprobs).to(device), rows.to(device))
+        hidden = torch.cat([target.hidden_TH for _, target in aimed])
+        return Hidden(
+            hidden if places is None else hidden[torch.from_numpy(kept)], teacher_head, torch.from_numpy(rows)
+        )
+    ids = np.concatenate([target.ids_TK for _, target in aimed]).astype(np.int64)[kept]
+    logprobs = np.concatenate([target.logprobs_TK for _, target in aimed])[kept]
+    return TopK(
+        torch.from_numpy(ids).to(device), torch.from_numpy(logprobs).to(device), torch.from_numpy(rows).to(device)
+    )
 
 
-def _rows(spans: Iterable[tuple[int, int]]) -> Tensor:
-    return torch.from_numpy(np.concatenate([start + np.arange(length) for start, length in spans]))
+def _own_rows(rows: np.ndarray, places: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Of a target's rows (among all response tokens): which of them are wanted, and their rows among the wanted."""
+    if places is None:
+        return np.arange(len(rows)), rows
+    kept = np.flatnonzero(np.isin(rows, places))
+    return kept, np.searchsorted(places, rows[kept])
+
+
+def _rows(spans: Iterable[tuple[int, int]]) -> np.ndarray:
+    return np.concatenate([start + np.arange(length) for start, length in spans])
 
 
 def _concatenate(parts: Sequence[np.ndarray], dtype: type) -> np.ndarray:

@@ -1,18 +1,24 @@
 """Small torch modules for Megatron's extension points, where the stock ones refuse what training needs.
 
-The stock norm refuses sequence parallelism; the stock attention refuses packed sequences.
+The stock norm refuses sequence parallelism; the stock attention refuses packed sequences and context parallelism.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from megatron_hdpo.model.packing import own_rows
 
 
 class RMSNorm(torch.nn.Module):
@@ -38,13 +44,21 @@ class PackedAttention(MegatronModule):
 
     Packed (thd): query [T, heads, d], key and value [T, kv heads, d]; sequence i is rows cu_seqlens[i]:cu_seqlens[i+1]
     and no token attends outside its own. Plain: [s, b, heads, d].
+    Under context parallelism (packed only) T are this rank's rows, two chunks of every sequence; keys and values of all
+    rows are gathered.
     """
 
     def __init__(
-        self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **_: Any
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        **_: Any,
     ) -> None:
         super().__init__(config=config)
         self.softmax_scale = softmax_scale
+        self.cp_group = None if pg_collection is None or config.context_parallel_size == 1 else pg_collection.cp
 
     def forward(
         self,
@@ -60,14 +74,52 @@ class PackedAttention(MegatronModule):
         if attention_bias is not None:
             raise NotImplementedError("PackedAttention has no attention bias")
         if packed_seq_params is None:
+            if self.cp_group is not None:
+                raise NotImplementedError("context parallelism is for packed sequences")
             out_bhsd = self._causal(*(x.permute(1, 2, 0, 3) for x in (query, key, value)))
             return out_bhsd.permute(2, 0, 1, 3).flatten(2)
-        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
-        parts = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
-        outputs = [self._causal(*(x.transpose(0, 1)[None] for x in part))[0].transpose(0, 1) for part in parts]
-        return torch.cat(outputs).flatten(1)
+        boundaries = packed_seq_params.cu_seqlens_q.cpu().numpy()
+        if self.cp_group is not None:
+            return self._over_context_ranks(query, key, value, boundaries).flatten(1)
+        parts = zip(*(x.split(np.diff(boundaries).tolist()) for x in (query, key, value)), strict=True)
+        return torch.cat([self._of_sequence(*part) for part in parts]).flatten(1)
+
+    def _over_context_ranks(self, query: Tensor, key: Tensor, value: Tensor, boundaries: np.ndarray) -> Tensor:
+        """Each of this rank's chunks of queries against all keys of its sequence up to the chunk's end."""
+        ranks, rank = self.cp_group.size(), self.cp_group.rank()
+        key, value = self._all_rows(torch.cat([key, value], dim=-1), boundaries).chunk(2, dim=-1)
+        outputs, done = [], 0
+        for start, stop in pairwise(boundaries.tolist()):
+            chunk = (stop - start) // (2 * ranks)
+            for index in (rank, 2 * ranks - 1 - rank):
+                seen = slice(start, start + (index + 1) * chunk)
+                outputs.append(self._of_sequence(query[done : done + chunk], key[seen], value[seen]))
+                done += chunk
+        return torch.cat(outputs)
+
+    def _all_rows(self, own: Tensor, boundaries: np.ndarray) -> Tensor:
+        """Rows of all context-parallel ranks in the order of the sequences; in the backward pass each rank gets the sum
+        over ranks of the gradients of its own rows."""
+        gathered = gather_from_sequence_parallel_region(own, tensor_parallel_output_grad=True, group=self.cp_group)
+        ranks = self.cp_group.size()
+        order = np.argsort(np.concatenate([own_rows(boundaries, ranks, rank) for rank in range(ranks)]))
+        return gathered.index_select(0, torch.from_numpy(order).to(own.device))
+
+    def _of_sequence(self, query_thd: Tensor, key_thd: Tensor, value_thd: Tensor) -> Tensor:
+        """Attention of the last rows of one sequence; the last query sees every key."""
+        return self._causal(*(x.transpose(0, 1)[None] for x in (query_thd, key_thd, value_thd)))[0].transpose(0, 1)
 
     def _causal(self, query_bhsd: Tensor, key_bhsd: Tensor, value_bhsd: Tensor) -> Tensor:
+        queries, keys = query_bhsd.shape[2], key_bhsd.shape[2]
+        mask = None
+        if queries < keys:  # torch's own causal mask is for the first rows of a sequence
+            mask = torch.ones(queries, keys, dtype=torch.bool, device=query_bhsd.device).tril(keys - queries)
         return F.scaled_dot_product_attention(
-            query_bhsd, key_bhsd, value_bhsd, is_causal=True, enable_gqa=True, scale=self.softmax_scale
+            query_bhsd,
+            key_bhsd,
+            value_bhsd,
+            attn_mask=mask,
+            is_causal=mask is None,
+            enable_gqa=True,
+            scale=self.softmax_scale,
         )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -11,11 +13,38 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 
 @dataclass(frozen=True)
+class RowLayout:
+    """How ranks share the rows of a packed micro-batch.
+
+    multiple: what the rows of one context-parallel rank are a multiple of (sequence parallelism: TP). context,
+    context_rank: context-parallel ranks that share every sequence, and which of them this is.
+    """
+
+    multiple: int = 1
+    context: int = 1
+    context_rank: int = 0
+
+    @property
+    def chunks(self) -> int:
+        """Equal chunks that a sequence is cut into: each rank takes one from its beginning and one from its end, so
+        that causal attention costs all of them the same."""
+        return 1 if self.context == 1 else 2 * self.context
+
+    def padded(self, length: int) -> int:
+        """Rows that a sequence of `length` tokens takes over all ranks."""
+        return length + -length % self.chunks
+
+
+@dataclass(frozen=True)
 class PackedSequences:
     """One micro-batch: sequences back to back in one row, padded at its end by a sequence of its own.
 
+    Under context parallelism each sequence is padded at its own end too, where causal attention keeps the padding from
+    being seen, and `tokens_T`, `positions_T` are the rows of this rank; everything else counts the rows of all.
+
     tokens_T, positions_T: int64 [T]. cu_seqlens: int32 [number of sequences + 1], the padding's included.
     starts: row at which each real sequence begins. longest: rows of the longest sequence, the padding's included.
+    num_tokens: rows of the micro-batch, padding included. own_rows_T: which of those this rank has, int64 [T].
     """
 
     tokens_T: torch.Tensor
@@ -23,11 +52,8 @@ class PackedSequences:
     cu_seqlens: torch.Tensor
     starts: tuple[int, ...]
     longest: int
-
-    @property
-    def num_tokens(self) -> int:
-        """Rows of the micro-batch, padding included."""
-        return len(self.tokens_T)
+    num_tokens: int
+    own_rows_T: np.ndarray
 
     def packed_seq_params(self) -> PackedSeqParams:
         """Megatron's description of the boundaries (thd)."""
@@ -39,27 +65,53 @@ class PackedSequences:
             max_seqlen_kv=self.longest,
         )
 
+    def own(self, rows_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of some rows of the micro-batch: the places in `rows_N` of those that this rank has, and their local rows."""
+        local = np.full(self.num_tokens, -1)
+        local[self.own_rows_T] = np.arange(len(self.own_rows_T))
+        places = np.flatnonzero(local[rows_N] >= 0)
+        return places, local[rows_N[places]]
 
-def pack(sequences: Sequence[np.ndarray], device: torch.device, multiple: int = 1) -> PackedSequences:
-    """Lay int token sequences back to back on `device`, rows rounded up to `multiple` (sequence parallelism: TP).
 
-    No sequence at all is allowed and gives `multiple` rows of padding: a rank without work still joins every
-    collective.
+def pack(sequences: Sequence[np.ndarray], device: torch.device, rows: RowLayout | None = None) -> PackedSequences:
+    """Lay int token sequences back to back on `device`.
+
+    No sequence at all is allowed and gives a padding of its own: a rank without work still joins every collective.
     """
-    lengths = [len(ids) for ids in sequences]
+    rows = rows or RowLayout()
+    whole = math.lcm(rows.chunks, rows.context * rows.multiple)
+    lengths = [rows.padded(len(ids)) for ids in sequences]
     total = sum(lengths)
-    padding = -total % multiple if total else max(multiple, 1)
+    padding = -total % whole if total else whole
     all_lengths = [*lengths, padding] if padding else lengths
-    tokens = np.concatenate([*sequences, np.zeros(padding, dtype=np.int64)]).astype(np.int64)
-    positions = np.concatenate([np.arange(length) for length in all_lengths])
     boundaries = np.concatenate([[0], np.cumsum(all_lengths)])
+    tokens = np.zeros(boundaries[-1], dtype=np.int64)
+    for start, ids in zip(boundaries, sequences, strict=False):
+        tokens[start : start + len(ids)] = ids
+    positions = np.concatenate([np.arange(length) for length in all_lengths])
+    own = own_rows(boundaries, rows.context, rows.context_rank)
     return PackedSequences(
-        tokens_T=torch.from_numpy(tokens).to(device),
-        positions_T=torch.from_numpy(positions).to(device),
+        tokens_T=torch.from_numpy(tokens[own]).to(device),
+        positions_T=torch.from_numpy(positions[own]).to(device),
         cu_seqlens=torch.from_numpy(boundaries.astype(np.int32)).to(device),
         starts=tuple(int(start) for start in boundaries[: len(lengths)]),
         longest=max(all_lengths),
+        num_tokens=int(boundaries[-1]),
+        own_rows_T=own,
     )
+
+
+def own_rows(boundaries: np.ndarray, context: int, rank: int) -> np.ndarray:
+    """Rows that a context-parallel rank has of sequences between `boundaries`, in its order: chunks `rank` and
+    `2 x context - 1 - rank` of each sequence, as Megatron and Transformer Engine cut them."""
+    if context == 1:
+        return np.arange(boundaries[-1])
+    parts = []
+    for start, stop in pairwise(boundaries):
+        chunk = (stop - start) // (2 * context)
+        for index in (rank, 2 * context - 1 - rank):
+            parts.append(start + index * chunk + np.arange(chunk))
+    return np.concatenate(parts)
 
 
 def bin_by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -84,12 +136,12 @@ def bin_by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return bins
 
 
-def split_by_tokens(lengths: Sequence[int], parts: int) -> list[list[int]]:
-    """Indices of items over `parts` ranks with nearly equal token sums: longest first to the least loaded."""
-    loads = [0] * parts
+def split_by_cost(costs: Sequence[float], parts: int) -> list[list[int]]:
+    """Indices of items over `parts` ranks with nearly equal sums of cost: the dearest first, to the least loaded."""
+    loads = [0.0] * parts
     assigned: list[list[int]] = [[] for _ in range(parts)]
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         part = loads.index(min(loads))
         assigned[part].append(index)
-        loads[part] += lengths[index]
+        loads[part] += costs[index]
     return [sorted(indices) for indices in assigned]

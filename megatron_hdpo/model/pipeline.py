@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
-from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
-from torch import Tensor
+from torch import Tensor, nn
 
-from megatron_hdpo.model.chunks import unwrap
+from megatron_hdpo.model.chunks import chunks_of, unwrap
 from megatron_hdpo.model.micro_batch import MicroBatch
-from megatron_hdpo.model.network import HeadlessGPTModel
 from megatron_hdpo.parallel.context import ParallelContext
 
 OnProgress = Callable[[int], None]
@@ -30,7 +29,7 @@ WorkT = TypeVar("WorkT", bound=HasBatch)
 
 
 def run_micro_batches(
-    ddp: DistributedDataParallel | HeadlessGPTModel,
+    ddp: nn.Module,
     context: ParallelContext,
     work: Sequence[WorkT],
     last_stage: Callable[[WorkT, Tensor], Tensor],
@@ -38,8 +37,8 @@ def run_micro_batches(
     forward_only: bool,
     on_progress: OnProgress | None = None,
 ) -> None:
-    """Run every micro-batch forward and, unless `forward_only`, backward (1F1B), and reduce the gradients at the end (a
-    bare model runs forward only).
+    """Run every micro-batch forward and, unless `forward_only`, backward (1F1B; interleaved where a rank has several
+    chunks of layers), and reduce the gradients at the end (a bare model runs forward only).
 
     last_stage: from a piece of work and the model's output on the last stage to a scalar loss, already normalised:
     gradients of micro-batches and replicas are added up. Every rank must bring the same number of micro-batches.
@@ -54,19 +53,20 @@ def run_micro_batches(
             attention_mask=None,
             packed_seq_params=packed.packed_seq_params(),
         )
-        if on_progress is not None:
+        if on_progress is not None and model is chunks[-1]:
             on_progress(packed.num_tokens)
         # Megatron wants (loss, number of tokens to divide by, values to collect).
         return output, lambda output: (last_stage(item, output), 0, {})
 
-    stages = context.groups.pp.size()
+    stages, chunks = context.groups.pp.size(), chunks_of(ddp)
     communicator = {}
     if stages > 1:
         communicator["p2p_communicator"] = P2PCommunicator(pp_group=context.groups.pp, config=unwrap(ddp).config)
-    get_forward_backward_func(pp_size=stages, vp_size=None)(
+    interleaved = len(chunks) > 1
+    get_forward_backward_func(pp_size=stages, vp_size=len(chunks) if interleaved else None)(
         forward_step_func=forward_step,
-        data_iterator=iter(work),
-        model=[ddp],
+        data_iterator=[iter(work) for _ in chunks] if interleaved else iter(work),
+        model=chunks,
         num_microbatches=len(work),
         seq_length=max(item.batch.packed.num_tokens for item in work),  # not used: lengths vary and are communicated
         micro_batch_size=1,
@@ -83,6 +83,9 @@ def finalize_without_division(model: list[Any], num_tokens: Tensor | None = None
 
 def same_number_everywhere(bins: list[list[int]], context: ParallelContext) -> list[list[int]]:
     """Bins, padded with empty ones to the largest number of any replica (at least one): replicas with different
-    numbers of micro-batches would wait for each other forever where they share experts."""
+    numbers of micro-batches would wait for each other forever where they share experts. The interleaved schedule takes
+    whole rounds of the pipeline: multiples of its number of stages."""
     most = max(1, *context.gather_objects(len(bins)))
+    if context.layout.virtual_stages > 1:
+        most += -most % context.layout.pipeline
     return bins + [[] for _ in range(most - len(bins))]

@@ -7,19 +7,18 @@ of this rank's data-parallel replica and run it through Megatron's pipeline sche
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_hdpo.model.architecture import Architecture
-from megatron_hdpo.model.chunks import unwrap
+from megatron_hdpo.model.chunks import ModelChunks, chunks_of, unwrap
 from megatron_hdpo.model.loss import Normalisers, micro_batch_loss
 from megatron_hdpo.model.micro_batch import (
     LossInputs,
@@ -29,7 +28,7 @@ from megatron_hdpo.model.micro_batch import (
     scoring_micro_batch,
 )
 from megatron_hdpo.model.network import HeadlessGPTModel, hidden_rows, recut_head
-from megatron_hdpo.model.packing import bin_by_tokens
+from megatron_hdpo.model.packing import RowLayout, bin_by_tokens
 from megatron_hdpo.model.pipeline import (
     OnProgress,
     finalize_without_division,
@@ -62,19 +61,24 @@ class Work:
     scorings: tuple[Scoring, ...] = ()
 
 
-class Policy:
-    """A model that scores (bare, or under Megatron's DDP), and, with an optimizer and schedule, trains (under DDP).
+OnTraining = Callable[[Sequence[Work], LossSpec], None]
 
-    micro_batch_tokens: rows of a packed micro-batch, at most. head_chunk: tokens that have logits at a time.
+
+class Policy:
+    """A model that scores (bare, or under Megatron's DDP), and, with an optimizer and schedule, trains (under DDP). It
+    may consist of chunks (`ModelChunks`).
+
+    micro_batch_tokens: rows of a packed micro-batch, over all context-parallel ranks, at most. head_chunk: tokens that
+    have logits at a time.
     vocab_size: tokens that have probability; default: the architecture's. A teacher whose vocabulary is padded further
-    than the student's takes the student's.
+    than the student's takes the student's. on_training: told of the micro-batches of every step before they are run.
     """
 
     def __init__(
         self,
         architecture: Architecture,
         context: ParallelContext,
-        ddp: DistributedDataParallel | HeadlessGPTModel,
+        ddp: nn.Module,
         micro_batch_tokens: int,
         optimizer: ChainedOptimizer | None = None,
         schedule: OptimizerParamScheduler | None = None,
@@ -84,14 +88,15 @@ class Policy:
         self.architecture = architecture
         self.context = context
         self.ddp = ddp
-        self.model: HeadlessGPTModel = unwrap(ddp)
+        self.model: HeadlessGPTModel | ModelChunks = unwrap(ddp)
         self.micro_batch_tokens = micro_batch_tokens
         self.optimizer = optimizer
         self.schedule = schedule
         self.head_chunk = head_chunk
         self.vocab_size = vocab_size or architecture.vocab_size
+        self.on_training: OnTraining | None = None
         self.model.config.finalize_model_grads_func = finalize_without_division
-        self._rows_multiple = context.layout.tensor if context.layout.sequence else 1
+        self._rows = row_layout(context)
 
     def score(
         self,
@@ -132,12 +137,12 @@ class Policy:
             by_settings.setdefault(settings_of(scoring, answered.asked), []).append(i)
         bins = []
         for members in by_settings.values():
-            lengths = [len(scorings[i].context_ids) + len(scorings[i].response_ids) for i in members]
+            lengths = [self._rows.padded(len(scorings[i].context_ids) + len(scorings[i].response_ids)) for i in members]
             bins += [[members[j] for j in indices] for indices in bin_by_tokens(lengths, self.micro_batch_tokens)]
         return bins
 
     def _scoring_work(self, scorings: Sequence[Scoring]) -> Work:
-        batch = scoring_micro_batch(scorings, self.context.device, self._rows_multiple)
+        batch = scoring_micro_batch(scorings, self.context.device, self._rows)
         return Work(batch, scorings=tuple(scorings))
 
     def _score_step(self, scores: dict[ScoringKey, Score], answered: Answered, work: Work, output: Tensor) -> Tensor:
@@ -181,12 +186,16 @@ class Policy:
         _check_targets(examples, teacher_head)
         normalisers = self._normalisers(examples)
         live = [example for example in examples if not example.inert]
-        bins = bin_by_tokens([example.num_tokens for example in live], self.micro_batch_tokens)
+        lengths = [self._rows.padded(example.num_tokens) for example in live]
+        bins = bin_by_tokens(lengths, self.micro_batch_tokens)
         bins = same_number_everywhere(bins, self.context)
         work = [self._training_work([live[i] for i in indices], teacher_head) for indices in bins]
+        if self.on_training is not None:
+            self.on_training(work, spec)
         sums = TokenSums()
         with self.context.megatron_calls():
-            self.ddp.zero_grad_buffer()
+            for chunk in chunks_of(self.ddp):
+                chunk.zero_grad_buffer()
             if self.optimizer is not None:
                 self.optimizer.zero_grad()
             step = partial(self._loss_step, sums, spec, normalisers)
@@ -194,9 +203,10 @@ class Policy:
         return step_metrics(sums, sum(example.num_tokens for example in live), normalisers, spec, self.context)
 
     def _training_work(self, examples: Sequence[Example], teacher_head: Tensor | None) -> Work:
-        batch = example_micro_batch(examples, self.context.device, self._rows_multiple)
+        batch = example_micro_batch(examples, self.context.device, self._rows)
         last = self.context.is_last_stage
-        return Work(batch, loss_inputs(examples, self.context.device, teacher_head) if last else None)
+        inputs = loss_inputs(examples, self.context.device, teacher_head, batch.places_N) if last else None
+        return Work(batch, inputs)
 
     def _loss_step(
         self, sums: TokenSums, spec: LossSpec, normalisers: Normalisers, work: Work, output: Tensor
@@ -254,6 +264,12 @@ def _check_targets(examples: Sequence[Example], teacher_head: Tensor | None) -> 
         )
 
 
+def row_layout(context: ParallelContext) -> RowLayout:
+    """How the ranks of this run share the rows of a micro-batch."""
+    layout = context.layout
+    return RowLayout(layout.tensor if layout.sequence else 1, layout.context, context.groups.cp.rank())
+
+
 def strip(example: Example) -> Example:
     """The example without what only the loss reads: what stages before the last need to know. Reference log-probs stay:
     they tell whether the example is inert."""
@@ -268,7 +284,7 @@ def share_examples(examples: Sequence[Example] | None, context: ParallelContext)
     if context.groups.pp.size() == 1:
         assert examples is not None
         return list(examples)
-    first_of_last_stage = context.layout.model_ranks - context.layout.tensor
+    first_of_last_stage = context.layout.model_ranks - context.layout.tensor * context.layout.context
     stripped = None if examples is None else [strip(example) for example in examples]
     shared = context.broadcast_object(stripped, context.replica_host, source=first_of_last_stage)
     if examples is not None:

@@ -96,16 +96,16 @@ def score_rows(
     head_chunk: int,
 ) -> dict[ScoringKey, Score]:
     """Scores of the scorings whose responses are the N rows, in order. No more than `head_chunk` rows have logits at a
-    time. All ranks of the tensor-parallel group must call it together; all get the scores."""
+    time. All ranks of the tensor- and context-parallel groups must call it together; all get the scores."""
     if not scorings:
         return {}
     settings = settings_of(scorings[0], answered.asked)
-    rows = _Rows(settings, scorings, answered, {"group": groups.tp, "vocab_size": vocab_size})
+    rows = _Rows(settings, scorings, answered, batch, {"group": groups.tp, "vocab_size": vocab_size})
     for start in range(0, max(1, len(hidden_NH)), head_chunk):
         chunk = slice(start, start + head_chunk)
         rows.add(F.linear(hidden_NH[chunk], head_weight_VH), batch.sampled_ids_N[chunk], chunk)
-    columns = {name: _on_host(parts) for name, parts in rows.columns.items()}
-    hidden = hidden_NH.detach().cpu() if settings.hidden else None
+    columns = {name: _on_host(batch.whole(torch.cat(parts), groups.cp)) for name, parts in rows.columns.items()}
+    hidden = batch.whole(hidden_NH.detach(), groups.cp).cpu() if settings.hidden else None
     edges = np.cumsum([0, *batch.responses])
     return {
         scoring.key: _score(columns, hidden, slice(first, last))
@@ -117,16 +117,22 @@ class _Rows:
     """The answers for a micro-batch, chunk of logits by chunk of logits."""
 
     def __init__(
-        self, settings: ScoringSettings, scorings: Sequence[Scoring], answered: Answered, shard: dict[str, object]
+        self,
+        settings: ScoringSettings,
+        scorings: Sequence[Scoring],
+        answered: Answered,
+        batch: MicroBatch,
+        shard: dict[str, object],
     ) -> None:
         self.settings, self.shard = settings, shard
         self.columns: dict[str, list[Tensor]] = {}
         self.at_ids_NK, self.teacher_NH, self.head_VH = None, None, None
         if settings.at:
             tops = [answered.scores[s.at].top for s in scorings]
-            self.at_ids_NK = torch.from_numpy(np.concatenate([top.ids_TK for top in tops]).astype(np.int64))
+            ids = torch.from_numpy(np.concatenate([top.ids_TK for top in tops]).astype(np.int64))
+            self.at_ids_NK = batch.own(ids)
         if settings.kl_to is not None:
-            self.teacher_NH = torch.cat([answered.scores[s.reverse_kl_to].hidden_TH for s in scorings])
+            self.teacher_NH = batch.own(torch.cat([answered.scores[s.reverse_kl_to].hidden_TH for s in scorings]))
             self.head_VH = answered.heads[settings.kl_to]
 
     def add(self, logits_NV: Tensor, sampled_N: Tensor, rows: slice) -> None:
@@ -173,6 +179,5 @@ def _score(columns: Mapping[str, np.ndarray], hidden_NH: Tensor | None, rows: sl
     )
 
 
-def _on_host(parts: Sequence[Tensor]) -> np.ndarray:
-    whole = torch.cat(list(parts))
+def _on_host(whole: Tensor) -> np.ndarray:
     return (whole.float() if whole.is_floating_point() else whole).cpu().numpy()

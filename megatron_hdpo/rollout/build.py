@@ -58,7 +58,7 @@ def build_engine(
 def place_of(context: ParallelContext) -> Place:
     """Where this rank is, from torchrun's variables."""
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    leads = context.groups.tp.rank() == 0 and context.groups.pp.rank() == 0
+    leads = context.is_replica_leader
     return Place(context.rank, int(os.environ.get("LOCAL_RANK", "0")), local_size, leads)
 
 

@@ -219,10 +219,11 @@ def test_a_layout_is_kept_but_for_its_replicas(one, two) -> None:
         np.testing.assert_allclose(value, expected["end"][name], atol=2e-4, err_msg=name)
 
 
-@pytest.mark.parametrize(("layout", "now"), [("pp2", "1 x 2"), ("dp2", "1 x 1")])
+@pytest.mark.parametrize(("layout", "now"), [("pp2", "tensor=1, pipeline=2"), ("dp2", "tensor=1")])
 def test_another_layout_is_refused_before_anything_is_read(layout: str, now: str, seen) -> None:
     for rank in seen(layout):
-        assert f"was written at tensor x pipeline = 2 x 1, this run has {now}" in rank["refused"]
+        there = ", ".join(f"{key}={size}" for key, size in {"tensor": 2, "pipeline": 1}.items() if f"{key}=" in now)
+        assert f"was written at {there} (parallel section), this run has {now}:" in rank["refused"]
         assert "Start a new run from the exported Hugging Face checkpoint" in rank["refused"]
         assert rank["untouched"]
 

@@ -28,17 +28,27 @@ from tiny_policy import (
 from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.objectives.interface import Example
 
-# name: (world size, tensor, pipeline, sequence parallel); replicas take what is left.
-LAYOUTS: dict[str, tuple[int, int, int, bool]] = {
-    "one_rank": (1, 1, 1, False),
-    "tp2": (2, 2, 1, False),
-    "tp2_sp": (2, 2, 1, True),
-    "pp2": (2, 1, 2, False),
-    "dp2": (2, 1, 1, False),
-    "tp2_pp2": (4, 2, 2, False),
-    "tp2_pp2_sp": (4, 2, 2, True),
-    "tp2_dp2": (4, 2, 1, False),
-    "pp2_dp2": (4, 1, 2, False),
+# name: (world size, layout); replicas take what is left.
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one_rank": (1, {}),
+    "tp2": (2, {"tensor": 2}),
+    "tp2_sp": (2, {"tensor": 2, "sequence": True}),
+    "pp2": (2, {"pipeline": 2}),
+    "pp2_vp2": (2, {"pipeline": 2, "virtual_stages": 2}),
+    "cp2": (2, {"context": 2}),
+    "dp2": (2, {}),
+    "tp2_pp2": (4, {"tensor": 2, "pipeline": 2}),
+    "tp2_pp2_sp": (4, {"tensor": 2, "pipeline": 2, "sequence": True}),
+    "tp2_dp2": (4, {"tensor": 2}),
+    "pp2_dp2": (4, {"pipeline": 2}),
+    "pp2_vp2_dp2": (4, {"pipeline": 2, "virtual_stages": 2}),
+    "cp4": (4, {"context": 4}),
+    "tp2_cp2_sp": (4, {"tensor": 2, "context": 2, "sequence": True}),
+    "cp2_dp2": (4, {"context": 2}),
+    "tp2_cp2_pp2_vp2_sp": (
+        8,
+        {"tensor": 2, "context": 2, "pipeline": 2, "virtual_stages": 2, "sequence": True},
+    ),
 }
 
 
@@ -55,8 +65,7 @@ def run_layouts(names: Sequence[str], paths: dict[str, Path]) -> dict[tuple[str,
     """(layout, model, case) -> Outcome on rank 0; other ranks return digests of their tensors only."""
     outcomes: dict[tuple[str, str, str], Outcome] = {}
     for layout in names:
-        _, tensor, pipeline, sequence = LAYOUTS[layout]
-        with joined(tensor, pipeline, sequence) as context:
+        with joined(**LAYOUTS[layout][1]) as context:
             for model in models_of(layout):
                 path, cases = paths[model], CASES if model == "llama" else CASES_OF_EVERY_MODEL
                 for case, run in cases.items():
@@ -69,7 +78,7 @@ def run_layouts(names: Sequence[str], paths: dict[str, Path]) -> dict[tuple[str,
 
 
 def models_of(layout: str) -> list[str]:
-    """Every architecture on one and two ranks; on four what can differ there: untied, and tied with QK norms."""
+    """Every architecture on one and two ranks; on more what can differ there: untied, and tied with QK norms."""
     return list(MODELS) if LAYOUTS[layout][0] < 4 else ["llama", "qwen3_tied"]
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tiny_policy import make_examples
 
 from megatron_hdpo.model.micro_batch import example_micro_batch, loss_inputs, response_micro_batch, scoring_micro_batch
+from megatron_hdpo.model.packing import RowLayout
 from megatron_hdpo.objectives.interface import Scoring
 
 CPU = torch.device("cpu")
@@ -21,7 +22,7 @@ def test_every_row_predicts_its_token(lengths: list[tuple[int, int]], multiple: 
     """Row r sees its sequence up to r; what comes next must be the sampled token, for each token of each response."""
     prompts = [np.array([random.randrange(99) for _ in range(p)], dtype=np.int32) for p, _ in lengths]
     responses = [np.array([random.randrange(99) for _ in range(r)], dtype=np.int32) for _, r in lengths]
-    batch = response_micro_batch(prompts, responses, CPU, multiple)
+    batch = response_micro_batch(prompts, responses, CPU, RowLayout(multiple))
     assert batch.rows_N.dtype == batch.sampled_ids_N.dtype == torch.int64
     assert batch.responses == tuple(map(len, responses))
     packed, n = batch.packed, 0
@@ -38,7 +39,7 @@ def test_every_row_predicts_its_token(lengths: list[tuple[int, int]], multiple: 
 def test_scorings_and_examples_pack_alike() -> None:
     examples = make_examples()
     scorings = [Scoring((0, "", i, ""), e.prompt_ids, e.response_ids) for i, e in enumerate(examples)]
-    first, second = example_micro_batch(examples, CPU, 2), scoring_micro_batch(scorings, CPU, 2)
+    first, second = example_micro_batch(examples, CPU, RowLayout(2)), scoring_micro_batch(scorings, CPU, RowLayout(2))
     assert torch.equal(first.packed.tokens_T, second.packed.tokens_T)
     assert torch.equal(first.rows_N, second.rows_N)
 
@@ -66,7 +67,7 @@ def test_numbers_of_examples_lie_at_their_tokens() -> None:
 
 
 def test_a_batch_without_examples_is_padding() -> None:
-    batch, inputs = example_micro_batch([], CPU, 2), loss_inputs([], CPU)
+    batch, inputs = example_micro_batch([], CPU, RowLayout(2)), loss_inputs([], CPU)
     assert batch.packed.num_tokens == 2 and len(batch.rows_N) == 0 and batch.responses == ()
     assert inputs.target is None and inputs.advantages_N.shape == (0,)
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_hdpo.model.packing import bin_by_tokens, pack, split_by_tokens
+from megatron_hdpo.model.packing import RowLayout, bin_by_tokens, pack, split_by_cost
 
 CPU = torch.device("cpu")
 sequences_of = st.lists(st.lists(st.integers(0, 50), min_size=1, max_size=9), max_size=6)
@@ -20,7 +20,7 @@ lengths_of = st.lists(st.integers(1, 40), max_size=30)
 @settings(deadline=None)
 @given(sequences_of, st.integers(1, 4))
 def test_sequences_lie_back_to_back_with_padding_behind(sequences: list[list[int]], multiple: int) -> None:
-    packed = pack([np.array(ids, dtype=np.int32) for ids in sequences], CPU, multiple)
+    packed = pack([np.array(ids, dtype=np.int32) for ids in sequences], CPU, RowLayout(multiple))
     total = sum(map(len, sequences))
     assert packed.tokens_T.dtype == packed.positions_T.dtype == torch.int64
     assert packed.cu_seqlens.dtype == torch.int32
@@ -61,10 +61,10 @@ def test_a_sequence_over_the_budget_is_refused() -> None:
 @settings(deadline=None)
 @given(lengths_of, st.integers(1, 5))
 def test_parts_hold_everything_once_and_nearly_equal_sums(lengths: list[int], parts: int) -> None:
-    split = split_by_tokens(lengths, parts)
+    split = split_by_cost(lengths, parts)
     assert len(split) == parts
     assert sorted(i for indices in split for i in indices) == list(range(len(lengths)))
     assert all(indices == sorted(indices) for indices in split)
     loads = [sum(lengths[i] for i in indices) for indices in split]
     assert max(loads) - min(loads) <= max(lengths, default=0)
-    assert split == split_by_tokens(list(lengths), parts)
+    assert split == split_by_cost(list(lengths), parts)

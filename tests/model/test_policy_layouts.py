@@ -186,7 +186,9 @@ def test_scores_are_those_of_transformers(layout: str, model: str, worlds, paths
     for scoring in make_scorings():
         logprobs_T, entropy_T, all_TV = reference_score(theirs, scoring)
         found = [r.more["scores"][scoring.key] for r in ranks if scoring.key in r.more["scores"]]
-        assert len(found) == LAYOUTS[layout][1]  # the tensor-parallel ranks of one replica's last stage
+        split = LAYOUTS[layout][1]
+        # The tensor- and context-parallel ranks of one replica's last stage.
+        assert len(found) == split.get("tensor", 1) * split.get("context", 1)
         for score in found:
             np.testing.assert_allclose(score.logprobs_T, logprobs_T, atol=2e-5)
             np.testing.assert_allclose(score.entropy_T, entropy_T, atol=2e-5)
@@ -205,12 +207,15 @@ def _check_top(top, all_TV: np.ndarray, k: int) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_progress_counts_every_token(layout: str, worlds) -> None:
-    """Each rank reports the rows that went through its own stage, padding included: at most a row per tensor-parallel
-    rank and micro-batch."""
-    size, tensor, pipeline, _ = LAYOUTS[layout]
+    """Each rank reports the rows that went through its own stage, padding included: a row per tensor-parallel rank and
+    micro-batch, and under context parallelism two chunks' rest per sequence at most; and whole rounds of a pipeline."""
+    size, split = LAYOUTS[layout]
+    tensor, pipeline, context = (split.get(key, 1) for key in ("tensor", "pipeline", "context"))
     reported = [rank[layout, "llama", "score"].more["rows"] for rank in worlds(size)]
     total = sum(len(s.context_ids) + len(s.response_ids) for s in make_scorings())
-    assert total <= sum(reported) / (tensor * pipeline) <= total + len(make_scorings()) * tensor
+    padding = 2 * context * tensor if context > 1 else tensor
+    sequences = len(make_scorings()) + (pipeline if "virtual_stages" in split else 0)
+    assert total <= sum(reported) / (tensor * pipeline * context) <= total + 2 * sequences * padding
 
 
 def test_every_case_is_looked_at() -> None:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 
 from megatron_hdpo.model.architecture import read_architecture
 from megatron_hdpo.model.build import build_model, wrap_data_parallel
+from megatron_hdpo.model.chunks import chunks_of
 from megatron_hdpo.model.config import ModelConfig
 from megatron_hdpo.model.optimizer import OptimizerConfig, build_optimizer
 from megatron_hdpo.model.policy import Policy
@@ -66,10 +67,10 @@ def make_checkpoint(name: str, folder: Path) -> Path:
 
 
 @contextmanager
-def joined(tensor: int = 1, pipeline: int = 1, sequence: bool = False) -> Iterator[ParallelContext]:
+def joined(tensor: int = 1, pipeline: int = 1, sequence: bool = False, **more: int) -> Iterator[ParallelContext]:
     """Megatron's groups for one layout; the process group itself stays for the next."""
-    config = ParallelConfig(tensor=tensor, pipeline=pipeline, sequence=sequence, timeout_minutes=1.0)
-    context = start(config, device="cpu")
+    layout = ParallelConfig(tensor=tensor, pipeline=pipeline, sequence=sequence, **more, timeout_minutes=1.0)
+    context = start(layout, device="cpu")
     try:
         yield context
     finally:
@@ -119,11 +120,12 @@ def gradients_of(policy: Policy) -> dict[str, np.ndarray]:
 
 def _complete_over_replicas(policy: Policy) -> None:
     """The distributed optimizer leaves each replica the reduced gradients of its part of the buffer alone."""
-    group = policy.context.groups.dp
-    for buffer in policy.ddp.buffers:
-        for bucket in buffer.buckets:
-            own = bucket.grad_data.chunk(group.size())[group.rank()].clone()
-            dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
+    for chunk in chunks_of(policy.ddp):
+        for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+            group = buffer.data_parallel_group
+            for bucket in buffer.buckets:
+                own = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
 
 
 def padding_gradient(policy: Policy) -> float:

@@ -115,7 +115,7 @@ def test_loss_and_logit_gradients(moved: bool, head_chunk: int) -> None:
     device = torch.device("cpu")
     normalisers = Normalisers(sum(e.surrogate_count for e in examples), sum(e.distill_count for e in examples))
     leaf = torch.tensor(logits, requires_grad=True)
-    batch, inputs = example_micro_batch(examples, device, 1), loss_inputs(examples, device)
+    batch, inputs = example_micro_batch(examples, device), loss_inputs(examples, device)
     head = torch.eye(V, dtype=torch.float64)  # hidden states are the logits
     groups = SimpleNamespace(tp=None)
     loss, sums = micro_batch_loss(leaf, head, batch, inputs, spec, normalisers, groups, V, head_chunk)

@@ -210,7 +210,7 @@ def gradient(objective: Any, batches: list[list[Example]], logits: dict[bytes, t
     for batch in batches:
         device = torch.device("cpu")
         rows = torch.cat([logits[e.response_ids.tobytes()] for e in batch]).requires_grad_()
-        inputs = example_micro_batch(batch, device, 1), loss_inputs(batch, device)
+        inputs = example_micro_batch(batch, device), loss_inputs(batch, device)
         head, groups = torch.eye(VOCAB, dtype=torch.float64), SimpleNamespace(tp=None)
         loss, _ = micro_batch_loss(rows, head, *inputs, objective.loss, normalisers, groups, VOCAB)
         loss.backward()

@@ -1,0 +1,118 @@
+"""FP8 by Transformer Engine: what a recipe may combine, and what it asks of shapes and devices.
+
+Only the matrix products of the transformer layers run in FP8. Embedding and head belong to Megatron's own modules, which
+have none; log-probs and divergences are computed here, in float32. Nothing of FP8 has run where this was written: the
+rules are those of megatron-core 0.16.1 and Transformer Engine 2.11, read in their sources.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from megatron_hdpo.model.architecture import Architecture
+from megatron_hdpo.model.config import ModelConfig
+from megatron_hdpo.parallel.layout import ParallelConfig
+
+# Compute capability: the least that runs a recipe, and the first that does not (Transformer Engine 2.11).
+_CAPABILITIES = {
+    "delayed": ((8, 9), None, "Ada or Hopper"),
+    "tensorwise": ((8, 9), None, "Ada or Hopper"),
+    "blockwise": ((9, 0), None, "Hopper, with CUDA 12.9"),
+    "mxfp8": ((10, 0), (12, 0), "Blackwell (B200); H100 and H200 have none"),
+}
+
+
+def alignment(config: ModelConfig) -> int:
+    """What the dimensions of every FP8 matrix product must be multiples of; 1 without FP8."""
+    if config.fp8 is None:
+        return 1
+    return 32 if config.fp8_recipe == "mxfp8" else 16
+
+
+def rows_multiple(config: ModelConfig, layout: ParallelConfig) -> int:
+    """What the rows of a packed micro-batch, over all context-parallel ranks, must be a multiple of: each rank's part
+    is aligned, and whole chunks of the context-parallel split remain."""
+    sequence = layout.tensor if layout.sequence else 1
+    return math.lcm(alignment(config) * sequence * layout.context, layout.sequence_chunks)
+
+
+def precision_errors(config: ModelConfig, layout: ParallelConfig, architecture: Architecture) -> Iterator[str]:
+    """Reasons why the recipe's precision cannot be, each beginning with its key."""
+    if config.fp8_param:
+        yield (
+            "model.fp8_param: weights kept in FP8 alone are not supported: Megatron would make the fp32 main weights "
+            "from what the layers were initialised with instead of the checkpoint's, teachers that rest on the host "
+            "would not come back bit for bit, and with blockwise scales it is known to give NaN beyond TP 2. Leave it "
+            "out: model.fp8 computes in FP8 from bfloat16 weights"
+        )
+    if config.recompute == "selective" and "moe" in config.recompute_modules and not architecture.sizes.num_experts:
+        yield "model.recompute_modules: moe is for models with experts, this one is dense: use mlp"
+    if config.fp8 is None:
+        if any(config.first_last_layers_bf16):
+            yield "model.first_last_layers_bf16: all layers are bfloat16 without model.fp8"
+        return
+    yield from _fp8_errors(config, layout, architecture)
+
+
+def _fp8_errors(config: ModelConfig, layout: ParallelConfig, architecture: Architecture) -> Iterator[str]:
+    if config.spec == "torch":
+        yield "model.fp8: needs model.spec=transformer_engine; under plain torch layers it would do nothing"
+    if config.dtype != "bfloat16":
+        yield f"model.fp8: needs model.dtype=bfloat16, not {config.dtype}"
+    if config.fp8_recipe == "delayed":
+        if any(config.first_last_layers_bf16):
+            yield "model.first_last_layers_bf16: not with fp8_recipe=delayed, whose scales would miss reductions"
+        if config.recompute == "selective" and "layernorm" in config.recompute_modules:
+            yield "model.recompute_modules: layernorm cannot be recomputed with fp8_recipe=delayed"
+    per_stage = architecture.num_layers // layout.pipeline
+    if max(config.first_last_layers_bf16) > per_stage:
+        yield f"model.first_last_layers_bf16: at most the {per_stage} layers of a pipeline stage at either end"
+    yield from _size_errors(config, layout, architecture)
+
+
+def _size_errors(config: ModelConfig, layout: ParallelConfig, architecture: Architecture) -> Iterator[str]:
+    step, tensor, sizes = alignment(config), layout.tensor, architecture.sizes
+    heads = architecture.num_heads + 2 * architecture.num_kv_heads
+    dimensions = {
+        "hidden size": architecture.hidden_size,
+        "query, key and value channels of a tensor-parallel rank": heads * architecture.head_dim // tensor,
+        "attention channels of a tensor-parallel rank": architecture.num_heads * architecture.head_dim // tensor,
+    }
+    if sizes.num_experts:
+        dimensions["expert channels of a rank"] = sizes.expert_ffn_size // layout.expert_tensor
+    else:
+        dimensions["FFN channels of a tensor-parallel rank"] = sizes.ffn_size // tensor
+    for what, size in dimensions.items():
+        if size % step:
+            yield f"model.fp8: {size} {what} are no multiple of {step}, as FP8 matrix products need"
+
+
+def device_error(config: ModelConfig, device: torch.device) -> str | None:
+    """Why FP8 cannot run on this device; None where it can, or is not asked for."""
+    if config.fp8 is None:
+        return None
+    least, beyond, known = _CAPABILITIES[config.fp8_recipe]
+    if device.type != "cuda":
+        return f"model.fp8 needs a GPU: fp8_recipe={config.fp8_recipe} runs on {known}"
+    found = torch.cuda.get_device_capability(device)
+    if found < least or (beyond is not None and found >= beyond):
+        name = torch.cuda.get_device_name(device)
+        return (
+            f"model.fp8_recipe={config.fp8_recipe} does not run on {name} (compute capability {found[0]}.{found[1]}): "
+            f"it needs {least[0]}.{least[1]}, {known}"
+        )
+    return None
+
+
+def precision_warnings(config: ModelConfig) -> Iterator[str]:
+    """What deserves a word before the device is known."""
+    if config.fp8 is not None and config.fp8_recipe == "mxfp8":
+        yield "model.fp8_recipe=mxfp8 runs on Blackwell alone: on H100 and H200 the run stops when it starts"
+    if config.fp8 is not None and config.fp8_recipe == "delayed":
+        yield (
+            "model.fp8_recipe=delayed scales by earlier updates: scores taken after an update that moved activations "
+            "are quantised by scales that are one update old; tensorwise has none"
+        )
