@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_hdpo.apex import installed_apex
 from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.model.config import DTYPES, ModelConfig
 from megatron_hdpo.model.specs import SpecName
@@ -47,16 +50,42 @@ def transformer_config(
         expert_tensor_parallel_size=layout.expert_tensor,
         sequence_parallel=layout.sequence,
         variable_seq_lengths=layout.pipeline > 1,
+        overlap_p2p_comm=layout.virtual_stages > 1,
+        batch_p2p_comm=layout.virtual_stages == 1,
         moe_token_dispatcher_type="alltoall",  # the only one that Megatron admits beside variable lengths
         deallocate_pipeline_outputs=True,
         calculate_per_token_loss=True,
-        recompute_granularity="full" if config.recompute else None,
-        recompute_method="uniform" if config.recompute else None,
-        recompute_num_layers=1 if config.recompute else None,
+        **_recompute_settings(config),
+        **_fp8_settings(config),
         # Weights come from a checkpoint: initialising them would cost time and, on a CPU, the whole model per rank.
         perform_initialization=False,
         use_cpu_initialization=spec == "torch",
-        gradient_accumulation_fusion=False,
+        # Transformer Engine's layers can add weight gradients to their fp32 sums themselves, but Megatron refuses the
+        # switch for its own head unless Apex's kernel is there.
+        gradient_accumulation_fusion=spec == "transformer_engine" and installed_apex() == "whole",
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
     )
+
+
+def _recompute_settings(config: ModelConfig) -> dict[str, Any]:
+    if config.recompute == "none":
+        return {}
+    if config.recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": list(config.recompute_modules)}
+    return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+def _fp8_settings(config: ModelConfig) -> dict[str, Any]:
+    """Weights stay bfloat16: Transformer Engine makes their FP8 copies at the first micro-batch of every pass, so that
+    weights which were swapped or updated in between are seen."""
+    if config.fp8 is None:
+        return {}
+    start, end = config.first_last_layers_bf16
+    return {
+        "fp8": config.fp8,
+        "fp8_recipe": config.fp8_recipe,
+        "first_last_layers_bf16": start + end > 0,
+        "num_layers_at_start_in_bf16": start,
+        "num_layers_at_end_in_bf16": end,
+    }

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
+import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator, _p2p_ops
 from torch import Tensor, nn
 
 from megatron_hdpo.model.chunks import chunks_of, unwrap
@@ -61,7 +62,7 @@ def run_micro_batches(
     stages, chunks = context.groups.pp.size(), chunks_of(ddp)
     communicator = {}
     if stages > 1:
-        communicator["p2p_communicator"] = P2PCommunicator(pp_group=context.groups.pp, config=unwrap(ddp).config)
+        communicator["p2p_communicator"] = StageCommunicator(pp_group=context.groups.pp, config=unwrap(ddp).config)
     interleaved = len(chunks) > 1
     get_forward_backward_func(pp_size=stages, vp_size=len(chunks) if interleaved else None)(
         forward_step_func=forward_step,
@@ -74,6 +75,38 @@ def run_micro_batches(
         pg_collection=context.groups,
         **communicator,
     )
+
+
+class StageCommunicator(P2PCommunicator):
+    """Megatron's, but that two stages can tell the shapes of activations from those of gradients.
+
+    Under the interleaved schedule the two ranks of a pipeline are each other's next and previous one. Megatron's
+    exchange of shapes would then hand the shape of a gradient to who waits for an activation; its exchange of tensors
+    (`overlap_p2p_comm`) keeps them apart, and is used for the shapes too.
+    """
+
+    def _communicate_shapes(
+        self, tensor_send_next: Tensor | None, tensor_send_prev: Tensor | None, recv_prev: bool, recv_next: bool
+    ) -> tuple[list[int], list[int]]:
+        if self.pp_group.size() > 2 or self.virtual_pipeline_model_parallel_size is None:
+            return super()._communicate_shapes(tensor_send_next, tensor_send_prev, recv_prev, recv_next)
+        device = torch.cuda.current_device()
+        sent = [
+            None if t is None else torch.tensor(t.shape, device=device) for t in (tensor_send_prev, tensor_send_next)
+        ]
+        received = [torch.zeros(3, dtype=torch.int64, device=device) for _ in range(2)]
+        requests = _p2p_ops(
+            tensor_send_prev=sent[0],
+            tensor_recv_prev=received[0] if recv_prev else None,
+            tensor_send_next=sent[1],
+            tensor_recv_next=received[1] if recv_next else None,
+            group=self.pp_group,
+            prev_pipeline_rank=self.prev_rank,
+            next_pipeline_rank=self.next_rank,
+        )
+        for request in requests.values():
+            request.wait()
+        return received[0].tolist(), received[1].tolist()
 
 
 def finalize_without_division(model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
