@@ -19,6 +19,7 @@ from megatron_hdpo.config_errors import error_lines
 from megatron_hdpo.data.load import DataConfig
 from megatron_hdpo.data.tasks import TaskConfig
 from megatron_hdpo.evaluation.evaluate import EvaluationConfig
+from megatron_hdpo.health.config import HealthConfig
 from megatron_hdpo.model.architecture import Architecture, ArchitectureError, read_architecture
 from megatron_hdpo.model.config import ModelConfig
 from megatron_hdpo.model.optimizer import OptimizerConfig
@@ -31,6 +32,7 @@ from megatron_hdpo.selftest import SelfTestConfig
 from megatron_hdpo.teachers.config import ExternalTeacherConfig, PolicyTeacherConfig, TeacherConfig
 from megatron_hdpo.teachers.sizes import check_sizes
 from megatron_hdpo.tracking.backends import TrackingConfig
+from megatron_hdpo.tracking.profile import ProfileConfig
 
 
 class RecipeError(ValueError):
@@ -96,7 +98,9 @@ class Recipe(BaseModel):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    profile: ProfileConfig = Field(default_factory=ProfileConfig)
     self_test: SelfTestConfig = Field(default_factory=SelfTestConfig)
+    health: HealthConfig = Field(default_factory=HealthConfig)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -177,7 +181,7 @@ def check_recipe(recipe: Recipe, architecture: Architecture, world_size: int) ->
     """Warnings of a recipe that runs but deserves a word. Raises RecipeError, with all reasons, for one that cannot."""
     errors = [*_layout_errors(recipe, architecture, world_size), *_length_errors(recipe, architecture)]
     errors += [*_objective_errors(recipe, architecture), *_teacher_errors(recipe, architecture, world_size)]
-    errors += _engine_errors(recipe, architecture)
+    errors += [*_engine_errors(recipe, architecture), *recipe.profile.errors(world_size)]
     if recipe.checkpoint.export and Path(recipe.model.path).resolve() == (recipe.output / "hf").resolve():
         errors.append(f"model.path: {recipe.model.path} is where this run exports to: choose another output")
     if errors:

@@ -40,8 +40,11 @@ from megatron_hdpo.rollout.rollouts import RolloutCoordinator
 from megatron_hdpo.rollout.sampler import Sampler
 from megatron_hdpo.rollout.weight_sync import WeightSync
 from megatron_hdpo.teachers.teacher import PolicyTeacher, Teacher
+from megatron_hdpo.tracking.build import build_performance
 from megatron_hdpo.tracking.console import Console
 from megatron_hdpo.tracking.logging import configure_logging
+from megatron_hdpo.tracking.performance import Performance
+from megatron_hdpo.tracking.profile import StepProfiler
 from megatron_hdpo.tracking.tracker import Tracker
 from megatron_hdpo.weights.load import load_hf
 from megatron_hdpo.weights.stream import Receivers, stream_hf
@@ -66,6 +69,8 @@ class Run:
     tracker: Tracker
     console: Console
     step_rollouts: StepRollouts
+    profiler: StepProfiler
+    performance: Performance
     step: int = 0
     lock: FileLock | None = None
 
@@ -173,6 +178,8 @@ def build_run(recipe: Recipe, context: ParallelContext, objective: Objective | N
     run = Run(
         recipe, context, architecture, data, policy, engine, built.sync, rewards, rollouts, objective, learner, store,
         tracker, console, StepRollouts(rollouts),
+        StepProfiler(recipe.profile, recipe.output / "profile", context.rank, context.device),
+        build_performance(recipe, policy, learner.work),
     )  # fmt: skip
     rollouts.restore_weights = run.restore_weights
     return run

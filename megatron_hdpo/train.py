@@ -21,19 +21,27 @@ def train(run: Run) -> None:
     if run.step == 0 and recipe.evaluation.before:
         run.tracker.log(0, evaluate_now(run) | run.console.timer.metrics())
     while run.step < last:
-        groups, metrics = rollouts_of_step(run)
-        begin_next_rollouts(run)
-        metrics |= run.learner.learn(groups, run.step)
-        run.step += 1
-        if recipe.rollout.replay is None:
-            metrics |= sync(run)
-        if due(run.step, recipe.evaluation.every, last):
-            metrics |= evaluate_now(run)
+        run.performance.begin()
+        with run.profiler.step(run.step + 1):
+            metrics = _step(run)
         _record_and_save(run, metrics)
     if recipe.checkpoint.export:
         with run.console.phase("export"):
             out = recipe.output / "hf"
             save_hf(run.policy.model, run.architecture, run.context, recipe.model.path, out, overwrite=True)
+
+
+def _step(run: Run) -> dict[str, float]:
+    recipe = run.recipe
+    groups, metrics = rollouts_of_step(run)
+    begin_next_rollouts(run)
+    metrics |= run.learner.learn(groups, run.step)
+    run.step += 1
+    if recipe.rollout.replay is None:
+        metrics |= sync(run)
+    if due(run.step, recipe.evaluation.every, recipe.train.steps):
+        metrics |= evaluate_now(run)
+    return metrics
 
 
 def sync(run: Run) -> dict[str, float]:
@@ -49,6 +57,7 @@ def _record_and_save(run: Run, metrics: dict[str, float]) -> None:
     """The step's line first, then its checkpoint: a run killed in between repeats the step and replaces the line; the
     other way round the line would be missing for ever. What saving took is merged into the line afterwards."""
     metrics |= run.console.timer.metrics()
+    metrics |= run.performance.metrics(metrics)
     run.console.step(run.step, run.recipe.train.steps, metrics)
     run.tracker.log(run.step, metrics)
     if due(run.step, run.recipe.checkpoint.every, run.recipe.train.steps):

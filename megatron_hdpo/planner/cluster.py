@@ -81,6 +81,15 @@ class Cluster:
         return self.gpu.infiniband_bytes_s * INFINIBAND_EFFICIENCY, INFINIBAND_HOP_S
 
 
+def peak_flops_s(device_name: str) -> float | None:
+    """Dense bf16 peak of the device that CUDA names so; None for others than the SXM parts of the table (PCIe and NVL
+    parts have lower peaks under the same numbers)."""
+    words = device_name.lower().split()
+    if "pcie" in words or "nvl" in words:
+        return None
+    return next((gpu.flops_s for name, gpu in GPUS.items() if name in words), None)
+
+
 def cluster_of(gpu: str, nodes: int, gpus_per_node: int = 8) -> Cluster:
     """A cluster from a GPU's name. Raises PlanError on a name that is not known and on counts below one."""
     if gpu.lower() not in GPUS:

@@ -34,7 +34,7 @@ class Collective:
         """On NCCL's rings. Host collectives are not on the GPU's links and take none."""
         if self.group == "host":
             return 0.0
-        ranks = _ranks(self.group, layout)
+        ranks = ranks_of(self.group, layout)
         bandwidth, hop = cluster.link(layout.span(self.group))
         if self.kind in ("send", "recv"):
             return self.count * (hop + self.bytes / bandwidth) / 2  # each message is counted on both of its ends
@@ -42,7 +42,8 @@ class Collective:
         return self.count * rounds * (hop + self.bytes / ranks / bandwidth)
 
 
-def _ranks(group: str, layout: Layout) -> int:
+def ranks_of(group: str, layout: Layout) -> int:
+    """Members of a group."""
     sizes = {"tp": layout.tensor, "pp": layout.pipeline, "dp_cp": layout.data, "embd": min(2, layout.pipeline)}
     return sizes.get(group, layout.world)
 
@@ -113,9 +114,12 @@ def _head(a: Architecture, layout: Layout, stage: int, shape: PackedShape, chunk
         return
     chunks = max(1, -(-shape.responses // chunk))
     sums = (3 + int(shape.two_temperatures and shape.targets > 0)) * shape.responses
-    sums += shape.targets * (shape.top_k + int(shape.bucket))
-    yield Collective("all_reduce", "tp", shape.responses * _FP32 / chunks, chunks, "head maxima")
+    sums += shape.targets * (1 if shape.full else shape.top_k + int(shape.bucket))
+    maxima = shape.responses + shape.targets * int(shape.full)
+    yield Collective("all_reduce", "tp", maxima * _FP32 / chunks, chunks, "head maxima")
     yield Collective("all_reduce", "tp", sums * _FP32 / chunks, chunks, "head sums")
+    if shape.full and shape.targets:  # divergence/dense_pass.py: six sums per target
+        yield Collective("all_reduce", "tp", 6 * shape.targets * _FP32 / chunks, chunks, "divergence sums")
     yield Collective("all_reduce", "tp", shape.responses * a.hidden_size * layout.value_bytes, 1, "head gradient")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_hdpo.planner.layout import Layout
 
@@ -13,7 +13,7 @@ class PackedShape:
 
     rows: tokens, padding included. length: of its sequences, for the cost of attention. responses: rows that the head
     reads. targets: those with a teacher's top k. two_temperatures: surrogate and divergence differ in it. bucket: the
-    divergence keeps the tail in one bucket.
+    divergence keeps the tail in one bucket. full: targets are a teacher's hidden states, so over the whole vocabulary.
     """
 
     rows: int
@@ -23,14 +23,12 @@ class PackedShape:
     top_k: int = 0
     two_temperatures: bool = False
     bucket: bool = False
+    full: bool = False
 
     def padded(self, layout: Layout) -> PackedShape:
         """With rows rounded up as sequence parallelism needs."""
         step = layout.sequence_ranks
-        return self if self.rows % step == 0 else PackedShape(-(-self.rows // step) * step, *self._rest())
-
-    def _rest(self) -> tuple[int, int, int, int, bool, bool]:
-        return self.length, self.responses, self.targets, self.top_k, self.two_temperatures, self.bucket
+        return replace(self, rows=-(-self.rows // step) * step)
 
 
 @dataclass(frozen=True)

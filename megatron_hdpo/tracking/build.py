@@ -1,0 +1,31 @@
+"""The measurements of a run, from its recipe."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from megatron_hdpo.config import Recipe
+from megatron_hdpo.model.config import DTYPES
+from megatron_hdpo.model.policy import Policy
+from megatron_hdpo.planner.from_recipe import layout_of
+from megatron_hdpo.tracking.communication import TrainingTraffic
+from megatron_hdpo.tracking.performance import Performance, device_peak
+from megatron_hdpo.tracking.work import StepWork
+
+
+def build_performance(recipe: Recipe, policy: Policy, work: StepWork) -> Performance:
+    """What measures the steps of this run; the policy tells it of its micro-batches from here on."""
+    context = policy.context
+    layout = replace(layout_of(recipe, context.world_size), value_bytes=DTYPES[recipe.model.dtype].itemsize)
+    traffic = TrainingTraffic(policy.architecture, layout, context.groups.pp.rank(), policy.head_chunk)
+    policy.on_training = traffic
+    rollout = recipe.rollout
+    return Performance(
+        policy.architecture,
+        context,
+        work,
+        traffic,
+        peak_flops_s=device_peak(context.device, recipe.profile.peak_tflops),
+        samples_here=rollout.engine == "embedded" or rollout.sglang.placement == "colocated",
+        waits=not rollout.ahead,
+    )

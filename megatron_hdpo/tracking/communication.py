@@ -1,0 +1,59 @@
+"""Bytes that optimizer steps send between ranks, by kind of collective and group.
+
+They are computed, not observed: the planner's arithmetic is applied to the micro-batches that are run. That costs
+nothing, while watching every operator from Python (a TorchDispatchMode) would cost microseconds for each of a step's
+hundred thousands. The planner's tests hold the arithmetic against recorded collectives, to the byte; a profiled step's
+trace shows the collectives themselves. Forward passes that only score, weights on their way to the engine, and objects
+between hosts are not in it; with experts an even router is assumed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from megatron_hdpo.divergence import Hidden, TopK
+from megatron_hdpo.model.architecture import Architecture
+from megatron_hdpo.model.policy import Work
+from megatron_hdpo.objectives.interface import LossSpec
+from megatron_hdpo.planner.collectives import ranks_of, step_collectives
+from megatron_hdpo.planner.layout import Layout
+from megatron_hdpo.planner.shape_of_work import PackedShape, Repeated
+
+
+class TrainingTraffic:
+    """Counts the bytes of one rank's optimizer steps: given to `Policy.on_training`."""
+
+    def __init__(self, architecture: Architecture, layout: Layout, stage: int, head_chunk: int) -> None:
+        self.architecture, self.layout, self.stage, self.head_chunk = architecture, layout, stage, head_chunk
+        self._bytes: Counter[str] = Counter()
+
+    def __call__(self, work: Sequence[Work], spec: LossSpec) -> None:
+        """An optimizer step runs these micro-batches."""
+        shapes = [Repeated(_shape(item, spec), 1) for item in work]
+        for made in step_collectives(self.architecture, self.layout, self.stage, shapes, self.head_chunk):
+            if made.group != "host" and ranks_of(made.group, self.layout) > 1:
+                self._bytes[f"comm/{made.kind}_{made.group}_bytes"] += round(made.bytes * made.count)
+
+    def take(self) -> dict[str, int]:
+        """Metric name -> bytes since the last call; of a collective the larger side on this rank."""
+        taken = dict(self._bytes)
+        self._bytes.clear()
+        return taken
+
+
+def _shape(work: Work, spec: LossSpec) -> PackedShape:
+    """The micro-batch as the planner sees it. Targets are known on the last stage alone, as is what they send."""
+    target = None if work.inputs is None else work.inputs.target
+    targets = 0 if target is None or target.rows is None else len(target.rows)
+    distill = spec.distill
+    return PackedShape(
+        rows=work.batch.packed.num_tokens,
+        length=work.batch.packed.longest,
+        responses=len(work.batch.rows_N),
+        targets=targets,
+        top_k=target.ids_TK.shape[-1] if isinstance(target, TopK) else 0,
+        two_temperatures=distill is not None and distill.temperature != spec.temperature,
+        bucket=distill is not None and distill.tail == "bucket",
+        full=isinstance(target, Hidden),
+    )

@@ -1,0 +1,144 @@
+"""How well a step used the machine: tokens per second, model FLOP utilisation, memory peaks, bytes sent.
+
+    perf/train_tokens_per_s_per_gpu     tokens that went forward and backward / time/train_s / ranks
+    perf/rollout_tokens_per_s_per_gpu   tokens sampled, privileged too / time/rollout_s / ranks; not with rollouts ahead
+    perf/step_tokens_per_s_per_gpu      prompt and response tokens of the student's rollouts / time/step_s / ranks
+    perf/train_tflops_per_gpu           useful arithmetic of the updates / time/train_s / ranks
+    perf/step_tflops_per_gpu            useful arithmetic of all phases on these devices / time/step_s / ranks
+    perf/train_mfu, perf/step_mfu       the same over the device's peak; absent where no peak is known
+    memory/device_peak_gib              largest of any rank since the step before: what torch's allocator gave out
+    memory/device_reserved_gib          ... and what it held
+    memory/host_rss_gib                 largest resident memory of any rank's process at the end of the step
+    comm/<kind>_<group>_bytes           see communication.py; largest of any rank
+
+A "gpu" is a rank of the trainer, whatever its device. Arithmetic is counted by megatron_hdpo/planner/flops.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from megatron_hdpo.model.architecture import Architecture
+from megatron_hdpo.parallel.context import ParallelContext
+from megatron_hdpo.planner.cluster import peak_flops_s
+from megatron_hdpo.planner.flops import decoding_flops, forward_flops
+from megatron_hdpo.rollout.types import Group
+from megatron_hdpo.tracking.communication import TrainingTraffic
+from megatron_hdpo.tracking.names import STEP_SECONDS
+from megatron_hdpo.tracking.work import StepWork
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What the student and its privileged self sampled in a step. tokens: of responses; whole: prompts counted with
+    every student response; flops: of prefills (once per prompt) and decoding."""
+
+    tokens: int
+    whole: int
+    flops: float
+
+
+NOTHING = Sampled(0, 0, 0.0)
+
+
+def sampled(architecture: Architecture, groups: Sequence[Group]) -> Sampled:
+    """Of the groups of a step."""
+    tokens, whole, flops = 0, 0, 0.0
+    for group in groups:
+        whole += sum(len(group.prompt_ids) + sample.length for sample in group.samples)
+        for prompt, samples in ((group.prompt_ids, group.samples), (group.privileged_prompt_ids, group.privileged)):
+            if prompt is None or not samples:
+                continue
+            tokens += sum(sample.length for sample in samples)
+            flops += forward_flops(architecture, [(len(prompt), 0)])
+            flops += sum(decoding_flops(architecture, len(prompt), sample.length) for sample in samples)
+    return Sampled(tokens, whole, flops)
+
+
+def device_peak(device: torch.device, peak_tflops: float | None) -> float | None:
+    """FLOP/s that MFU is measured against: the recipe's, else the known device's dense bf16 peak, else none."""
+    if peak_tflops is not None:
+        return peak_tflops * 1e12
+    return peak_flops_s(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+class Performance:
+    """The metrics of a step.
+
+    peak_flops_s: of one device, None where it is not known. samples_here: rollouts are sampled on the trainer's
+    devices, so their arithmetic counts as done by these. waits: a step waits for its rollouts (none are sampled ahead).
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        context: ParallelContext,
+        work: StepWork,
+        traffic: TrainingTraffic | None,
+        *,
+        peak_flops_s: float | None,
+        samples_here: bool,
+        waits: bool,
+    ) -> None:
+        self.architecture, self.context, self.work, self.traffic = architecture, context, work, traffic
+        self.peak_flops_s, self.samples_here, self.waits = peak_flops_s, samples_here, waits
+        self._sampled = NOTHING
+
+    def begin(self) -> None:
+        """What was done before the step that begins now does not count."""
+        self.work.take()
+        self._sampled = NOTHING
+        if self.traffic is not None:
+            self.traffic.take()
+        if self.context.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.context.device)
+
+    def rollouts(self, groups: Sequence[Group]) -> None:
+        """All groups that were sampled for the step, those too that it will not learn from."""
+        self._sampled = sampled(self.architecture, groups)
+
+    def metrics(self, known: Mapping[str, float]) -> dict[str, float]:
+        """Of the step that ends now. known: its other metrics, `time/` among them. Collective."""
+        ranks = self.context.gather_objects(self._own())
+        train, score = (sum(rank[key] for rank in ranks) for key in ("train_flops", "score_flops"))
+        made = self._sampled
+        every = train + score + (made.flops if self.samples_here else 0.0)
+        rates = {
+            "train_tokens_per_s": _rate(known.get("train/tokens"), known.get("time/train_s")),
+            "rollout_tokens_per_s": _rate(made.tokens, known.get("time/rollout_s")) if self.waits else None,
+            "step_tokens_per_s": _rate(made.whole, known.get(STEP_SECONDS)),
+        }
+        metrics = {f"perf/{name}_per_gpu": rate / len(ranks) for name, rate in rates.items() if rate}
+        for name, flops, seconds in (("train", train, "time/train_s"), ("step", every, STEP_SECONDS)):
+            metrics |= self._arithmetic(name, _rate(flops, known.get(seconds)))
+        largest = {key for rank in ranks for key in rank if "/" in key}
+        return metrics | {key: max(rank.get(key, 0) for rank in ranks) for key in sorted(largest)}
+
+    def _arithmetic(self, name: str, flops_s: float | None) -> dict[str, float]:
+        if not flops_s:
+            return {}
+        each = flops_s / self.context.world_size
+        metrics = {f"perf/{name}_tflops_per_gpu": each / 1e12}
+        return metrics if self.peak_flops_s is None else metrics | {f"perf/{name}_mfu": each / self.peak_flops_s}
+
+    def _own(self) -> dict[str, float]:
+        """This rank's numbers; one rank of a replica speaks for its arithmetic."""
+        train, score = self.work.take()
+        speaks = self.context.is_replica_leader
+        own = {"train_flops": train if speaks else 0.0, "score_flops": score if speaks else 0.0}
+        own["memory/host_rss_gib"] = psutil.Process().memory_info().rss / _GIB
+        if self.context.device.type == "cuda":
+            device = self.context.device
+            own["memory/device_peak_gib"] = torch.cuda.max_memory_allocated(device) / _GIB
+            own["memory/device_reserved_gib"] = torch.cuda.max_memory_reserved(device) / _GIB
+        return own | (self.traffic.take() if self.traffic is not None else {})
+
+
+def _rate(amount: float | None, seconds: float | None) -> float | None:
+    return amount / seconds if amount and seconds else None
