@@ -55,6 +55,7 @@ def user_errors() -> tuple[type[Exception], ...]:
     from megatron_hdpo.checkpoint.store import CheckpointError
     from megatron_hdpo.config import RecipeError
     from megatron_hdpo.data.errors import DataError
+    from megatron_hdpo.health.findings import HealthError
     from megatron_hdpo.model.architecture import ArchitectureError
     from megatron_hdpo.model.config import ModelError
     from megatron_hdpo.model.policy import TrainingError
@@ -69,7 +70,7 @@ def user_errors() -> tuple[type[Exception], ...]:
     from megatron_hdpo.weights.errors import WeightsError
 
     return (
-        ArchitectureError, BackendMissing, CheckpointError, DataError, EngineError, LayoutError, MetricsFileError,
+        ArchitectureError, BackendMissing, CheckpointError, DataError, EngineError, HealthError, LayoutError, MetricsFileError,
         ModelError, PlanError, RecipeError, ReportError, RewardPoolError, SelfTestError, TrainingError, WeightsError,
     )  # fmt: skip
 

@@ -22,6 +22,8 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from megatron_hdpo.checkpoint.store import CheckpointStore
 from megatron_hdpo.config import DEFAULT_IMPORTANCE_CAP, Recipe, RecipeError, check_recipe, save_recipe
 from megatron_hdpo.data.load import LoadedData, load
+from megatron_hdpo.health.check import check_health
+from megatron_hdpo.health.stragglers import StragglerWatch
 from megatron_hdpo.learner import Learner
 from megatron_hdpo.model.architecture import Architecture, read_architecture
 from megatron_hdpo.model.build import build_model, wrap_data_parallel
@@ -71,6 +73,8 @@ class Run:
     step_rollouts: StepRollouts
     profiler: StepProfiler
     performance: Performance
+    health: dict[str, float]
+    stragglers: StragglerWatch
     step: int = 0
     lock: FileLock | None = None
 
@@ -152,6 +156,7 @@ def build_run(recipe: Recipe, context: ParallelContext, objective: Objective | N
     architecture = read_architecture(recipe.model.path)
     for warning in check_recipe(recipe, architecture, context.world_size):
         console.warn(warning)
+    health = check_health(recipe.health, context, console, recipe.output, recipe.model_dump_json())
     tokenizer = load_tokenizer(recipe.model.path)
     rewards = RewardPool(recipe.data.tasks, recipe.reward)
     data = _load_data(recipe, context, console, tokenizer, rewards)
@@ -179,7 +184,8 @@ def build_run(recipe: Recipe, context: ParallelContext, objective: Objective | N
         recipe, context, architecture, data, policy, engine, built.sync, rewards, rollouts, objective, learner, store,
         tracker, console, StepRollouts(rollouts),
         StepProfiler(recipe.profile, recipe.output / "profile", context.rank, context.device),
-        build_performance(recipe, policy, learner.work),
+        build_performance(recipe, policy, learner.work), health,
+        StragglerWatch(recipe.health, context, console, policy, health.get("health/allreduce_gb_per_s")),
     )  # fmt: skip
     rollouts.restore_weights = run.restore_weights
     return run

@@ -127,7 +127,7 @@ def train(tree: Tree, *overrides: str, ranks: int = 1, die: str | None = None, e
 def metrics_of(tree: Tree) -> list[dict[str, Any]]:
     """Every step's line without what depends on the clock."""
     return [
-        {name: value for name, value in line.items() if name != "time" and not name.startswith("time/")}
+        {name: value for name, value in line.items() if name.partition("/")[0] not in ("time", "health", "ranks")}
         for line in read_metrics(tree["output"])
     ]
 

@@ -1,0 +1,70 @@
+"""The checks before step 0, in the order in which they can fail cheaply."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megatron_hdpo.health.config import HealthConfig
+from megatron_hdpo.health.findings import Finding, HealthError, Place, place_here
+from megatron_hdpo.health.links import check_devices, check_links, matmul_seconds
+from megatron_hdpo.health.machines import (
+    check_clocks,
+    check_disk,
+    check_gpu_memory,
+    check_shared_folder,
+    free_gpu_share,
+)
+from megatron_hdpo.health.versions import check_versions, versions_here
+from megatron_hdpo.parallel.context import ParallelContext
+from megatron_hdpo.tracking.console import Console
+
+
+def check_health(
+    config: HealthConfig, context: ParallelContext, console: Console, folder: Path, recipe_json: str
+) -> dict[str, float]:
+    """`health/...` metrics of ranks, machines and links; warnings and one line go to the console. Collective.
+
+    folder: the run's. recipe_json: what must be the same recipe on every rank. Raises HealthError, on every rank and
+    with every reason, when the run should not start.
+    """
+    if not config.enabled:
+        return {}
+    places = context.gather_objects(place_here(context.rank))
+    with console.phase("health checks"):
+        found = Finding()
+        digest = hashlib.sha256(recipe_json.encode()).hexdigest()[:12]
+        found.add(check_versions(context, places, versions_here(digest)))
+        found.add(check_clocks(context, places, config.max_clock_offset_s))
+        found.add(check_shared_folder(context, places, folder, config.shared_folder_timeout_s))
+        found.add(check_disk(context, places, folder, config.min_free_disk_gb))
+        found.add(check_gpu_memory(context, places, free_gpu_share(context.device), config.min_free_gpu_share))
+        _stop_at(found)
+        found.add(check_devices(context, places, matmul_seconds(context.device), config.slow_device_ratio))
+        found.add(check_links(context, places, config.min_allreduce_gb_per_s))
+        _stop_at(found)
+    for warning in found.warnings:
+        console.warn(warning)
+    console.print(summary(places, found.metrics))
+    return found.metrics
+
+
+def summary(places: Sequence[Place], metrics: Mapping[str, float]) -> str:
+    """The line on the console."""
+    nodes = len({place.node for place in places})
+    parts = [f"{len(places)} ranks on {nodes} nodes agree"] if len(places) > 1 else []
+    if len(places) > 1:
+        parts.append(f"clocks within {metrics['health/clock_offset_s']:.3f} s")
+        parts.append(f"slowest device {metrics['health/matmul_slowest_ratio']:.2f} x the median")
+        inside = metrics.get("health/allreduce_node_gb_per_s_min")
+        within = "" if inside is None else f" ({inside:.3g} inside the slowest node)"
+        parts.append(f"all-reduce {metrics['health/allreduce_gb_per_s']:.3g} GB/s{within}")
+    if "health/free_gpu_share_min" in metrics:
+        parts.append(f"{metrics['health/free_gpu_share_min']:.0%} of GPU memory free at least")
+    return "health: " + ", ".join([*parts, f"{metrics['health/free_disk_gb']:,.0f} GB of disk free"])
+
+
+def _stop_at(found: Finding) -> None:
+    if found.problems:
+        raise HealthError("\n".join(found.problems))

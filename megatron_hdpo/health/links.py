@@ -1,0 +1,112 @@
+"""How fast devices multiply and links carry: one slow device or link slows every rank."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+
+from megatron_hdpo.health.findings import Finding, Place, named
+from megatron_hdpo.parallel.context import ParallelContext
+
+_BYTES = {"cuda": 256 * 2**20, "cpu": 2 * 2**20}
+_MATRIX = {"cuda": 8192, "cpu": 256}
+_TRIES = {"cuda": 5, "cpu": 10}
+
+
+def matmul_seconds(device: torch.device) -> float:
+    """Seconds of one matrix product on this rank's device, the best of several: noise only ever adds."""
+    size, dtype = _MATRIX[device.type], torch.bfloat16 if device.type == "cuda" else torch.float32
+    left, right = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+    return min(_timed(lambda: torch.mm(left, right), device) for _ in range(_TRIES[device.type]))
+
+
+def check_devices(context: ParallelContext, places: Sequence[Place], own_seconds: float, slow_ratio: float) -> Finding:
+    """Compare the ranks' `matmul_seconds`. A slow device is warned of. Collective."""
+    seconds = context.gather_objects(own_seconds)
+    median = statistics.median(seconds)
+    ratios = [own / median for own in seconds]
+    slow = [place for place, ratio in zip(places, ratios, strict=True) if ratio > slow_ratio]
+    warnings = []
+    if slow:
+        warnings = [
+            f"slow devices: a matrix product takes up to {max(ratios):.1f} x the median of all ranks on {named(slow)}; "
+            "the others will wait for them (heat, a power limit, or another process?)"
+        ]
+    metrics = {"health/matmul_ms_median": median * 1e3}
+    if len(places) > 1:
+        metrics["health/matmul_slowest_ratio"] = max(ratios)
+    return Finding(metrics, warnings=warnings)
+
+
+def allreduce_gb_per_s(context: ParallelContext, group: dist.ProcessGroup | None = None) -> float:
+    """Bus bandwidth of an all-reduce over a group (default: all ranks), 2 (n - 1) / n x bytes / seconds, as nccl-tests
+    counts it: what the slowest link carries, whatever the number of ranks. Collective over the group."""
+    size, device = dist.get_world_size(group), context.device
+    numbers = torch.ones(_BYTES[device.type] // 4, device=device, dtype=torch.float32)
+    dist.all_reduce(numbers, group=group)  # the first one makes connections
+
+    def reduce() -> None:
+        dist.all_reduce(numbers, group=group)
+
+    seconds = min(_timed(reduce, device) for _ in range(_TRIES[device.type]))
+    return 2 * (size - 1) / size * numbers.nbytes / seconds / 1e9
+
+
+def check_links(context: ParallelContext, places: Sequence[Place], min_gb_per_s: float | None) -> Finding:
+    """All-reduce over all ranks and, where there are several nodes, inside each. Collective; nothing for one rank."""
+    if len(places) == 1:
+        return Finding()
+    everywhere = max(context.gather_objects(allreduce_gb_per_s(context)))
+    finding = Finding({"health/allreduce_gb_per_s": everywhere})
+    nodes = ranks_of_nodes(places)
+    if len(nodes) > 1 and max(map(len, nodes)) > 1:
+        finding.add(_check_nodes(context, places, nodes))
+    if min_gb_per_s is not None and everywhere < min_gb_per_s:
+        finding.problems.append(
+            f"an all-reduce over all {len(places)} ranks runs at {everywhere:.3g} GB/s, health.min_allreduce_gb_per_s "
+            f"is {min_gb_per_s:g}: does it go through the right network (NCCL_DEBUG=INFO tells which)?"
+        )
+    return finding
+
+
+def ranks_of_nodes(places: Sequence[Place]) -> list[list[int]]:
+    """Ranks by node, in rank order."""
+    nodes: dict[int, list[int]] = {}
+    for place in places:
+        nodes.setdefault(place.node, []).append(place.rank)
+    return list(nodes.values())
+
+
+def _check_nodes(context: ParallelContext, places: Sequence[Place], nodes: list[list[int]]) -> Finding:
+    group, groups = dist.new_subgroups_by_enumeration(nodes)
+    own = allreduce_gb_per_s(context, group) if dist.get_world_size(group) > 1 else None
+    speeds = {place: gb for place, gb in zip(places, context.gather_objects(own), strict=True) if gb is not None}
+    for used in groups:
+        if used is not dist.GroupMember.NON_GROUP_MEMBER:
+            dist.destroy_process_group(used)
+    worst = min(speeds, key=lambda place: speeds[place])
+    median = statistics.median(speeds.values())
+    warnings = []
+    if speeds[worst] < median / 2:
+        warnings = [
+            f"slow links inside a node: an all-reduce runs at {speeds[worst]:.3g} GB/s on {worst.host}, at "
+            f"{median:.3g} GB/s on the median node"
+        ]
+    return Finding({"health/allreduce_node_gb_per_s_min": speeds[worst]}, warnings=warnings)
+
+
+def _timed(work: Callable[[], object], device: torch.device) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    work()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,106 @@
+"""Clocks, the run folder, and the memory of the devices."""
+
+from __future__ import annotations
+
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from megatron_hdpo.health.findings import Finding, Place, named
+from megatron_hdpo.parallel.context import ParallelContext
+
+_ROUNDS = 5
+_GB = 1e9
+
+
+def check_clocks(
+    context: ParallelContext, places: Sequence[Place], limit_s: float, clock: Callable[[], float] = time.time
+) -> Finding:
+    """Compare every rank's clock (Unix seconds) with rank 0's. Collective.
+
+    All read theirs when a barrier has let them go. A late reading looks like an offset, which is why the smallest of
+    several rounds counts: a clock that is off is off in all of them.
+    """
+    rounds = []
+    for _ in range(_ROUNDS):
+        context.barrier("clocks")
+        rounds.append(context.gather_objects(clock()))
+    offsets = [min((read[i] - read[0] for read in rounds), key=abs) for i in range(len(places))]
+    worst = max(offsets, key=abs)
+    off = [(place, offset) for place, offset in zip(places, offsets, strict=True) if abs(offset) > limit_s]
+    problems = []
+    if off:
+        place, offset = max(off, key=lambda pair: abs(pair[1]))
+        problems = [
+            f"the clock of {place} is {abs(offset):.1f} s {'ahead of' if offset > 0 else 'behind'} that of {places[0]} "
+            f"(health.max_clock_offset_s: {limit_s:g}); off are {named([place for place, _ in off])}: let a time "
+            "service such as chrony set them"
+        ]
+    return Finding({"health/clock_offset_s": abs(worst)}, problems)
+
+
+def check_shared_folder(context: ParallelContext, places: Sequence[Place], folder: Path, timeout_s: float) -> Finding:
+    """Rank 0 writes a file into the run folder, and every rank must see it within `timeout_s`. Collective."""
+    token = uuid.uuid4().hex if context.is_leader else ""
+    if context.is_leader:
+        (folder / f".seen-by-all-{token}").write_text(token)
+    token = context.broadcast_object(token)
+    path = folder / f".seen-by-all-{token}"
+    deadline = time.monotonic() + timeout_s
+    while not (seen := path.is_file()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    everyone = context.gather_objects(seen)
+    if context.is_leader:
+        path.unlink(missing_ok=True)
+    blind = [place for place, saw in zip(places, everyone, strict=True) if not saw]
+    if not blind:
+        return Finding()
+    return Finding(
+        problems=[
+            f"output: {folder} is not one folder for all: what {places[0]} writes there, {named(blind)} did not see "
+            f"within {timeout_s:g} s: name a folder on a file system that all nodes mount, by its absolute path"
+        ]
+    )
+
+
+def check_disk(context: ParallelContext, places: Sequence[Place], folder: Path, min_free_gb: float) -> Finding:
+    """Free space for checkpoints, rollouts and logs, as rank 0 sees it. Collective."""
+    free_gb = context.broadcast_object(shutil.disk_usage(folder).free / _GB if context.is_leader else 0.0)
+    problems = []
+    if free_gb < min_free_gb:
+        problems = [
+            f"output: {folder} has {free_gb:.1f} GB of free space on {places[0]}, health.min_free_disk_gb is "
+            f"{min_free_gb:g}: free some, or name another folder"
+        ]
+    return Finding({"health/free_disk_gb": free_gb}, problems)
+
+
+def free_gpu_share(device: torch.device) -> float:
+    """Free share of the device's memory, whoever holds the rest; 1 on a CPU."""
+    if device.type != "cuda":
+        return 1.0
+    free, total = torch.cuda.mem_get_info(device)
+    return free / total
+
+
+def check_gpu_memory(
+    context: ParallelContext, places: Sequence[Place], own_share: float, min_free_share: float
+) -> Finding:
+    """Other processes on the devices, seen by the memory that they hold. own_share: of `free_gpu_share`. Collective."""
+    shares = context.gather_objects(own_share)
+    taken = [place for place, share in zip(places, shares, strict=True) if share < min_free_share]
+    metrics = {"health/free_gpu_share_min": min(shares)} if context.device.type == "cuda" else {}
+    if not taken:
+        return Finding(metrics)
+    return Finding(
+        metrics,
+        [
+            f"the GPUs of {named(taken)} are not free: the worst has {min(shares):.0%} of its memory left before "
+            f"anything is loaded, health.min_free_gpu_share is {min_free_share:g}: end what else runs there "
+            "(nvidia-smi shows it)"
+        ],
+    )
