@@ -7,7 +7,8 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
+
+from megatron_hdpo.apex import Apex, installed_apex
 
 REQUIRED = (
     "torch",
@@ -88,15 +89,29 @@ def _transformer_engine() -> tuple[str, bool]:
     return "Transformer Engine loads", True
 
 
+_APEX: dict[Apex, tuple[str, bool]] = {
+    "absent": ("Apex: not installed (not needed: Transformer Engine's or torch's optimizer is used)", True),
+    "other project": (
+        "the package apex is not NVIDIA's Apex but another project of that name, which gains nothing: "
+        "pip uninstall apex",
+        False,
+    ),
+    "without kernels": (
+        "Apex was built without its CUDA extensions, which helps nothing: rebuild with APEX_CPP_EXT=1 APEX_CUDA_EXT=1",
+        False,
+    ),
+    "without fused gradients": (
+        "Apex with multi-tensor kernels (fused Adam and norms where Transformer Engine is absent), without "
+        "fused_weight_gradient_mlp_cuda: weight gradients are not fused",
+        True,
+    ),
+    "whole": (
+        "Apex with its CUDA extensions: fused Adam and norms where Transformer Engine is absent, and weight gradients "
+        "that Transformer Engine's layers add to their sums themselves",
+        True,
+    ),
+}
+
+
 def _apex() -> tuple[str, bool]:
-    """NVIDIA's Apex is known by its folder and its compiled extensions; PyPI's apex is another project."""
-    spec = importlib.util.find_spec("apex")
-    if spec is None:
-        return "Apex: not installed (not needed)", True
-    folder = Path(next(iter(spec.submodule_search_locations or [""])))
-    compiled = importlib.util.find_spec("amp_C") is not None
-    if not (folder / "multi_tensor_apply").is_dir():
-        return "the package apex is not NVIDIA's Apex but another project of that name: pip uninstall apex", False
-    if not compiled:
-        return "Apex was built without its CUDA extensions, which helps nothing: rebuild with APEX_CUDA_EXT=1", False
-    return "Apex with its CUDA extensions", True
+    return _APEX[installed_apex()]

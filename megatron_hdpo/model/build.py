@@ -11,23 +11,26 @@ from megatron.core.tensor_parallel.layers import (
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import nn
 
 from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.model.chunks import ModelChunks, chunks_of
-from megatron_hdpo.model.config import ModelConfig, choose_spec
+from megatron_hdpo.model.config import ModelConfig, ModelError, choose_spec
 from megatron_hdpo.model.megatron_config import transformer_config
 from megatron_hdpo.model.network import HeadlessGPTModel
+from megatron_hdpo.model.overlap import connect, overlaps
+from megatron_hdpo.model.precision import device_error
 from megatron_hdpo.model.specs import layer_spec
 from megatron_hdpo.parallel.context import ParallelContext
-from megatron_hdpo.parallel.layout import check_layout
+from megatron_hdpo.parallel.layout import ParallelConfig, check_layout
 
 
 def build_model(architecture: Architecture, context: ParallelContext, config: ModelConfig) -> Any:
     """This rank's shard of the model on the run's device; its weights are undefined until they are loaded. A
     HeadlessGPTModel, or ModelChunks of them where parallel.virtual_stages says so.
 
-    Raises LayoutError when the layout does not divide the model.
+    Raises LayoutError when the layout does not divide the model, ModelError when its precision cannot be had here.
     """
     layout = context.layout
     check_layout(layout, architecture.sizes, context.world_size)
@@ -41,6 +44,10 @@ def _build_chunk(
 ) -> HeadlessGPTModel:
     layout = context.layout
     spec = choose_spec(config, context.device)
+    if config.fp8 is not None and spec == "torch":  # else it would silently compute in bfloat16
+        raise ModelError("model.fp8 needs Transformer Engine on a GPU, and this run has plain torch layers")
+    if reason := device_error(config, context.device):
+        raise ModelError(reason)
     last = layout.virtual_stages - 1
     with context.megatron_calls():
         megatron_config = transformer_config(architecture, layout, config, spec)
@@ -61,6 +68,7 @@ def _build_chunk(
             vp_stage=chunk,
         )
     _mark_shards(model)
+    _mark_experts(model, layout)
     return model.to(context.device)
 
 
@@ -77,15 +85,29 @@ def _mark_shards(model: HeadlessGPTModel) -> None:
             set_tensor_model_parallel_attributes(module.weight, True, dim, 1)
 
 
-def wrap_data_parallel(model: nn.Module, context: ParallelContext, *, overlap_grad_reduce: bool = False) -> Any:
+def _mark_experts(model: HeadlessGPTModel, layout: ParallelConfig) -> None:
+    """Have the gradients of experts added up over the ranks that hold copies of them.
+
+    Megatron asks for that where expert-parallel ranks share them. Without these the ranks of an expert may still be
+    others than the tensor-parallel ones: it would add up too few of their gradients.
+    """
+    for layer in (module for module in model.modules() if isinstance(module, MoELayer)):
+        for parameter in layer.experts.parameters():
+            parameter.allreduce = layout.expert == 1 and layout.expert_tensor == layout.tensor
+
+
+def wrap_data_parallel(model: nn.Module, context: ParallelContext) -> Any:
     """Megatron's DDP with fp32 gradients, laid out for the distributed optimizer; of each chunk where there are
-    several."""
-    wrapped = [_wrap_chunk(chunk, context, overlap_grad_reduce) for chunk in chunks_of(model)]
+    several. parallel.overlap: see model/overlap.py."""
+    overlap = overlaps(context)
+    wrapped = [_wrap_chunk(chunk, context, overlap, first=c == 0) for c, chunk in enumerate(chunks_of(model))]
+    if overlap:
+        connect(wrapped)
     return ModelChunks(wrapped) if isinstance(model, ModelChunks) else wrapped[0]
 
 
 def _wrap_chunk(
-    model: HeadlessGPTModel, context: ParallelContext, overlap_grad_reduce: bool
+    model: HeadlessGPTModel, context: ParallelContext, overlap: bool, first: bool
 ) -> DistributedDataParallel:
     with context.megatron_calls():
         return DistributedDataParallel(
@@ -93,9 +115,12 @@ def _wrap_chunk(
             ddp_config=DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
                 use_distributed_optimizer=True,
-                overlap_grad_reduce=overlap_grad_reduce,
+                overlap_grad_reduce=overlap,
+                overlap_param_gather=overlap,
                 check_for_nan_in_grad=False,
             ),
             module=model,
+            # Later chunks have others to compute beside: one bucket each, as Megatron's own training does.
+            disable_bucketing=not first,
             pg_collection=context.groups,
         )

@@ -52,7 +52,6 @@ class ModelConfig(BaseModel):
         None, ge=2, description="Longest sequence (prompt plus response); default: the model's own maximum."
     )
 
-
     @field_validator("recompute", mode="before")
     @classmethod
     def _as_a_word(cls, value: Any) -> Any:

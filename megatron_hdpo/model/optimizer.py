@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
 
+from megatron_hdpo.model.chunks import chunks_of
 from megatron_hdpo.parallel.context import ParallelContext
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -30,12 +31,29 @@ class OptimizerConfig(BaseModel):
     warmup_start: float = Field(0.1, ge=0, le=1, description="The warm-up starts at this fraction of lr.")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="After the warm-up.")
     min_lr: float = Field(0.0, ge=0, description="Where linear and cosine schedules end.")
+    offload: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of a GPU's part of main weights and moments that rests in host memory and is updated there "
+        "by the CPU.",
+    )
+
+
+class OptimizerError(ValueError):
+    """An optimizer section of the recipe that cannot be built here."""
 
 
 def build_optimizer(
-    config: OptimizerConfig, ddp: DistributedDataParallel, context: ParallelContext, total_steps: int
+    config: OptimizerConfig, ddp: nn.Module, context: ParallelContext, total_steps: int
 ) -> tuple[ChainedOptimizer, OptimizerParamScheduler]:
-    """The optimizer of this rank's shard, and the schedule over `total_steps` optimizer steps."""
+    """The optimizer of this rank's shard, and the schedule over `total_steps` optimizer steps.
+
+    Raises OptimizerError where there is nothing to offload.
+    """
+    if config.offload and context.device.type != "cuda":
+        raise OptimizerError("optimizer.offload: on a CPU the optimizer is in host memory already: set it to 0")
+    model = ddp.config
     with context.megatron_calls():
         settings = MegatronOptimizerConfig(
             optimizer="adam",
@@ -46,18 +64,31 @@ def build_optimizer(
             adam_beta2=config.betas[1],
             adam_eps=config.eps,
             clip_grad=config.clip_grad,
-            bf16=ddp.config.bf16,
-            params_dtype=ddp.config.params_dtype,
+            bf16=model.bf16,
+            params_dtype=model.params_dtype,
             use_distributed_optimizer=True,
+            **_offload_settings(config),
         )
         optimizer = get_megatron_optimizer(
             settings,
-            [ddp],
+            chunks_of(ddp),
             config_overrides=get_standard_config_overrides(settings),
             use_gloo_process_groups=False,
             pg_collection=context.groups,
         )
     return optimizer, _schedule(config, optimizer, total_steps)
+
+
+def _offload_settings(config: OptimizerConfig) -> dict[str, Any]:
+    """Megatron's HybridDeviceOptimizer: the offloaded share steps on the CPU, by torch's fused AdamW, while gradients and
+    updated weights of other parameters travel."""
+    if not config.offload:
+        return {}
+    return {
+        "optimizer_cpu_offload": True,
+        "optimizer_offload_fraction": config.offload,
+        "overlap_cpu_optimizer_d2h_h2d": True,
+    }
 
 
 def _schedule(config: OptimizerConfig, optimizer: ChainedOptimizer, total_steps: int) -> OptimizerParamScheduler:

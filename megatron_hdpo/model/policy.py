@@ -28,6 +28,7 @@ from megatron_hdpo.model.micro_batch import (
     scoring_micro_batch,
 )
 from megatron_hdpo.model.network import HeadlessGPTModel, hidden_rows, recut_head
+from megatron_hdpo.model.overlap import gather_weights
 from megatron_hdpo.model.packing import RowLayout, bin_by_tokens
 from megatron_hdpo.model.pipeline import (
     OnProgress,
@@ -165,15 +166,22 @@ class Policy:
         spec: LossSpec,
         on_progress: OnProgress | None = None,
         teacher_head: Tensor | None = None,
+        another_follows: bool = False,
     ) -> dict[str, float]:
         """One optimizer step on this replica's examples; returns metrics of the whole step, the same on every rank.
 
         teacher_head: [V / tp, H], the head of the teacher whose hidden states are targets; last stage only.
+        another_follows: the next use of the weights is another update, whose forward pass may gather them (see
+        model/overlap.py); without it they are complete on every rank when this returns.
         Collective over all ranks. Gradients are those of the loss normalised over every replica's examples. A
         gradient that is not finite changes nothing and is counted in `train/skipped`.
         """
         metrics = self.accumulate_gradients(examples, spec, on_progress, teacher_head)
-        return metrics | self._optimizer_step()
+        metrics |= self._optimizer_step()
+        if not another_follows:
+            with self.context.megatron_calls():
+                gather_weights(self.ddp)
+        return metrics
 
     def accumulate_gradients(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -22,6 +23,11 @@ class ParallelConfig(BaseModel):
     expert: int = Field(1, ge=1, description="Ranks that share the experts of every MoE layer (EP).")
     expert_tensor: int = Field(1, ge=1, description="Ranks that share the weights of every expert (ETP).")
     sequence: bool = Field(False, description="Split activations between TP regions along the sequence (SP).")
+    overlap: bool | Literal["auto"] = Field(
+        "auto",
+        description="Reduce gradients and gather updated weights over the replicas while computation goes on; auto: on "
+        "GPUs with several replicas.",
+    )
     timeout_minutes: float = Field(
         10.0, gt=0, description="Deadline of a collective; past it the run stops and names the rank that is late."
     )

@@ -106,6 +106,8 @@ def layout_of(recipe: Recipe, gpus: int) -> Layout:
     ranks = recipe.parallel.model_ranks
     if gpus % ranks:
         raise PlanError(f"{gpus} GPUs are no multiple of parallel.tensor x parallel.pipeline = {ranks}")
+    if recipe.model.recompute == "selective":
+        raise PlanError("model.recompute=selective is not planned yet: plan it as none or full")
     spec: Spec = "torch" if recipe.model.spec == "torch" else "transformer_engine"
-    parallel = recipe.parallel
-    return Layout(parallel.tensor, parallel.pipeline, gpus // ranks, parallel.sequence, recipe.model.recompute, spec)
+    parallel, recompute = recipe.parallel, recipe.model.recompute == "full"
+    return Layout(parallel.tensor, parallel.pipeline, gpus // ranks, parallel.sequence, recompute, spec)

@@ -23,16 +23,18 @@ class FrozenTeacher:
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
         self.copy: HostWeights = copy_to_host(policy.model)
+        self._own: HostWeights | None = None
 
     @contextmanager
     def scorer(self) -> Iterator[Policy]:
         """The policy with the copy in place of its weights, which come back also after an error."""
-        own = copy_to_host(self.policy.model)
+        # Host memory is made and pinned at the first scoring, and used again at every later one.
+        self._own = copy_to_host(self.policy.model, into=self._own)
         load_from_host(self.policy.model, self.weights())
         try:
             yield self.policy
         finally:
-            load_from_host(self.policy.model, own)
+            load_from_host(self.policy.model, self._own)
 
     def weights(self) -> HostWeights:
         """What is swapped in."""

@@ -1,0 +1,107 @@
+"""Communication beside computation changes nothing: neither gradients, nor the weights that anybody reads after an
+update."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+from distributed_helper import run_ranks
+from layout_cases import share
+from tiny_policy import (
+    ONE_PER_MICRO_BATCH,
+    OPTIMIZER,
+    SPEC,
+    build_policy,
+    gradients_of,
+    joined,
+    make_checkpoint,
+    make_examples,
+    make_scorings,
+    weights_of,
+)
+
+from megatron_hdpo.model import build
+from megatron_hdpo.model.chunks import chunks_of
+from megatron_hdpo.model.policy import Policy
+
+# name: world size, layout; replicas take what is left.
+LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
+    "dp2": (2, {}),
+    "dp4": (4, {}),
+    "tp2_dp2": (4, {"tensor": 2}),
+    "pp2_dp2": (4, {"pipeline": 2}),
+    "vpp2_dp2": (4, {"pipeline": 2, "virtual_stages": 2}),
+}
+# With Megatron's 40 million every tiny model would be one bucket, and nothing could be early or late.
+SMALL_BUCKETS = partial(build.DistributedDataParallelConfig, bucket_size=3000)
+MODELS = ("llama", "qwen3_tied")
+
+
+def run_cases(names: list[str], paths: dict[str, Path]) -> dict[tuple[str, str, bool], dict[str, Any]]:
+    found = {}
+    with mock.patch.object(build, "DistributedDataParallelConfig", SMALL_BUCKETS):
+        for name in names:
+            for overlap in (False, True):
+                with joined(**LAYOUTS[name][1], overlap=overlap) as context:
+                    for model in MODELS:
+                        policy = build_policy(paths[model], context, budget=ONE_PER_MICRO_BATCH, optimizer=OPTIMIZER)
+                        found[name, model, overlap] = _steps(policy)
+    return found
+
+
+def _steps(policy: Policy) -> dict[str, Any]:
+    """What a run does: scores, updates that follow one another at once, weights that are read, scores of them."""
+    found: dict[str, Any] = {"buckets": [len(chunk.bucket_groups) for chunk in chunks_of(policy.ddp)]}
+    found["scores before"] = _scores(policy)
+    policy.accumulate_gradients(share(policy, make_examples()), SPEC)
+    found["gradients"] = gradients_of(policy)
+    policy.update(share(policy, make_examples()), SPEC)
+    found["weights"] = weights_of(policy)
+    found["scores"] = _scores(policy)
+    policy.update([] if policy.context.dp_rank else make_examples(seed=3), SPEC, another_follows=True)
+    found["last"] = policy.update(share(policy, make_examples(seed=4)), SPEC)
+    found["weights after two more"] = weights_of(policy)
+    return found
+
+
+def _scores(policy: Policy) -> list[np.ndarray]:
+    scores = policy.score(make_scorings()[1:4])
+    return [scores[key].logprobs_T for key in sorted(scores)]
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=["2 ranks", "4 ranks"])
+def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("models")
+    paths = {model: make_checkpoint(model, folder) for model in MODELS}
+    names = [name for name, (size, _) in LAYOUTS.items() if size == request.param]
+    return run_ranks(request.param, run_cases, names, paths, timeout=200.0)
+
+
+def test_nothing_changes(outcomes: list[dict]) -> None:
+    for rank in outcomes:
+        for (name, model, overlap), found in rank.items():
+            if not overlap:
+                continue
+            assert max(found["buckets"]) > 2, f"{name}: one bucket overlaps with nothing"
+            expected = rank[name, model, False]
+            assert found["last"] == pytest.approx(expected["last"], rel=1e-6)
+            for what in ("scores before", "gradients", "weights", "scores", "weights after two more"):
+                _assert_same(found[what], expected[what], f"{name} {model} {what}")
+
+
+def test_updates_move_the_weights(outcomes: list[dict]) -> None:
+    for found in outcomes[0].values():
+        assert any(np.abs(found["weights"][n] - v).max() > 1e-3 for n, v in found["weights after two more"].items())
+
+
+def _assert_same(actual: Any, expected: Any, what: str) -> None:
+    if isinstance(expected, dict):
+        assert actual.keys() == expected.keys()
+        actual, expected = [actual[name] for name in expected], list(expected.values())
+    for a, b in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6, err_msg=what)
