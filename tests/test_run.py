@@ -26,6 +26,7 @@ from megatron_hdpo.tracking.metrics import read_metrics
 
 STEPS, UPDATES = 4, 2
 CHECKPOINT_EVERY = 2
+OF_THE_CLOCK = ("time", "health", "ranks", "perf", "memory")
 
 
 def recipe_of(model: Path, output: Path) -> Tree:
@@ -127,7 +128,7 @@ def train(tree: Tree, *overrides: str, ranks: int = 1, die: str | None = None, e
 def metrics_of(tree: Tree) -> list[dict[str, Any]]:
     """Every step's line without what depends on the clock."""
     return [
-        {name: value for name, value in line.items() if name.partition("/")[0] not in ("time", "health", "ranks")}
+        {name: value for name, value in line.items() if name.partition("/")[0] not in OF_THE_CLOCK}
         for line in read_metrics(tree["output"])
     ]
 

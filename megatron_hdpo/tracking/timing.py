@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from torch.profiler import record_function
+
 
 class PhaseTimer:
     """Collects the wall seconds of phases and hands them over, once per step, as `time/<phase>_s`.
@@ -34,7 +36,8 @@ class PhaseTimer:
         inner.append(children)
         start = self._clock()
         try:
-            yield
+            with record_function(phase):  # its name in a trace
+                yield
         finally:
             elapsed = self._clock() - start
             inner.pop()
