@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_hdpo.parallel.layout import ModelSizes
 
-Family = Literal["llama", "qwen2", "qwen3"]
+Family = Literal["llama", "qwen2", "qwen3", "qwen3_moe"]
 
 
 class ArchitectureError(ValueError):
@@ -76,6 +77,7 @@ _FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": "llama",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
 }
 # What Megatron's Llama 3 frequency scaling has built in.
 _LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -131,9 +133,33 @@ def parse_architecture(config: dict[str, Any], origin: str = "config.json") -> A
         rope_theta=_rope_theta(config),
         rope_scaling=_rope_scaling(config, refuse),
         qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
+        qk_norm=family in ("qwen3", "qwen3_moe"),
         tied=bool(config.get("tie_word_embeddings", False)),
+        **(_experts(config, refuse) if family == "qwen3_moe" else {}),
     )
+
+
+def _experts(config: dict[str, Any], refuse: Callable[[str], ArchitectureError]) -> dict[str, Any]:
+    """The sizes of a model whose every layer has experts and nothing beside them."""
+    if config.get("decoder_sparse_step", 1) != 1:
+        raise refuse(f"decoder_sparse_step={config['decoder_sparse_step']} is not supported: every layer needs experts")
+    if config.get("mlp_only_layers"):
+        raise refuse(f"mlp_only_layers={config['mlp_only_layers']} is not supported: every layer needs experts")
+    if config.get("shared_expert_intermediate_size") or config.get("n_shared_experts"):
+        raise refuse("shared experts are not supported")
+    # transformers 4 wrote num_experts, 5 writes num_local_experts; 5 reads either, 4 only the first.
+    count = config["num_experts"] if "num_experts" in config else config["num_local_experts"]
+    chosen, normalised = config["num_experts_per_tok"], bool(config.get("norm_topk_prob", False))
+    if not 0 < chosen <= count:
+        raise refuse(f"num_experts_per_tok={chosen} is not between 1 and the {count} experts")
+    if chosen == 1 and normalised:
+        raise refuse("num_experts_per_tok=1 with norm_topk_prob=true is not supported: the router has no gradient then")
+    return {
+        "num_experts": count,
+        "experts_per_token": chosen,
+        "expert_ffn_size": config["moe_intermediate_size"],
+        "normalised_routing": normalised,
+    }
 
 
 def _rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
@@ -146,7 +172,7 @@ def _rope_theta(config: dict[str, Any]) -> float:
     return float(10000.0 if theta is None else theta)
 
 
-def _rope_scaling(config: dict[str, Any], refuse: Any) -> float | None:
+def _rope_scaling(config: dict[str, Any], refuse: Callable[[str], ArchitectureError]) -> float | None:
     rope = _rope_parameters(config)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":

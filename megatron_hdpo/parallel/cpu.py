@@ -7,13 +7,41 @@ entered, and restores everything on exit. It is entered only on CPU runs: a GPU 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.tensor_parallel import random as megatron_random
+from megatron.core.transformer.moe import moe_utils
 from torch.overrides import TorchFunctionMode
 
+from megatron_hdpo.parallel import gloo
+
 _CPU = torch.device("cpu")
+_ABSENT = object()
+
+
+class _Stream:
+    """The one order in which a CPU does things, as a CUDA stream or event: there is nothing to wait for."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Stream)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def wait_stream(self, *_: Any) -> None:
+        """Nothing."""
+
+    def record_event(self, *_: Any) -> _Stream:
+        """An event that has happened."""
+        return self
+
+    def synchronize(self) -> None:
+        """Nothing."""
 
 
 def _names_cuda(device: object) -> bool:
@@ -35,13 +63,20 @@ class MegatronOnCpu(TorchFunctionMode):
 
     def __enter__(self) -> MegatronOnCpu:
         # A CPU run has no CUDA generator for activation recomputation to keep; the CPU's own is kept by its caller.
-        stand_ins: list[tuple[Any, str, Callable[..., Any]]] = [
+        stand_ins: list[tuple[Any, str, Any]] = [
             (torch.cuda, "current_device", lambda: _CPU),
             (torch.cuda, "synchronize", lambda *args, **kwargs: None),
+            (torch.cuda, "Stream", _Stream),
+            (torch.cuda, "Event", _Stream),
+            (torch.cuda, "current_stream", _Stream),
+            (torch.cuda, "stream", lambda stream: nullcontext()),
+            *((dist, name, getattr(gloo, name)) for name in ("all_to_all_single", "all_gather", "reduce_scatter")),
+            # Without Transformer Engine the router looks up a name that Megatron does not define.
+            (moe_utils, "te_general_gemm", None),
             (megatron_random, "_get_cuda_rng_state", lambda *args, **kwargs: None),
             (megatron_random, "_set_cuda_rng_state", lambda *args, **kwargs: None),
         ]
-        self._replaced = [(module, name, getattr(module, name)) for module, name, _ in stand_ins]
+        self._replaced = [(module, name, getattr(module, name, _ABSENT)) for module, name, _ in stand_ins]
         for module, name, stand_in in stand_ins:
             setattr(module, name, stand_in)
         super().__enter__()
@@ -50,7 +85,10 @@ class MegatronOnCpu(TorchFunctionMode):
     def __exit__(self, *exc: object) -> None:
         super().__exit__(*exc)
         for module, name, original in self._replaced:
-            setattr(module, name, original)
+            if original is _ABSENT:
+                delattr(module, name)
+            else:
+                setattr(module, name, original)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

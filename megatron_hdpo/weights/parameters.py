@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch.distributed as dist
 from torch import nn
 
 from megatron_hdpo.model.architecture import Architecture
@@ -33,6 +34,11 @@ def bind(model: nn.Module, architecture: Architecture, context: ParallelContext)
     return bound
 
 
+def sharing_group(slot: Slot, context: ParallelContext) -> dist.ProcessGroup:
+    """The ranks of this rank's stage that hold one copy of the slot between them."""
+    return context.groups.tp_ep if slot.expert_ranks else context.groups.tp
+
+
 @dataclass
 class _Problems:
     """What a model and its table disagree on."""
@@ -53,16 +59,16 @@ class _Problems:
 def _bind_chunk(
     chunk: nn.Module, architecture: Architecture, context: ParallelContext, stages: int, stage: int, problems: _Problems
 ) -> Bound:
-    tp = context.groups.tp
     bound: Bound = {}
     parameters = dict(chunk.named_parameters())
     problems.wrong += _layer_mismatch(chunk, layers_of_stage(architecture, stages, stage))
-    for slot in stage_slots(architecture, stages, stage):
+    for slot in stage_slots(architecture, stages, stage, context.layout.expert):
         name = next((name for name in slot.names if name in parameters), None)
         if name is None:
             problems.missing.append(" or ".join(sorted(set(slot.names))))
             continue
-        parameter, shard = parameters.pop(name), shard_of(architecture, slot, tp.size(), tp.rank())
+        group = sharing_group(slot, context)
+        parameter, shard = parameters.pop(name), shard_of(architecture, slot, group.size(), group.rank())
         if tuple(parameter.shape) != shard.shape:
             problems.wrong.append(f"{name}: {tuple(parameter.shape)}, the table says {shard.shape}")
         bound[slot] = (parameter, shard)

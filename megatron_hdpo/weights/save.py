@@ -31,7 +31,7 @@ def save_hf(
 ) -> None:
     """Write `out_path`: safetensors, and config and tokenizer files from `source_path`. `transformers` loads it.
 
-    Collective over all ranks; the first replica's leader writes. It holds one shard of at most `max_shard_bytes` in
+    Collective over all ranks; rank 0 writes. It holds one shard of at most `max_shard_bytes` in
     host memory. dtype: type of the stored weights (default: the model's); the config names it. Atomic: the folder
     appears complete or not at all; an existing one is replaced only with `overwrite`.
     Raises WeightsError, on every rank, when the folder exists or cannot be written.
@@ -40,17 +40,16 @@ def save_hf(
     dtype = dtype or next(model.parameters()).dtype
     together(context, partial(prepare, out, source, overwrite))
     together(context, partial(copy_description, source, staging_of(out), dtype))
-    gatherer = WeightGatherer(model, architecture, context, to="leader", bucket_bytes=min(2**25, max_shard_bytes))
+    gatherer = WeightGatherer(model, architecture, context, to="first", bucket_bytes=min(2**25, max_shard_bytes))
     shards = _plan(gatherer.buckets, max_shard_bytes // dtype.itemsize)
     held: dict[str, Tensor] = {}
     files: dict[str, str] = {}
     for number, buckets in enumerate(shards, start=1):
         file = _shard_name(number, len(shards))
         held.clear()
-        if context.dp_rank == 0:
-            for name, value in chain.from_iterable(map(gatherer.gather, buckets)):
-                held[name] = value.to(device="cpu", dtype=dtype)
-                files[name] = file
+        for name, value in chain.from_iterable(map(gatherer.gather, buckets)):
+            held[name] = value.to(device="cpu", dtype=dtype)
+            files[name] = file
         together(context, partial(save_file, held, staging_of(out) / file, metadata={"format": "pt"}))
     num_bytes = dtype.itemsize * sum(bucket.numel for bucket in gatherer.buckets)
     together(context, partial(_finish, out, files, num_bytes))

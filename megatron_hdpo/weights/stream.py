@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,9 +15,10 @@ from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.weights.errors import WeightsError
 from megatron_hdpo.weights.mapping import Shard, Slot, all_slots, shard_of
-from megatron_hdpo.weights.parameters import Bound, bind
+from megatron_hdpo.weights.parameters import Bound, bind, sharing_group
 
-Receivers = Literal["all", "leader"]
+Receivers = Literal["all", "leader", "first"]
+"""Every rank; the first rank of every data-parallel replica; the run's first rank alone."""
 
 
 def stream_hf(
@@ -28,15 +29,20 @@ def stream_hf(
     to: Receivers = "all",
     bucket_bytes: int = 32 * 2**20,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield (Hugging Face name, full tensor) for every tensor of the checkpoint, once, in one order on every layout.
+    """Yield (Hugging Face name, full tensor) for every tensor of the checkpoint, once, in one order on every layout (a
+    layer's experts come in an order that depends on the number of expert-parallel ranks).
 
     Collective within a data-parallel replica: each of its ranks must iterate to the end, also those that are given
-    nothing. Replicas are independent of each other. The values are the parameters' exact bits, in their type, on the
-    run's device; the tensors are the receiver's own. Padded vocabulary rows and a tied head are not exported.
+    nothing. Replicas are independent of each other, unless they share experts (expert x expert_tensor ranks beyond
+    tensor x context): then all replicas that do must stream together. The values are the parameters' exact bits, in
+    their type, on the run's device; the tensors are the receiver's own. Padded vocabulary rows and a tied head are not
+    exported.
 
-    to: "all" gives every rank everything (an engine on each rank); "leader" only the replica's first rank.
-    bucket_bytes: tensors are exchanged in buckets of at most this size; a larger tensor goes alone. A receiver holds
-    about two buckets beside its own shard.
+    to: "all" gives every rank everything (an engine on each rank); "leader" only the replica's first rank; "first"
+    only rank 0, and then every rank of the run must iterate.
+    bucket_bytes: tensors are exchanged in buckets of at most this size; a larger tensor goes alone, and so does an
+    expert with those of the same place on the other expert-parallel ranks. A receiver holds about two buckets beside
+    its own shard.
     Raises WeightsError where ranks that must hold the same values (norms over TP, tied embeddings over PP) do not.
     """
     gatherer = WeightGatherer(model, architecture, context, to=to, bucket_bytes=bucket_bytes)
@@ -57,6 +63,10 @@ class Bucket:
         """Elements of its full Hugging Face tensors."""
         return sum(math.prod(source.shape) for slot in self.slots for source in slot.sources)
 
+    def goes_with(self, other: Bucket) -> bool:
+        """Whether the same ranks share the parameters of both."""
+        return (self.stage, self.slots[0].expert_ranks) == (other.stage, other.slots[0].expert_ranks)
+
 
 class WeightGatherer:
     """The steps of `stream_hf`, for callers that must act between buckets on every rank; same contract."""
@@ -74,25 +84,30 @@ class WeightGatherer:
         self.bound: Bound = bind(model, architecture, context)
         self.dtype = _common_dtype(self.bound, context)
         stages = context.groups.pp.size() * context.layout.virtual_stages
-        self.buckets = plan_buckets(architecture, stages, bucket_bytes // self.dtype.itemsize)
+        limit = bucket_bytes // self.dtype.itemsize
+        self.buckets = plan_buckets(all_slots(architecture, stages, context.layout.expert), limit)
 
     def gather(self, bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
         """Exchange one bucket now; the result yields its (name, full tensor) pairs, or nothing on a non-receiver."""
-        flat = self._local_shards(bucket)
         owner = bucket.stage % self.context.groups.pp.size()
-        gathered = (_to_all if self.to == "all" else _to_leader)(flat, owner, self.context)
-        if self.to == "all":
-            self._check_tied_copy(bucket, flat)
-        if gathered is None or not is_receiver(self.context, self.to):
+        group = sharing_group(bucket.slots[0], self.context)
+        places = _receiving_places(group, self.context, self.to)
+        if not places:
             return iter(())
-        return _assemble(self.architecture, bucket, gathered)
+        flat = self._local_shards(bucket, owner, group)
+        if self.to == "all":
+            _to_all_stages(flat, owner, self.context)
+            self._check_tied_copy(bucket, flat)
+        elif not _to_first_stage(flat, owner, self.context):
+            return iter(())
+        gathered = _join(flat, group, places)
+        return iter(()) if gathered is None else _assemble(self.architecture, bucket, gathered)
 
-    def _local_shards(self, bucket: Bucket) -> Tensor:
+    def _local_shards(self, bucket: Bucket, owner: int, group: dist.ProcessGroup) -> Tensor:
         """The bucket's shards back to back, [their elements]: values on the stage that owns them, room elsewhere."""
-        tp = self.context.groups.tp
-        sizes = [shard_of(self.architecture, slot, tp.size(), tp.rank()).numel for slot in bucket.slots]
+        sizes = [shard_of(self.architecture, slot, group.size(), group.rank()).numel for slot in bucket.slots]
         flat = torch.empty(sum(sizes), dtype=self.dtype, device=self.context.device)
-        if self.context.groups.pp.rank() == bucket.stage % self.context.groups.pp.size():
+        if self.context.groups.pp.rank() == owner:
             for slot, part in zip(bucket.slots, flat.split(sizes), strict=True):
                 part.copy_(self.bound[slot][0].detach().reshape(-1))
         return flat
@@ -110,21 +125,25 @@ class WeightGatherer:
                 )
 
 
-def plan_buckets(architecture: Architecture, stages: int, limit: int) -> list[Bucket]:
-    """Buckets in stream order: each at most `limit` elements in full, or one parameter that has more."""
+def plan_buckets(slots: Iterable[tuple[int, Slot]], limit: int) -> list[Bucket]:
+    """Buckets of (stage, slot) pairs in their order: each at most `limit` elements in full, or one parameter that has
+    more; the same ranks share all of a bucket."""
     buckets: list[Bucket] = []
-    for stage, slot in all_slots(architecture, stages):
+    for stage, slot in slots:
         alone = Bucket(stage, (slot,))
-        if buckets and buckets[-1].stage == stage and buckets[-1].numel + alone.numel <= limit:
+        if buckets and buckets[-1].goes_with(alone) and buckets[-1].numel + alone.numel <= limit:
             buckets[-1] = Bucket(stage, (*buckets[-1].slots, slot))
         else:
             buckets.append(alone)
     return buckets
 
 
-def is_receiver(context: ParallelContext, to: Receivers) -> bool:
-    """Whether `stream_hf(to=...)` yields tensors on this rank."""
-    return to == "all" or context.is_replica_leader
+def _receiving_places(group: dist.ProcessGroup, context: ParallelContext, to: Receivers) -> list[int]:
+    """Places in the group, of whatever stage, whose ranks are to receive (on the first stage, unless all are)."""
+    per_stage = context.world_size // context.groups.pp.size()
+    step = {"all": 1, "leader": context.groups.tp.size() * context.groups.cp.size(), "first": per_stage}[to]
+    ranks = dist.get_process_group_ranks(group)
+    return [place for place, rank in enumerate(ranks) if rank % per_stage % step == 0]
 
 
 def _common_dtype(bound: Bound, context: ParallelContext) -> torch.dtype:
@@ -134,31 +153,32 @@ def _common_dtype(bound: Bound, context: ParallelContext) -> torch.dtype:
     return dtypes.pop()
 
 
-def _to_all(flat: Tensor, owner: int, context: ParallelContext) -> Tensor:
-    """Shards of all tensor-parallel ranks, [TP, elements], on every rank. PP moves shards, TP then joins them."""
-    tp, pp = context.groups.tp, context.groups.pp
-    if pp.size() > 1:
-        dist.broadcast(flat, group=pp, group_src=owner)
-    if tp.size() == 1:
-        return flat[None]
-    gathered = flat.new_empty(tp.size() * len(flat))
-    dist.all_gather_into_tensor(gathered, flat, group=tp)
-    return gathered.view(tp.size(), -1)
+def _to_all_stages(flat: Tensor, owner: int, context: ParallelContext) -> None:
+    if context.groups.pp.size() > 1:
+        dist.broadcast(flat, group=context.groups.pp, group_src=owner)
 
 
-def _to_leader(flat: Tensor, owner: int, context: ParallelContext) -> Tensor | None:
-    """Shards of all tensor-parallel ranks, [TP, elements], on the replica's first rank; None elsewhere."""
-    tp, pp = context.groups.tp, context.groups.pp
+def _to_first_stage(flat: Tensor, owner: int, context: ParallelContext) -> bool:
+    """Whether this rank is of the first stage, which has the values then."""
+    pp = context.groups.pp
     if owner > 0 and pp.rank() == owner:
         dist.send(flat, group=pp, group_dst=0)
-    if pp.rank() > 0:
-        return None
-    if owner > 0:
+    if owner > 0 and pp.rank() == 0:
         dist.recv(flat, group=pp, group_src=owner)
-    if tp.size() == 1:
+    return pp.rank() == 0
+
+
+def _join(flat: Tensor, group: dist.ProcessGroup, places: Sequence[int]) -> Tensor | None:
+    """Shards of all ranks of the group, [ranks, elements], on those at `places`; None elsewhere."""
+    if group.size() == 1:
         return flat[None]
-    gathered = flat.new_empty(tp.size(), len(flat)) if tp.rank() == 0 else None
-    dist.gather(flat, None if gathered is None else list(gathered), group=tp, group_dst=0)
+    gathered = flat.new_empty(group.size(), len(flat)) if group.rank() in places else None
+    if len(places) == group.size():
+        dist.all_gather_into_tensor(gathered.view(-1), flat, group=group)  # type: ignore[union-attr]
+        return gathered
+    for place in places:
+        into = list(gathered) if gathered is not None and place == group.rank() else None
+        dist.gather(flat, into, group=group, group_dst=place)
     return gathered
 
 

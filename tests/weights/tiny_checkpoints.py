@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from megatron_hdpo.model.architecture import Architecture, read_architecture
 from megatron_hdpo.model.build import build_model
@@ -45,12 +45,17 @@ CASES: dict[str, Any] = {
     "qwen3": lambda: Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=False),
     "qwen3_tied": lambda: Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
 }
+EXPERTS: dict[str, Any] = {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+MOE_CASES: dict[str, Any] = {
+    "qwen3_moe": lambda: Qwen3MoeConfig(**SIZES | EXPERTS, norm_topk_prob=True, tie_word_embeddings=False),
+    "qwen3_moe_tied_raw": lambda: Qwen3MoeConfig(**SIZES | EXPERTS, norm_topk_prob=False, tie_word_embeddings=True),
+}
 
 
 def make_checkpoint(case: str, folder: Path, **save: Any) -> PreTrainedModel:
     """A model with random biases and norms too (at their defaults a mix-up would go unseen), saved under `folder`."""
     torch.manual_seed(sum(map(ord, case)))
-    model = AutoModelForCausalLM.from_config(CASES[case](), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config((CASES | MOE_CASES)[case](), dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             scale = 0.5 if parameter.dim() == 1 else 0.15
