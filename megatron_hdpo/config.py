@@ -23,6 +23,7 @@ from megatron_hdpo.health.config import HealthConfig
 from megatron_hdpo.model.architecture import Architecture, ArchitectureError, read_architecture
 from megatron_hdpo.model.config import ModelConfig
 from megatron_hdpo.model.optimizer import OptimizerConfig
+from megatron_hdpo.model.precision import precision_errors, precision_warnings
 from megatron_hdpo.objectives.registry import ObjectiveConfig
 from megatron_hdpo.objectives.settings import Surroundings, surrogate_of
 from megatron_hdpo.parallel.layout import LayoutError, ParallelConfig, check_layout
@@ -181,7 +182,11 @@ def check_recipe(recipe: Recipe, architecture: Architecture, world_size: int) ->
     """Warnings of a recipe that runs but deserves a word. Raises RecipeError, with all reasons, for one that cannot."""
     errors = [*_layout_errors(recipe, architecture, world_size), *_length_errors(recipe, architecture)]
     errors += [*_objective_errors(recipe, architecture), *_teacher_errors(recipe, architecture, world_size)]
-    errors += [*_engine_errors(recipe, architecture), *recipe.profile.errors(world_size)]
+    errors += [
+        *_engine_errors(recipe, architecture),
+        *recipe.profile.errors(world_size),
+        *_precision_errors(recipe, architecture),
+    ]
     if recipe.checkpoint.export and Path(recipe.model.path).resolve() == (recipe.output / "hf").resolve():
         errors.append(f"model.path: {recipe.model.path} is where this run exports to: choose another output")
     if errors:
@@ -326,6 +331,14 @@ def _engine_errors(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
         yield "rollout.sglang.servers.memory_saver: only colocated servers have memory to give back to the trainer"
 
 
+def _precision_errors(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
+    yield from precision_errors(recipe.model, recipe.parallel, architecture)
+    if resolved_device(recipe.device) == "cpu":
+        for key, optimizer in (("optimizer", recipe.optimizer), ("warmup.optimizer", recipe.warmup.optimizer)):
+            if optimizer.offload:
+                yield f"{key}.offload: on a CPU the optimizer is in host memory already: leave it out"
+
+
 def _server_errors(recipe: Recipe, architecture: Architecture, device: str) -> Iterator[str]:
     """Of servers that the run starts."""
     servers, prompts = recipe.rollout.sglang.servers, recipe.data.prompts
@@ -351,6 +364,7 @@ def resolved_device(device: str) -> str:
 
 
 def _warnings(recipe: Recipe) -> Iterator[str]:
+    yield from precision_warnings(recipe.model)
     surrogate = surrogate_of(recipe.objective)
     if recipe.rollout.filtered and surrogate is not None and surrogate.importance_cap is None:
         yield (

@@ -65,7 +65,8 @@ class Learner:
         with self.console.phase("train", total=self._tokens(examples), unit="tok") as phase:
             for update in range(self.updates_per_step):
                 part = examples[update :: self.updates_per_step]
-                new = self.policy.update(part, self.objective.loss, phase.advance, teacher_head)
+                another = update + 1 < self.updates_per_step and not self.teacher.follows_updates
+                new = self.policy.update(part, self.objective.loss, phase.advance, teacher_head, another)
                 self._stop_when_only_skipping(new)
                 if not new["train/skipped"]:
                     self.teacher.after_update()

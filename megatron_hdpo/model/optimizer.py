@@ -40,19 +40,10 @@ class OptimizerConfig(BaseModel):
     )
 
 
-class OptimizerError(ValueError):
-    """An optimizer section of the recipe that cannot be built here."""
-
-
 def build_optimizer(
     config: OptimizerConfig, ddp: nn.Module, context: ParallelContext, total_steps: int
 ) -> tuple[ChainedOptimizer, OptimizerParamScheduler]:
-    """The optimizer of this rank's shard, and the schedule over `total_steps` optimizer steps.
-
-    Raises OptimizerError where there is nothing to offload.
-    """
-    if config.offload and context.device.type != "cuda":
-        raise OptimizerError("optimizer.offload: on a CPU the optimizer is in host memory already: set it to 0")
+    """The optimizer of this rank's shard, and the schedule over `total_steps` optimizer steps."""
     model = ddp.config
     with context.megatron_calls():
         settings = MegatronOptimizerConfig(
@@ -80,14 +71,16 @@ def build_optimizer(
 
 
 def _offload_settings(config: OptimizerConfig) -> dict[str, Any]:
-    """Megatron's HybridDeviceOptimizer: the offloaded share steps on the CPU, by torch's fused AdamW, while gradients and
-    updated weights of other parameters travel."""
+    """Megatron's HybridDeviceOptimizer: the offloaded share steps on the CPU, by torch's AdamW, while gradients and new
+    weights of other parameters travel. Under its precision-aware optimizer (all in fp32 here) the main weights go with
+    the moments; else a second copy of them would stay on the GPU."""
     if not config.offload:
         return {}
     return {
         "optimizer_cpu_offload": True,
         "optimizer_offload_fraction": config.offload,
         "overlap_cpu_optimizer_d2h_h2d": True,
+        "use_precision_aware_optimizer": True,
     }
 
 

@@ -257,7 +257,9 @@ class Policy:
         for optimizer in self.optimizer.chained_optimizers:
             parameters = optimizer.get_parameters()
             if parameters and optimizer.config.clip_grad > 0:
-                clip_grad_by_total_norm_fp32(parameters, max_norm=optimizer.config.clip_grad, total_norm=norm)
+                # Where the optimizer is offloaded its gradients are not in `grad`.
+                decoupled = optimizer.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+                clip_grad_by_total_norm_fp32(parameters, optimizer.config.clip_grad, norm, decoupled)
 
 
 def _check_targets(examples: Sequence[Example], teacher_head: Tensor | None) -> None:

@@ -1,8 +1,8 @@
 """FP8 by Transformer Engine: what a recipe may combine, and what it asks of shapes and devices.
 
-Only the matrix products of the transformer layers run in FP8. Embedding and head belong to Megatron's own modules, which
-have none; log-probs and divergences are computed here, in float32. Nothing of FP8 has run where this was written: the
-rules are those of megatron-core 0.16.1 and Transformer Engine 2.11, read in their sources.
+Only the matrix products of the transformer layers run in FP8. Embedding and head belong to Megatron's own modules,
+which have none; log-probs and divergences are computed here, in float32. Nothing of FP8 has run where this was written:
+the rules are those of megatron-core 0.16.1 and Transformer Engine 2.11, read in their sources.
 """
 
 from __future__ import annotations

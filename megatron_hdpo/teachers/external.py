@@ -24,6 +24,7 @@ class ExternalTeacher:
     """
 
     kind = "external"
+    follows_updates = False
 
     def __init__(self, path: str | Path, policy: Policy, model: ModelConfig) -> None:
         architecture = read_architecture(path)

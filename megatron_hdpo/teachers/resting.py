@@ -19,6 +19,12 @@ class FrozenTeacher:
     """A copy of this rank's shard taken at construction; swapped in for scoring and out again, bit for bit."""
 
     kind = "frozen"
+    clock: str | None = None
+
+    @property
+    def follows_updates(self) -> bool:
+        """Whether an optimizer step moves it."""
+        return self.clock == "optimizer_step"
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy

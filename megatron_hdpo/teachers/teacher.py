@@ -24,6 +24,10 @@ class Teacher(Protocol):
 
     kind: str
 
+    @property
+    def follows_updates(self) -> bool:
+        """Whether `after_update` reads the policy's weights."""
+
     @contextmanager
     def scorer(self) -> Iterator[Policy]:
         """Within this context the policy that is handed out holds the teacher's weights: it scores and shows its head.
@@ -48,6 +52,7 @@ class PolicyTeacher:
     """The drifting teacher: the policy's own weights at this step."""
 
     kind = "policy"
+    follows_updates = False
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy

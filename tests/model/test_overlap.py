@@ -29,17 +29,16 @@ from megatron_hdpo.model import build
 from megatron_hdpo.model.chunks import chunks_of
 from megatron_hdpo.model.policy import Policy
 
-# name: world size, layout; replicas take what is left.
-LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
-    "dp2": (2, {}),
-    "dp4": (4, {}),
-    "tp2_dp2": (4, {"tensor": 2}),
-    "pp2_dp2": (4, {"pipeline": 2}),
-    "vpp2_dp2": (4, {"pipeline": 2, "virtual_stages": 2}),
+# name: world size, layout (replicas take what is left), models.
+LAYOUTS: dict[str, tuple[int, dict[str, int], tuple[str, ...]]] = {
+    "dp2": (2, {}, ("llama", "qwen3_tied")),
+    "dp4": (4, {}, ("llama",)),
+    "tp2_dp2": (4, {"tensor": 2}, ("llama",)),
+    "pp2_dp2": (4, {"pipeline": 2}, ("llama", "qwen3_tied")),
+    "vpp2_dp2": (4, {"pipeline": 2, "virtual_stages": 2}, ("llama",)),
 }
 # With Megatron's 40 million every tiny model would be one bucket, and nothing could be early or late.
 SMALL_BUCKETS = partial(build.DistributedDataParallelConfig, bucket_size=3000)
-MODELS = ("llama", "qwen3_tied")
 
 
 def run_cases(names: list[str], paths: dict[str, Path]) -> dict[tuple[str, str, bool], dict[str, Any]]:
@@ -48,7 +47,7 @@ def run_cases(names: list[str], paths: dict[str, Path]) -> dict[tuple[str, str, 
         for name in names:
             for overlap in (False, True):
                 with joined(**LAYOUTS[name][1], overlap=overlap) as context:
-                    for model in MODELS:
+                    for model in LAYOUTS[name][2]:
                         policy = build_policy(paths[model], context, budget=ONE_PER_MICRO_BATCH, optimizer=OPTIMIZER)
                         found[name, model, overlap] = _steps(policy)
     return found
@@ -77,8 +76,8 @@ def _scores(policy: Policy) -> list[np.ndarray]:
 @pytest.fixture(scope="module", params=[2, 4], ids=["2 ranks", "4 ranks"])
 def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp("models")
-    paths = {model: make_checkpoint(model, folder) for model in MODELS}
-    names = [name for name, (size, _) in LAYOUTS.items() if size == request.param]
+    paths = {model: make_checkpoint(model, folder) for model in ("llama", "qwen3_tied")}
+    names = [name for name, (size, *_) in LAYOUTS.items() if size == request.param]
     return run_ranks(request.param, run_cases, names, paths, timeout=200.0)
 
 
@@ -87,11 +86,16 @@ def test_nothing_changes(outcomes: list[dict]) -> None:
         for (name, model, overlap), found in rank.items():
             if not overlap:
                 continue
-            assert max(found["buckets"]) > 2, f"{name}: one bucket overlaps with nothing"
             expected = rank[name, model, False]
             assert found["last"] == pytest.approx(expected["last"], rel=1e-6)
             for what in ("scores before", "gradients", "weights", "scores", "weights after two more"):
                 _assert_same(found[what], expected[what], f"{name} {model} {what}")
+
+
+def test_several_buckets_overlap(outcomes: list[dict]) -> None:
+    """On the first pipeline rank: later ones are not what the others wait for, and Megatron gives them one."""
+    for (_, _, overlap), found in outcomes[0].items():
+        assert not overlap or max(found["buckets"]) > 2
 
 
 def test_updates_move_the_weights(outcomes: list[dict]) -> None:
