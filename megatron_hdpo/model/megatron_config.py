@@ -52,9 +52,9 @@ def transformer_config(
         variable_seq_lengths=layout.pipeline > 1,
         overlap_p2p_comm=layout.virtual_stages > 1,
         batch_p2p_comm=layout.virtual_stages == 1,
-        moe_token_dispatcher_type="alltoall",  # the only one that Megatron admits beside variable lengths
         deallocate_pipeline_outputs=True,
         calculate_per_token_loss=True,
+        **_expert_settings(architecture, spec),
         **_recompute_settings(config),
         **_fp8_settings(config),
         # Weights come from a checkpoint: initialising them would cost time and, on a CPU, the whole model per rank.
@@ -89,3 +89,21 @@ def _fp8_settings(config: ModelConfig) -> dict[str, Any]:
         "num_layers_at_start_in_bf16": start,
         "num_layers_at_end_in_bf16": end,
     }
+
+
+def _expert_settings(architecture: Architecture, spec: SpecName) -> dict[str, Any]:
+    """No token is dropped and no loss balances the load: the router is a trained one, and its gradient the task's."""
+    # Tokens go to their experts all-to-all: the only way that Megatron admits beside variable lengths.
+    settings: dict[str, Any] = {"moe_token_dispatcher_type": "alltoall"}
+    if architecture.num_experts:
+        settings |= {
+            "num_moe_experts": architecture.num_experts,
+            "moe_router_topk": architecture.experts_per_token,
+            "moe_ffn_hidden_size": architecture.expert_ffn_size,
+            # A softmax over the chosen experts alone is the softmax over all of them, normalised.
+            "moe_router_pre_softmax": not architecture.normalised_routing,
+            "moe_router_load_balancing_type": "none",
+            "moe_router_dtype": "fp32",
+            "moe_grouped_gemm": spec == "transformer_engine",
+        }
+    return settings
