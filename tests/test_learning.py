@@ -1,16 +1,18 @@
-"""Does HDPO teach what GRPO cannot reach? Three seeds, with controls that move the model without teaching it.
+"""Does HDPO teach what GRPO cannot reach? Two seeds, with controls that move the model without teaching it.
+MEGATRON_HDPO_LEARNING_SEEDS="0 1 2" runs others.
 
 A model of half a million parameters is warmed up on sums of 2 to 4 digits, and on copying the running totals of up to
 8 digits when they are shown. Sums of 6, 7 and 8 digits are then cliffs. From the same weights: GRPO alone (lambda 0);
 HDPO; HDPO with targets shuffled between positions; HDPO whose teacher is shown the solution of another problem.
 
-A fourth control, the inverted filter (distil the privileged rollouts that FAILED), is run and printed, but no margin
-over it is asserted: it teaches about as well. Its trajectories are wrong, its targets are not: at each position they
-are still the distribution of a teacher that has seen the right solution.
+The inverted filter (distil the privileged rollouts that FAILED) is no control: it was seen to teach about as well. Its
+trajectories are wrong, its targets are not: at each position they are still the distribution of a teacher that has seen
+the right solution.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -23,8 +25,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "examples" / "digit_sums" / "hdpo.yaml"
-SEEDS = (0, 1, 2)
-VARIANTS = ("grpo", "hdpo", "shuffled_targets", "wrong_reference", "inverted_filter")
+SEEDS = [int(seed) for seed in os.environ.get("MEGATRON_HDPO_LEARNING_SEEDS", "0 1").split()]
+VARIANTS = ("grpo", "hdpo", "shuffled_targets", "wrong_reference")
 HARD = ("n6", "n7", "n8")
 STEPS = 80
 
@@ -113,7 +115,7 @@ def _objective(variant: str, recipe):
             )
             return replace(example, target=target)
 
-    kinds = {"shuffled_targets": ShuffledTargets, "wrong_reference": Failures, "inverted_filter": Failures}
+    kinds = {"shuffled_targets": ShuffledTargets, "wrong_reference": Failures}
     config = recipe.objective
     if variant in ("grpo", "warmed_up"):
         distill = config.distill.model_copy(update={"coefficient": 0.0})

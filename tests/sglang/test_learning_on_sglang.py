@@ -1,4 +1,4 @@
-"""The learning test with SGLang in place of the embedded engine: same recipe, same seed, same thresholds.
+"""The learning test with SGLang in place of the embedded engine: same recipe, same first seed, same thresholds.
 
 One seed, and GRPO alone as the control: a CPU server needs minutes for what the embedded engine does in seconds.
 MEGATRON_HDPO_LEARNING_SEEDS="0 1 2" runs more.
