@@ -70,38 +70,45 @@ def user_errors() -> tuple[type[Exception], ...]:
     from megatron_hdpo.weights.errors import WeightsError
 
     return (
-        ArchitectureError, BackendMissing, CheckpointError, DataError, EngineError, HealthError, LayoutError, MetricsFileError,
-        ModelError, PlanError, RecipeError, ReportError, RewardPoolError, SelfTestError, TrainingError, WeightsError,
+        ArchitectureError, BackendMissing, CheckpointError, DataError, EngineError, HealthError, LayoutError,
+        MetricsFileError, ModelError, PlanError, RecipeError, ReportError, RewardPoolError, SelfTestError, TrainingError,
+        WeightsError,
     )  # fmt: skip
 
 
 def _first_to_fail() -> bool:
     """Whether this rank is the one to speak: an error of every rank is said once, and one of rank 3 alone is said too.
 
-    Ranks count themselves in torchrun's own store, which is there before any process group; without one, rank 0 speaks.
+    Ranks count themselves in torchrun's own store, which is there before any process group, or in that of rank 0;
+    without one, the first rank of each node speaks.
     """
     store = _agent_store()
-    return os.environ.get("RANK", "0") == "0" if store is None else store.add(_FAILED, 1) == 1
+    return os.environ.get("LOCAL_RANK", "0") == "0" if store is None else store.add(_FAILED, 1) == 1
 
 
 def _another_failed() -> bool:
     """Whether another rank has ended with a message of its own: what breaks here then is only its echo."""
-    store = _agent_store()
-    if store is None or os.environ.get("WORLD_SIZE", "1") == "1":
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         return False
+    store = _agent_store()
+    if store is None:  # where rank 0 keeps the store, it is gone with rank 0
+        return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "False" and os.environ.get("RANK") != "0"
     time.sleep(0.5)  # a connection may break a moment before the rank at its other end has counted itself
     return bool(store.check([_FAILED]))
 
 
 def _agent_store() -> Store | None:
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    """torchrun's store, or rank 0's where agents do not share theirs: that one is new in every round."""
+    if "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
         return None
     from torch.distributed import PrefixStore, TCPStore
 
+    of_agents = os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True"
     try:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10), wait_for_workers=False)
-        return PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        patience = timedelta(seconds=10 if of_agents else 2)
+        store = TCPStore(address, port, is_master=False, timeout=patience, wait_for_workers=False)
+        return PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if of_agents else "0", store)
     except (KeyError, ValueError, RuntimeError):
         return None
 

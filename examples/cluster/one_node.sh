@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# One node:   examples/cluster/one_node.sh RECIPE [key.path=value ...]
+#
+# RANKS: GPUs to train on (8). A killed rank ends the run; started again, it goes on from its last checkpoint.
+# Rollouts on SGLang servers that share the GPUs: add
+#   rollout.engine=sglang rollout.sglang.servers.memory_saver=true rollout.sglang.servers.mem_fraction_static=0.5
+set -euo pipefail
+[ "$#" -ge 1 ] || { sed -n '2,6s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+cd "$(dirname "$0")/../.."
+source examples/cluster/common.sh
+train_here "${RANKS:-8}" "$@" -- --standalone

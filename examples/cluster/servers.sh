@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# SGLang servers on a node of their own, for rollout.sglang.placement=given; the same command on each such node:
+#
+#   MODEL=models/Qwen2.5-7B-Instruct URLS=/shared/run.urls examples/cluster/servers.sh [flags of sglang.launch_server]
+#
+# MODEL: the trainer's model.path. URLS: a file on the shared file system, to which each node adds one line with the
+# addresses of its servers when all of them answer. GPUS (8), TENSOR_PARALLEL (1): a node has GPUS / TENSOR_PARALLEL
+# servers. PORT: of the first (30000). HOST: this node's address for the trainer (its host name). PYTHON: interpreter of
+# SGLang's environment (python). START_S: longest start (900).
+# The servers run in the foreground; ending this script ends them. Whoever reaches a server can replace its weights:
+# keep them inside the cluster's network, or pass --api-key and name its variable in rollout.sglang.api_key_variable.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+source examples/cluster/common.sh
+need MODEL URLS
+gpus=${GPUS:-8} wide=${TENSOR_PARALLEL:-1} port=${PORT:-30000} host=${HOST:-$(hostname)}
+mkdir -p "$URLS.logs"
+processes=() addresses=()
+trap 'kill "${processes[@]}" 2>/dev/null || true; wait' EXIT
+
+for ((i = 0; i < gpus / wide; i++)); do
+  # A warm-up would stand in the way of the first weight update.
+  "${PYTHON:-python}" -m sglang.launch_server --model-path "$MODEL" --host 0.0.0.0 --port $((port + i)) \
+    --tp-size "$wide" --base-gpu-id $((i * wide)) --dtype bfloat16 --skip-server-warmup "$@" \
+    > "$URLS.logs/$host-$i.log" 2>&1 &
+  processes+=("$!")
+  addresses+=("http://$host:$((port + i))")
+done
+
+deadline=$((SECONDS + ${START_S:-900}))
+for url in "${addresses[@]}"; do
+  until curl --silent --fail --max-time 5 --output /dev/null "$url/model_info"; do
+    for process in "${processes[@]}"; do
+      kill -0 "$process" 2>/dev/null || { echo "$host: a server ended; see $URLS.logs/$host-*.log" >&2; exit 1; }
+    done
+    ((SECONDS < deadline)) || { echo "$url does not answer; see $URLS.logs/$host-*.log" >&2; exit 1; }
+    sleep 1
+  done
+done
+# One short line, appended: nodes that are ready together do not tear each other's.
+echo "${addresses[*]}" >> "$URLS"
+echo "$host: ${#addresses[@]} servers answer"
+wait -n "${processes[@]}" || true
+echo "$host: a server ended; see $URLS.logs/$host-*.log" >&2
+exit 1

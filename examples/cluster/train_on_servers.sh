@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# A trainer for servers that servers.sh starts on other nodes; the same command on each of the trainer's nodes:
+#
+#   URLS=/shared/run.urls SERVER_NODES=2 NODES=4 HEAD=node2:29400 examples/cluster/train_on_servers.sh RECIPE [key=value ...]
+#
+# Waits until SERVER_NODES lines are in the file URLS (for START_S seconds, 1200), then is several_nodes.sh. Remove the
+# file of an earlier run first.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+source examples/cluster/common.sh
+need URLS SERVER_NODES
+: "${1:?name a recipe}"
+given=$(wait_for_urls "$URLS" "$SERVER_NODES")
+exec examples/cluster/several_nodes.sh "$@" rollout.engine=sglang rollout.sglang.placement=given "$given"
