@@ -38,6 +38,7 @@ def main() -> int:
     parser.add_argument("--to", choices=["huggingface", "megatron"], required=True, help="format to write")
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel ranks (TP)")
     parser.add_argument("--pipeline", type=int, default=1, help="pipeline stages (PP)")
+    parser.add_argument("--expert", type=int, default=1, help="expert-parallel ranks (EP)")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: as stored")
     parser.add_argument(
         "--config", type=Path, help="Hugging Face folder with config and tokenizer, where source has none"
@@ -46,7 +47,13 @@ def main() -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
     arguments = parser.parse_args()
     try:
-        context = start(ParallelConfig(tensor=arguments.tensor, pipeline=arguments.pipeline), device=arguments.device)
+        layout = ParallelConfig(
+            tensor=arguments.tensor,
+            pipeline=arguments.pipeline,
+            expert=arguments.expert,
+            sequence=arguments.tensor > 1,  # without it experts are not for tensor-parallel ranks
+        )
+        context = start(layout, device=arguments.device)
         read = convert(
             arguments.source,
             arguments.out,

@@ -31,6 +31,7 @@ def main() -> int:
     parser.add_argument("second", type=Path, nargs="?", help="checkpoint that should hold the same weights")
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel ranks (TP)")
     parser.add_argument("--pipeline", type=int, default=1, help="pipeline stages (PP)")
+    parser.add_argument("--expert", type=int, default=1, help="expert-parallel ranks (EP)")
     parser.add_argument("--config", type=Path, help="Hugging Face folder with config and tokenizer, where one has none")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the Megatron model runs")
     parser.add_argument(
@@ -42,7 +43,13 @@ def main() -> int:
     disable_progress_bar()
     leads = os.environ.get("RANK", "0") == "0"
     try:
-        context = start(ParallelConfig(tensor=arguments.tensor, pipeline=arguments.pipeline), device=arguments.device)
+        layout = ParallelConfig(
+            tensor=arguments.tensor,
+            pipeline=arguments.pipeline,
+            expert=arguments.expert,
+            sequence=arguments.tensor > 1,  # without it experts are not for tensor-parallel ranks
+        )
+        context = start(layout, device=arguments.device)
         checks = verify(
             arguments.first,
             arguments.second,

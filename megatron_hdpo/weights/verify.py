@@ -123,7 +123,7 @@ def _export(checkpoint: Checkpoint, folder: Path, context: ParallelContext) -> t
 
 def _check_tensors(checkpoint: Checkpoint, reference: Checkpoint, context: ParallelContext) -> list[Check]:
     """Load on the layout, stream back, compare with the files of `reference`."""
-    layout = f"TP {context.layout.tensor} x PP {context.layout.pipeline}"
+    layout = f"TP {context.layout.tensor} x PP {context.layout.pipeline} x EP {context.layout.expert}"
     loads = f"{checkpoint.path.name}: every tensor accounted for"
     model, problems = _agreed(context, lambda: open_model(checkpoint, context))
     if model is None:
@@ -144,7 +144,7 @@ def _compare(
     """Tensors, their elements, and the names of those that differ from the reference's files; on the leader."""
     count, numel, differing = 0, 0, []
     with HfWeights(reference.path) as weights:
-        for name, value in stream_hf(model, checkpoint.architecture, context, to="leader"):
+        for name, value in stream_hf(model, checkpoint.architecture, context, to="first"):
             expected = weights.read(name, 0, 0, len(value)).to(value.dtype)
             count, numel = count + 1, numel + value.numel()
             if not same_bits(value.cpu(), expected):
