@@ -55,7 +55,7 @@ gpu_settings() {
 several_nodes() {
   # By default agents hand their first store on from round to round, and one that joined later waits for an address that
   # nobody writes any more: a node could not be replaced (seen with torch 2.13). With this each round has its own.
-  export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+  export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
   # NODE_INTERFACE=ib0, say, where a node has several networks: the one for host-side exchange (gloo) and for NCCL's
   # first contact. Both guess otherwise, and may choose one that other nodes cannot reach.
   if [ -n "${NODE_INTERFACE:-}" ]; then

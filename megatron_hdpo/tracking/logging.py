@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import sys
 from pathlib import Path
 
@@ -20,7 +22,8 @@ def configure_logging(output_dir: str | Path, rank: int, console: Console | None
 
     The file gets INFO and above of everything, Python warnings included. The console (of rank 0 only; None: stderr)
     gets warnings of this package and errors of others. Libraries imported so far lose their own handlers on the
-    terminal, and transformers its progress bars. Called again, it replaces what it set up before.
+    terminal, and transformers its progress bars. Called again, it replaces what it set up before. The first line of every
+    start names rank, host and process.
     """
     path = Path(output_dir) / "logs" / f"rank_{rank:05d}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,6 +35,8 @@ def configure_logging(output_dir: str | Path, rank: int, console: Console | None
         _install(root, _console_handler(console))
     _take_over_third_party()
     logging.captureWarnings(True)
+    # Ranks move between hosts when a run is started again: every start says where its lines were written.
+    logging.getLogger(__name__).info("rank %d on %s, process %d", rank, socket.gethostname(), os.getpid())
     return path
 
 

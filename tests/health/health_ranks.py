@@ -1,0 +1,89 @@
+"""What the ranks of the health tests do: every check once as it should be, and once with a fault on one rank."""
+
+from __future__ import annotations
+
+import io
+import time
+from pathlib import Path
+from typing import Any
+
+from tiny_policy import ONE_PER_MICRO_BATCH, OPTIMIZER, SPEC, build_policy, make_examples, make_scorings
+
+from megatron_hdpo.health.check import check_health
+from megatron_hdpo.health.config import HealthConfig
+from megatron_hdpo.health.findings import HealthError, Place
+from megatron_hdpo.health.links import check_devices, check_links, matmul_seconds
+from megatron_hdpo.health.machines import check_clocks, check_disk, check_gpu_memory, check_shared_folder
+from megatron_hdpo.health.stragglers import ComputeClock, StragglerWatch
+from megatron_hdpo.health.versions import check_versions, versions_here
+from megatron_hdpo.parallel.context import ParallelContext, start
+from megatron_hdpo.parallel.layout import ParallelConfig
+from megatron_hdpo.tracking.console import Console
+
+
+def visit(folder: str) -> dict[str, Any]:
+    """Every check, without and with a fault on the last rank."""
+    context = start(ParallelConfig(timeout_minutes=1.0), "cpu")
+    last = context.rank == context.world_size - 1
+    # Two ranks to a node, with names that no machine here has.
+    places = [Place(rank, f"host{rank // 2}", rank - rank % 2) for rank in range(context.world_size)]
+    shared, own = Path(folder) / "shared", Path(folder) / f"of-rank-{context.rank}"
+    for path in (shared, own):
+        path.mkdir(parents=True, exist_ok=True)
+    versions = versions_here("digest")
+    odd = versions | ({"torch": "0.0.1", "NCCL": "9.9"} if last else {})
+    seen = {
+        "versions": check_versions(context, places, versions),
+        "odd versions": check_versions(context, places, odd),
+        "clocks": check_clocks(context, places, 2.0),
+        "fast clock": check_clocks(context, places, 2.0, lambda: time.time() + (60.0 if last else 0.0)),
+        "slow clock": check_clocks(context, places, 2.0, lambda: time.time() - (60.0 if last else 0.0)),
+        "folder": check_shared_folder(context, places, shared, 10.0),
+        "own folder": check_shared_folder(context, places, own if last else shared, 0.5),
+        "left in the folder": [path.name for path in shared.iterdir()],
+        "disk": check_disk(context, places, shared, 0.0),
+        "full disk": check_disk(context, places, shared, 1e9),
+        "memory": check_gpu_memory(context, places, 1.0, 0.8),
+        "used memory": check_gpu_memory(context, places, 0.25 if last else 1.0, 0.8),
+        "devices": check_devices(context, places, 0.010, 1.3),
+        "slow device": check_devices(context, places, 0.030 if last else 0.010, 1.3),
+        "matmul": matmul_seconds(context.device),
+        "links": check_links(context, places, None),
+        "slow links": check_links(context, places, 1e6),
+    }
+    return seen | _whole(context, shared)
+
+
+def _whole(context: ParallelContext, folder: Path) -> dict[str, Any]:
+    stream = io.StringIO()
+    console = Console(context.is_leader, stream=stream)
+    seen: dict[str, Any] = {"metrics": check_health(HealthConfig(), context, console, folder, "{}")}
+    seen["off"] = check_health(HealthConfig(enabled=False), context, console, folder, "{}")
+    recipe = "{}" if context.rank != 1 else '{"seed": 1}'
+    try:
+        check_health(HealthConfig(min_free_disk_gb=1e9), context, console, folder, recipe)
+    except HealthError as error:
+        seen["error"] = str(error)
+    return seen | {"console": stream.getvalue()}
+
+
+def watch(checkpoint: str, steps: int, first_gb_per_s: float) -> dict[str, Any]:
+    """Real updates of a tiny policy on replicas; from the second step on rank 1 dawdles in its forward passes."""
+    context = start(ParallelConfig(timeout_minutes=1.0), "cpu")
+    policy = build_policy(Path(checkpoint), context, budget=ONE_PER_MICRO_BATCH, optimizer=OPTIMIZER)
+    stream = io.StringIO()
+    config = HealthConfig(straggler_steps=2, every=steps)
+    stragglers = StragglerWatch(config, context, Console(context.is_leader, stream=stream), policy, first_gb_per_s)
+    clock = ComputeClock(context.device)
+    clock.attach(policy)
+    dawdle = [0.0]
+    policy.model.register_forward_pre_hook(lambda *_: time.sleep(dawdle[0]))
+    seen: dict[str, Any] = {"metrics": [], "seconds": []}
+    for step in range(1, steps + 1):
+        dawdle[0] = 0.3 if context.rank == 1 and step > 1 else 0.0
+        policy.score(make_scorings()[:2])
+        seen["scoring"] = clock.seconds()
+        policy.update(make_examples()[context.rank :: context.world_size], SPEC)
+        seen["seconds"].append(clock.seconds())
+        seen["metrics"].append(stragglers.metrics(step))
+    return seen | {"console": stream.getvalue()}
