@@ -24,6 +24,7 @@ from megatron_hdpo.model.architecture import Architecture, ArchitectureError, re
 from megatron_hdpo.model.config import ModelConfig
 from megatron_hdpo.model.optimizer import OptimizerConfig
 from megatron_hdpo.model.precision import precision_errors, precision_warnings
+from megatron_hdpo.model.specs import transformer_engine_available
 from megatron_hdpo.objectives.registry import ObjectiveConfig
 from megatron_hdpo.objectives.settings import Surroundings, surrogate_of
 from megatron_hdpo.parallel.layout import LayoutError, ParallelConfig, check_layout
@@ -333,10 +334,15 @@ def _engine_errors(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
 
 def _precision_errors(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
     yield from precision_errors(recipe.model, recipe.parallel, architecture)
-    if resolved_device(recipe.device) == "cpu":
-        for key, optimizer in (("optimizer", recipe.optimizer), ("warmup.optimizer", recipe.warmup.optimizer)):
-            if optimizer.offload:
-                yield f"{key}.offload: on a CPU the optimizer is in host memory already: leave it out"
+    for key, optimizer in (("optimizer", recipe.optimizer), ("warmup.optimizer", recipe.warmup.optimizer)):
+        if not optimizer.offload:
+            continue
+        if resolved_device(recipe.device) == "cpu":
+            yield f"{key}.offload: on a CPU the optimizer is in host memory already: leave it out"
+        elif recipe.model.dtype != "bfloat16":
+            yield f"{key}.offload: Megatron offloads for model.dtype=bfloat16 alone, not {recipe.model.dtype}"
+        elif not transformer_engine_available():
+            yield f"{key}.offload: Megatron's precision-aware optimizer, which it takes, needs Transformer Engine"
 
 
 def _server_errors(recipe: Recipe, architecture: Architecture, device: str) -> Iterator[str]:

@@ -66,10 +66,20 @@ def test_apex_without_its_extensions(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert not fine and "APEX_CUDA_EXT=1" in said
 
 
-def test_a_whole_apex(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (pretend_package(monkeypatch, tmp_path, "apex") / "multi_tensor_apply").mkdir()
-    (tmp_path / "amp_C.py").write_text("")
-    assert doctor._apex() == ("Apex with its CUDA extensions", True)
+@pytest.mark.parametrize(
+    ("modules", "said"),
+    [
+        (["amp_C"], "without fused_weight_gradient_mlp_cuda"),
+        (["amp_C", "fused_weight_gradient_mlp_cuda"], "weight gradients that Transformer Engine's layers add"),
+    ],
+)
+def test_apex_with_kernels(modules: list[str], said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Found without importing it: importing these would fail."""
+    (pretend_package(monkeypatch, tmp_path, "apex", "raise RuntimeError('imported')") / "multi_tensor_apply").mkdir()
+    for module in modules:
+        (tmp_path / f"{module}.py").write_text("raise RuntimeError('imported')")
+    text, fine = doctor._apex()
+    assert fine and said in text
 
 
 def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from pydantic import BaseModel, ConfigDict, Field
 
 from megatron_hdpo.model.network import HeadlessGPTModel
+from megatron_hdpo.model.offload import allocate_state, set_step
 from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.weights.host import HostWeights
@@ -250,6 +252,8 @@ def _allocate_moments(optimizer: ChainedOptimizer) -> None:
     """What torch's Adam would make at its first step. Before that it has no state: Megatron's `state_dict` stops then,
     and a checkpoint's moments are read into those that are there."""
     for part in optimizer.chained_optimizers:
+        if isinstance(part.optimizer, HybridDeviceOptimizer):
+            allocate_state(part.optimizer)
         if not isinstance(part.optimizer, torch.optim.Adam) or part.optimizer.state:
             continue
         for parameter in (p for group in part.optimizer.param_groups for p in group["params"]):
@@ -261,6 +265,8 @@ def _restore_step_counts(optimizer: ChainedOptimizer) -> None:
     """Megatron leaves all parameters of torch's Adam one tensor to count steps in, which then counts once for each of
     them, and in this format with the count of before. The right count is in the parameter groups."""
     for part in optimizer.chained_optimizers:
+        if isinstance(part.optimizer, HybridDeviceOptimizer):
+            set_step(part.optimizer, int(part.optimizer.param_groups[0]["step"]))
         if not isinstance(part.optimizer, torch.optim.Adam):
             continue
         for group in part.optimizer.param_groups:

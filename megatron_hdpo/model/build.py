@@ -20,7 +20,7 @@ from megatron_hdpo.model.config import ModelConfig, ModelError, choose_spec
 from megatron_hdpo.model.megatron_config import transformer_config
 from megatron_hdpo.model.network import HeadlessGPTModel
 from megatron_hdpo.model.overlap import connect, overlaps
-from megatron_hdpo.model.precision import device_error
+from megatron_hdpo.model.precision import runtime_error
 from megatron_hdpo.model.specs import layer_spec
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.parallel.layout import ParallelConfig, check_layout
@@ -44,9 +44,7 @@ def _build_chunk(
 ) -> HeadlessGPTModel:
     layout = context.layout
     spec = choose_spec(config, context.device)
-    if config.fp8 is not None and spec == "torch":  # else it would silently compute in bfloat16
-        raise ModelError("model.fp8 needs Transformer Engine on a GPU, and this run has plain torch layers")
-    if reason := device_error(config, context.device):
+    if reason := runtime_error(config, spec, context.device):
         raise ModelError(reason)
     last = layout.virtual_stages - 1
     with context.megatron_calls():

@@ -72,8 +72,8 @@ def build_optimizer(
 
 def _offload_settings(config: OptimizerConfig) -> dict[str, Any]:
     """Megatron's HybridDeviceOptimizer: the offloaded share steps on the CPU, by torch's AdamW, while gradients and new
-    weights of other parameters travel. Under its precision-aware optimizer (all in fp32 here) the main weights go with
-    the moments; else a second copy of them would stay on the GPU."""
+    weights of other parameters travel. Its precision-aware optimizer (all in fp32 here) lets main weights go with the
+    moments; without it a second copy of them stays on the GPU, and a checkpoint does not come back."""
     if not config.offload:
         return {}
     return {

@@ -14,6 +14,7 @@ import torch
 
 from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.model.config import ModelConfig
+from megatron_hdpo.model.specs import SpecName
 from megatron_hdpo.parallel.layout import ParallelConfig
 
 # Compute capability: the least that runs a recipe, and the first that does not (Transformer Engine 2.11).
@@ -48,8 +49,7 @@ def precision_errors(config: ModelConfig, layout: ParallelConfig, architecture: 
             "would not come back bit for bit, and with blockwise scales it is known to give NaN beyond TP 2. Leave it "
             "out: model.fp8 computes in FP8 from bfloat16 weights"
         )
-    if config.recompute == "selective" and "moe" in config.recompute_modules and not architecture.sizes.num_experts:
-        yield "model.recompute_modules: moe is for models with experts, this one is dense: use mlp"
+    yield from _recompute_errors(config, architecture)
     if config.fp8 is None:
         if any(config.first_last_layers_bf16):
             yield "model.first_last_layers_bf16: all layers are bfloat16 without model.fp8"
@@ -57,16 +57,31 @@ def precision_errors(config: ModelConfig, layout: ParallelConfig, architecture: 
     yield from _fp8_errors(config, layout, architecture)
 
 
+def _recompute_errors(config: ModelConfig, architecture: Architecture) -> Iterator[str]:
+    if config.recompute != "selective":
+        return
+    dense = not architecture.num_experts
+    for name in config.recompute_modules:
+        if dense and name == "moe":
+            yield "model.recompute_modules: moe is for models with experts, this one is dense: use mlp"
+        if not dense and name == "mlp":
+            yield "model.recompute_modules: mlp is for dense models, this one has experts: use moe"
+        if name == "layernorm" and (dense or config.spec == "torch"):
+            yield (
+                "model.recompute_modules: layernorm is for models with experts under Transformer Engine; in its dense "
+                "layers norms are part of the products that follow, and plain torch layers cannot"
+            )
+    if config.fp8_recipe == "delayed" and config.fp8 is not None and "layernorm" in config.recompute_modules:
+        yield "model.recompute_modules: layernorm cannot be recomputed with fp8_recipe=delayed"
+
+
 def _fp8_errors(config: ModelConfig, layout: ParallelConfig, architecture: Architecture) -> Iterator[str]:
     if config.spec == "torch":
         yield "model.fp8: needs model.spec=transformer_engine; under plain torch layers it would do nothing"
     if config.dtype != "bfloat16":
         yield f"model.fp8: needs model.dtype=bfloat16, not {config.dtype}"
-    if config.fp8_recipe == "delayed":
-        if any(config.first_last_layers_bf16):
-            yield "model.first_last_layers_bf16: not with fp8_recipe=delayed, whose scales would miss reductions"
-        if config.recompute == "selective" and "layernorm" in config.recompute_modules:
-            yield "model.recompute_modules: layernorm cannot be recomputed with fp8_recipe=delayed"
+    if config.fp8_recipe == "delayed" and any(config.first_last_layers_bf16):
+        yield "model.first_last_layers_bf16: not with fp8_recipe=delayed, whose scales would miss reductions"
     per_stage = architecture.num_layers // layout.pipeline
     if max(config.first_last_layers_bf16) > per_stage:
         yield f"model.first_last_layers_bf16: at most the {per_stage} layers of a pipeline stage at either end"
@@ -90,13 +105,16 @@ def _size_errors(config: ModelConfig, layout: ParallelConfig, architecture: Arch
             yield f"model.fp8: {size} {what} are no multiple of {step}, as FP8 matrix products need"
 
 
-def device_error(config: ModelConfig, device: torch.device) -> str | None:
-    """Why FP8 cannot run on this device; None where it can, or is not asked for."""
+def runtime_error(config: ModelConfig, spec: SpecName, device: torch.device) -> str | None:
+    """Why the recipe's precision cannot be had with the layers and on the device that this run has; None where it can
+    be."""
+    if spec == "torch" and config.recompute == "selective" and "layernorm" in config.recompute_modules:
+        return "model.recompute_modules: layernorm needs Transformer Engine, and this run has plain torch layers"
     if config.fp8 is None:
         return None
+    if spec == "torch":  # Megatron would silently compute in bfloat16
+        return "model.fp8 needs Transformer Engine on a GPU, and this run has plain torch layers"
     least, beyond, known = _CAPABILITIES[config.fp8_recipe]
-    if device.type != "cuda":
-        return f"model.fp8 needs a GPU: fp8_recipe={config.fp8_recipe} runs on {known}"
     found = torch.cuda.get_device_capability(device)
     if found < least or (beyond is not None and found >= beyond):
         name = torch.cuda.get_device_name(device)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from megatron_hdpo.model.architecture import read_architecture
 from megatron_hdpo.model.build import build_model, wrap_data_parallel
@@ -37,11 +37,18 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
+EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "norm_topk_prob": True,
+}
 MODELS: dict[str, Any] = {
     "llama": lambda: LlamaConfig(**SIZES, tie_word_embeddings=False),
     "llama_tied": lambda: LlamaConfig(**SIZES, tie_word_embeddings=True),
     "qwen2": lambda: Qwen2Config(**SIZES, tie_word_embeddings=False),
     "qwen3_tied": lambda: Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
+    "qwen3_moe": lambda: Qwen3MoeConfig(**SIZES, **EXPERTS, head_dim=16, tie_word_embeddings=False),
 }
 # Adam divides by |g| + eps at its first step: a large eps keeps that smooth, so that equal gradients, up to rounding,
 # give equal weights. The clip is below the norm of these examples' gradients. The warm-up makes every step's rate
@@ -61,6 +68,8 @@ def make_checkpoint(name: str, folder: Path) -> Path:
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             scale = 0.3 if parameter.dim() == 1 else 0.15
+            if "mlp.gate." in parameter_name:
+                scale = 0.5  # far from ties: float32 and float64 are to choose the same experts
             parameter.normal_(mean=1.0 if "norm" in parameter_name else 0.0, std=scale)
     model.save_pretrained(folder / name)
     return folder / name
@@ -87,12 +96,14 @@ def build_policy(
     total_steps: int = 10,
     head_chunk: int = 1024,
     dtype: str = "float32",
+    model: dict[str, Any] | None = None,
 ) -> Policy:
-    """The checkpoint as a policy; without an optimizer unless one is configured."""
+    """The checkpoint as a policy; without an optimizer unless one is configured. model: more of its section."""
     architecture = read_architecture(path)
-    model = build_model(architecture, context, ModelConfig(path=str(path), dtype=dtype, recompute=recompute))
-    load_hf(model, architecture, context, path)
-    ddp = wrap_data_parallel(model, context)
+    config = ModelConfig(**({"path": str(path), "dtype": dtype, "recompute": recompute} | (model or {})))
+    built = build_model(architecture, context, config)
+    load_hf(built, architecture, context, path)
+    ddp = wrap_data_parallel(built, context)
     pair = (None, None) if optimizer is None else build_optimizer(optimizer, ddp, context, total_steps)
     return Policy(architecture, context, ddp, budget, *pair, head_chunk=head_chunk)
 
