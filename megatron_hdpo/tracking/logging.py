@@ -22,8 +22,8 @@ def configure_logging(output_dir: str | Path, rank: int, console: Console | None
 
     The file gets INFO and above of everything, Python warnings included. The console (of rank 0 only; None: stderr)
     gets warnings of this package and errors of others. Libraries imported so far lose their own handlers on the
-    terminal, and transformers its progress bars. Called again, it replaces what it set up before. The first line of every
-    start names rank, host and process.
+    terminal, and transformers its progress bars. Called again, it replaces what it set up before.
+    The first line of every start names rank, host and process.
     """
     path = Path(output_dir) / "logs" / f"rank_{rank:05d}.log"
     path.parent.mkdir(parents=True, exist_ok=True)

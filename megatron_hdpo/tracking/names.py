@@ -26,6 +26,8 @@ HEADLINES = (
     Headline("distill/covered_mass", "cover", "Student mass on the teacher's top-k", ".3f"),
     Headline("train/grad_norm", "grad", "Gradient norm", ".3g"),
     Headline("train/entropy", "entropy", "Policy entropy (nats per token)", ".3f"),
+    Headline("ranks/slowest_ratio", "slowest", "Slowest rank's forward and backward, over the median", ".2f"),
+    Headline("ranks/wait_share", "wait", "Share of forward and backward that ranks wait for the slowest", ".1%"),
 )
 
 STEP_SECONDS = "time/step_s"
