@@ -27,7 +27,25 @@ class Reference:
 
 
 def load(path: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).eval()
+    # The default way through experts knows no float64.
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, experts_implementation="eager").eval()
+
+
+def by_saved_name(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A model's tensors by the names of its checkpoint: `transformers` holds a layer's experts in two tensors,
+    and saves each expert's matrices."""
+    saved = {}
+    for name, value in tensors.items():
+        if name.endswith("experts.gate_up_proj"):
+            for expert, matrix in enumerate(value):
+                for part, half in zip(("gate_proj", "up_proj"), np.split(matrix, 2), strict=True):
+                    saved[name.replace("gate_up_proj", f"{expert}.{part}.weight")] = half
+        elif name.endswith("experts.down_proj"):
+            for expert, matrix in enumerate(value):
+                saved[name.replace("down_proj", f"{expert}.down_proj.weight")] = matrix
+        else:
+            saved[name] = value
+    return saved
 
 
 def response_logits(model: PreTrainedModel, context: np.ndarray, response: np.ndarray) -> Tensor:
@@ -52,7 +70,7 @@ def reference_step(path: Path, examples: Sequence[Example], spec: LossSpec) -> R
                 term = _distillation(example, t, torch.softmax(logits[t] / spec.distill.temperature, -1), spec, sums)
                 loss = loss + spec.distill.coefficient * term / distill_count
     loss.backward()
-    gradients = {name: p.grad.numpy() for name, p in model.named_parameters()}
+    gradients = by_saved_name({name: p.grad.numpy() for name, p in model.named_parameters()})
     return Reference(float(loss), gradients, _metrics(sums, surrogate_count, distill_count))
 
 

@@ -28,6 +28,7 @@ from tiny_policy import (
 from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.objectives.interface import Example
 
+_WIDE = {"tensor": 2, "context": 2, "pipeline": 2, "virtual_stages": 2, "sequence": True}
 # name: (world size, layout); replicas take what is left.
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one_rank": (1, {}),
@@ -45,11 +46,19 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "cp4": (4, {"context": 4}),
     "tp2_cp2_sp": (4, {"tensor": 2, "context": 2, "sequence": True}),
     "cp2_dp2": (4, {"context": 2}),
-    "tp2_cp2_pp2_vp2_sp": (
-        8,
-        {"tensor": 2, "context": 2, "pipeline": 2, "virtual_stages": 2, "sequence": True},
-    ),
+    "ep2": (2, {"expert": 2}),
+    "ep2_pp2_vp2": (4, {"expert": 2, "pipeline": 2, "virtual_stages": 2}),
+    "tp2_sp_ep2_etp2_dp2": (4, {"tensor": 2, "sequence": True, "expert": 2, "expert_tensor": 2}),
+    "cp2_ep4_dp2": (4, {"context": 2, "expert": 4}),
+    "tp2_cp2_pp2_vp2_sp": (8, _WIDE),
+    "tp2_cp2_pp2_vp2_sp_ep2": (8, _WIDE | {"expert": 2}),
 }
+
+# Where the cases that are about the step, not about the split, are looked at.
+EVERY_CASE = [
+    "one_rank", "tp2", "tp2_sp", "pp2", "pp2_vp2", "cp2", "dp2", "ep2", "tp2_pp2", "tp2_pp2_sp", "tp2_dp2", "pp2_dp2",
+    "tp2_cp2_sp",
+]  # fmt: skip
 
 
 @dataclass
@@ -67,8 +76,8 @@ def run_layouts(names: Sequence[str], paths: dict[str, Path]) -> dict[tuple[str,
     for layout in names:
         with joined(**LAYOUTS[layout][1]) as context:
             for model in models_of(layout):
-                path, cases = paths[model], CASES if model == "llama" else CASES_OF_EVERY_MODEL
-                for case, run in cases.items():
+                path = paths[model]
+                for case, run in cases_of(layout, model).items():
                     outcome = run(lambda path=path, **options: build_policy(path, context, **options))
                     outcome.more["digest"] = digest(outcome.tensors)
                     if context.rank:
@@ -78,8 +87,24 @@ def run_layouts(names: Sequence[str], paths: dict[str, Path]) -> dict[tuple[str,
 
 
 def models_of(layout: str) -> list[str]:
-    """Every architecture on one and two ranks; on more what can differ there: untied, and tied with QK norms."""
-    return list(MODELS) if LAYOUTS[layout][0] < 4 else ["llama", "qwen3_tied"]
+    """Every architecture on one and two ranks; on more what can differ there: untied, tied with QK norms, and experts,
+    which alone can be on expert-parallel ranks."""
+    size, split = LAYOUTS[layout]
+    if "expert" in split:
+        return ["qwen3_moe"]
+    experts = ["qwen3_moe"] if split.get("tensor", 1) == 1 or split.get("sequence") else []
+    dense = [model for model in MODELS if model != "qwen3_moe"] if size < 4 else ["llama", "qwen3_tied"]
+    return [*dense, *experts]
+
+
+def first_model(layout: str) -> str:
+    """The one that goes through every case."""
+    return "qwen3_moe" if "expert" in LAYOUTS[layout][1] else "llama"
+
+
+def cases_of(layout: str, model: str) -> dict[str, Callable[[Build], Outcome]]:
+    """Every case for one model of the layouts of EVERY_CASE."""
+    return CASES if layout in EVERY_CASE and model == first_model(layout) else CASES_OF_EVERY_MODEL
 
 
 def digest(tensors: dict[str, np.ndarray]) -> str:

@@ -12,8 +12,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from distributed_helper import run_ranks
-from full_logits import Reference, load, reference_score, reference_step
-from layout_cases import CASES, LAYOUTS, UNBOUNDED, Outcome, models_of, no_targets, overflowing, run_layouts
+from full_logits import Reference, by_saved_name, load, reference_score, reference_step
+from layout_cases import (
+    CASES,
+    EVERY_CASE,
+    LAYOUTS,
+    UNBOUNDED,
+    Outcome,
+    first_model,
+    models_of,
+    no_targets,
+    overflowing,
+    run_layouts,
+)
 from tiny_policy import MODELS, OPTIMIZER, SPEC, make_checkpoint, make_examples, make_scorings
 
 TOLERANCE = 2e-5  # of float32 sums in another order; wrong gradients are off by 1e-2 or more
@@ -87,13 +98,13 @@ def test_gradients_are_those_of_the_full_logits(layout: str, model: str, outcome
     assert result.metrics["train/tokens"] == live
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", EVERY_CASE)
 @pytest.mark.parametrize(
     "case",
     ["one_per_micro_batch", "all_in_one", "head_in_chunks", "recompute", "gradients_twice", "one_replica_has_all"],
 )
 def test_gradients_do_not_depend_on(case: str, layout: str, outcome: Get, reference) -> None:
-    result, expected = outcome(layout, "llama", case), reference("llama")
+    result, expected = outcome(layout, first_model(layout), case), reference(first_model(layout))
     assert_same_tensors(result.tensors, expected.gradients, TOLERANCE)
     assert_same_metrics(result.metrics, expected.metrics)
 
@@ -101,7 +112,7 @@ def test_gradients_do_not_depend_on(case: str, layout: str, outcome: Get, refere
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rows_behind_the_vocabulary_have_no_gradient(layout: str, worlds) -> None:
     for rank in worlds(LAYOUTS[layout][0]):
-        assert rank[layout, "llama", "gradients"].more["padding"] == 0.0
+        assert rank[layout, first_model(layout), "gradients"].more["padding"] == 0.0
 
 
 @pytest.mark.parametrize(("layout", "model"), EVERY_MODEL)
@@ -113,7 +124,7 @@ def test_one_step_of_adamw(layout: str, model: str, outcome: Get, worlds, refere
     assert result.metrics["train/grad_norm"] == pytest.approx(total, rel=1e-5)
     lr = OPTIMIZER.lr * OPTIMIZER.warmup_start
     assert (result.metrics["train/lr"], result.metrics["train/skipped"]) == (lr, 0.0)
-    before = {name: p.detach().numpy() for name, p in load(paths[model]).named_parameters()}
+    before = by_saved_name({name: p.detach().numpy() for name, p in load(paths[model]).named_parameters()})
     after = {}
     for name, gradient in expected.gradients.items():
         clipped = gradient * OPTIMIZER.clip_grad / total
@@ -126,55 +137,55 @@ def test_one_step_of_adamw(layout: str, model: str, outcome: Get, worlds, refere
     assert len(digests) == 1  # every rank, of every replica, holds the same model
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", EVERY_CASE)
 def test_tokens_without_gradient_count(layout: str, outcome: Get, reference) -> None:
     """As many tokens again, of the same kinds, none with a gradient: both terms of the loss are halved."""
-    result, expected = outcome(layout, "llama", "one_replica_is_inert"), reference("llama")
+    result, expected = outcome(layout, first_model(layout), "one_replica_is_inert"), reference(first_model(layout))
     halved = {name: gradient / 2 for name, gradient in expected.gradients.items()}
     assert_same_tensors(result.tensors, halved, TOLERANCE)
     for name in ("train/surrogate_loss", "distill/divergence"):
         assert result.metrics[name] == pytest.approx(expected.metrics[name] / 2, rel=1e-5)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", EVERY_CASE)
 def test_a_step_without_a_distillation_token(layout: str, outcome: Get, paths) -> None:
-    expected = reference_step(paths["llama"], no_targets(), SPEC)
-    result = outcome(layout, "llama", "no_distillation_token")
+    expected = reference_step(paths[first_model(layout)], no_targets(), SPEC)
+    result = outcome(layout, first_model(layout), "no_distillation_token")
     assert_same_tensors(result.tensors, expected.gradients, TOLERANCE)
     assert_same_metrics(result.metrics, expected.metrics)
     assert result.metrics["distill/tokens"] == 0.0
     assert "distill/divergence" not in result.metrics
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", EVERY_CASE)
 @pytest.mark.parametrize("case", ["everything_inert", "nothing_at_all"])
 def test_a_step_without_work(case: str, layout: str, outcome: Get) -> None:
-    result = outcome(layout, "llama", case)
+    result = outcome(layout, first_model(layout), case)
     assert norm(result.tensors) == 0.0
     assert result.metrics["train/tokens"] == 0.0
     assert result.metrics.get("train/surrogate_loss", 0.0) == 0.0
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", EVERY_CASE)
 def test_an_overflow_where_the_weight_is_zero(layout: str, outcome: Get, paths) -> None:
     wild, tame = overflowing()
     gap = max(float(np.max(np.abs(a.old_logprobs_T - b.old_logprobs_T))) for a, b in zip(wild[:2], tame, strict=False))
     assert np.isinf(np.exp(np.float32(gap)))
-    expected = reference_step(paths["llama"], tame, UNBOUNDED)
-    result = outcome(layout, "llama", "overflow_at_zero_weight")
+    expected = reference_step(paths[first_model(layout)], tame, UNBOUNDED)
+    result = outcome(layout, first_model(layout), "overflow_at_zero_weight")
     assert_same_tensors(result.tensors, expected.gradients, TOLERANCE)
     assert_same_metrics(result.metrics, expected.metrics)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", EVERY_CASE)
 def test_a_gradient_that_is_no_number_changes_nothing(layout: str, outcome: Get) -> None:
     """And the next step is, bit for bit, as if it had never been: moments, step count and schedule included."""
-    result = outcome(layout, "llama", "update_after_a_bad_gradient")
+    result = outcome(layout, first_model(layout), "update_after_a_bad_gradient")
     assert result.more["bad"]["train/skipped"] == 1.0
     assert np.isnan(result.more["bad"]["train/grad_norm"])
     assert result.more["unchanged"]
     assert result.metrics["train/skipped"] == 0.0
-    assert result.more["digest"] == outcome(layout, "llama", "update").more["digest"]
+    assert result.more["digest"] == outcome(layout, first_model(layout), "update").more["digest"]
 
 
 @pytest.mark.parametrize(("layout", "model"), EVERY_MODEL)
@@ -211,7 +222,7 @@ def test_progress_counts_every_token(layout: str, worlds) -> None:
     micro-batch, and under context parallelism two chunks' rest per sequence at most; and whole rounds of a pipeline."""
     size, split = LAYOUTS[layout]
     tensor, pipeline, context = (split.get(key, 1) for key in ("tensor", "pipeline", "context"))
-    reported = [rank[layout, "llama", "score"].more["rows"] for rank in worlds(size)]
+    reported = [rank[layout, first_model(layout), "score"].more["rows"] for rank in worlds(size)]
     total = sum(len(s.context_ids) + len(s.response_ids) for s in make_scorings())
     padding = 2 * context * tensor if context > 1 else tensor
     sequences = len(make_scorings()) + (pipeline if "virtual_stages" in split else 0)
