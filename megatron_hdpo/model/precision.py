@@ -7,10 +7,10 @@ the rules are those of megatron-core 0.16.1 and Transformer Engine 2.11, read in
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.model.config import ModelConfig
@@ -26,18 +26,11 @@ _CAPABILITIES = {
 }
 
 
-def alignment(config: ModelConfig) -> int:
-    """What the dimensions of every FP8 matrix product must be multiples of; 1 without FP8."""
+def alignment(config: ModelConfig | TransformerConfig) -> int:
+    """What the dimensions of every FP8 matrix product must be multiples of, rows included; 1 without FP8."""
     if config.fp8 is None:
         return 1
     return 32 if config.fp8_recipe == "mxfp8" else 16
-
-
-def rows_multiple(config: ModelConfig, layout: ParallelConfig) -> int:
-    """What the rows of a packed micro-batch, over all context-parallel ranks, must be a multiple of: each rank's part
-    is aligned, and whole chunks of the context-parallel split remain."""
-    sequence = layout.tensor if layout.sequence else 1
-    return math.lcm(alignment(config) * sequence * layout.context, layout.sequence_chunks)
 
 
 def precision_errors(config: ModelConfig, layout: ParallelConfig, architecture: Architecture) -> Iterator[str]:

@@ -24,7 +24,7 @@ from megatron_hdpo.model.architecture import Architecture, read_architecture
 from megatron_hdpo.model.build import build_model
 from megatron_hdpo.model.config import ModelConfig, ModelError
 from megatron_hdpo.model.megatron_config import transformer_config
-from megatron_hdpo.model.precision import precision_errors, precision_warnings, rows_multiple, runtime_error
+from megatron_hdpo.model.precision import alignment, precision_errors, precision_warnings, runtime_error
 from megatron_hdpo.parallel.layout import ParallelConfig
 
 RECOMPUTE: dict[str, dict[str, Any]] = {
@@ -47,11 +47,12 @@ def run_cases(path: Path, layout: dict[str, Any]) -> dict[str, Any]:
 
 
 def _saved_bytes(work: Any) -> int:
-    """Largest number of bytes that autograd held for a backward pass, parameters included once."""
+    """Bytes that the forward pass of one micro-batch keeps for the backward pass, parameters included."""
     held: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        if torch._C._current_graph_task_id() == -1:  # what the backward pass computes again is not kept
+            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -215,19 +216,12 @@ def test_what_plain_layers_cannot(config: ModelConfig, reason: str, architecture
         build_model(architecture, context, config)
 
 
-@pytest.mark.parametrize(
-    ("config", "layout", "multiple"),
-    [
-        (ModelConfig(path=""), {}, 1),
-        (ModelConfig(path=""), {"tensor": 4, "sequence": True, "context": 2}, 8),
-        (ModelConfig(path=""), {"context": 4}, 8),
-        (fp8(), {}, 16),
-        (fp8(), {"tensor": 4, "sequence": True, "context": 2}, 128),
-        (fp8(fp8_recipe="mxfp8"), {"tensor": 4}, 32),
-    ],
-)
-def test_rows(config: ModelConfig, layout: dict[str, Any], multiple: int) -> None:
-    assert rows_multiple(config, ParallelConfig(**layout)) == multiple
+def test_rows_are_aligned(architecture: Architecture) -> None:
+    """By the recipe's section, and by Megatron's configuration, which a policy has."""
+    for config, step in ((ModelConfig(path=""), 1), (fp8(), 16), (fp8(fp8_recipe="mxfp8"), 32)):
+        assert (
+            alignment(config) == alignment(transformer_config(architecture, ParallelConfig(), config, "torch")) == step
+        )
 
 
 def test_megatron_is_told(architecture: Architecture) -> None:
