@@ -261,10 +261,12 @@ def _length_errors(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
                 f"data.prompts.{key}: {prompt} + rollout.max_new_tokens {response} exceed the context of {longest} "
                 "tokens"
             )
-        if prompt + response > recipe.train.micro_batch_tokens:
+        rows = prompt + response + -(prompt + response) % recipe.parallel.sequence_chunks
+        if rows > recipe.train.micro_batch_tokens:
+            padded = f", padded to {rows} for parallel.context" if rows > prompt + response else ""
             yield (
                 f"train.micro_batch_tokens: {recipe.train.micro_batch_tokens} cannot hold one sequence of "
-                f"data.prompts.{key} {prompt} + rollout.max_new_tokens {response}"
+                f"data.prompts.{key} {prompt} + rollout.max_new_tokens {response}{padded}"
             )
     evaluated = recipe.evaluation.max_new_tokens
     if evaluated and prompts.max_prompt_tokens + evaluated > longest:

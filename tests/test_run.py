@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from commands import Ended, results_of, run_world
-from recipes import ROOT, Tree, small_recipe
+from recipes import ROOT, Tree, make_model, small_recipe
 from transformers import AutoModelForCausalLM
 
 from megatron_hdpo.rollout.sample_log import read_groups
@@ -278,30 +278,49 @@ def _contents(groups: list[Group]) -> list[Any]:
     ]
 
 
+FIRST_STEP = ("train.steps=1", "optimizer.schedule=constant", "checkpoint.export=false")
+
+
 @pytest.mark.parametrize(
-    ("parallel", "sequence"),
-    [({"tensor": 2}, False), ({"pipeline": 2}, False), ({}, False)],
-    ids=["TP2", "PP2", "DP2"],
+    "parallel", [{"tensor": 2}, {"pipeline": 2}, {"context": 2}, {}], ids=["TP2", "PP2", "CP2", "DP2"]
 )
 def test_same_step_on_every_layout(
-    parallel: dict[str, int], sequence: bool, tiny_model: Path, uninterrupted: tuple[Tree, Ended], tmp_path: Path
+    parallel: dict[str, int], tiny_model: Path, uninterrupted: tuple[Tree, Ended], tmp_path: Path
 ) -> None:
-    """The first step, after the warm-up, on two ranks: the same rollouts, and metrics equal but for float32 sums."""
     tree = recipe_of(tiny_model, tmp_path / "run") | {"parallel": parallel}
-    results_of(train(tree, "train.steps=1", "optimizer.schedule=constant", "checkpoint.export=false", ranks=2))
-    alone = rollouts_of(uninterrupted[0], 1)
-    together = rollouts_of(tree, 1)
+    results_of(train(tree, *FIRST_STEP, ranks=2))
+    _assert_same_first_step(tree, uninterrupted[0])
+
+
+def test_experts_on_an_interleaved_pipeline(tmp_path: Path) -> None:
+    """The self-test, in which the engine must answer as the trainer does, tells whether all experts' weights arrive."""
+    model = make_model(tmp_path / "model", family="qwen3_moe", layers=4, experts=4)
+    alone, split = recipe_of(model, tmp_path / "alone"), recipe_of(model, tmp_path / "split")
+    split["parallel"] = {"pipeline": 2, "virtual_stages": 2, "expert": 2}
+    results_of(train(alone, *FIRST_STEP))
+    ended = train(split, *FIRST_STEP, ranks=4)
+    results_of(ended)
+    assert "self-test passed" in ended.stdout[0]
+    _assert_same_first_step(split, alone)
+    assert metrics_of(split)[1]["router/max_load"] >= 1
+
+
+def _assert_same_first_step(tree: Tree, other_tree: Tree) -> None:
+    """The first step, after the warm-up: the same rollouts, and metrics equal but for float32 sums."""
+    together, alone = rollouts_of(tree, 1), rollouts_of(other_tree, 1)
     assert [g.problem for g in together] == [g.problem for g in alone]
     for mine, other in zip(together, alone, strict=True):
         for a, b in zip((*mine.samples, *mine.privileged), (*other.samples, *other.privileged), strict=True):
             assert a.completion.token_ids.tolist() == b.completion.token_ids.tolist()
             assert (a.text, a.reward) == (b.text, b.reward)
             np.testing.assert_allclose(a.completion.logprobs, b.completion.logprobs, atol=2e-3)
-    for mine_line, line in zip(metrics_of(tree), metrics_of(uninterrupted[0])[:2], strict=True):
-        compared = mine_line.keys() & line.keys() - {"train/lr"}
+    for mine_line, line in zip(metrics_of(tree), metrics_of(other_tree)[:2], strict=True):
+        compared = {name for name in mine_line.keys() & line.keys() if not name.startswith(("train/lr", "comm/"))}
         assert {"train/grad_norm", "distill/divergence"} <= compared or line["step"] == 0
         for name in compared:
-            assert mine_line[name] == pytest.approx(line[name], rel=2e-3, abs=1e-5), name
+            # What the warm-up's other order of summation does to weights shows where two log-probs are subtracted.
+            noise = 1e-4 if "mismatch" in name else 1e-5
+            assert mine_line[name] == pytest.approx(line[name], rel=2e-3, abs=noise), name
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -36,6 +36,8 @@ from megatron_hdpo.model.pipeline import (
     run_micro_batches,
     same_number_everywhere,
 )
+from megatron_hdpo.model.precision import alignment
+from megatron_hdpo.model.router import RouterStatistics
 from megatron_hdpo.model.scoring import Answered, ScoringSettings, score_rows, settings_of
 from megatron_hdpo.model.step_metrics import TokenSums, step_metrics, sum_over_ranks
 from megatron_hdpo.objectives.interface import (
@@ -97,7 +99,8 @@ class Policy:
         self.vocab_size = vocab_size or architecture.vocab_size
         self.on_training: OnTraining | None = None
         self.model.config.finalize_model_grads_func = finalize_without_division
-        self._rows = row_layout(context)
+        self._rows = row_layout(context, alignment(self.model.config))
+        self._routers = RouterStatistics(self.model)
 
     def score(
         self,
@@ -208,7 +211,8 @@ class Policy:
                 self.optimizer.zero_grad()
             step = partial(self._loss_step, sums, spec, normalisers)
             run_micro_batches(self.ddp, self.context, work, step, forward_only=False, on_progress=on_progress)
-        return step_metrics(sums, sum(example.num_tokens for example in live), normalisers, spec, self.context)
+        metrics = step_metrics(sums, sum(example.num_tokens for example in live), normalisers, spec, self.context)
+        return metrics | self._routers.metrics(self.context)
 
     def _training_work(self, examples: Sequence[Example], teacher_head: Tensor | None) -> Work:
         batch = example_micro_batch(examples, self.context.device, self._rows)
@@ -274,10 +278,11 @@ def _check_targets(examples: Sequence[Example], teacher_head: Tensor | None) -> 
         )
 
 
-def row_layout(context: ParallelContext) -> RowLayout:
-    """How the ranks of this run share the rows of a micro-batch."""
+def row_layout(context: ParallelContext, alignment: int = 1) -> RowLayout:
+    """How the ranks of this run share the rows of a micro-batch. alignment: what each rank's rows are a multiple of."""
     layout = context.layout
-    return RowLayout(layout.tensor if layout.sequence else 1, layout.context, context.groups.cp.rank())
+    sequence = layout.tensor if layout.sequence else 1
+    return RowLayout(alignment * sequence, layout.context, context.groups.cp.rank())
 
 
 def strip(example: Example) -> Example:

@@ -23,7 +23,16 @@ from megatron_hdpo.parallel.context import ParallelContext
 
 # A schedule that never stands still: a step count that was not restored shows in the learning rate.
 OPTIMIZER = OptimizerConfig(lr=0.02, eps=1e-6, weight_decay=0.1, warmup_steps=3, schedule="cosine")
-LAYOUTS = {"one_rank": (1, 1, 1), "bfloat16": (1, 1, 1), "tp2": (2, 2, 1), "pp2": (2, 1, 2), "dp2": (2, 1, 1)}
+LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
+    "one_rank": (1, {}),
+    "bfloat16": (1, {}),
+    "tp2": (2, {"tensor": 2}),
+    "pp2": (2, {"pipeline": 2}),
+    "dp2": (2, {}),
+    "cp2": (2, {"context": 2}),
+    "pp2_vp2": (2, {"pipeline": 2, "virtual_stages": 2}),
+    "ep2": (2, {"expert": 2}),
+}
 Steps = list[dict[str, float]]
 
 
@@ -148,11 +157,13 @@ def _one_rank(path: Path, other: Path, folder: Path) -> dict[str, Any]:
     return seen
 
 
-def _two_ranks(path: Path, folder: Path) -> dict[str, Any]:
+def _two_ranks(path: Path, experts: Path, folder: Path) -> dict[str, Any]:
     seen: dict[str, Any] = {}
-    for name in ("tp2", "pp2", "dp2"):
-        with joined(*LAYOUTS[name][1:]) as context:
-            seen[name] = _uninterrupted_and_resumed(path, folder / name, context)
+    for name in [name for name, (ranks, _) in LAYOUTS.items() if ranks == 2]:
+        with joined(**LAYOUTS[name][1]) as context:
+            seen[name] = _uninterrupted_and_resumed(experts if name == "ep2" else path, folder / name, context)
+            if name in ("cp2", "ep2"):
+                continue
             if name != "tp2":
                 store = CheckpointStore(folder / "tp2", context, keep=2)
                 policy = _policy(path, context)
@@ -177,7 +188,7 @@ def models(folder: Path) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def two(folder: Path, models) -> list[dict[str, Any]]:
-    return run_ranks(2, _two_ranks, models[0], folder, timeout=240.0)
+    return run_ranks(2, _two_ranks, models[0], make_checkpoint("qwen3_moe", folder), folder, timeout=240.0)
 
 
 @pytest.fixture(scope="module")
@@ -219,10 +230,17 @@ def test_a_layout_is_kept_but_for_its_replicas(one, two) -> None:
         np.testing.assert_allclose(value, expected["end"][name], atol=2e-4, err_msg=name)
 
 
-@pytest.mark.parametrize(("layout", "now"), [("pp2", "tensor=1, pipeline=2"), ("dp2", "tensor=1")])
+@pytest.mark.parametrize(
+    ("layout", "now"),
+    [("pp2", "tensor=1, pipeline=2"), ("dp2", "tensor=1"), ("pp2_vp2", "tensor=1, pipeline=2, virtual_stages=2")],
+)
 def test_another_layout_is_refused_before_anything_is_read(layout: str, now: str, seen) -> None:
     for rank in seen(layout):
-        there = ", ".join(f"{key}={size}" for key, size in {"tensor": 2, "pipeline": 1}.items() if f"{key}=" in now)
+        there = ", ".join(
+            f"{key}={size}"
+            for key, size in {"tensor": 2, "pipeline": 1, "virtual_stages": 1}.items()
+            if f"{key}=" in now
+        )
         assert f"was written at {there} (parallel section), this run has {now}:" in rank["refused"]
         assert "Start a new run from the exported Hugging Face checkpoint" in rank["refused"]
         assert rank["untouched"]

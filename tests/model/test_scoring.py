@@ -77,8 +77,7 @@ def _pairs() -> tuple[list[Scoring], list[Scoring]]:
 def _visit(path: Path, names: list[str]) -> dict[str, Any]:
     found = {}
     for layout in names:
-        _, tensor, pipeline, sequence = LAYOUTS[layout]
-        with joined(tensor, pipeline, sequence) as context:
+        with joined(**LAYOUTS[layout][1]) as context:
             policy = build_policy(path, context, head_chunk=5)
             first, second = _pairs()
             asked = {s.key: s for s in (*first, *second)}
@@ -93,7 +92,7 @@ def _visit(path: Path, names: list[str]) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize(("world", "names"), [(1, ["one_rank"]), (2, ["tp2_sp", "pp2"])])
+@pytest.mark.parametrize(("world", "names"), [(1, ["one_rank"]), (2, ["tp2_sp", "pp2", "pp2_vp2", "cp2"])])
 def test_numbers(world: int, names: list[str], tmp_path: Path) -> None:
     path = make_checkpoint("qwen3_tied", tmp_path)
     model = load(path)

@@ -50,7 +50,13 @@ from megatron_hdpo.tracking.console import Console
 from megatron_hdpo.weights.load import load_hf
 
 # name: (world size, tensor, pipeline); replicas take what is left.
-LAYOUTS = {"one_rank": (1, 1, 1), "tp2": (2, 2, 1), "pp2": (2, 1, 2), "dp2": (2, 1, 1), "tp2_dp2": (4, 2, 1)}
+LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
+    "one_rank": (1, {}),
+    "tp2": (2, {"tensor": 2}),
+    "cp2": (2, {"context": 2}),
+    "pp2": (2, {"pipeline": 2}),
+    "tp2_dp2": (4, {"tensor": 2}),
+}
 SMALL: dict[str, Any] = SIZES | {"num_hidden_layers": 2}
 TEACHER: dict[str, Any] = SMALL | {"hidden_size": 48, "vocab_size": 520, "head_dim": 16}
 MODELS: dict[str, Callable[[], PretrainedConfig]] = {
@@ -123,13 +129,13 @@ def run_cases(cases: dict[str, Case], paths: Paths, layouts: Sequence[str]) -> F
     """Every case on every layout, one world per layout."""
     results = {}
     for layout in layouts:
-        world, tensor, pipeline = LAYOUTS[layout]
-        results[layout] = run_ranks(world, _all_cases, cases, paths, tensor, pipeline, timeout=240.0)[0]
+        world, split = LAYOUTS[layout]
+        results[layout] = run_ranks(world, _all_cases, cases, paths, split, timeout=240.0)[0]
     return Found(paths, results)
 
 
-def _all_cases(cases: dict[str, Case], paths: Paths, tensor: int, pipeline: int) -> dict[str, Result]:
-    with joined(tensor, pipeline) as context:
+def _all_cases(cases: dict[str, Case], paths: Paths, split: dict[str, int]) -> dict[str, Result]:
+    with joined(**split) as context:
         return {name: run_case(case, paths, context) for name, case in cases.items()}
 
 
@@ -160,7 +166,8 @@ def _teacher(name: str | None, policy: Policy, paths: Paths) -> Teacher:
 def _measure(policy: Policy, case: Case, paths: Paths, result: Result, *args: Any) -> dict[str, float]:
     if case.moved:
         load_hf(policy.model, policy.architecture, policy.context, paths["moved"])
-    metrics = policy.accumulate_gradients(*args)
+    examples, spec, on_progress, teacher_head, _ = args
+    metrics = policy.accumulate_gradients(examples, spec, on_progress, teacher_head)
     gradients = gradients_of(policy)
     if policy.context.rank == 0:
         result.gradients = gradients

@@ -153,7 +153,7 @@ EXPECTED: dict[str, tuple[Case, Callable[[Models], Tensor]]] = {
     ),
     "penalised": (Case(penalised, G, moved=True), loss_of({}, moved=True, mask=True, kl=0.3)),
 }
-LAYOUTS = ["one_rank", "tp2_dp2"]
+LAYOUTS = ["one_rank", "cp2", "tp2_dp2"]
 
 
 @pytest.fixture(scope="module")

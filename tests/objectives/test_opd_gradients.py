@@ -249,7 +249,7 @@ EXPECTED: dict[str, tuple[Case, Callable[[Models], Tensor]]] = {
         adaptive_on(GP, "before", "privileged", full=True),
     ),
 }
-LAYOUTS = ["one_rank", "pp2", "tp2_dp2"]
+LAYOUTS = ["one_rank", "cp2", "pp2", "tp2_dp2"]
 
 
 @pytest.fixture(scope="module")

@@ -402,7 +402,7 @@ METHODS: dict[str, tuple[Case, Loss]] = {
     "paced_first": (Case(paced, groups_with_teachers_rollouts, step=1), paced_first_loss),
     "paced_second": (Case(paced, groups_with_teachers_rollouts, step=2), paced_second_loss),
 }
-LAYOUTS = ("one_rank", "tp2_dp2")
+LAYOUTS = ("one_rank", "cp2", "tp2_dp2")
 
 
 @pytest.fixture(scope="module")
