@@ -320,7 +320,7 @@ TABLE = [
     Wrong(
         "unsupported architecture",
         "ArchitectureError: {folder}/other-model/config.json: architectures=GPT2LMHeadModel is not "
-        "supported; supported: LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM",
+        "supported; supported: LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM",
         edit=model({"architectures": ["GPT2LMHeadModel"]}),
     ),
     Wrong(

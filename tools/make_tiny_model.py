@@ -9,13 +9,21 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 CHARACTERS = "0123456789+=#"
-FAMILIES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+FAMILIES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "qwen3_moe": Qwen3MoeConfig}
 
 
 def character_tokenizer(characters: str = CHARACTERS) -> PreTrainedTokenizerFast:
@@ -38,12 +46,17 @@ def make_tiny_model(
     heads: int = 4,
     kv_heads: int = 4,
     ffn: int = 256,
+    experts: int = 8,
+    experts_per_token: int = 2,
     max_positions: int = 128,
     tied: bool = False,
     characters: str = CHARACTERS,
     seed: int = 0,
 ) -> Path:
-    """Write config, weights and tokenizer into the folder `path`; the same arguments give the same weights."""
+    """Write config, weights and tokenizer into the folder `path`; the same arguments give the same weights.
+
+    experts, experts_per_token: of the family qwen3_moe, whose experts have `ffn` channels each.
+    """
     path = Path(path)
     tokenizer = character_tokenizer(characters)
     config = FAMILIES[family](
@@ -59,6 +72,7 @@ def make_tiny_model(
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **_expert_sizes(family, ffn, experts, experts_per_token),
     )
     torch.manual_seed(seed)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
@@ -66,12 +80,24 @@ def make_tiny_model(
     return path
 
 
+def _expert_sizes(family: str, ffn: int, experts: int, experts_per_token: int) -> dict[str, Any]:
+    if family != "qwen3_moe":
+        return {}
+    return {
+        "num_experts": experts,
+        "num_experts_per_tok": experts_per_token,
+        "moe_intermediate_size": ffn,
+        "norm_topk_prob": True,
+    }
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--family", choices=FAMILIES, default="llama")
-    for name, default in (("layers", 4), ("hidden", 96), ("heads", 4), ("kv-heads", 4), ("ffn", 256), ("seed", 0)):
+    numbers = {"layers": 4, "hidden": 96, "heads": 4, "kv-heads": 4, "ffn": 256, "seed": 0}
+    for name, default in (numbers | {"experts": 8, "experts-per-token": 2}).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     arguments = vars(parser.parse_args())
     print(make_tiny_model(arguments.pop("out"), **arguments))

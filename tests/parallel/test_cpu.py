@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 from megatron.core.tensor_parallel import random as megatron_random
+from megatron.core.transformer.moe import moe_utils
 
 from megatron_hdpo.parallel.cpu import MegatronOnCpu
 
@@ -13,11 +15,15 @@ NAMES = [
     (torch.cuda, "synchronize"),
     (megatron_random, "_get_cuda_rng_state"),
     (megatron_random, "_set_cuda_rng_state"),
+    *((torch.cuda, name) for name in ("Stream", "Event", "current_stream", "stream")),
+    *((dist, name) for name in ("all_to_all_single", "all_gather", "reduce_scatter")),
+    (moe_utils, "te_general_gemm"),
 ]
+ABSENT = "no such name"
 
 
 def _as_stock() -> list[object]:
-    return [getattr(module, name) for module, name in NAMES] + [torch.Tensor.cuda, torch.Tensor.type]
+    return [getattr(module, name, ABSENT) for module, name in NAMES] + [torch.Tensor.cuda, torch.Tensor.type]
 
 
 def test_inside_cuda_is_the_cpu() -> None:
@@ -32,6 +38,17 @@ def test_inside_cuda_is_the_cpu() -> None:
         assert x.type() == "torch.cuda.FloatTensor"
         assert x.type(torch.float64).dtype == torch.float64  # with an argument it converts, as ever
         torch.cuda.synchronize()
+
+
+def test_inside_there_is_one_stream_and_nothing_to_wait_for() -> None:
+    with MegatronOnCpu():
+        side = torch.cuda.Stream(device="cuda")
+        assert torch.cuda.current_stream() == side  # or Megatron would wait on it
+        assert side != "another thing"
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            side.record_event().synchronize()
+        torch.cuda.Event(enable_timing=True).synchronize()
 
 
 def test_everything_is_restored() -> None:

@@ -13,6 +13,7 @@ from megatron_hdpo.parallel.context import start
 from megatron_hdpo.parallel.layout import LayoutError, ModelSizes, ParallelConfig, check_layout
 
 MODEL = {"num_layers": 6, "num_heads": 12, "num_kv_heads": 3, "ffn_size": 90}
+EXPERTS = {"ffn_size": 91, "num_experts": 8, "expert_ffn_size": 6}
 
 
 def _check(world_size: int, model: dict[str, Any] | None = None, **layout: Any) -> None:
@@ -28,10 +29,25 @@ def _check(world_size: int, model: dict[str, Any] | None = None, **layout: Any) 
         (6, {"tensor": 3, "sequence": True}),
         (12, {"tensor": 3, "pipeline": 2}),
         (6, {"pipeline": 6}),
+        (2, {"pipeline": 2, "virtual_stages": 3}),
+        (6, {"tensor": 3, "context": 2, "sequence": True}),
     ],
 )
 def test_layouts_that_fit(world_size: int, layout: dict[str, Any]) -> None:
     _check(world_size, **layout)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [
+        (8, {"expert": 8}),
+        (6, {"tensor": 3, "sequence": True, "expert": 2, "expert_tensor": 3}),
+        (4, {"pipeline": 2, "virtual_stages": 3, "expert": 2}),
+    ],
+)
+def test_layouts_that_fit_experts(world_size: int, layout: dict[str, Any]) -> None:
+    """Whatever the channels of a dense layer, of which there is none."""
+    _check(world_size, EXPERTS, **layout)
 
 
 @pytest.mark.parametrize(
@@ -49,6 +65,19 @@ def test_layouts_that_fit(world_size: int, layout: dict[str, Any]) -> None:
         (3, {"tensor": 3}, {"ffn_size": 91}, r"^parallel.tensor=3 does not divide the model's 91 FFN channels$"),
         (4, {"pipeline": 4}, {}, r"^parallel.pipeline=4 does not divide the model's 6 layers$"),
         (1, {"sequence": True}, {}, r"^parallel.sequence=true needs parallel.tensor > 1$"),
+        (4, {"context": 3}, {}, r"^4 ranks are no multiple of .* = 1 x 3 x 1: start a multiple of 3$"),
+        (1, {"virtual_stages": 2}, {}, r"^parallel.virtual_stages=2 needs parallel.pipeline > 1$"),
+        (
+            2,
+            {"pipeline": 2, "virtual_stages": 2},
+            {},
+            r"^parallel.pipeline x .*=4 does not divide the model's 6 layers$",
+        ),
+        (2, {"expert": 2}, {}, r"^parallel.expert and parallel.expert_tensor are for models with experts"),
+        (3, {"expert": 2}, EXPERTS, r"^3 ranks are no multiple of .* = 1 x 2 x 1$"),
+        (3, {"expert": 3}, EXPERTS, r"^parallel.expert=3 does not divide the model's 8 experts$"),
+        (4, {"expert_tensor": 4}, EXPERTS, r"^parallel.expert_tensor=4 does not divide 6 expert channels$"),
+        (3, {"tensor": 3}, EXPERTS, r"^a model with experts and parallel.tensor > 1 needs parallel.sequence=true$"),
     ],
 )
 def test_layouts_that_do_not(world_size: int, layout: dict[str, Any], model: dict[str, Any], text: str) -> None:
