@@ -1,17 +1,26 @@
 """Everything that only a GPU can tell, in one run of a few minutes, into one JSON file.
 
-    python tools/check_gpu.py --out benchmarks/gpu.json
+    python tools/check_gpu.py --out benchmarks/gpu.json --model runs/smollm2-135m-instruct --problems gsm8k_train.jsonl
 
-Checks, each of which is recorded with its numbers or its error and does not stop the others:
+Checks, each of which is recorded with its numbers or its error, is bounded in time, and does not stop the others:
   environment   versions, GPU, what is installed
   layer_specs   Transformer Engine's spec against plain torch: log-probs and gradients of a model with the same weights
+  fp8           loss of 50 updates in every FP8 recipe that the GPU has against bfloat16: difference, seconds, memory
+  recompute     memory and seconds without, with selective and with full recompute; gradients must be the same
+  offload       memory and seconds with none, half and all of the optimizer on the host; weights must be the same
+  overlap       seconds of an update with and without overlap over all GPUs; weights must be the same
+  planned       the planner's memory of an update against what torch allocated
+  embedded      the embedded engine: tokens per second, and its log-probs against the trainer's
   divergence    Triton kernels against the torch reference and against the copy bandwidth (tools/bench_divergence.py)
   step          HDPO step against GRPO step, packed against padded, against transformers (tools/bench_step.py)
   sglang        an SGLang server on the GPU: weights by CUDA IPC, NCCL and disk, each through the gate, and its speed
                 (tools/bench_rollout.py); reported as not installed where SGLang is not in this environment
   run           a whole HDPO run on the GPU: engine, self-test, training, checkpoint, export (examples/digit_sums)
+  learning      HDPO of --model on --problems (JSON lines of problem, answer, solution), else on reasoning-gym's
+                arithmetic: pass rates before and after
 
-It needs the package's core dependencies; layer_specs also needs transformer-engine. No network.
+Without --model everything but learning takes a random model, of a size that a GPU needs milliseconds for. It needs the
+package's core dependencies; layer_specs, fp8 and offload also need transformer-engine. No network.
 """
 
 from __future__ import annotations
@@ -26,9 +35,12 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+# Seconds of the training side of an HDPO step, in those of a GRPO step on the same rollouts.
+STEP_TARGETS = {"HDPO, teacher from the rollout": 1.10, "HDPO, teacher from the trainer": 1.25}
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # it runs from a plain copy of the repository, too
 
@@ -38,7 +50,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
     parser.add_argument("--device", default="cuda", help="cpu tries the script itself, without what needs a GPU")
-    parser.add_argument("--model", type=Path, help="Hugging Face folder for the step benchmark; default: a tiny model")
+    parser.add_argument("--model", type=Path, help="Hugging Face checkpoint folder; default: random weights")
+    parser.add_argument("--problems", type=Path, help="JSON lines to learn from, such as GSM8K's")
     parser.add_argument("--only", nargs="*", choices=CHECKS, help="run only these checks")
     arguments = parser.parse_args()
     results: dict[str, Any] = {"command": sys.argv}
@@ -72,7 +85,25 @@ def environment(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def layer_specs(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Differences between the two specs, in float32 and bfloat16, over packed sequences of different lengths."""
-    return json.loads(_run([sys.argv[0], "--compare-specs", arguments.device, str(_tiny(folder, hidden=256, heads=4))]))
+    return _trial("specs", arguments.device, _tiny(folder, hidden=256, heads=4))
+
+
+def trial(name: str, arguments: argparse.Namespace, folder: Path, ranks: int = 1) -> dict[str, Any]:
+    """One of tools/gpu_trials.py; fine when no setting of it ended in an error."""
+    model = arguments.model or _random_model(folder, arguments.device)
+    small = [] if arguments.device == "cuda" else ["--prompt", "8", "--response", "8", "--micro-batch-tokens", "32"]
+    small += [] if arguments.device == "cuda" else ["--steps", "3"]
+    settings = _trial(name, arguments.device, model, *small, ranks=ranks)
+    failed = [key for key, value in settings.items() if isinstance(value, dict) and "error" in value and value["error"]]
+    return {"ok": name == "planned_memory" or not failed, **settings}
+
+
+def overlap(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The trial over every GPU of the machine; two ranks on a CPU."""
+    import torch
+
+    ranks = torch.cuda.device_count() if arguments.device == "cuda" else 2
+    return trial("overlap", arguments, folder, ranks)
 
 
 def divergence(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -87,10 +118,20 @@ def divergence(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def step(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The table of tools/bench_step.py."""
     out = folder / "step.json"
-    model = arguments.model or _tiny(folder, hidden=512, heads=8, layers=8)
+    model = arguments.model or _random_model(folder, arguments.device)
     tool = str(ROOT / "tools" / "bench_step.py")
-    _run([tool, "--model", str(model), "--device", arguments.device, "--json", str(out)])
-    return {"table": json.loads(out.read_text())}
+    sizes = ["--rounds", "1", "--prompts", "3", "--samples", "2", "--survivors", "1", "--response-tokens", "8"]
+    if arguments.device == "cuda":
+        sizes = ["--prompts", "24", "--prompt-tokens", "256", "--response-tokens", "1024"]
+        sizes += ["--micro-batch-tokens", "16384"]
+    _run([tool, "--model", str(model), "--device", arguments.device, "--json", str(out), *sizes])
+    table = json.loads(out.read_text())
+    ratios = {row["what"]: row["ratio"] for row in table["rows"]}
+    targets = {
+        what: {"ratio": ratios[what], "target": target, "met": ratios[what] <= target}
+        for what, target in STEP_TARGETS.items()
+    }
+    return {"against GRPO": targets, "table": table}
 
 
 def sglang(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -110,76 +151,65 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {"metrics": json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[-1])}
 
 
+def learning(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Evaluations of a short run of the quickstart's recipe, with --problems in the place of its tasks."""
+    if arguments.model is None:
+        return {"skipped": "no --model: there is nothing to teach"}
+    out = folder / "learning"
+    overrides = [f"model.path={arguments.model}", f"output={out}", f"device={arguments.device}", "parallel.pipeline=1"]
+    overrides += ["threads_per_rank=null", "rollout.max_new_tokens=192", "train.micro_batch_tokens=8192"]
+    overrides += ["rollout.prompts_per_step=32", "rollout.embedded.max_batch_sequences=256", "train.steps=20"]
+    overrides += ["warmup.examples_per_step=64", "evaluation.max_new_tokens=192", "model.max_sequence=1024"]
+    if arguments.problems is not None:
+        rows = arguments.problems.read_text(encoding="utf-8").splitlines()
+        for name, part in (("train", rows[:-64]), ("evaluation", rows[-64:])):
+            path = folder / f"{name}.jsonl"
+            path.write_text("\n".join(part) + "\n", encoding="utf-8")
+            overrides.append(f"data.{name}=[{{kind: jsonl, name: {name}, path: {path}}}]")
+        overrides += ["data.prompts.max_prompt_tokens=320", "data.prompts.max_privileged_tokens=640"]
+    _run(
+        ["-m", "megatron_hdpo", "train", str(ROOT / "examples" / "quickstart" / "hdpo.yaml"), *overrides], timeout=900.0
+    )
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    evaluated = [{k: v for k, v in line.items() if k == "step" or k.startswith("eval")} for line in lines]
+    return {"evaluations": [line for line in evaluated if len(line) > 1], "last": lines[-1]}
+
+
 CHECKS: dict[str, Callable[..., dict]] = {
     "environment": environment,
     "layer_specs": layer_specs,
+    "fp8": partial(trial, "fp8"),
+    "recompute": partial(trial, "recompute"),
+    "offload": partial(trial, "offload"),
+    "overlap": overlap,
+    "planned": partial(trial, "planned_memory"),
+    "embedded": partial(trial, "embedded"),
     "divergence": divergence,
     "step": step,
     "sglang": sglang,
     "run": run,
+    "learning": learning,
 }
 
 
-def compare_specs(device: str, model_path: str) -> dict[str, Any]:
-    """Score and differentiate the same examples under both specs (in this process)."""
-    import numpy as np
-
-    from megatron_hdpo.model.architecture import read_architecture
-    from megatron_hdpo.model.build import build_model, wrap_data_parallel
-    from megatron_hdpo.model.config import ModelConfig
-    from megatron_hdpo.model.policy import Policy
-    from megatron_hdpo.objectives.interface import Example, LossSpec, Scoring, SurrogateConfig
-    from megatron_hdpo.parallel.context import start, stop
-    from megatron_hdpo.parallel.layout import ParallelConfig
-    from megatron_hdpo.weights.load import load_hf
-
-    context = start(ParallelConfig(), device)
-    architecture = read_architecture(model_path)
-    rng = np.random.default_rng(0)
-    examples, scorings = [], []
-    for i in range(8):
-        prompt, response = (rng.integers(0, architecture.vocab_size, n).astype(np.int32) for n in (20 + i, 40 - 3 * i))
-        ones = np.ones(len(response), np.float32)
-        examples.append(Example(prompt, response, ones * np.float32(rng.normal()), ones, float(len(response))))
-        scorings.append(Scoring((i, "student", 0, "check"), prompt, response, "policy"))
-    results: dict[str, Any] = {}
-    for dtype in ("float32", "bfloat16"):
-        outputs = []
-        for spec in ("torch", "transformer_engine"):
-            config = ModelConfig(path=model_path, dtype=dtype, spec=spec)
-            model = build_model(architecture, context, config)
-            load_hf(model, architecture, context, model_path)
-            policy = Policy(architecture, context, wrap_data_parallel(model, context), 1024)
-            scores = policy.score(scorings)
-            logprobs = np.concatenate([scores[scoring.key].logprobs_T for scoring in scorings])
-            policy.accumulate_gradients(examples, LossSpec(SurrogateConfig(), None, 1.0))
-            outputs.append((logprobs, _gradients(policy)))
-        (plain, plain_grads), (fused, fused_grads) = outputs
-        errors = {
-            name: float((fused_grads[name] - grad).norm() / grad.norm().clamp(min=1e-12))
-            for name, grad in plain_grads.items()
-        }
-        results[dtype] = {
-            "max_logprob_difference": float(np.abs(plain - fused).max()),
-            "mean_logprob_difference": float(np.abs(plain - fused).mean()),
-            "largest_relative_gradient_error": max(errors.values()),
-            "in": max(errors, key=lambda name: errors[name]),
-        }
-    stop()
-    return results
+def _trial(name: str, device: str, model: Path, *sizes: str, ranks: int = 1) -> dict[str, Any]:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    tool = str(ROOT / "tools" / "gpu_trials.py")
+    return json.loads(_run([*launch, tool, name, "--model", str(model), "--device", device, *sizes]))
 
 
-def _gradients(policy: Any) -> dict[str, Any]:
-    """Gradients by Hugging Face name, as the two specs name parameters differently. Overwrites the weights."""
-    import torch
+def _random_model(folder: Path, device: str) -> Path:
+    """Random weights: on a GPU half a billion of them, so that products take the time that they do in earnest."""
+    if device != "cuda":
+        return _tiny(folder)
+    path = folder / "random-model"
+    if not path.exists():
+        from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from megatron_hdpo.weights.stream import stream_hf
-
-    with torch.no_grad():
-        for parameter in policy.model.parameters():
-            parameter.copy_(parameter.main_grad)
-    stream = stream_hf(policy.model, policy.architecture, policy.context)
-    return {name: tensor.double().cpu() for name, tensor in stream}
+        sizes = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 8, "vocab_size": 32000}
+        heads = {"num_attention_heads": 16, "num_key_value_heads": 4, "max_position_embeddings": 4096}
+        AutoModelForCausalLM.from_config(LlamaConfig(**sizes, **heads)).save_pretrained(path)
+    return path
 
 
 def _tiny(folder: Path, **sizes: int) -> Path:
@@ -190,11 +220,12 @@ def _tiny(folder: Path, **sizes: int) -> Path:
     return path
 
 
-def _run(arguments: list[str]) -> str:
-    """Run Python in the root of the repository; the end of its output in the error when it fails."""
+def _run(arguments: list[str], timeout: float = 300.0) -> str:
+    """Run Python in the root of the repository, for `timeout` seconds at most; the end of its output in the error when
+    it fails."""
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
     )
     if done.returncode:
         raise RuntimeError(f"{arguments} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}")
@@ -202,7 +233,4 @@ def _run(arguments: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    if "--compare-specs" in sys.argv:
-        print(json.dumps(compare_specs(*sys.argv[2:4])))
-    else:
-        main()
+    main()

@@ -1,0 +1,363 @@
+"""Trials of `tools/check_gpu.py` that need a process of their own; each prints one line of JSON.
+
+    python tools/gpu_trials.py fp8 --model FOLDER --device cuda
+    python -m torch.distributed.run --standalone --nproc-per-node 2 tools/gpu_trials.py overlap --model FOLDER
+
+A trial builds the same policy under several settings, gives each the same work, and reports what differed: values,
+seconds, and bytes of GPU memory. On a CPU it reports null for memory, and what needs a GPU as refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs from a plain copy of the repository, too
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+
+from megatron_hdpo.model.architecture import read_architecture
+from megatron_hdpo.model.build import build_model, wrap_data_parallel
+from megatron_hdpo.model.config import ModelConfig, choose_spec
+from megatron_hdpo.model.optimizer import OptimizerConfig, build_optimizer
+from megatron_hdpo.model.policy import Policy
+from megatron_hdpo.model.precision import precision_errors, runtime_error
+from megatron_hdpo.objectives.interface import Example, LossSpec, Scoring, SurrogateConfig
+from megatron_hdpo.parallel.context import ParallelContext, start, stop
+from megatron_hdpo.parallel.layout import ParallelConfig
+from megatron_hdpo.planner.layout import Layout
+from megatron_hdpo.planner.memory import resident, training
+from megatron_hdpo.planner.shape_of_work import PackedShape, Repeated
+from megatron_hdpo.rollout.embedded import EmbeddedEngine, EmbeddedEngineConfig
+from megatron_hdpo.rollout.types import GenerationRequest, SamplingParams
+from megatron_hdpo.weights.load import load_hf
+from megatron_hdpo.weights.stream import stream_hf
+
+SPEC = LossSpec(SurrogateConfig(), None, 1.0)
+FP8_RECIPES = {"delayed": "hybrid", "tensorwise": "hybrid", "blockwise": "e4m3", "mxfp8": "e4m3"}
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "core_attn": {"recompute": "selective", "recompute_modules": ["core_attn"]},
+    "mlp": {"recompute": "selective", "recompute_modules": ["mlp"]},
+    "full": {"recompute": "full"},
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every setting of a trial is given. Lengths in tokens; micro_batches of micro_batch_tokens each."""
+
+    model: Path
+    dtype: str = "bfloat16"
+    prompt: int = 128
+    response: int = 384
+    micro_batch_tokens: int = 8192
+    micro_batches: int = 2
+    steps: int = 50
+    lr: float = 1e-5
+
+    def examples(self, seed: int = 0) -> list[Example]:
+        """Random tokens, all wanted: their loss is the negative log-likelihood, which 50 steps can lower."""
+        rng = np.random.default_rng(seed)
+        vocab = read_architecture(self.model).vocab_size
+        ones = np.ones(self.response, np.float32)
+        count = self.micro_batches * (self.micro_batch_tokens // (self.prompt + self.response))
+        return [
+            Example(
+                rng.integers(0, vocab, self.prompt).astype(np.int32),
+                rng.integers(0, vocab, self.response).astype(np.int32),
+                ones,
+                ones,
+                float(self.response),
+            )
+            for _ in range(count)
+        ]
+
+
+@contextmanager
+def joined(device: str, **layout: Any) -> Iterator[ParallelContext]:
+    """Megatron's groups of a layout; the process group stays for the next."""
+    context = start(ParallelConfig(**layout), device)
+    try:
+        yield context
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def build(work: Work, context: ParallelContext, offload: float = 0.0, **model: Any) -> Policy:
+    """The checkpoint as a policy that trains. Raises ModelError when it cannot be had here."""
+    architecture = read_architecture(work.model)
+    config = ModelConfig(**({"path": str(work.model), "dtype": work.dtype} | model))
+    for reason in precision_errors(config, context.layout, architecture):
+        raise ValueError(reason)
+    built = build_model(architecture, context, config)
+    load_hf(built, architecture, context, work.model)
+    ddp = wrap_data_parallel(built, context)
+    optimizer = build_optimizer(OptimizerConfig(lr=work.lr, offload=offload), ddp, context, 1000)
+    return Policy(architecture, context, ddp, work.micro_batch_tokens, *optimizer)
+
+
+def fp8(work: Work, device: str) -> dict[str, Any]:
+    """Loss of `steps` updates on the same examples in each FP8 recipe beside bfloat16: the largest and the mean
+    relative difference of the curves, seconds per step after the first ten, and peak memory."""
+    results: dict[str, Any] = {}
+    with joined(device) as context:
+        settings: dict[str, dict[str, Any]] = {"bfloat16": {}}
+        settings |= {recipe: {"fp8": kind, "fp8_recipe": recipe} for recipe, kind in FP8_RECIPES.items()}
+        for name, model in settings.items():
+            config = ModelConfig(path="", **model)
+            if reason := runtime_error(config, choose_spec(config, context.device), context.device):
+                results[name] = {"refused": reason}
+                continue
+            results[name] = _freed(lambda model=model: _curve(work, build(work, context, **model)))
+            losses, plain = np.array(results[name]["losses"]), np.array(results["bfloat16"]["losses"])
+            difference = np.abs(losses - plain) / np.abs(plain)
+            results[name] |= {
+                "largest_difference": float(difference.max()),
+                "mean_difference": float(difference.mean()),
+            }
+    return results
+
+
+def _curve(work: Work, policy: Policy) -> dict[str, Any]:
+    examples, losses, seconds = work.examples(), [], []
+    for _ in range(work.steps):
+        took, metrics = _timed(lambda: policy.update(examples, SPEC))
+        losses.append(metrics["train/nll"])
+        seconds.append(took)
+    return {"losses": losses, "step_s": float(np.median(seconds[min(10, work.steps - 1) :])), "peak_gib": _peak()}
+
+
+def recompute(work: Work, device: str) -> dict[str, Any]:
+    """Peak memory and seconds of forward and backward passes per recompute mode, and the largest difference of any
+    gradient from that without recompute, relative to its norm."""
+    with joined(device) as context:
+        return _compare(
+            {name: partial(build, work, context, **model) for name, model in RECOMPUTE.items()},
+            lambda policy: policy.accumulate_gradients(work.examples(), SPEC),
+            _gradients,
+        )
+
+
+def offload(work: Work, device: str) -> dict[str, Any]:
+    """Peak memory and seconds of an update with 0, half and all of the optimizer on the host, and how far the weights
+    are from those of the device's optimizer after three of them."""
+    with joined(device) as context:
+        if context.device.type != "cuda":
+            return {"refused": "on a CPU the optimizer is in host memory already"}
+        return _compare(
+            {str(share): partial(build, work, context, share) for share in (0.0, 0.5, 1.0)},
+            lambda policy: policy.update(work.examples(), SPEC),
+            _weights,
+        )
+
+
+def overlap(work: Work, device: str) -> dict[str, Any]:
+    """Seconds of an update with and without overlap over the replicas (as many as there are ranks), and how far the
+    weights are apart after three of them. Every replica has examples of its own."""
+    results: dict[str, Any] = {}
+    kept: dict[str, Any] = {}
+    for name, switch in (("off", False), ("on", True)):
+        with joined(device, overlap=switch) as context:
+            examples = work.examples(context.dp_rank)
+            results |= _compare(
+                {name: partial(build, work, context)}, lambda p, e=examples: p.update(e, SPEC), _weights, kept
+            )
+            results["replicas"] = context.dp_size
+    return results
+
+
+def _compare(
+    settings: dict[str, Callable[[], Policy]],
+    step: Callable[[Policy], Any],
+    read: Callable[[Policy], dict[str, torch.Tensor]],
+    kept: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Three steps of each setting: median seconds, peak memory, and the largest difference from the first setting of
+    what `read` gives, relative to the norm of each tensor."""
+    kept = {} if kept is None else kept
+
+    def run(name: str, make: Callable[[], Policy]) -> dict[str, Any]:
+        policy = make()
+        seconds = [_timed(lambda: step(policy))[0] for _ in range(3)]
+        peak, values = _peak(), read(policy)
+        first = kept.setdefault("first", values)
+        errors = {n: float((values[n] - v).norm() / v.norm().clamp(min=1e-12)) for n, v in first.items()}
+        return {"seconds": float(np.median(seconds)), "peak_gib": peak, "largest_difference": max(errors.values())}
+
+    return {name: _freed(lambda name=name, make=make: run(name, make)) for name, make in settings.items()}
+
+
+def _weights(policy: Policy) -> dict[str, torch.Tensor]:
+    stream = stream_hf(policy.model, policy.architecture, policy.context)
+    return {name: tensor.double().cpu() for name, tensor in stream}
+
+
+def _gradients(policy: Policy) -> dict[str, torch.Tensor]:
+    """By Hugging Face name, as specs name parameters differently. Overwrites the weights."""
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.copy_(parameter.main_grad)
+    return _weights(policy)
+
+
+def specs(work: Work, device: str) -> dict[str, Any]:
+    """Transformer Engine's spec against plain torch in both types: log-probs of sequences of different lengths, and the
+    largest relative error of a gradient."""
+    rng = np.random.default_rng(0)
+    vocab = read_architecture(work.model).vocab_size
+    examples, scorings = [], []
+    for i in range(8):
+        prompt, response = (rng.integers(0, vocab, n).astype(np.int32) for n in (20 + i, 40 - 3 * i))
+        ones = np.ones(len(response), np.float32)
+        examples.append(Example(prompt, response, ones * np.float32(rng.normal()), ones, float(len(response))))
+        scorings.append(Scoring((i, "student", 0, "check"), prompt, response, "policy"))
+    results: dict[str, Any] = {}
+    with joined(device) as context:
+        for dtype in ("float32", "bfloat16"):
+            outputs = []
+            for spec in ("torch", "transformer_engine"):
+                policy = build(work, context, spec=spec, dtype=dtype)
+                scores = policy.score(scorings)
+                logprobs = np.concatenate([scores[scoring.key].logprobs_T for scoring in scorings])
+                policy.accumulate_gradients(examples, SPEC)
+                outputs.append((logprobs, _gradients(policy)))
+            (plain, plain_grads), (fused, fused_grads) = outputs
+            errors = {
+                name: float((fused_grads[name] - grad).norm() / grad.norm().clamp(min=1e-12))
+                for name, grad in plain_grads.items()
+            }
+            results[dtype] = {
+                "max_logprob_difference": float(np.abs(plain - fused).max()),
+                "mean_logprob_difference": float(np.abs(plain - fused).mean()),
+                "largest_relative_gradient_error": max(errors.values()),
+                "in": max(errors, key=lambda name: errors[name]),
+            }
+    return results
+
+
+def planned_memory(work: Work, device: str) -> dict[str, Any]:
+    """The planner's bytes of an update's forward and backward passes beside what torch allocated, by spec."""
+    results: dict[str, Any] = {}
+    with joined(device) as context:
+        spec = choose_spec(ModelConfig(path=""), context.device)
+        for name in ("none", "full"):
+            results[name] = _freed(lambda name=name: _planned(work, context, spec, name))
+    return results
+
+
+def _planned(work: Work, context: ParallelContext, spec: Any, mode: str) -> dict[str, Any]:
+    policy = build(work, context, **RECOMPUTE[mode])
+    policy.update(work.examples(), SPEC)
+    layout = Layout(recompute=mode == "full", spec=spec, value_bytes=2 if work.dtype == "bfloat16" else 4)
+    sequences = work.micro_batch_tokens // (work.prompt + work.response)
+    shape = PackedShape(
+        sequences * (work.prompt + work.response), work.prompt + work.response, sequences * work.response
+    )
+    kinds = resident(policy.architecture, layout, 0)
+    kinds |= training(policy.architecture, layout, 0, Repeated(shape, work.micro_batches), policy.head_chunk)
+    kinds.pop("framework", None)  # CUDA's context and libraries, which torch does not count
+    planned = sum(kinds.values()) / 2**30
+    measured = _peak()
+    return {
+        "planned_gib": planned,
+        "measured_gib": measured,
+        "error": None if measured is None else planned / measured - 1,
+        "kinds_gib": {name: value / 2**30 for name, value in kinds.items()},
+    }
+
+
+def embedded(work: Work, device: str) -> dict[str, Any]:
+    """Tokens per second of the embedded engine, and how far its log-probs of its samples are from the trainer's."""
+    with joined(device) as context:
+        policy = build(work, context)
+        engine = EmbeddedEngine(work.model, EmbeddedEngineConfig(dtype=work.dtype), context.device)
+        engine.update_weights(stream_hf(policy.model, policy.architecture, context), version=0)
+        prompts = [e.prompt_ids for e in work.examples()[:8]]
+        sampling = SamplingParams(work.response, n=8)
+        requests = [GenerationRequest(str(i), ids, sampling, seed=i) for i, ids in enumerate(prompts)]
+        seconds, results = _timed(lambda: engine.submit(requests) or list(engine.results()))
+        if failed := [error for result in results for error in result.errors]:
+            raise RuntimeError(failed[0])
+        samples = [(int(r.request_id), s, c) for r in results for s, c in enumerate(r.completions)]
+        scorings = [Scoring((g, "student", s, "check"), prompts[g], c.token_ids, "policy") for g, s, c in samples]
+        scores = policy.score(scorings)
+        off = [np.abs(scores[q.key].logprobs_T - c.logprobs) for q, (_, _, c) in zip(scorings, samples, strict=True)]
+        differences = np.concatenate(off)
+        return {
+            "tokens": len(differences),
+            "tokens_per_s": len(differences) / seconds,
+            "mean_logprob_difference": float(differences.mean()),
+            "max_logprob_difference": float(differences.max()),
+        }
+
+
+def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    _wait()
+    began = time.perf_counter()
+    result = work()
+    _wait()
+    return time.perf_counter() - began, result
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _peak() -> float | None:
+    """GiB that torch had allocated at most since the last `_freed` began."""
+    return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
+
+
+def _freed(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The work's result, from an empty GPU; an error is its result, so that the next setting is tried."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        return work()
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+TRIALS: dict[str, Callable[[Work, str], dict[str, Any]]] = {
+    "specs": specs,
+    "fp8": fp8,
+    "recompute": recompute,
+    "offload": offload,
+    "overlap": overlap,
+    "planned_memory": planned_memory,
+    "embedded": embedded,
+}
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("trial", choices=TRIALS)
+    parser.add_argument("--model", type=Path, required=True, help="Hugging Face checkpoint folder")
+    parser.add_argument("--device", default="cuda")
+    for name, default in (("prompt", 128), ("response", 384), ("micro-batch-tokens", 8192), ("steps", 50)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    arguments = parser.parse_args()
+    sizes = {name: getattr(arguments, name) for name in ("prompt", "response", "micro_batch_tokens", "steps")}
+    result = TRIALS[arguments.trial](Work(arguments.model, **sizes), arguments.device)
+    leader = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    stop()
+    if leader:
+        print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()
