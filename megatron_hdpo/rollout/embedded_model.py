@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,7 +12,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Pretrai
 
 from megatron_hdpo.rollout.slot_cache import SlotCache
 
-SUPPORTED = ("llama", "qwen2", "qwen3")
+SUPPORTED = ("llama", "qwen2", "qwen3", "qwen3_moe")
+
+
+class Place(NamedTuple):
+    """Where a checkpoint's tensor belongs: a parameter, the part of it, and that part's shape."""
+
+    parameter: str
+    part: tuple[int | slice, ...]
+    shape: tuple[int, ...]
 
 
 class EmbeddedModel:
@@ -25,6 +34,7 @@ class EmbeddedModel:
         self.vocab_size = _checked_vocab_size(self.config, vocab_size)
         _check_architecture(self.config)
         self._model, self._shapes = _build_empty(self.config, dtype, device)
+        self._places = {name: place for parameter in self._shapes.items() for name, place in _places(*parameter)}
 
     @property
     def context_length(self) -> int:
@@ -51,25 +61,27 @@ class EmbeddedModel:
             if name in seen:
                 raise ValueError(f"weight {name} arrived twice in one update: every parameter must come exactly once")
             seen.add(name)
-            if name == "lm_head.weight" and name not in parameters:
+            if name == "lm_head.weight" and name not in self._places:
                 head = tensor
                 continue
             self._check_weight(name, tensor)
-            target = parameters[name]
+            place = self._places[name]
+            target = parameters[place.parameter]
             if target.numel() == 0:
-                target.data = torch.empty(self._shapes[name], dtype=self.dtype, device=self.device)
-            target.copy_(tensor)
-        missing = sorted(self._shapes.keys() - seen)
+                target.data = torch.empty(self._shapes[place.parameter], dtype=self.dtype, device=self.device)
+            target[place.part].copy_(tensor)
+        missing = sorted(self._places.keys() - seen)
         if missing:
-            raise ValueError(f"update lacks {len(missing)} of {len(self._shapes)} weights: {', '.join(missing[:5])}")
+            raise ValueError(f"update lacks {len(missing)} of {len(self._places)} weights: {', '.join(missing[:5])}")
         if head is not None:
             self._check_tied_head(head)
 
     def _check_weight(self, name: str, tensor: torch.Tensor) -> None:
-        if name not in self._shapes:
+        if name not in self._places:
             raise ValueError(f"unknown weight {name}: {self.config.model_type} with this config.json has no such one")
-        if tuple(tensor.shape) != self._shapes[name]:
-            raise ValueError(f"weight {name} has shape {tuple(tensor.shape)}, this model wants {self._shapes[name]}")
+        if tuple(tensor.shape) != self._places[name].shape:
+            wanted = self._places[name].shape
+            raise ValueError(f"weight {name} has shape {tuple(tensor.shape)}, this model wants {wanted}")
         if not tensor.is_floating_point():
             raise ValueError(f"weight {name} has dtype {tensor.dtype}, a floating point dtype is wanted")
 
@@ -114,6 +126,23 @@ class EmbeddedModel:
 
     def _logits(self, hidden_BH: torch.Tensor) -> torch.Tensor:
         return self._model.lm_head(hidden_BH)[:, : self.vocab_size]
+
+
+def _places(parameter: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Place]]:
+    """(name in a checkpoint, place) of each tensor that a parameter consists of: `transformers` holds a layer's experts
+    in two parameters, gates above ups in one of them, and checkpoints have every expert's matrices."""
+    stem, _, leaf = parameter.rpartition(".")
+    if not stem.endswith(".experts"):
+        yield parameter, Place(parameter, (), shape)
+        return
+    experts, rows, columns = shape
+    for expert in range(experts):
+        if leaf == "down_proj":
+            yield f"{stem}.{expert}.down_proj.weight", Place(parameter, (expert,), (rows, columns))
+        else:
+            for number, name in enumerate(("gate_proj", "up_proj")):
+                half = slice(number * rows // 2, (number + 1) * rows // 2)
+                yield f"{stem}.{expert}.{name}.weight", Place(parameter, (expert, half), (rows // 2, columns))
 
 
 def _read_config(path: Path) -> PretrainedConfig:

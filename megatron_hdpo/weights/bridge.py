@@ -3,7 +3,8 @@
 An optional adapter with the shape of this room's own functions. It was written from Megatron-Bridge's public sources
 (`megatron.bridge.AutoBridge`: from_hf_pretrained, to_megatron_provider, load_hf_weights, export_hf_weights,
 save_hf_pretrained) and HAS NOT BEEN RUN AGAINST IT: it imports Transformer Engine unconditionally, so it needs a GPU,
-and its last release for Python 3.11 wants transformers < 5. Llama, Qwen2 and Qwen3 do not need it.
+and its last release for Python 3.11 wants transformers < 5. Llama, Qwen2, Qwen3 and
+Qwen3-MoE do not need it.
 """
 
 from __future__ import annotations
@@ -64,5 +65,5 @@ def _auto_bridge() -> Any:
     except (ImportError, RuntimeError) as error:  # an incomplete Transformer Engine raises RuntimeError
         raise WeightsError(
             f"this architecture needs Megatron-Bridge, which cannot be imported ({error}); install megatron-bridge and "
-            "Transformer Engine on a GPU machine, or take a Llama, Qwen2 or Qwen3 model"
+            "Transformer Engine on a GPU machine, or take a Llama, Qwen2, Qwen3 or Qwen3-MoE model"
         ) from error

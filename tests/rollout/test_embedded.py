@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from megatron_hdpo.rollout.embedded import EmbeddedEngine, EmbeddedEngineConfig
 from megatron_hdpo.rollout.types import Completion, GenerationRequest, GenerationResult, SamplingParams
@@ -22,6 +22,9 @@ CONFIGS = {
     "llama": LlamaConfig(**SIZES, head_dim=8, tie_word_embeddings=True),
     "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=False),
     "qwen3": Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
+    "qwen3_moe": Qwen3MoeConfig(
+        **SIZES, head_dim=16, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=24, norm_topk_prob=True
+    ),
 }
 
 
@@ -38,7 +41,20 @@ def random_model(config: PretrainedConfig, seed: int = 0) -> torch.nn.Module:
 
 
 def weights_of(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [(name, parameter.detach()) for name, parameter in model.named_parameters()]
+    """As a checkpoint has them: every expert's matrices apart."""
+    return [pair for name, parameter in model.named_parameters() for pair in _saved(name, parameter.detach())]
+
+
+def _saved(name: str, value: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+        return [(name, value)]
+    stem, leaf = name.rsplit(".", 1)
+    parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}[leaf]
+    return [
+        (f"{stem}.{expert}.{part}.weight", matrix)
+        for expert, matrices in enumerate(value)
+        for part, matrix in zip(parts, matrices.chunk(len(parts)), strict=True)
+    ]
 
 
 def engine_for(model: torch.nn.Module, **settings) -> EmbeddedEngine:
