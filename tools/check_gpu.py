@@ -54,6 +54,8 @@ def main() -> None:
     parser.add_argument("--problems", type=Path, help="JSON lines to learn from, such as GSM8K's")
     parser.add_argument("--only", nargs="*", choices=CHECKS, help="run only these checks")
     arguments = parser.parse_args()
+    if arguments.model is not None:
+        arguments.model = arguments.model.resolve()  # parts run in the root of the repository
     results: dict[str, Any] = {"command": sys.argv}
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.only or CHECKS:

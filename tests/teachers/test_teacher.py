@@ -52,6 +52,7 @@ def _score_with_teachers(path: Path, context) -> dict[str, bool]:
         found["frozen holds the first weights"] = _bits(policy) == start
         found["frozen scores as at the start"] = _same(_scores(policy), at_start)
     found["restored"] = _bits(policy) == moved
+    resting = {name: values.data_ptr() for name, values in frozen._own.items()}
     with drifting.scorer():
         found["drifting is the policy"] = _bits(policy) == moved and _same(_scores(policy), after)
     found["policy scores otherwise"] = not at_start or not _same(after, at_start)
@@ -63,6 +64,7 @@ def _score_with_teachers(path: Path, context) -> dict[str, bool]:
     found["optimizer undisturbed"] = _bits(policy) == _bits(undisturbed) != moved
     with frozen.scorer():
         found["frozen after two updates"] = _same(_scores(policy), at_start)
+    found["host memory is used again"] = resting == {n: v.data_ptr() for n, v in frozen._own.items()}
     return found
 
 
