@@ -20,6 +20,7 @@ from megatron_hdpo.objectives.interface import (
     ScoringKey,
     Weights,
 )
+from megatron_hdpo.planner.flops import FORWARD, FORWARD_AND_BACKWARD, forward_flops
 from megatron_hdpo.rollout.types import Group
 from megatron_hdpo.teachers.teacher import PolicyTeacher, Teacher
 from megatron_hdpo.tracking.console import Console
@@ -100,11 +101,15 @@ class Learner:
             )
 
     def _share(self, groups: Sequence[Group]) -> list[Group]:
-        """The groups of this data-parallel replica: whole groups, nearly equal work for all replicas."""
-        cost = self.policy.architecture.forward_cost
-        costs = [sum(cost(s.length + len(g.prompt_ids)) for s in (*g.samples, *g.privileged)) for g in groups]
+        """The groups of this data-parallel replica: whole groups, nearly equal arithmetic for all replicas."""
         context = self.policy.context
-        return [groups[i] for i in split_by_cost(costs, context.dp_size)[context.dp_rank]]
+        return [groups[i] for i in split_by_cost(list(map(self._cost, groups)), context.dp_size)[context.dp_rank]]
+
+    def _cost(self, group: Group) -> float:
+        """Arithmetic that a group may ask for: its sequences scored, and trained on if it can change the policy."""
+        passes = FORWARD + (FORWARD_AND_BACKWARD if self.objective.has_signal(group) else 0)
+        sequences = [(len(group.prompt_ids) + s.length, s.length) for s in (*group.samples, *group.privileged)]
+        return passes * forward_flops(self.policy.architecture, sequences)
 
     def _plan(self, groups: Sequence[Group]) -> tuple[list[Example], Tensor | None, dict[str, float]]:
         """This replica's examples, the head of the teacher whose hidden states are their targets, and the objective's

@@ -47,14 +47,6 @@ class Architecture:
     expert_ffn_size: int = 0
     normalised_routing: bool = True
 
-    def forward_cost(self, length: int) -> float:
-        """Multiply-adds of all layers on one sequence, in units that only comparisons between sequences need: what is
-        linear in its length, and causal attention, which is quadratic."""
-        query = self.num_heads * self.head_dim
-        attention = self.hidden_size * (2 * query + 2 * self.num_kv_heads * self.head_dim)
-        experts = self.experts_per_token * self.expert_ffn_size if self.num_experts else self.ffn_size
-        return length * (attention + 3 * self.hidden_size * experts) + query * length * length
-
     @property
     def sizes(self) -> ModelSizes:
         """What a parallel layout must divide."""

@@ -137,11 +137,12 @@ def bin_by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def split_by_cost(costs: Sequence[float], parts: int) -> list[list[int]]:
-    """Indices of items over `parts` ranks with nearly equal sums of cost: the dearest first, to the least loaded."""
-    loads = [0.0] * parts
+    """Indices of items over `parts` ranks with nearly equal sums of cost: the dearest first, to the least loaded (of
+    those equally loaded to the one with the fewest)."""
+    loads = [(0.0, 0)] * parts
     assigned: list[list[int]] = [[] for _ in range(parts)]
     for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         part = loads.index(min(loads))
         assigned[part].append(index)
-        loads[part] += costs[index]
+        loads[part] = (loads[part][0] + costs[index], len(assigned[part]))
     return [sorted(indices) for indices in assigned]
