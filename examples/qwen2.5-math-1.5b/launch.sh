@@ -4,5 +4,4 @@
 # Rollouts on SGLang servers that share the GPUs with the trainer (docs/rollouts-on-sglang.md):
 #   launch.sh rollout.engine=sglang rollout.sglang.servers.memory_saver=true rollout.sglang.servers.mem_fraction_static=0.5
 set -euo pipefail
-cd "$(dirname "$0")/../.."
-exec torchrun --standalone --nproc-per-node 8 -m megatron_hdpo train examples/qwen2.5-math-1.5b/hdpo.yaml "$@"
+exec "$(dirname "$0")/../cluster/one_node.sh" examples/qwen2.5-math-1.5b/hdpo.yaml "$@"
