@@ -81,9 +81,8 @@ def _on_servers(
     receivers: Receivers = "leader" if all(places[owner].leads for owner in owners) else "all"
     gate = None
     if config.sync.verify:
-        gate = Gate(
-            architecture.num_kv_heads, architecture.vocab_size, device, config.sync.timeout_s, config.sync.min_peak
-        )
+        sizes = architecture.num_kv_heads, architecture.vocab_size
+        gate = Gate(*sizes, device, config.sync.timeout_s, config.sync.min_peak, architecture.num_experts)
     transport = _transport(rollout, plan, model_path, context, output)
     return BuiltEngine(engine, ServerSync(WeightPush(engine, transport, gate), receivers, context), owners)
 

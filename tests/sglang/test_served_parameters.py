@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_hdpo.rollout.sglang.gate import quantised
 from megatron_hdpo.rollout.sglang.served_parameters import ServedParameters, part_of
 
 HEADS, HEAD_DIM, HIDDEN, FFN, VOCAB = 8, 4, 6, 8, 70
@@ -107,6 +108,36 @@ def test_a_parameter_is_digested_when_its_last_part_has_come() -> None:
     assert not parameters._waiting, "parts are let go of"
 
 
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().numpy().tobytes()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_experts_are_two_parameters(ranks: int) -> None:
+    """[experts, gate above up, hidden] and [experts, hidden, channels], of which a rank has its channels."""
+    experts, names = 3, {"gate_proj": (FFN, HIDDEN), "up_proj": (FFN, HIDDEN), "down_proj": (HIDDEN, FFN)}
+    full = {
+        (expert, name): torch.arange(FFN * HIDDEN).view(shape) + 100.0 * expert + 1000.0 * number
+        for expert in range(experts)
+        for number, (name, shape) in enumerate(names.items())
+    }
+    order = list(full.items())
+    random.Random(ranks).shuffle(order)
+    parameters = ServedParameters(ranks, 2, _bytes, experts)
+    parameters.add(LAYER + "mlp.gate.weight", torch.ones(experts, HIDDEN))
+    for (expert, name), tensor in order:
+        parameters.add(f"{LAYER}mlp.experts.{expert}.{name}.weight", tensor)
+    for rank in range(ranks):
+        mine = slice(rank * FFN // ranks, (rank + 1) * FFN // ranks)
+        w13 = [torch.cat([full[e, "gate_proj"][mine], full[e, "up_proj"][mine]]) for e in range(experts)]
+        w2 = [full[e, "down_proj"][:, mine] for e in range(experts)]
+        assert parameters.digests[rank] == {
+            LAYER + "mlp.gate.weight": _bytes(torch.ones(experts, HIDDEN)),
+            LAYER + "mlp.experts.w13_weight": _bytes(torch.stack(w13)),
+            LAYER + "mlp.experts.w2_weight": _bytes(torch.stack(w2)),
+        }
+
+
 @pytest.mark.parametrize("rows", [64, 65, 128, 129])
 def test_a_vocabulary_is_padded_to_64_rows(rows: int) -> None:
     tensor = torch.ones(rows, 2)
@@ -120,3 +151,8 @@ def test_a_vocabulary_is_padded_to_64_rows(rows: int) -> None:
 def test_a_bias_behind_a_sum_over_ranks_is_whole() -> None:
     assert part_of(LAYER + "self_attn.o_proj.bias").kind == "whole"
     assert part_of(LAYER + "self_attn.o_proj.weight").kind == "columns"
+
+
+def test_experts_are_quantised_and_routers_are_not() -> None:
+    assert quantised(LAYER + "mlp.experts.w13_weight") and quantised(LAYER + "mlp.experts.w2_weight")
+    assert not quantised(LAYER + "mlp.gate.weight") and not quantised(LAYER + "input_layernorm.weight")

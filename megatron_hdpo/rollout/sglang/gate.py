@@ -23,6 +23,7 @@ LOGGER = logging.getLogger(__name__)
 PROBE_TOP = 8
 PROBE_TOKENS = 4
 _QUANTISED = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+_EXPERTS = (".experts.w13_weight", ".experts.w2_weight")
 
 
 class GateError(RuntimeError):
@@ -32,9 +33,10 @@ class GateError(RuntimeError):
 class Expected:
     """Digests of what the servers should hold, for each number of ranks that a server has."""
 
-    def __init__(self, sizes: Sequence[int], kv_heads: int, device: str) -> None:
+    def __init__(self, sizes: Sequence[int], kv_heads: int, device: str, num_experts: int = 0) -> None:
         self.by_size = {
-            size: ServedParameters(size, kv_heads, lambda tensor: digest(tensor, device)) for size in set(sizes)
+            size: ServedParameters(size, kv_heads, lambda tensor: digest(tensor, device), num_experts)
+            for size in set(sizes)
         }
 
     def add(self, bucket: Sequence[tuple[str, Tensor]]) -> None:
@@ -45,16 +47,26 @@ class Expected:
 
 
 class Gate:
-    """device: the servers' (cpu or cuda), which decides how they hash. min_peak: see WeightSyncConfig."""
+    """device: the servers' (cpu or cuda), which decides how they hash. min_peak: see WeightSyncConfig. num_experts: of
+    each layer, 0 in a dense model."""
 
-    def __init__(self, kv_heads: int, vocab_size: int, device: str, timeout_s: float, min_peak: float = 2.0) -> None:
-        self.min_peak = min_peak
+    def __init__(
+        self,
+        kv_heads: int,
+        vocab_size: int,
+        device: str,
+        timeout_s: float,
+        min_peak: float = 2.0,
+        num_experts: int = 0,
+    ) -> None:
+        self.min_peak, self.num_experts = min_peak, num_experts
         self.kv_heads, self.vocab_size, self.device, self.timeout_s = kv_heads, vocab_size, device, timeout_s
         self._audited = False
 
     def expect(self, replicas: Sequence[Replica]) -> Expected:
         """What to show the stream's buckets to, for `check`."""
-        return Expected([replica.info.tensor_parallel for replica in replicas], self.kv_heads, self.device)
+        sizes = [replica.info.tensor_parallel for replica in replicas]
+        return Expected(sizes, self.kv_heads, self.device, self.num_experts)
 
     async def check(self, servers: Participants, expected: Expected, version: int) -> None:
         """Raises GateError at the first server that holds other weights than were sent."""
@@ -143,7 +155,7 @@ def differences(served: dict[str, str], expected: dict[str, str], quantization: 
 
 def quantised(name: str) -> bool:
     """Whether `quantization: fp8` applies to this parameter: weights of the linear layers inside the blocks."""
-    return name.endswith(".weight") and name.split(".")[-2] in _QUANTISED
+    return name.endswith(_EXPERTS) or (name.endswith(".weight") and name.split(".")[-2] in _QUANTISED)
 
 
 def audit(served: dict[str, str], expected: dict[str, str]) -> dict[str, bool]:

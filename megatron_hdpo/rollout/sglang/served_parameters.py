@@ -1,12 +1,16 @@
 """What stock SGLang makes of a Hugging Face checkpoint's tensors: names, fusion and shards of a server's parameters.
 
-Valid for the dense families that this package trains (Llama, Qwen2, Qwen3): query, key and value become qkv_proj, gate
-and up become gate_up_proj, the vocabulary is padded to a multiple of 64; columns, rows and heads are split over the
-server's ranks, key-value heads are repeated where there are fewer of them than ranks.
+Valid for the families that this package trains (Llama, Qwen2, Qwen3, Qwen3-MoE): query, key and value become qkv_proj,
+gate and up become gate_up_proj, the vocabulary is padded to a multiple of 64; columns, rows and heads are split over
+the server's ranks, key-value heads are repeated where there are fewer of them than ranks. A layer's experts are two
+parameters, one expert after the other, each split over the ranks like the layer of a dense model: this was read from the
+sources for SGLang's Triton kernels and has not been run against a server; other kernels rearrange them, and servers
+that share experts otherwise (`ep_size`) hold others.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,6 +20,7 @@ from torch import Tensor
 VOCABULARY_MULTIPLE = 64
 _QKV = {"q_proj": 0, "k_proj": 1, "v_proj": 2}
 _GATE_UP = {"gate_proj": 0, "up_proj": 1}
+_EXPERT = re.compile(r"(?P<experts>.*\.experts)\.(?P<number>\d+)\.(?P<module>gate_proj|up_proj|down_proj)\.weight")
 
 
 @dataclass(frozen=True)
@@ -28,9 +33,11 @@ class Part:
     kind: str
 
 
-def part_of(name: str) -> Part:
+def part_of(name: str, num_experts: int = 0) -> Part:
     """The place of a checkpoint's tensor. Biases are cut like the rows of their weight; that of a row-parallel layer is
-    whole on every rank."""
+    whole on every rank. num_experts: of each layer; without it the count of an expert's parts is unknown (0)."""
+    if match := _EXPERT.fullmatch(name):
+        return _expert_part(match["experts"], int(match["number"]), match["module"], num_experts)
     stem, _, leaf = name.rpartition(".")
     module = stem.rpartition(".")[2]
     if module in _QKV:
@@ -41,6 +48,12 @@ def part_of(name: str) -> Part:
     if module in ("o_proj", "down_proj"):
         return Part(name, 0, 1, "columns" if leaf == "weight" else "whole")
     return Part(name, 0, 1, "vocabulary" if module in ("embed_tokens", "lm_head") else "whole")
+
+
+def _expert_part(experts: str, number: int, module: str, num_experts: int) -> Part:
+    if module == "down_proj":
+        return Part(f"{experts}.w2_weight", number, num_experts, "columns")
+    return Part(f"{experts}.w13_weight", 2 * number + _GATE_UP[module], 2 * num_experts, "rows")
 
 
 def cut(tensor: Tensor, kind: str, rank: int, ranks: int, kv_heads: int) -> Tensor:
@@ -65,17 +78,18 @@ def _vocabulary(tensor: Tensor, rank: int, ranks: int) -> Tensor:
 class ServedParameters:
     """Digests of the parameters that a server of `ranks` ranks holds, from the stream of full tensors.
 
-    digest: the server's own hash function. A parameter is hashed when its last part has come; only its parts are held.
+    digest: the server's own hash function, of bytes alone. A parameter is hashed when its last part has come; only its
+    parts are held. num_experts: of each layer, 0 in a dense model.
     """
 
-    def __init__(self, ranks: int, kv_heads: int, digest: Callable[[Tensor], str]) -> None:
-        self.ranks, self.kv_heads, self.digest = ranks, kv_heads, digest
+    def __init__(self, ranks: int, kv_heads: int, digest: Callable[[Tensor], str], num_experts: int = 0) -> None:
+        self.ranks, self.kv_heads, self.digest, self.num_experts = ranks, kv_heads, digest, num_experts
         self.digests: list[dict[str, str]] = [{} for _ in range(ranks)]
         self._waiting: dict[str, dict[int, tuple[Tensor, str]]] = {}
 
     def add(self, name: str, tensor: Tensor) -> None:
         """A tensor of the stream."""
-        part = part_of(name)
+        part = part_of(name, self.num_experts)
         parts = self._waiting.setdefault(part.name, {})
         parts[part.index] = (tensor, part.kind)
         if len(parts) < part.count:
