@@ -57,10 +57,15 @@ class PackedSequences:
 
     def packed_seq_params(self) -> PackedSeqParams:
         """Megatron's description of the boundaries (thd)."""
+        shared = len(self.own_rows_T) < self.num_tokens
+        # Transformer Engine wants the padded boundaries of sequences that ranks share. Padding counts as tokens here.
+        padded = self.cu_seqlens if shared else None
         return PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=self.cu_seqlens,
             cu_seqlens_kv=self.cu_seqlens,
+            cu_seqlens_q_padded=padded,
+            cu_seqlens_kv_padded=padded,
             max_seqlen_q=self.longest,
             max_seqlen_kv=self.longest,
         )
