@@ -3,8 +3,8 @@
 Valid for the families that this package trains (Llama, Qwen2, Qwen3, Qwen3-MoE): query, key and value become qkv_proj,
 gate and up become gate_up_proj, the vocabulary is padded to a multiple of 64; columns, rows and heads are split over
 the server's ranks, key-value heads are repeated where there are fewer of them than ranks. A layer's experts are two
-parameters, one expert after the other, each split over the ranks like the layer of a dense model: this was read from the
-sources for SGLang's Triton kernels and has not been run against a server; other kernels rearrange them, and servers
+parameters, one expert after the other, each split over the ranks like the layer of a dense model: this was read from
+the sources for SGLang's Triton kernels and has not been run against a server; other kernels rearrange them, and servers
 that share experts otherwise (`ep_size`) hold others.
 """
 
