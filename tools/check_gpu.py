@@ -202,15 +202,22 @@ def _trial(name: str, device: str, model: Path, *sizes: str, ranks: int = 1) -> 
 
 def _random_model(folder: Path, device: str) -> Path:
     """Random weights: on a GPU half a billion of them, so that products take the time that they do in earnest."""
-    if device != "cuda":
-        return _tiny(folder)
     path = folder / "random-model"
-    if not path.exists():
-        from transformers import AutoModelForCausalLM, LlamaConfig
+    if path.exists():
+        return path
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
-        sizes = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 8, "vocab_size": 32000}
-        heads = {"num_attention_heads": 16, "num_key_value_heads": 4, "max_position_embeddings": 4096}
-        AutoModelForCausalLM.from_config(LlamaConfig(**sizes, **heads)).save_pretrained(path)
+    hidden, layers, heads, vocab = (2048, 8, 16, 32000) if device == "cuda" else (64, 2, 4, 300)
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=hidden * 11 // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 4,
+        vocab_size=vocab,
+        max_position_embeddings=4096,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
     return path
 
 

@@ -193,8 +193,8 @@ class CheckpointStore:
 
     def _sharded(self, policy: Policy, loading: bool = False) -> dict[str, Any]:
         assert policy.optimizer is not None and policy.schedule is not None
-        _allocate_moments(policy.optimizer)
         with self.context.megatron_calls():
+            _allocate_moments(policy.optimizer)
             model = policy.model.sharded_state_dict()
             optimizer = policy.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_OPTIMIZER_METADATA)
             return {"model": model, "optimizer": optimizer, "schedule": policy.schedule.state_dict()}

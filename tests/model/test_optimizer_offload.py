@@ -81,6 +81,14 @@ def run_cases(path: Path, folder: Path) -> dict[str, Any]:
                 store.load(saved, fresh)
             found[str(share_of)] = [*steps, third]
             found[f"resumed {share_of}"] = _update(fresh, 4)
+        other = _policy(path, context, OPTIMIZER)
+        store.load(saved, other)
+        found["resumed on the device"] = _update(other, 4)
+        unmoved = _policy(path, context, optimizer)
+        weights = weights_of(unmoved)
+        with PretendedGpu():
+            store.save(0, unmoved)
+        found["unmoved"] = weights, weights_of(unmoved), _update(unmoved, 0)
     return found
 
 
@@ -120,3 +128,17 @@ def test_a_resumed_run_goes_on(found: list[dict[str, Any]], share_of: str) -> No
         resumed, third = rank[f"resumed {share_of}"], rank[share_of][2]
         for name, weights in third["weights"].items():
             np.testing.assert_array_equal(resumed["weights"][name], weights, err_msg=name)
+
+
+def test_the_share_may_change(found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        for name, weights in rank["1.0"][2]["weights"].items():
+            np.testing.assert_array_equal(rank["resumed on the device"]["weights"][name], weights, err_msg=name)
+
+
+def test_a_checkpoint_before_the_first_step_changes_nothing(found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        before, after, first = rank["unmoved"]
+        for name, weights in before.items():
+            np.testing.assert_array_equal(after[name], weights, err_msg=name)
+            np.testing.assert_array_equal(first["weights"][name], rank["0.0"][0]["weights"][name], err_msg=name)
