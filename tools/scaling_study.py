@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_hdpo.planner.cluster import GPUS, cluster_of
@@ -47,6 +48,9 @@ def _arguments() -> argparse.Namespace:
     one.add_argument("--nodes", type=int, default=1)
     one.add_argument("--gpus-per-node", type=int, default=8)
     one.add_argument("--layout", type=int, nargs=2, metavar=("TP", "PP"), help="this one only, with SP where TP > 1")
+    one.add_argument("--context", type=int, default=1, help="with --layout: context-parallel ranks")
+    one.add_argument("--expert", type=int, default=1, help="with --layout: expert-parallel ranks")
+    one.add_argument("--virtual-stages", type=int, default=1, help="with --layout: chunks of layers per stage")
     one.add_argument("--recompute", action="store_true", help="with --layout: recompute every layer")
     one.add_argument("--engine", default="colocated", choices=["embedded", "colocated", "separate"])
     one.add_argument("--server-gpus", type=int, default=1, help="GPUs of one server")
@@ -73,6 +77,8 @@ def _workload_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--privileged-rollouts", type=int, default=8, help="per cliff; 0: GRPO")
     parser.add_argument("--privileged-success", type=float, default=0.5, help="share of them that are distilled")
     parser.add_argument("--micro-batch-tokens", type=int, default=8192)
+    parser.add_argument("--fp8", action="store_true", help="the layers' products in FP8")
+    parser.add_argument("--offload", type=float, default=0.0, help="share of the optimizer in host memory")
     parser.add_argument("--teacher", default="policy", choices=["policy", "frozen", "snapshot", "ema"])
 
 
@@ -92,6 +98,11 @@ def _workload(arguments: argparse.Namespace, prompts: int) -> Workload:
     )
 
 
+def _common(arguments: argparse.Namespace) -> Layout:
+    """What a search does not vary."""
+    return Layout(fp8=arguments.fp8, offload=arguments.offload, overlap=True)
+
+
 def _plan(arguments: argparse.Namespace) -> None:
     architecture = architecture_of(arguments.model)
     cluster = cluster_of(arguments.gpu, arguments.nodes, arguments.gpus_per_node)
@@ -100,12 +111,23 @@ def _plan(arguments: argparse.Namespace) -> None:
     if arguments.layout:
         tensor, pipeline = arguments.layout
         gpus = cluster.gpus - rollouts.gpus
-        if gpus % (tensor * pipeline):
-            raise PlanError(f"TP {tensor} x PP {pipeline} does not divide {gpus} GPUs")
-        layout = Layout(tensor, pipeline, gpus // tensor // pipeline, tensor > 1, arguments.recompute)
+        ranks = tensor * pipeline * arguments.context
+        if gpus % ranks:
+            raise PlanError(f"TP {tensor} x CP {arguments.context} x PP {pipeline} does not divide {gpus} GPUs")
+        layout = replace(
+            _common(arguments),
+            tensor=tensor,
+            pipeline=pipeline,
+            data=gpus // ranks,
+            sequence=tensor > 1,
+            recompute=arguments.recompute,
+            context=arguments.context,
+            expert=arguments.expert,
+            virtual_stages=arguments.virtual_stages,
+        )
         print(describe(plan(architecture, cluster, layout, workload, rollouts)))
         return
-    found = search(architecture, cluster, workload, rollouts)
+    found = search(architecture, cluster, workload, rollouts, _common(arguments))
     print(ranking(found))
     if found.fitting:
         print("\n" + describe(found.fitting[0]))
@@ -115,8 +137,9 @@ def _scaling(arguments: argparse.Namespace) -> None:
     gpu, rollouts = GPUS[arguments.gpu], Rollouts("colocated")
     studies: dict[str, dict[str, list[Point]]] = {"weak": {}, "strong": {}}
     for name, architecture in SHAPES.items():
-        studies["weak"][name] = weak(architecture, gpu, _COUNTS, _workload(arguments, _WEAK_PROMPTS), rollouts)
-        studies["strong"][name] = strong(architecture, gpu, _COUNTS, _workload(arguments, _STRONG_PROMPTS), rollouts)
+        few, many = (_workload(arguments, prompts) for prompts in (_WEAK_PROMPTS, _STRONG_PROMPTS))
+        studies["weak"][name] = weak(architecture, gpu, _COUNTS, few, rollouts, _common(arguments))
+        studies["strong"][name] = strong(architecture, gpu, _COUNTS, many, rollouts, _common(arguments))
     rows = {kind: {name: [p.row() for p in points] for name, points in of.items()} for kind, of in studies.items()}
     options = {key: value for key, value in vars(arguments).items() if key not in ("run", "out")}
     head = {

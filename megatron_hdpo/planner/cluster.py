@@ -15,6 +15,11 @@ GIB = 2**30
 # Large bf16 matrix products against the dense peak. Megatron-Core reports up to 47 % MFU over whole steps on H100,
 # with attention, norms, optimizer and communication in it; products alone are assumed to reach 70 %.
 MATMUL_EFFICIENCY = 0.70
+# FP8 products against the dense FP8 peak: the quantisation of inputs is in it. Assumed: 1.4 x the speed of bf16.
+FP8_MATMUL_EFFICIENCY = 0.49
+# Experts' products, of few rows each, against those of whole matrices; the busiest rank's rows over the mean. Assumed.
+EXPERT_EFFICIENCY = 0.70
+EXPERT_IMBALANCE = 1.2
 # Products of few rows (decoding) are bound by memory; where they are not, assumed.
 DECODE_MATMUL_EFFICIENCY = 0.50
 # Flash attention in bf16 against the same peak. Assumed, between the published 35 % (FA2) and 75 % (FA3) of an H100.
@@ -31,6 +36,11 @@ NVLINK_HOP_S = 2e-6
 INFINIBAND_HOP_S = 5e-6
 # Host to device over PCIe 5 x16, pinned (64 GB/s by the data sheet). Assumed.
 HOST_LINK_BYTES_S = 50e9
+# Share of a micro-batch's backward pass (of its attention, under context parallelism) that communication beside it can
+# hide behind. Assumed.
+OVERLAP_SHARE = 0.8
+# Adam on the host: bytes of main weights, moments and gradients that pass through a CPU per second and GPU. Assumed.
+HOST_ADAM_BYTES_S = 20e9
 # CUDA context, NCCL buffers, cuBLAS workspaces and fragmentation. Assumed.
 FRAMEWORK_BYTES = 4 * GIB
 # One decoding step of a server beside its kernels' traffic: scheduler and launch under CUDA graphs. Assumed.
@@ -45,10 +55,12 @@ SHARED_SYNC_BYTES_S = 24.4e9
 
 @dataclass(frozen=True)
 class Gpu:
-    """Peaks: flops_s dense bf16, bytes/s of HBM, of NVLink and of InfiniBand per direction; memory in bytes."""
+    """Peaks: flops_s dense bf16, fp8_flops_s dense FP8, bytes/s of HBM, of NVLink and of InfiniBand per direction;
+    memory in bytes."""
 
     name: str
     flops_s: float
+    fp8_flops_s: float
     hbm_bytes_s: float
     memory: int
     nvlink_bytes_s: float
@@ -56,8 +68,8 @@ class Gpu:
 
 
 GPUS = {
-    "h100": Gpu("h100", 989.4e12, 3.35e12, 80 * 10**9, 450e9, 50e9),
-    "h200": Gpu("h200", 989.4e12, 4.8e12, 141 * 10**9, 450e9, 50e9),
+    "h100": Gpu("h100", 989.4e12, 1978.9e12, 3.35e12, 80 * 10**9, 450e9, 50e9),
+    "h200": Gpu("h200", 989.4e12, 1978.9e12, 4.8e12, 141 * 10**9, 450e9, 50e9),
 }
 
 

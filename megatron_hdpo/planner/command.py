@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_hdpo.config import load_recipe
 from megatron_hdpo.planner.cluster import cluster_of
-from megatron_hdpo.planner.from_recipe import Guesses, layout_of, rollouts_of, workload_of
+from megatron_hdpo.planner.from_recipe import Guesses, common_of, layout_of, rollouts_of, workload_of
 from megatron_hdpo.planner.plan import plan, search
 from megatron_hdpo.planner.shapes import architecture_of
 from megatron_hdpo.planner.text import describe, ranking
@@ -31,7 +31,7 @@ def plan_recipe(recipe_path: Path, overrides: Sequence[str], options: argparse.N
     workload, rollouts = workload_of(recipe, guesses), rollouts_of(recipe, guesses)
     layout = layout_of(recipe, cluster.gpus - rollouts.gpus)
     own = plan(architecture, cluster, layout, workload, rollouts)
-    found = search(architecture, cluster, workload, rollouts, layout.spec)
+    found = search(architecture, cluster, workload, rollouts, common_of(layout))
     lengths = f"mean lengths: prompt {workload.prompt_tokens}, response {workload.response_tokens} tokens; " + (
         f"cliffs {workload.cliff_rate:.0%}, privileged success {workload.privileged_success:.0%}"
     )

@@ -103,11 +103,32 @@ def rollouts_of(recipe: Recipe, guesses: Guesses) -> Rollouts:
 
 def layout_of(recipe: Recipe, gpus: int) -> Layout:
     """The recipe's layout over `gpus` of the trainer. Raises PlanError where they are no multiple."""
-    ranks = recipe.parallel.model_ranks
+    parallel, model = recipe.parallel, recipe.model
+    ranks = parallel.model_ranks
     if gpus % ranks:
-        raise PlanError(f"{gpus} GPUs are no multiple of parallel.tensor x parallel.pipeline = {ranks}")
-    if recipe.model.recompute == "selective":
-        raise PlanError("model.recompute=selective is not planned yet: plan it as none or full")
-    spec: Spec = "torch" if recipe.model.spec == "torch" else "transformer_engine"
-    parallel, recompute = recipe.parallel, recipe.model.recompute == "full"
-    return Layout(parallel.tensor, parallel.pipeline, gpus // ranks, parallel.sequence, recompute, spec)
+        raise PlanError(
+            f"{gpus} GPUs are no multiple of parallel.tensor x parallel.context x parallel.pipeline = {ranks}"
+        )
+    spec: Spec = "torch" if model.spec == "torch" else "transformer_engine"
+    replicas = gpus // ranks
+    return Layout(
+        parallel.tensor,
+        parallel.pipeline,
+        replicas,
+        parallel.sequence,
+        model.recompute == "full",
+        spec,
+        context=parallel.context,
+        expert=parallel.expert,
+        expert_tensor=parallel.expert_tensor,
+        virtual_stages=parallel.virtual_stages,
+        recomputed=tuple(model.recompute_modules) if model.recompute == "selective" else (),
+        fp8=model.fp8 is not None,
+        overlap=replicas * parallel.context > 1 if parallel.overlap == "auto" else parallel.overlap,
+        offload=recipe.optimizer.offload,
+    )
+
+
+def common_of(layout: Layout) -> Layout:
+    """What a search does not vary: the modules, their precision, overlap and offload."""
+    return Layout(spec=layout.spec, fp8=layout.fp8, overlap=layout.overlap, offload=layout.offload)

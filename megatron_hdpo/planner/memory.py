@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.planner.activations import (
+    activation_peak,
     head_chunk_bytes,
     head_gradient_bytes,
-    in_flight,
     layer_bytes,
-    pipeline_input_bytes,
+    pipeline_input_peak,
     recomputed_bytes,
-    stage_bytes,
 )
 from megatron_hdpo.planner.cluster import FRAMEWORK_BYTES, GIB, Gpu
 from megatron_hdpo.planner.layout import Layout
-from megatron_hdpo.planner.parameters import model_values, stage_parameters
+from megatron_hdpo.planner.parameters import model_values, product_values, stage_parameters
+from megatron_hdpo.planner.schedule import rounded
 from megatron_hdpo.planner.shape_of_work import Repeated
 from megatron_hdpo.planner.workload import Rollouts, Workload
 
@@ -48,26 +48,31 @@ class PhaseMemory:
 def resident(architecture: Architecture, layout: Layout, stage: int) -> Kinds:
     """What the trainer holds in every phase: the weights' and gradients' buffers, and its shard of the optimizer."""
     parameters = stage_parameters(architecture, layout, stage)
-    padded, shard = parameters.buffer_values(layout.data), parameters.values / layout.data
-    return {
+    padded = parameters.buffer_values(layout)
+    shard = parameters.shard_values(layout) * (1.0 - layout.offload)
+    kinds = {
         "weights": float(padded * layout.value_bytes),
         "gradients": float(padded * _FP32),
         "main weights": shard * _FP32 if layout.value_bytes < _FP32 else 0.0,
         "optimizer": shard * 2 * _FP32,
         "framework": float(FRAMEWORK_BYTES),
     }
+    if layout.fp8:  # a copy of every matrix, and a transposed one for the backward products
+        layers = architecture.num_layers // layout.pipeline
+        kinds["FP8 weights"] = 2.0 * layers * product_values(architecture, layout)
+    return kinds
 
 
 def training(architecture: Architecture, layout: Layout, stage: int, work: Repeated, head_chunk: int) -> Kinds:
     """Beside what is resident, at the peak of the backward pass."""
     shape = work.shape.padded(layout)
-    held = in_flight(layout, stage, work.count)
+    count = rounded(layout, work.count)
     kinds = {
-        "activations": float(held * stage_bytes(architecture, layout, stage, shape.rows)),
-        "pipeline inputs": float(held * pipeline_input_bytes(architecture, layout, stage, shape.rows)),
+        "activations": float(activation_peak(architecture, layout, stage, shape, count)),
+        "pipeline inputs": float(pipeline_input_peak(architecture, layout, stage, shape, count)),
     }
-    if layout.recompute:
-        kinds["recomputed layer"] = float(recomputed_bytes(architecture, layout, stage, shape.rows))
+    if again := recomputed_bytes(architecture, layout, stage, shape):
+        kinds["recomputed layer"] = float(again)
     if stage == layout.pipeline - 1:
         kinds["head chunk"] = float(head_chunk_bytes(architecture, layout, shape, head_chunk))
         kinds["head gradient"] = float(head_gradient_bytes(architecture, layout, shape))
@@ -79,7 +84,7 @@ def scoring(architecture: Architecture, layout: Layout, stage: int, work: Repeat
     if not work.count:
         return {}
     shape = work.shape.padded(layout)
-    kinds = {"activations": float(layer_bytes(architecture, layout, shape.rows))}
+    kinds = {"activations": float(layer_bytes(architecture, layout, shape))}
     if stage == layout.pipeline - 1:
         kinds["head chunk"] = float(head_chunk_bytes(architecture, layout, shape, head_chunk))
     return kinds
@@ -119,7 +124,7 @@ def by_phase(
     shared = rollouts.engine != "separate"
     stays = shared and not (rollouts.engine == "colocated" and rollouts.saver)
     beside: Kinds = engine if stays else {}
-    trained, taught = workload.training_work(layout.data), workload.teacher_work(layout.data)
+    trained, taught = workload.training_work(layout), workload.teacher_work(layout)
     chunk = workload.head_chunk
     extra: dict[str, list[Kinds]] = {"sampling": [], "teacher": [], "training": [], "sync": []}
     for stage in layout.stages:
@@ -141,14 +146,16 @@ def _fullest(stages: list[Kinds]) -> Kinds:
 
 
 def host_bytes(architecture: Architecture, layout: Layout, workload: Workload) -> float:
-    """Host memory per GPU of a teacher that rests there; while it scores, the policy's weights rest there too."""
+    """Host memory per GPU: of a teacher that rests there (while it scores, the policy's weights rest there too), and of
+    what the optimizer keeps there."""
     values = max(stage_parameters(architecture, layout, s).values for s in layout.stages)
     copies: Mapping[str, int] = {
         "frozen": 2 * layout.value_bytes,
         "snapshot": 2 * layout.value_bytes,
         "ema": _FP32 + 2 * layout.value_bytes,
     }
-    return float(values * copies.get(workload.teacher, 0))
+    offloaded = max(stage_parameters(architecture, layout, s).shard_values(layout) for s in layout.stages)
+    return values * copies.get(workload.teacher, 0) + layout.offload * offloaded * 3 * _FP32
 
 
 def why_not(memory: Mapping[str, PhaseMemory], gpu: Gpu) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.planner.layout import Layout
@@ -15,37 +16,71 @@ _BUCKET_STEP = 128
 
 
 @dataclass(frozen=True)
-class StageParameters:
-    """Numbers of values of the parameters of one rank of a pipeline stage. buckets: groups that are reduced apart."""
+class Buffer:
+    """Parameters of one chunk of layers that the same ranks share. group: those ranks. buckets: values of each
+    parameter, by what is reduced apart."""
 
+    group: str
     buckets: tuple[tuple[int, ...], ...]
 
-    @property
+    @cached_property
     def values(self) -> int:
         """Without padding."""
         return sum(map(sum, self.buckets))
 
-    def bucket_values(self, data: int) -> tuple[int, ...]:
-        """Values of each bucket over `data` replicas, padding included."""
-        return tuple(_padded(bucket, data) for bucket in self.buckets)
+    def bucket_values(self, layout: Layout) -> tuple[int, ...]:
+        """Values of each bucket, padding included."""
+        step = math.lcm(layout.ranks(self.group), _BUCKET_STEP)
+        return tuple(-(-values // step) * step for values in self._aligned)
 
-    def buffer_values(self, data: int) -> int:
-        """Values of the buffer of weights, and of that of gradients, padding included."""
-        return sum(self.bucket_values(data))
-
-
-def _padded(bucket: tuple[int, ...], data: int) -> int:
-    total = sum(-(-values // _PARAMETER_STEP) * _PARAMETER_STEP for values in bucket)
-    step = math.lcm(data, _BUCKET_STEP)
-    return -(-total // step) * step
+    @cached_property
+    def _aligned(self) -> tuple[int, ...]:
+        step = _PARAMETER_STEP
+        return tuple(sum(-(-values // step) * step for values in bucket) for bucket in self.buckets)
 
 
-def layer_matrices(architecture: Architecture, tensor: int) -> tuple[int, ...]:
-    """Values of each matrix of one decoder layer on one tensor-parallel rank: QKV, projection, gate and up, down."""
+@dataclass(frozen=True)
+class StageParameters:
+    """What one rank of a pipeline stage holds."""
+
+    buffers: tuple[Buffer, ...]
+
+    @property
+    def values(self) -> int:
+        """Without padding."""
+        return sum(buffer.values for buffer in self.buffers)
+
+    def buffer_values(self, layout: Layout) -> int:
+        """Values of the buffers of weights, and of those of gradients, padding included."""
+        return sum(sum(buffer.bucket_values(layout)) for buffer in self.buffers)
+
+    def shard_values(self, layout: Layout) -> float:
+        """Values whose optimizer state is this rank's, on average."""
+        return sum(buffer.values / layout.ranks(buffer.group) for buffer in self.buffers)
+
+
+def attention_matrices(architecture: Architecture, tensor: int) -> tuple[int, int]:
+    """Values of QKV and of the output projection of one layer on one tensor-parallel rank."""
     a, hidden = architecture, architecture.hidden_size
     query, key_value = a.num_heads * a.head_dim // tensor, a.num_kv_heads * a.head_dim // tensor
-    ffn = a.ffn_size // tensor
-    return (query + 2 * key_value) * hidden, query * hidden, 2 * ffn * hidden, ffn * hidden
+    return (query + 2 * key_value) * hidden, query * hidden
+
+
+def expert_matrices(architecture: Architecture, layout: Layout) -> tuple[int, ...]:
+    """Values of each matrix of the experts of one layer on one rank: gate and up, down, expert by expert."""
+    if not architecture.num_experts:
+        return ()
+    one = architecture.expert_ffn_size // layout.expert_tensor * architecture.hidden_size
+    return (2 * one, one) * (architecture.num_experts // layout.expert)
+
+
+def shared_matrices(architecture: Architecture, tensor: int) -> tuple[int, ...]:
+    """Values of each matrix of one layer on one tensor-parallel rank, but the experts': QKV, projection, and the FFN's
+    gate and up, down; or the router."""
+    a = architecture
+    ffn = a.ffn_size // tensor * a.hidden_size
+    rest = (a.num_experts * a.hidden_size,) if a.num_experts else (2 * ffn, ffn)
+    return (*attention_matrices(a, tensor), *rest)
 
 
 def layer_vectors(architecture: Architecture, tensor: int) -> tuple[int, ...]:
@@ -55,41 +90,69 @@ def layer_vectors(architecture: Architecture, tensor: int) -> tuple[int, ...]:
     return (a.hidden_size, a.hidden_size, *bias, *((a.head_dim, a.head_dim) if a.qk_norm else ()))
 
 
-def layer_parameters(architecture: Architecture, tensor: int) -> tuple[int, ...]:
-    """Values of each parameter of one decoder layer on one tensor-parallel rank."""
-    return (*layer_matrices(architecture, tensor), *layer_vectors(architecture, tensor))
-
-
 def head_values(architecture: Architecture, tensor: int) -> int:
     """Values of this rank's shard of the head, and of the embedding: [padded vocabulary / TP, hidden]."""
     return architecture.padded_vocab_size(tensor) // tensor * architecture.hidden_size
 
 
+@lru_cache(maxsize=1024)  # a mixture's experts are many, and a search asks for the same ones over and over
 def stage_parameters(architecture: Architecture, layout: Layout, stage: int) -> StageParameters:
-    """Parameters of a rank of pipeline stage `stage`. A tied embedding of a pipeline lies on both ends, in a bucket of
-    its own."""
-    first, last = stage == 0, stage == layout.pipeline - 1
-    body = list(layer_parameters(architecture, layout.tensor)) * (architecture.num_layers // layout.pipeline)
-    body += [architecture.hidden_size] if last else []
-    embedding = head_values(architecture, layout.tensor)
-    if architecture.tied and layout.pipeline > 1 and (first or last):
-        return StageParameters((tuple(body), (embedding,)))
-    ends = int(first) + int(last and not architecture.tied)
-    return StageParameters(((*body, *[embedding] * ends),))
+    """Parameters of a rank of pipeline stage `stage`, chunk by chunk."""
+    chunks = range(layout.virtual_stages)
+    return StageParameters(tuple(b for chunk in chunks for b in _chunk_buffers(architecture, layout, stage, chunk)))
+
+
+def _chunk_buffers(a: Architecture, layout: Layout, stage: int, chunk: int) -> list[Buffer]:
+    """A tied embedding of a pipeline lies on both ends, in a bucket of its own. Experts whose copies lie on other ranks
+    than those of the rest have a buffer of their own."""
+    first = stage == 0 and chunk == 0
+    last = stage == layout.pipeline - 1 and chunk == layout.virtual_stages - 1
+    layers = a.num_layers // (layout.pipeline * layout.virtual_stages)
+    experts = expert_matrices(a, layout)
+    own = [*shared_matrices(a, layout.tensor), *layer_vectors(a, layout.tensor)]
+    own += [] if layout.experts_apart else experts
+    body = own * layers + ([a.hidden_size] if last else [])
+    embedding = head_values(a, layout.tensor)
+    if a.tied and layout.pipeline > 1 and (first or last):
+        made = [Buffer("dp_cp", (tuple(body), (embedding,)))]
+    else:
+        ends = int(first) + int(last and not a.tied)
+        made = [Buffer("dp_cp", ((*body, *[embedding] * ends),))]
+    if experts and layout.experts_apart:
+        made.append(Buffer("expt_dp", (experts * layers,)))
+    return made
+
+
+def product_values(architecture: Architecture, layout: Layout) -> int:
+    """Values of the matrices of one layer on one rank, all its experts' included."""
+    return sum(shared_matrices(architecture, layout.tensor)) + sum(expert_matrices(architecture, layout))
 
 
 def model_values(architecture: Architecture) -> int:
     """Parameters of the whole model, without padding of the vocabulary."""
     ends = 1 if architecture.tied else 2
-    body = sum(layer_parameters(architecture, 1)) * architecture.num_layers
-    return body + architecture.hidden_size * (1 + ends * architecture.vocab_size)
+    body = product_values(architecture, Layout()) + sum(layer_vectors(architecture, 1))
+    return body * architecture.num_layers + architecture.hidden_size * (1 + ends * architecture.vocab_size)
+
+
+def visited_values(architecture: Architecture, tokens: float) -> float:
+    """Parameters, but the embedding's, that a forward pass over `tokens` tokens reads: of a mixture the experts that at
+    least one of them visits, if an even router draws them."""
+    a = architecture
+    values = float(model_values(a) - (0 if a.tied else a.vocab_size * a.hidden_size))
+    if not a.num_experts:
+        return values
+    missed = (1.0 - a.experts_per_token / a.num_experts) ** tokens
+    return values - missed * a.num_layers * sum(expert_matrices(a, Layout()))
 
 
 def norm_values(architecture: Architecture, layout: Layout, stage: int) -> int:
-    """Values of the norms' gradients that tensor-parallel ranks add up after the backward pass: each rank saw its own
-    rows (sequence parallelism) or its own heads (QK norms)."""
-    layers = architecture.num_layers // layout.pipeline
-    values = 2 * architecture.head_dim * layers if architecture.qk_norm else 0
+    """Values of the norms' gradients (and of routers') that tensor-parallel ranks add up after the backward pass: each
+    rank saw its own rows (sequence parallelism) or its own heads (QK norms)."""
+    a = architecture
+    layers = a.num_layers // layout.pipeline
+    values = 2 * a.head_dim * layers if a.qk_norm else 0
     if layout.sequence:
-        values += architecture.hidden_size * (2 * layers + int(stage == layout.pipeline - 1))
+        values += a.hidden_size * (2 * layers + int(stage == layout.pipeline - 1))
+        values += a.num_experts * a.hidden_size * layers
     return values

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.planner.cluster import GIB, Cluster
 from megatron_hdpo.planner.errors import PlanError
-from megatron_hdpo.planner.layout import Layout, Spec, check
+from megatron_hdpo.planner.layout import Layout, check
 from megatron_hdpo.planner.memory import (
     PhaseMemory,
     by_phase,
@@ -17,10 +18,13 @@ from megatron_hdpo.planner.memory import (
     host_bytes,
     why_not,
 )
-from megatron_hdpo.planner.time import Batch, PhaseTime, sampling, sync, teacher, training
+from megatron_hdpo.planner.phase_time import PhaseTime
+from megatron_hdpo.planner.sampling_time import Batch, sampling, sync
+from megatron_hdpo.planner.time import teacher, training
 from megatron_hdpo.planner.workload import Rollouts, Workload
 
 _MOST_STAGES = 20  # of a search; deeper pipelines of 80 layers only add bubbles
+_CONTEXT_TOKENS = 4096  # of the longest sequence on each context-parallel rank of a search, at least
 
 
 @dataclass(frozen=True)
@@ -126,19 +130,42 @@ def _student_batch(
     return Batch(sequences, at_once, workload.prompts / engines, workload.prompt_tokens), cache
 
 
-def layouts(architecture: Architecture, gpus: int, gpus_per_node: int, spec: Spec) -> Iterator[Layout]:
-    """Every layout that the trainer takes: TP within a node, whole layers per stage, with and without recompute."""
-    for tensor in (1, 2, 4, 8):
-        for pipeline in range(1, min(_MOST_STAGES, architecture.num_layers) + 1):
-            if tensor > gpus_per_node or gpus % (tensor * pipeline):
-                continue
-            layout = Layout(tensor, pipeline, gpus // tensor // pipeline, tensor > 1, False, spec)
-            try:
-                check(layout, architecture)
-            except PlanError:
-                continue
-            yield layout
-            yield replace(layout, recompute=True)
+def layouts(
+    architecture: Architecture, gpus: int, gpus_per_node: int, longest: int, base: Layout | None = None
+) -> Iterator[Layout]:
+    """Layouts worth a plan: TP within a node, whole layers per stage, with and without recompute. Context parallelism
+    while a rank keeps a few thousand tokens of the longest sequence; whole experts over any ranks of a stage;
+    interleaving in two or four chunks. base: what all have in common (spec, precision, overlap, offload)."""
+    base = base or Layout(overlap=True)
+    stages = [p for p in range(1, min(_MOST_STAGES, architecture.num_layers) + 1) if not architecture.num_layers % p]
+    for tensor, pipeline, context in product((1, 2, 4, 8), stages, (1, 2, 4, 8)):
+        ranks = tensor * pipeline * context
+        if tensor > gpus_per_node or gpus % ranks or (context > 1 and longest < context * _CONTEXT_TOKENS):
+            continue
+        split = replace(
+            base, tensor=tensor, pipeline=pipeline, context=context, data=gpus // ranks, sequence=tensor > 1
+        )
+        for chunks, expert in product((1, 2, 4), _expert_ranks(architecture, gpus // pipeline)):
+            layout = replace(split, virtual_stages=chunks, expert=expert)
+            if _possible(layout, architecture):
+                yield layout
+                yield replace(layout, recompute=True)
+
+
+def _possible(layout: Layout, architecture: Architecture) -> bool:
+    try:
+        check(layout, architecture)
+    except PlanError:
+        return False
+    return True
+
+
+def _expert_ranks(architecture: Architecture, ranks: int) -> list[int]:
+    """How many ranks of a stage may share the experts: powers of two, up to one expert each."""
+    if not architecture.num_experts:
+        return [1]
+    sizes = (2**power for power in range(architecture.num_experts.bit_length()))
+    return [n for n in sizes if not ranks % n and not architecture.num_experts % n]
 
 
 @dataclass(frozen=True)
@@ -154,20 +181,24 @@ def search(
     cluster: Cluster,
     workload: Workload,
     rollouts: Rollouts,
-    spec: Spec = "transformer_engine",
+    base: Layout | None = None,
 ) -> Search:
-    """All layouts over the cluster's GPUs, with servers of `rollouts.tensor` GPUs or, for colocated ones, larger."""
+    """All layouts over the cluster's GPUs, with servers of `rollouts.tensor` GPUs or, for colocated ones, larger. base:
+    what the layouts have in common. Where nothing fits, the optimizer goes to the host."""
     gpus = cluster.gpus - rollouts.gpus
     if gpus < 1:
         raise PlanError(f"{rollouts.gpus} rollout GPUs leave none of {cluster.gpus} to the trainer")
     made = []
-    for layout in layouts(architecture, gpus, cluster.gpus_per_node, spec):
+    longest = workload.prompt_tokens + workload.longest_response
+    for layout in layouts(architecture, gpus, cluster.gpus_per_node, longest, base):
         for servers in _servers(architecture, rollouts, cluster):
             try:
                 made.append(plan(architecture, cluster, layout, workload, servers))
             except PlanError:
                 continue
     fitting = sorted((p for p in made if p.fits), key=lambda p: p.step_s)
+    if not fitting and (base is None or not base.offload):
+        return search(architecture, cluster, workload, rollouts, replace(base or Layout(overlap=True), offload=1.0))
     refused = sorted((p for p in made if not p.fits), key=lambda p: _missing(p))
     return Search(tuple(fitting), tuple(refused))
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.planner.cluster import Cluster, Gpu
+from megatron_hdpo.planner.layout import Layout
 from megatron_hdpo.planner.plan import Plan, search
 from megatron_hdpo.planner.workload import Rollouts, Workload
 
@@ -42,21 +43,34 @@ class Point:
 
 
 def weak(
-    architecture: Architecture, gpu: Gpu, counts: Sequence[int], workload: Workload, rollouts: Rollouts
+    architecture: Architecture,
+    gpu: Gpu,
+    counts: Sequence[int],
+    workload: Workload,
+    rollouts: Rollouts,
+    base: Layout | None = None,
 ) -> list[Point]:
-    """Work that grows with the GPUs: `workload.prompts` for each of them."""
-    return [_best(architecture, gpu, n, replace(workload, prompts=workload.prompts * n), rollouts) for n in counts]
+    """Work that grows with the GPUs: `workload.prompts` for each of them. base: what all layouts have in common."""
+    grown = [replace(workload, prompts=workload.prompts * n) for n in counts]
+    return [_best(architecture, gpu, n, work, rollouts, base) for n, work in zip(counts, grown, strict=True)]
 
 
 def strong(
-    architecture: Architecture, gpu: Gpu, counts: Sequence[int], workload: Workload, rollouts: Rollouts
+    architecture: Architecture,
+    gpu: Gpu,
+    counts: Sequence[int],
+    workload: Workload,
+    rollouts: Rollouts,
+    base: Layout | None = None,
 ) -> list[Point]:
     """The same work on more and more GPUs."""
-    return [_best(architecture, gpu, n, workload, rollouts) for n in counts]
+    return [_best(architecture, gpu, n, workload, rollouts, base) for n in counts]
 
 
-def _best(architecture: Architecture, gpu: Gpu, gpus: int, workload: Workload, rollouts: Rollouts) -> Point:
-    found = search(architecture, Cluster(gpu, gpus // NODE, NODE), workload, rollouts)
+def _best(
+    architecture: Architecture, gpu: Gpu, gpus: int, workload: Workload, rollouts: Rollouts, base: Layout | None
+) -> Point:
+    found = search(architecture, Cluster(gpu, gpus // NODE, NODE), workload, rollouts, base)
     if found.fitting:
         return Point(gpus, workload.prompts, found.fitting[0], "")
     why = (

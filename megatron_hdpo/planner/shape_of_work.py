@@ -9,11 +9,12 @@ from megatron_hdpo.planner.layout import Layout
 
 @dataclass(frozen=True)
 class PackedShape:
-    """A packed micro-batch.
+    """A packed micro-batch on one rank.
 
-    rows: tokens, padding included. length: of its sequences, for the cost of attention. responses: rows that the head
-    reads. targets: those with a teacher's top k. two_temperatures: surrogate and divergence differ in it. bucket: the
-    divergence keeps the tail in one bucket. full: targets are a teacher's hidden states, so over the whole vocabulary.
+    rows: tokens, padding included; of context-parallel ranks each has its part. length: of its sequences, for the cost
+    of attention. responses: rows that the head reads. targets: those with a teacher's top k. two_temperatures:
+    surrogate and divergence differ in it. bucket: the divergence keeps the tail in one bucket. full: targets are a
+    teacher's hidden states, so over the whole vocabulary.
     """
 
     rows: int

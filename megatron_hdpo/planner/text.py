@@ -75,13 +75,15 @@ def describe(plan: Plan) -> str:
     """All about one plan."""
     gpu = plan.cluster.gpu
     host = f"; host memory {plan.host_bytes / GIB:.1f} GiB per GPU" if plan.host_bytes else ""
+    hidden = sum(phase.hidden_s for phase in plan.phases)
+    beside = f"; {hidden:.1f} s of communication hidden beside computation" if hidden else ""
     parts = [
         f"{plan.layout} on {plan.gpus} {gpu.name}; rollouts {plan.rollouts.engine}, servers of {plan.rollouts.tensor}",
         memory_table(plan),
         time_table(plan),
         collectives_table(plan),
         f"step {plan.step_s:.1f} s, {plan.tokens_per_second_per_gpu:,.0f} tokens/s/GPU of student prompts and "
-        f"responses, MFU {plan.mfu:.1%}{host}",
+        f"responses, MFU {plan.mfu:.1%}{host}{beside}",
     ]
     if plan.refusals:
         parts.append("does not fit:\n" + "\n".join(f"  {line}" for line in plan.refusals))

@@ -1,157 +1,196 @@
-"""Seconds of each phase of a step by arithmetic, memory traffic and communication.
+"""Seconds of training and scoring by arithmetic, memory traffic and communication.
 
-`bound_s` is the roofline: the largest of the three, as if they overlapped perfectly. `time_s` is what is planned with.
-In training and scoring, matrix products and the kernels between them follow each other on one stream, and the trainer
-overlaps no communication: the three add up, and so do the pipeline's bubble and fixed costs. In decoding one and the
-same kernel streams the weights and computes: there arithmetic and memory traffic overlap.
+Matrix products and the kernels between them follow each other on one stream, so arithmetic and memory traffic add up,
+and so do the pipeline's bubble and fixed costs. Communication adds up too but for what runs beside computation: over
+the replicas where the layout overlaps, and the ring of context parallelism under Transformer Engine. It hides behind
+OVERLAP_SHARE of the computation that it runs beside, and no longer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.planner.activations import layer_bytes
 from megatron_hdpo.planner.cluster import (
     ATTENTION_EFFICIENCY,
-    BROADCAST_SYNC_BYTES_S,
-    DECODE_MATMUL_EFFICIENCY,
-    EMBEDDED_LAYER_STEP_S,
+    EXPERT_EFFICIENCY,
+    EXPERT_IMBALANCE,
+    FP8_MATMUL_EFFICIENCY,
     HBM_EFFICIENCY,
+    HOST_ADAM_BYTES_S,
     HOST_LINK_BYTES_S,
     MATMUL_EFFICIENCY,
-    SERVER_STEP_S,
-    SHARED_SYNC_BYTES_S,
+    OVERLAP_SHARE,
     Cluster,
+    Gpu,
 )
-from megatron_hdpo.planner.collectives import Collective, scoring_collectives, step_collectives
+from megatron_hdpo.planner.collectives import Collective, gradient_collectives, scoring_collectives, step_collectives
+from megatron_hdpo.planner.flops import (
+    FORWARD_AND_BACKWARD,
+    attention_flops,
+    attention_product_flops,
+    ffn_flops,
+    forward_flops,
+    head_flops,
+)
 from megatron_hdpo.planner.layout import Layout
-from megatron_hdpo.planner.memory import cache_bytes_per_token
-from megatron_hdpo.planner.parameters import layer_matrices, model_values, stage_parameters
+from megatron_hdpo.planner.parameters import stage_parameters
+from megatron_hdpo.planner.phase_time import PhaseTime, nothing
+from megatron_hdpo.planner.schedule import bubble
 from megatron_hdpo.planner.shape_of_work import PackedShape, Repeated
-from megatron_hdpo.planner.workload import Rollouts, Workload
+from megatron_hdpo.planner.workload import Workload
 
 # Traffic of a layer beside its matrix products: what it keeps is written once and read once forward, and read once
 # backward, where a gradient of its size is written and read.
 _FORWARD_PASSES, _BACKWARD_PASSES = 2, 3
 # fp32 gradients are read and written when a micro-batch's bf16 gradient (written, read) is added.
 _GRADIENT_BYTES = 4 + 4 + 2 + 2
+# Adam on the host reads main weight, moments and gradient and writes all but the last.
+_HOST_ADAM_BYTES = 7 * 4
 
 
 @dataclass(frozen=True)
-class PhaseTime:
-    """Seconds on the busiest GPU. flops: useful ones of the whole phase over all GPUs (nothing recomputed).
+class _Passes:
+    """Forward passes' worth of arithmetic of a layer's parts."""
 
-    other_s: bubble of the pipeline, host transfers, fixed costs. tokens: sampled, scored or trained, over all GPUs.
-    streams: one kernel computes while it reads, so arithmetic and memory traffic overlap.
-    """
+    attention: float
+    flash: float
+    ffn: float
 
-    phase: str
-    arithmetic_s: float
-    memory_s: float
-    communication_s: float
-    other_s: float
-    flops: float
-    tokens: float
-    collectives: tuple[Collective, ...] = ()
-    streams: bool = False
+
+def _training_passes(layout: Layout) -> _Passes:
+    """Backward: products twice; flash attention 2.5 times, for it makes the scores once more."""
+    again = int(layout.recompute)
+    core = again or int("core_attn" in layout.recomputed)
+    ffn = again or int("mlp" in layout.recomputed or "moe" in layout.recomputed)
+    return _Passes(3 + again, 3.5 + core, 3 + ffn)
+
+
+def _product_rate(layout: Layout, gpu: Gpu) -> float:
+    """Useful flops per second of the layers' products."""
+    return gpu.fp8_flops_s * FP8_MATMUL_EFFICIENCY if layout.fp8 else gpu.flops_s * MATMUL_EFFICIENCY
+
+
+def _flash_s(a: Architecture, layout: Layout, shape: PackedShape, passes: _Passes, gpu: Gpu) -> float:
+    """Attention of one layer over a micro-batch on one rank."""
+    flops = shape.rows * attention_flops(a, shape.length) / layout.tensor
+    return passes.flash * flops / ATTENTION_EFFICIENCY / gpu.flops_s
+
+
+def _layers_s(a: Architecture, layout: Layout, shape: PackedShape, passes: _Passes, gpu: Gpu) -> float:
+    """A stage's layers over a micro-batch on one rank."""
+    rate = _product_rate(layout, gpu)
+    products = passes.attention * shape.rows * attention_product_flops(a) / layout.tensor / rate
+    if a.num_experts:  # every rank of a tensor-parallel group routes its own rows
+        share = shape.rows / layout.sequence_ranks * EXPERT_IMBALANCE / EXPERT_EFFICIENCY
+    else:
+        share = shape.rows / layout.tensor
+    products += passes.ffn * share * ffn_flops(a) / rate
+    return a.num_layers / layout.pipeline * (products + _flash_s(a, layout, shape, passes, gpu))
+
+
+def _head_s(a: Architecture, layout: Layout, shape: PackedShape, passes: int, gpu: Gpu) -> float:
+    return passes * head_flops(a) / layout.tensor * shape.responses / MATMUL_EFFICIENCY / gpu.flops_s
+
+
+@dataclass(frozen=True)
+class _StageTimes:
+    """Seconds of a stage: per micro-batch of arithmetic, memory traffic and communication; per optimizer step of
+    communication and of the optimizer; and communication hidden, per step."""
+
+    arithmetic: float
+    memory: float
+    inside: float
+    after: float
+    update: float
+    hidden: float
 
     @property
-    def bound_s(self) -> float:
-        """The roofline: the largest of arithmetic, memory traffic and communication."""
-        return max(self.arithmetic_s, self.memory_s, self.communication_s)
-
-    @property
-    def time_s(self) -> float:
-        """What is planned with."""
-        return _joined(self.arithmetic_s, self.memory_s, self.streams) + self.communication_s + self.other_s
-
-    def mfu(self, cluster: Cluster, gpus: int) -> float:
-        """Useful arithmetic over what `gpus` could have done."""
-        return self.flops / (self.time_s * gpus * cluster.gpu.flops_s) if self.time_s else 0.0
-
-
-def _joined(arithmetic_s: float, memory_s: float, streams: bool) -> float:
-    return max(arithmetic_s, memory_s) if streams else arithmetic_s + memory_s
-
-
-def product_flops(architecture: Architecture, tensor: int) -> float:
-    """Of one layer's matrix products per token, forward, on one rank."""
-    return 2.0 * sum(layer_matrices(architecture, tensor))
-
-
-def attention_flops(architecture: Architecture, tensor: int, length: float) -> float:
-    """Of one layer's causal attention per token, forward, on one rank: half of 4 x width x length."""
-    return 2.0 * architecture.num_heads * architecture.head_dim / tensor * length
-
-
-def head_flops(architecture: Architecture, tensor: int) -> float:
-    """Of the head per response row, forward, on one rank."""
-    return 2.0 * architecture.hidden_size * architecture.padded_vocab_size(tensor) / tensor
-
-
-def _layers_s(a: Architecture, layout: Layout, shape: PackedShape, peak: float, products: float, flash: float) -> float:
-    """A stage's layers over a micro-batch: `products` and `flash` forward passes' worth of arithmetic."""
-    layers = a.num_layers / layout.pipeline
-    matmul = products * product_flops(a, layout.tensor) / MATMUL_EFFICIENCY
-    attention = flash * attention_flops(a, layout.tensor, shape.length) / ATTENTION_EFFICIENCY
-    return layers * shape.rows * (matmul + attention) / peak
-
-
-def _model_flops(a: Architecture, shape: PackedShape, passes: int) -> float:
-    """Useful flops of one micro-batch through the whole model. passes: 1 forward, 3 with backward."""
-    layer = product_flops(a, 1) + attention_flops(a, 1, shape.length)
-    head = 2.0 * a.hidden_size * a.vocab_size * shape.responses
-    return passes * (a.num_layers * layer * shape.rows + head)
+    def per_batch(self) -> float:
+        return self.arithmetic + self.memory + self.inside
 
 
 def training(a: Architecture, layout: Layout, workload: Workload, cluster: Cluster) -> PhaseTime:
     """All optimizer steps of a step: 1F1B over the micro-batches, reduction, optimizer."""
-    work = workload.training_work(layout.data)
+    work, updates = workload.training_work(layout), workload.updates
     stages = [_training_stage(a, layout, stage, work, workload, cluster) for stage in layout.stages]
-    slowest = max(stages, key=lambda times: sum(times[:3]))
-    arithmetic, memory, inside, after, update = slowest
-    per_batch = arithmetic + memory + inside
-    collectives = step_collectives(a, layout, 0, [work], workload.head_chunk)
+    slowest = max(stages, key=lambda times: times.per_batch)
+    one = [(workload.sequence_tokens, workload.response_tokens)]
     return PhaseTime(
         "training",
-        workload.updates * work.count * arithmetic,
-        workload.updates * (work.count * memory + update),
-        workload.updates * (work.count * inside + after),
-        workload.updates * (layout.pipeline - 1) * per_batch,
-        workload.updates * layout.data * work.count * _model_flops(a, work.shape, 3),
-        workload.updates * layout.data * work.count * float(work.shape.rows),
-        tuple(collectives),
+        updates * work.count * slowest.arithmetic,
+        updates * (work.count * slowest.memory + slowest.update),
+        updates * (work.count * slowest.inside + slowest.after),
+        updates * bubble(layout) * slowest.per_batch,
+        FORWARD_AND_BACKWARD * workload.trained_sequences * forward_flops(a, one),
+        workload.trained_sequences * workload.sequence_tokens,
+        tuple(step_collectives(a, layout, 0, [work], workload.head_chunk)),
+        hidden_s=updates * slowest.hidden,
     )
 
 
 def _training_stage(
     a: Architecture, layout: Layout, stage: int, work: Repeated, workload: Workload, cluster: Cluster
-) -> tuple[float, float, float, float, float]:
-    """Per micro-batch arithmetic, memory traffic and communication; per step communication and optimizer traffic."""
-    shape, gpu = work.shape.padded(layout), cluster.gpu
-    hbm = gpu.hbm_bytes_s * HBM_EFFICIENCY
-    again = int(layout.recompute)
-    # Backward: products twice; flash attention 2.5 times, for it makes the scores once more.
-    arithmetic = _layers_s(a, layout, shape, gpu.flops_s, 3 + again, 3.5 + again)
-    kept = a.num_layers / layout.pipeline * layer_bytes(a, layout, shape.rows)
+) -> _StageTimes:
+    shape, gpu, passes = work.shape.padded(layout), cluster.gpu, _training_passes(layout)
+    hbm, again = gpu.hbm_bytes_s * HBM_EFFICIENCY, int(layout.recompute)
+    arithmetic = _layers_s(a, layout, shape, passes, gpu)
     parameters = stage_parameters(a, layout, stage)
-    traffic = kept * (_FORWARD_PASSES * (1 + again) + _BACKWARD_PASSES)
+    traffic = _layer_traffic(a, layout, shape, _FORWARD_PASSES * (1 + again) + _BACKWARD_PASSES)
     traffic += parameters.values * ((2 + again) * layout.value_bytes + _GRADIENT_BYTES)
     if stage == layout.pipeline - 1:
-        arithmetic += 3 * head_flops(a, layout.tensor) * shape.responses / MATMUL_EFFICIENCY / gpu.flops_s
-        width = a.padded_vocab_size(layout.tensor) / layout.tensor
-        traffic += 6.0 * shape.responses * width * layout.value_bytes  # logits and their gradient, in chunks
-        chunks = -(-shape.responses // workload.head_chunk)
-        traffic += (2 * chunks + 3) * width * a.hidden_size * 4.0  # the head's fp32 gradient is added to per chunk
-    after_s = _seconds(step_collectives(a, layout, stage, [], workload.head_chunk), layout, cluster)
-    one = step_collectives(a, layout, stage, [Repeated(shape, 1)], workload.head_chunk)
-    inside = _seconds(one, layout, cluster) - after_s
-    shard = parameters.values / layout.data
+        arithmetic += _head_s(a, layout, shape, 3, gpu)
+        traffic += _head_traffic(a, layout, shape, workload.head_chunk)
+    inside, beside = _inside_s(a, layout, stage, shape, workload.head_chunk, cluster)
+    after, hidden = _after_s(a, layout, stage, arithmetic + traffic / hbm, workload.updates, cluster)
+    shard = parameters.shard_values(layout)
     # Zeroing and reading gradients; Adam reads and writes main weights and both moments, and writes the weights.
-    update = parameters.values * 8.0 + shard * (4 + 6 * 4 + layout.value_bytes)
-    return arithmetic, traffic / hbm, inside, after_s, update / hbm
+    update = parameters.values * 8.0 + shard * (1.0 - layout.offload) * (4 + 6 * 4 + layout.value_bytes)
+    host = shard * layout.offload * (_HOST_ADAM_BYTES / HOST_ADAM_BYTES_S + (4 + 4) / HOST_LINK_BYTES_S)
+    return _StageTimes(arithmetic, traffic / hbm, inside, after, update / hbm + host, hidden + work.count * beside)
+
+
+def _layer_traffic(a: Architecture, layout: Layout, shape: PackedShape, passes: float) -> float:
+    whole = layer_bytes(a, replace(layout, recomputed=()), shape)
+    return passes * a.num_layers / layout.pipeline * whole
+
+
+def _head_traffic(a: Architecture, layout: Layout, shape: PackedShape, head_chunk: int) -> float:
+    """Logits and their gradient, in chunks; the head's fp32 gradient is added to per chunk."""
+    width = a.padded_vocab_size(layout.tensor) / layout.tensor
+    chunks = -(-shape.responses // head_chunk)
+    return 6.0 * shape.responses * width * layout.value_bytes + (2 * chunks + 3) * width * a.hidden_size * 4.0
+
+
+def _inside_s(
+    a: Architecture, layout: Layout, stage: int, shape: PackedShape, head_chunk: int, cluster: Cluster
+) -> tuple[float, float]:
+    """Seconds of communication of a micro-batch that are waited for, and those hidden behind its attention."""
+    made = step_collectives(a, layout, stage, [Repeated(shape, 1)], head_chunk)
+    after = _seconds(list(gradient_collectives(a, layout, stage)), layout, cluster)
+    ring = _seconds([c for c in made if c.group == "cp"], layout, cluster)
+    hidden = 0.0
+    if layout.spec == "transformer_engine":
+        attention = _flash_s(a, layout, shape, _training_passes(layout), cluster.gpu) * a.num_layers / layout.pipeline
+        hidden = min(ring, OVERLAP_SHARE * attention)
+    return _seconds(made, layout, cluster) - after - hidden, hidden
+
+
+def _after_s(
+    a: Architecture, layout: Layout, stage: int, per_batch: float, updates: int, cluster: Cluster
+) -> tuple[float, float]:
+    """Seconds of communication of an update that are waited for, and those hidden: gradients behind the last backward
+    pass, weights behind the next update's first forward pass (the last update's are waited for)."""
+    made = list(gradient_collectives(a, layout, stage))
+    total = _seconds(made, layout, cluster)
+    if not layout.overlap:
+        return total, 0.0
+    reduce = _seconds([c for c in made if c.kind == "reduce_scatter"], layout, cluster)
+    gather = _seconds([c for c in made if c.kind == "all_gather"], layout, cluster) * (updates - 1) / updates
+    hidden = min(reduce, OVERLAP_SHARE * per_batch * 2 / 3) + min(gather, OVERLAP_SHARE * per_batch / 3)
+    return total - hidden, hidden
 
 
 def _seconds(collectives: Sequence[Collective], layout: Layout, cluster: Cluster) -> float:
@@ -160,15 +199,13 @@ def _seconds(collectives: Sequence[Collective], layout: Layout, cluster: Cluster
 
 def teacher(a: Architecture, layout: Layout, workload: Workload, cluster: Cluster) -> PhaseTime:
     """The trainer's forward passes over privileged rollouts, and the swap of weights of a teacher on the host."""
-    work = workload.teacher_work(layout.data)
+    work = workload.teacher_work(layout)
     if not work.count:
-        return PhaseTime("teacher", 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+        return nothing("teacher")
     shape, gpu, last = work.shape.padded(layout), cluster.gpu, layout.pipeline - 1
-    head = head_flops(a, layout.tensor) * shape.responses / MATMUL_EFFICIENCY / gpu.flops_s
-    arithmetic = _layers_s(a, layout, shape, gpu.flops_s, 1, 1) + head
+    arithmetic = _layers_s(a, layout, shape, _Passes(1, 1, 1), gpu) + _head_s(a, layout, shape, 1, gpu)
     values = max(stage_parameters(a, layout, stage).values for stage in layout.stages)
-    traffic = a.num_layers / layout.pipeline * layer_bytes(a, layout, shape.rows) * _FORWARD_PASSES
-    traffic += values * layout.value_bytes
+    traffic = _layer_traffic(a, layout, shape, _FORWARD_PASSES) + values * layout.value_bytes
     traffic += 4.0 * shape.responses * a.padded_vocab_size(layout.tensor) / layout.tensor * layout.value_bytes
     memory = traffic / (gpu.hbm_bytes_s * HBM_EFFICIENCY)
     collectives = scoring_collectives(a, layout, last, [work], workload.head_chunk)
@@ -176,76 +213,14 @@ def teacher(a: Architecture, layout: Layout, workload: Workload, cluster: Cluste
     per_batch = arithmetic + memory + communication / work.count
     # The policy's weights go to the host, the teacher's come, the policy's come back.
     moved = 3.0 * values * layout.value_bytes if workload.teacher in ("frozen", "snapshot", "ema") else 0.0
+    length = workload.privileged_prompt_tokens + workload.response_tokens
     return PhaseTime(
         "teacher",
         work.count * arithmetic,
         work.count * memory,
         communication,
-        last * per_batch + moved / HOST_LINK_BYTES_S,
-        layout.data * work.count * _model_flops(a, work.shape, 1),
-        layout.data * work.count * float(work.shape.rows),
+        bubble(layout) * per_batch + moved / HOST_LINK_BYTES_S,
+        workload.kept * forward_flops(a, [(length, workload.response_tokens)]),
+        workload.kept * length,
         tuple(collectives),
     )
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What one engine decodes: sequences in all, at once, and their prompts."""
-
-    sequences: float
-    at_once: float
-    prompts: float
-    prompt_tokens: int
-
-
-def sampling(
-    a: Architecture, phase: str, batch: Batch, engines: int, workload: Workload, rollouts: Rollouts, cluster: Cluster
-) -> PhaseTime:
-    """Prefill of every prompt once per engine, then decoding; no faster than the longest response alone."""
-    if not batch.sequences:
-        return PhaseTime(phase, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
-    gpu, tensor, values = cluster.gpu, rollouts.tensor, model_values(a)
-    tokens = batch.sequences * workload.response_tokens
-    steps = max(tokens / batch.at_once, float(workload.longest_response))
-    context = batch.prompt_tokens + workload.response_tokens / 2
-    dense = 2.0 * (values - (0 if a.tied else a.vocab_size * a.hidden_size))
-    attention = 2 * attention_flops(a, 1, context) * a.num_layers  # not half: a new token sees all
-    prefill = batch.prompts * batch.prompt_tokens
-    attend_prompt = attention_flops(a, 1, batch.prompt_tokens) * a.num_layers
-    compute = tokens * (dense / DECODE_MATMUL_EFFICIENCY + attention / ATTENTION_EFFICIENCY)
-    compute += prefill * (dense / MATMUL_EFFICIENCY + attend_prompt / ATTENTION_EFFICIENCY)
-    traffic = steps * 2.0 * values / tensor + tokens * context * cache_bytes_per_token(a, tensor)
-    per_step = SERVER_STEP_S if rollouts.engine != "embedded" else EMBEDDED_LAYER_STEP_S * a.num_layers
-    flops = engines * (tokens * (dense + attention) + prefill * (dense + attend_prompt))
-    return PhaseTime(
-        phase,
-        compute / tensor / gpu.flops_s,
-        traffic / (gpu.hbm_bytes_s * HBM_EFFICIENCY),
-        _decode_communication(a, tensor, tokens + prefill, steps, cluster),
-        steps * per_step,
-        flops,
-        engines * tokens,
-        streams=True,
-    )
-
-
-def _decode_communication(a: Architecture, tensor: int, tokens: float, steps: float, cluster: Cluster) -> float:
-    """Two all-reduces per layer and step over a server's GPUs."""
-    if tensor == 1:
-        return 0.0
-    bandwidth, hop = cluster.link(tensor)
-    sent = 2.0 * (tensor - 1) / tensor * tokens * a.hidden_size * 2
-    return 2.0 * a.num_layers * (steps * 2 * (tensor - 1) * hop + sent / bandwidth)
-
-
-def sync(a: Architecture, layout: Layout, rollouts: Rollouts, cluster: Cluster) -> PhaseTime:
-    """Weights to the engine: shards over the pipeline, joined over tensor-parallel ranks, handed over."""
-    size = 2.0 * model_values(a)
-    pipeline_bandwidth, _ = cluster.link(layout.world)
-    tensor_bandwidth, _ = cluster.link(layout.tensor)
-    gather = size / layout.tensor / pipeline_bandwidth if layout.pipeline > 1 else 0.0
-    gather += size * (layout.tensor - 1) / layout.tensor / tensor_bandwidth
-    rates = {"separate": BROADCAST_SYNC_BYTES_S, "colocated": SHARED_SYNC_BYTES_S}
-    handed = size / rates[rollouts.engine] if rollouts.engine in rates else 0.0
-    traffic = 4.0 * size / (cluster.gpu.hbm_bytes_s * HBM_EFFICIENCY)  # copied twice, read and written
-    return PhaseTime("sync", 0.0, traffic, gather, handed, 0.0, 0.0)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_hdpo.planner.errors import PlanError
+from megatron_hdpo.planner.layout import Layout
 from megatron_hdpo.planner.shape_of_work import PackedShape, Repeated
 
 TeacherKind = Literal["none", "policy", "frozen", "snapshot", "ema"]
@@ -86,27 +87,30 @@ class Workload:
         """Of one trained sequence."""
         return self.prompt_tokens + self.response_tokens
 
-    def training_work(self, replicas: int) -> Repeated:
-        """Micro-batches of one of `replicas` in one optimizer step, its targets spread evenly over them."""
-        share = self.trained_sequences / replicas / self.updates
+    def training_work(self, layout: Layout) -> Repeated:
+        """Micro-batches of one rank in one optimizer step, its targets spread evenly over them."""
+        share = self.trained_sequences / layout.data / self.updates
         targets = self.kept / self.trained_sequences if self.trained_sequences else 0.0
-        return self._packed(share, self.prompt_tokens, targets)
+        return self._packed(share, self.prompt_tokens, targets, layout)
 
-    def teacher_work(self, replicas: int) -> Repeated:
-        """Micro-batches of one of `replicas` in the teacher's scoring of a step; none where it is not asked."""
+    def teacher_work(self, layout: Layout) -> Repeated:
+        """Micro-batches of one rank in the teacher's scoring of a step; none where it is not asked."""
         if not self.scored_by_trainer or not self.kept:
             return Repeated(PackedShape(0, 0, 0), 0)
-        return self._packed(self.kept / replicas, self.privileged_prompt_tokens, 1.0)
+        return self._packed(self.kept / layout.data, self.privileged_prompt_tokens, 1.0, layout)
 
-    def _packed(self, sequences: float, prompt: int, targets: float) -> Repeated:
-        """Whole sequences in micro-batches as even as they come: the last one is not left nearly empty."""
+    def _packed(self, sequences: float, prompt: int, targets: float, layout: Layout) -> Repeated:
+        """Whole sequences in micro-batches as even as they come: the last one is not left nearly empty.
+        Context-parallel ranks share each sequence, padded to two chunks per rank."""
         length = prompt + self.response_tokens
+        length += -length % (2 * layout.context) if layout.context > 1 else 0
         count = max(1, round(sequences + 0.4999))
         per_batch = max(1, self.micro_batch_tokens // length)
         batches = -(-count // per_batch)
         each = -(-count // batches)
-        responses = each * self.response_tokens
-        return Repeated(PackedShape(each * length, length, responses, round(responses * targets), self.top_k), batches)
+        responses = -(-each * self.response_tokens // layout.context)
+        rows = each * length // layout.context
+        return Repeated(PackedShape(rows, length, responses, round(responses * targets), self.top_k), batches)
 
 
 @dataclass(frozen=True)

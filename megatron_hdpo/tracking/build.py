@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megatron_hdpo.config import Recipe
-from megatron_hdpo.model.config import DTYPES
+from megatron_hdpo.model.config import DTYPES, choose_spec
+from megatron_hdpo.model.overlap import overlaps
 from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.planner.from_recipe import layout_of
 from megatron_hdpo.tracking.communication import TrainingTraffic
@@ -16,7 +17,12 @@ from megatron_hdpo.tracking.work import StepWork
 def build_performance(recipe: Recipe, policy: Policy, work: StepWork) -> Performance:
     """What measures the steps of this run; the policy tells it of its micro-batches from here on."""
     context = policy.context
-    layout = replace(layout_of(recipe, context.world_size), value_bytes=DTYPES[recipe.model.dtype].itemsize)
+    layout = replace(
+        layout_of(recipe, context.world_size),
+        spec=choose_spec(recipe.model, context.device),
+        value_bytes=DTYPES[recipe.model.dtype].itemsize,
+        overlap=overlaps(context),
+    )
     traffic = TrainingTraffic(policy.architecture, layout, context.groups.pp.rank(), policy.head_chunk)
     policy.on_training = traffic
     rollout = recipe.rollout

@@ -16,7 +16,7 @@ from megatron_hdpo.divergence import Hidden, TopK
 from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.model.policy import Work
 from megatron_hdpo.objectives.interface import LossSpec
-from megatron_hdpo.planner.collectives import ranks_of, step_collectives
+from megatron_hdpo.planner.collectives import step_collectives
 from megatron_hdpo.planner.layout import Layout
 from megatron_hdpo.planner.shape_of_work import PackedShape, Repeated
 
@@ -32,7 +32,7 @@ class TrainingTraffic:
         """An optimizer step runs these micro-batches."""
         shapes = [Repeated(_shape(item, spec), 1) for item in work]
         for made in step_collectives(self.architecture, self.layout, self.stage, shapes, self.head_chunk):
-            if made.group != "host" and ranks_of(made.group, self.layout) > 1:
+            if made.group != "host" and self.layout.ranks(made.group) > 1:
                 self._bytes[f"comm/{made.kind}_{made.group}_bytes"] += round(made.bytes * made.count)
 
     def take(self) -> dict[str, int]:

@@ -48,7 +48,8 @@ _KINDS = {
 class Collectives(TorchDispatchMode):
     """Counts (kind, group) -> number and bytes of every collective while it is entered.
 
-    Bytes are those of the larger side on one rank: of what an all-gather gives and a reduce-scatter takes.
+    Bytes are those of the larger side on one rank: of what an all-gather gives and a reduce-scatter takes; of an
+    all-to-all what the rank sends.
     """
 
     def __init__(self, context: ParallelContext) -> None:
@@ -63,7 +64,7 @@ class Collectives(TorchDispatchMode):
             assert name in _KINDS, f"{name} is not counted"
             key = _KINDS[name], self._group(args, kwargs or {})
             self.count[key] += 1
-            self.bytes[key] += _larger_side(args)
+            self.bytes[key] += _larger_side(args[1:2] if key[0] == "all_to_all" else args)
         return function(*args, **(kwargs or {}))
 
     def _group(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
@@ -93,7 +94,10 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 def _group_names(context: ParallelContext) -> dict[str, str]:
     groups = context.groups
     named = {context.host.group_name: "host", context.replica_host.group_name: "host"}
-    for name in ("mp", "intra_dist_opt", "dp_cp", "dp", "embd", "pp", "tp"):
+    # Two interleaved stages send one way in the group of all ranks, so that the two ways do not wait for each other.
+    named[dist.group.WORLD.group_name] = "pp"
+    names = "mp intra_dist_opt dp_cp dp embd expt_dp tp_ep ep expt_tp pp cp tp"
+    for name in names.split():
         group = getattr(groups, name, None)
         if isinstance(group, dist.ProcessGroup):
             named[group.group_name] = name
@@ -140,11 +144,9 @@ class _Held:
         self.kept.hold(self.tensor.untyped_storage(), -1)
 
 
-def build(
-    architecture: Architecture, context: ParallelContext, budget: int, head_chunk: int, recompute: bool = False
-) -> Policy:
-    """A policy in bfloat16 of random weights that trains."""
-    config = ModelConfig(path="", dtype="bfloat16", recompute=recompute)
+def build(architecture: Architecture, context: ParallelContext, budget: int, head_chunk: int, **model: Any) -> Policy:
+    """A policy in bfloat16 of random weights that trains. model: more of the recipe's model section."""
+    config = ModelConfig(path="", dtype="bfloat16", **model)
     model = build_model(architecture, context, config)
     torch.manual_seed(0)
     for parameter in model.parameters():

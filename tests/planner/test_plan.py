@@ -20,7 +20,13 @@ from megatron_hdpo.planner.errors import PlanError
 from megatron_hdpo.planner.from_recipe import Guesses, layout_of, rollouts_of, workload_of
 from megatron_hdpo.planner.layout import Layout
 from megatron_hdpo.planner.memory import by_phase, host_bytes, resident
-from megatron_hdpo.planner.parameters import head_values, layer_matrices, model_values, stage_parameters
+from megatron_hdpo.planner.parameters import (
+    head_values,
+    model_values,
+    shared_matrices,
+    stage_parameters,
+    visited_values,
+)
 from megatron_hdpo.planner.plan import Plan, plan, search
 from megatron_hdpo.planner.scaling import weak
 from megatron_hdpo.planner.shape_of_work import PackedShape, Repeated
@@ -59,7 +65,14 @@ def _plan(layout: Layout, workload: Workload = WORK, rollouts: Rollouts | None =
 
 @pytest.mark.parametrize(
     ("name", "billions"),
-    [("qwen2.5-1.5b", 1.54), ("qwen2.5-7b", 7.62), ("qwen2.5-32b", 32.8), ("qwen2.5-72b", 72.7)],
+    [
+        ("qwen2.5-1.5b", 1.54),
+        ("qwen2.5-7b", 7.62),
+        ("qwen2.5-32b", 32.8),
+        ("qwen2.5-72b", 72.7),
+        ("qwen3-30b-a3b", 30.5),
+        ("qwen3-235b-a22b", 235.1),
+    ],
 )
 def test_the_table_has_the_models_of_the_published_sizes(name: str, billions: float) -> None:
     assert model_values(SHAPES[name]) / 1e9 == pytest.approx(billions, rel=0.005)
@@ -74,7 +87,7 @@ def test_parameters_are_conserved_over_stages_and_shards(architecture, stages: i
     parts = [stage_parameters(architecture, layout, stage).values for stage in range(stages)]
     copies = head_values(architecture, 1) if architecture.tied and stages > 1 else 0
     assert sum(parts) == whole + copies
-    assert [2 * m for m in layer_matrices(architecture, 2)] == list(layer_matrices(architecture, 1))
+    assert [2 * m for m in shared_matrices(architecture, 2)] == list(shared_matrices(architecture, 1))
 
 
 @pytest.mark.parametrize("data", [1, 2, 3, 8, 64])
@@ -101,14 +114,14 @@ def test_memory_falls_with_tensor_parallelism(sequence: bool, spec) -> None:
 
 
 def test_sequence_parallelism_and_recompute_save_activations() -> None:
-    plain, rows = Layout(tensor=4), 8192
+    plain, shape = Layout(tensor=4), PackedShape(8192, 2048, 4096)
     split = dataclasses.replace(plain, sequence=True)
     again = dataclasses.replace(split, recompute=True)
-    sizes = [stage_bytes(SEVEN, layout, 0, rows) for layout in (plain, split, again)]
+    sizes = [stage_bytes(SEVEN, layout, 0, shape) for layout in (plain, split, again)]
     assert sizes[0] > sizes[1] > 10 * sizes[2]
     # What sequence parallelism splits is exactly the part outside the tensor-parallel regions.
-    own = 2 * rows * (4 + 2 * SEVEN.hidden_size * 2)
-    assert layer_bytes(SEVEN, plain, rows) - layer_bytes(SEVEN, split, rows) == own * 3 // 4
+    own = 2 * shape.rows * (4 + 2 * SEVEN.hidden_size * 2)
+    assert layer_bytes(SEVEN, plain, shape) - layer_bytes(SEVEN, split, shape) == own * 3 // 4
 
 
 def test_the_heads_memory_does_not_grow_with_the_tokens() -> None:
@@ -228,16 +241,18 @@ def test_the_search_ranks_what_fits_and_nothing_else() -> None:
     assert all(made.refusals for made in found.refused)
 
 
-@pytest.mark.parametrize("name", ["qwen3-235b-a22b", "Qwen3-30B-A3B", "deepseek-v3"])
-def test_mixtures_of_experts_are_refused_by_name(name: str) -> None:
-    with pytest.raises(PlanError, match="no expert parallelism"):
-        architecture_of(name)
+@pytest.mark.parametrize(("name", "billions"), [("qwen3-30b-a3b", 3.3), ("qwen3-235b-a22b", 22.2)])
+def test_a_token_visits_as_many_parameters_as_the_models_name_says(name: str, billions: float) -> None:
+    """Embedding included, as their authors count; many tokens visit everything."""
+    a = SHAPES[name]
+    embedding = a.vocab_size * a.hidden_size
+    assert (visited_values(a, 1) + embedding) / 1e9 == pytest.approx(billions, rel=0.02)
+    assert visited_values(a, 1e4) == pytest.approx(model_values(a) - embedding, rel=1e-6)
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ('{"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 128}', "no expert parallelism"),
         ('{"architectures": ["GPT2LMHeadModel"]}', "not supported"),
         ("{", "not JSON"),
     ],
@@ -274,7 +289,7 @@ def test_a_recipe_is_read(tree: Tree) -> None:
     assert (work.response_tokens, work.longest_response) == (3, rollout["max_new_tokens"])
     assert work.cliffs == 0.5 * work.prompts and work.teacher == "policy"
     assert rollouts_of(recipe, Guesses()).engine == "embedded"
-    assert layout_of(recipe, 8) == Layout(2, 1, 4, spec=layout_of(recipe, 8).spec)
+    assert layout_of(recipe, 8) == Layout(2, 1, 4, spec=layout_of(recipe, 8).spec, overlap=True)
     with pytest.raises(PlanError, match="no multiple"):
         layout_of(recipe, 3)
 

@@ -1,0 +1,49 @@
+"""Seconds of one phase of a step, by what they are spent on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_hdpo.planner.cluster import Cluster
+from megatron_hdpo.planner.collectives import Collective
+
+
+@dataclass(frozen=True)
+class PhaseTime:
+    """Seconds on the busiest GPU. flops: useful ones of the whole phase over all GPUs (nothing recomputed).
+
+    other_s: bubble of the pipeline, host transfers, fixed costs. tokens: sampled, scored or trained, over all GPUs.
+    streams: one kernel computes while it reads, so arithmetic and memory traffic overlap. hidden_s: communication
+    beside computation, which is not part of communication_s.
+    """
+
+    phase: str
+    arithmetic_s: float
+    memory_s: float
+    communication_s: float
+    other_s: float
+    flops: float
+    tokens: float
+    collectives: tuple[Collective, ...] = ()
+    streams: bool = False
+    hidden_s: float = 0.0
+
+    @property
+    def bound_s(self) -> float:
+        """The roofline: the largest of arithmetic, memory traffic and communication."""
+        return max(self.arithmetic_s, self.memory_s, self.communication_s)
+
+    @property
+    def time_s(self) -> float:
+        """What is planned with."""
+        computed = (self.arithmetic_s, self.memory_s)
+        return (max(computed) if self.streams else sum(computed)) + self.communication_s + self.other_s
+
+    def mfu(self, cluster: Cluster, gpus: int) -> float:
+        """Useful arithmetic over what `gpus` could have done in bf16."""
+        return self.flops / (self.time_s * gpus * cluster.gpu.flops_s) if self.time_s else 0.0
+
+
+def nothing(phase: str) -> PhaseTime:
+    """A phase without work."""
+    return PhaseTime(phase, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)

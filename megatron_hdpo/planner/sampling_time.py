@@ -1,0 +1,92 @@
+"""Seconds of sampling, and of handing weights to the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_hdpo.model.architecture import Architecture
+from megatron_hdpo.planner.cluster import (
+    ATTENTION_EFFICIENCY,
+    BROADCAST_SYNC_BYTES_S,
+    DECODE_MATMUL_EFFICIENCY,
+    EMBEDDED_LAYER_STEP_S,
+    HBM_EFFICIENCY,
+    MATMUL_EFFICIENCY,
+    SERVER_STEP_S,
+    SHARED_SYNC_BYTES_S,
+    Cluster,
+)
+from megatron_hdpo.planner.flops import attention_flops, decoding_flops, forward_flops
+from megatron_hdpo.planner.layout import Layout
+from megatron_hdpo.planner.memory import cache_bytes_per_token
+from megatron_hdpo.planner.parameters import expert_matrices, model_values, visited_values
+from megatron_hdpo.planner.phase_time import PhaseTime, nothing
+from megatron_hdpo.planner.workload import Rollouts, Workload
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one engine decodes: sequences in all, at once, and their prompts."""
+
+    sequences: float
+    at_once: float
+    prompts: float
+    prompt_tokens: int
+
+
+def sampling(
+    a: Architecture, phase: str, batch: Batch, engines: int, workload: Workload, rollouts: Rollouts, cluster: Cluster
+) -> PhaseTime:
+    """Prefill of every prompt once per engine, then decoding; no faster than the longest response alone."""
+    if not batch.sequences:
+        return nothing(phase)
+    gpu, tensor = cluster.gpu, rollouts.tensor
+    response, prompt = workload.response_tokens, batch.prompt_tokens
+    tokens, prefilled = batch.sequences * response, batch.prompts * prompt
+    steps = max(tokens / batch.at_once, float(workload.longest_response))
+    context = prompt + response / 2
+    decode = batch.sequences * decoding_flops(a, prompt, response)
+    prefill = batch.prompts * forward_flops(a, [(prompt, 0)])
+    # A new token attends to all before it, a prompt's to half of it.
+    decode_attention = 2 * tokens * a.num_layers * attention_flops(a, context)
+    prefill_attention = prefilled * a.num_layers * attention_flops(a, prompt)
+    compute = (decode - decode_attention) / DECODE_MATMUL_EFFICIENCY
+    compute += (prefill - prefill_attention) / MATMUL_EFFICIENCY
+    compute += (decode_attention + prefill_attention) / ATTENTION_EFFICIENCY
+    read = 2.0 * visited_values(a, tokens / steps)
+    traffic = steps * read / tensor + tokens * context * cache_bytes_per_token(a, tensor)
+    per_step = SERVER_STEP_S if rollouts.engine != "embedded" else EMBEDDED_LAYER_STEP_S * a.num_layers
+    return PhaseTime(
+        phase,
+        compute / tensor / gpu.flops_s,
+        traffic / (gpu.hbm_bytes_s * HBM_EFFICIENCY),
+        _decode_communication(a, tensor, tokens + prefilled, steps, cluster),
+        steps * per_step,
+        engines * (decode + prefill),
+        engines * tokens,
+        streams=True,
+    )
+
+
+def _decode_communication(a: Architecture, tensor: int, tokens: float, steps: float, cluster: Cluster) -> float:
+    """Two all-reduces per layer and step over a server's GPUs."""
+    if tensor == 1:
+        return 0.0
+    bandwidth, hop = cluster.link(tensor)
+    sent = 2.0 * (tensor - 1) / tensor * tokens * a.hidden_size * 2
+    return 2.0 * a.num_layers * (steps * 2 * (tensor - 1) * hop + sent / bandwidth)
+
+
+def sync(a: Architecture, layout: Layout, rollouts: Rollouts, cluster: Cluster) -> PhaseTime:
+    """Weights to the engine: shards over the pipeline, joined over tensor- and expert-parallel ranks, handed over."""
+    size = 2.0 * model_values(a)
+    experts = 2.0 * a.num_layers * sum(expert_matrices(a, Layout()))
+    pipeline_bandwidth, _ = cluster.link(layout.world)
+    gather = size / layout.tensor / pipeline_bandwidth if layout.pipeline > 1 else 0.0
+    for part, ranks, group in ((size - experts, layout.tensor, "tp"), (experts, layout.ranks("tp_ep"), "tp_ep")):
+        bandwidth, _ = cluster.link(layout.span(group))
+        gather += part * (ranks - 1) / ranks / bandwidth
+    rates = {"separate": BROADCAST_SYNC_BYTES_S, "colocated": SHARED_SYNC_BYTES_S}
+    handed = size / rates[rollouts.engine] if rollouts.engine in rates else 0.0
+    traffic = 4.0 * size / (cluster.gpu.hbm_bytes_s * HBM_EFFICIENCY)  # copied twice, read and written
+    return PhaseTime("sync", 0.0, traffic, gather, handed, 0.0, 0.0)
