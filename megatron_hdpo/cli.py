@@ -71,8 +71,8 @@ def user_errors() -> tuple[type[Exception], ...]:
 
     return (
         ArchitectureError, BackendMissing, CheckpointError, DataError, EngineError, HealthError, LayoutError,
-        MetricsFileError, ModelError, PlanError, RecipeError, ReportError, RewardPoolError, SelfTestError, TrainingError,
-        WeightsError,
+        MetricsFileError, ModelError, PlanError, RecipeError, ReportError, RewardPoolError, SelfTestError,
+        TrainingError, WeightsError,
     )  # fmt: skip
 
 
@@ -82,8 +82,12 @@ def _first_to_fail() -> bool:
     Ranks count themselves in torchrun's own store, which is there before any process group, or in that of rank 0;
     without one, the first rank of each node speaks.
     """
-    store = _agent_store()
-    return os.environ.get("LOCAL_RANK", "0") == "0" if store is None else store.add(_FAILED, 1) == 1
+    try:
+        if (store := _agent_store()) is not None:
+            return store.add(_FAILED, 1) == 1
+    except RuntimeError:  # rank 0 has ended meanwhile, and the store with it
+        pass
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _another_failed() -> bool:
@@ -94,7 +98,10 @@ def _another_failed() -> bool:
     if store is None:  # where rank 0 keeps the store, it is gone with rank 0
         return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "False" and os.environ.get("RANK") != "0"
     time.sleep(0.5)  # a connection may break a moment before the rank at its other end has counted itself
-    return bool(store.check([_FAILED]))
+    try:
+        return bool(store.check([_FAILED]))
+    except RuntimeError:
+        return True
 
 
 def _agent_store() -> Store | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -87,3 +88,10 @@ def watch(checkpoint: str, steps: int, first_gb_per_s: float) -> dict[str, Any]:
         seen["seconds"].append(clock.seconds())
         seen["metrics"].append(stragglers.metrics(step))
     return seen | {"console": stream.getvalue()}
+
+
+def train_with_own_seed(recipe: str) -> None:
+    """The command line with an override that only this rank has."""
+    from megatron_hdpo.cli import main
+
+    main(["train", recipe, f"seed={os.environ['RANK']}"])

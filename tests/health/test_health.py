@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import run_command, run_world
 from distributed_helper import run_ranks
-from health_ranks import visit, watch
+from health_ranks import train_with_own_seed, visit, watch
+from recipes import Tree
 from tiny_policy import make_checkpoint
 
 from megatron_hdpo.health.findings import Place, named, place_here
@@ -144,3 +148,25 @@ def test_a_rank_that_dawdles_is_found_in_real_updates(tmp_path: Path) -> None:
     said = ranks[0]["console"]
     assert said.count("warning: rank 1 on ") == 1 and "has been the slowest of 2 for 2 steps" in said
     assert said.count("warning: links have become slow: ") == 1 and ranks[1]["console"] == ""
+
+
+def test_a_run_of_two_recipes_is_refused_before_anything_is_read(
+    tree: Tree, write_recipe: Callable[[Tree], Path]
+) -> None:
+    ended = run_world(2, train_with_own_seed, str(write_recipe(tree)))
+    assert ended.codes == [2, 2], ended.text
+    said = "".join(ended.stderr)
+    assert said.count("HealthError: the recipe differs: ") == 1 and "on 1 of 2 ranks, but " in said
+    assert "load" not in ended.text and "Traceback" not in ended.text
+    assert [path.name for path in Path(tree["output"]).iterdir()] == ["logs"]
+
+
+def test_an_error_is_said_once_where_rank_0_keeps_the_store(tree: Tree, write_recipe: Callable[[Tree], Path]) -> None:
+    """As the script for several nodes wants it: agents then do not share a store of their own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(port)}
+    ended = run_command("train", write_recipe(tree), "rollout.max_new_tokens=4000", ranks=2, environment=environment)
+    assert ended.codes == [2, 2], ended.text
+    assert "".join(ended.stderr).count("RecipeError: ") == 1 and "Traceback" not in ended.text, ended.text
