@@ -7,6 +7,7 @@ A tensor is stored under its global shape, with the offset of every piece; a run
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -30,8 +31,9 @@ _RECORD = "model.json"
 _TRAINING_RECORD = "run_state.json"  # what a checkpoint of a training run says about itself
 _MARKER = "metadata.json"  # Megatron's own, written last
 _VERSION = 1
-_NOT_WEIGHTS = "optimizer."
-"""Start of the keys of a training checkpoint that are the optimizer's."""
+_NOT_WEIGHTS = re.compile(r"(chained_\d+\.)?optimizer\.")
+"""Start of the keys of a training checkpoint that are the optimizer's; experts and chunks have optimizers of their own,
+which are numbered."""
 
 
 def is_megatron_checkpoint(path: Path) -> bool:
@@ -120,7 +122,7 @@ def _mismatches(sharded: dict[str, Any], context: ParallelContext, path: str | P
     wrong = sorted({line for _, lines in gathered for line in lines})
     return [
         *listed("missing", sorted(known - stored.keys())),
-        *listed("unexpected", sorted(key for key in stored.keys() - known if not key.startswith(_NOT_WEIGHTS))),
+        *listed("unexpected", sorted(key for key in stored.keys() - known if not _NOT_WEIGHTS.match(key))),
         *listed("of a wrong shape", wrong),
     ]
 

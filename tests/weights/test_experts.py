@@ -13,9 +13,12 @@ from safetensors.torch import load_file
 from tiny_checkpoints import MOE_CASES, build, layout, make_checkpoint
 from torch import nn
 
+from megatron_hdpo.checkpoint.store import CheckpointStore
 from megatron_hdpo.model.build import wrap_data_parallel
+from megatron_hdpo.model.optimizer import OptimizerConfig, build_optimizer
+from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.parallel.context import ParallelContext
-from megatron_hdpo.weights.convert import convert
+from megatron_hdpo.weights.convert import convert, inspect, open_model
 from megatron_hdpo.weights.errors import WeightsError
 from megatron_hdpo.weights.load import load_hf
 from megatron_hdpo.weights.logprobs import packed_logprobs
@@ -100,6 +103,7 @@ def test_four_ranks(checkpoints: dict[str, Path]) -> None:
 
 def _saves(source: Path, out: Path) -> None:
     """Hugging Face shards, and Megatron's own checkpoint from one layout to another and to a third."""
+    _training_checkpoint(source, out)
     with layout(1, 1, expert=2) as context:
         model, architecture = build(source, context)
         load_hf(model, architecture, context, source)
@@ -111,6 +115,29 @@ def _saves(source: Path, out: Path) -> None:
         convert(out / "megatron", out / "again", "megatron", context)
     with layout(2, 1, sequence=True, expert_tensor=2) as context:
         convert(out / "again", out / "back", "huggingface", context)
+
+
+def _training_checkpoint(source: Path, out: Path) -> None:
+    """What a run saves after an optimizer step; experts have an optimizer of their own."""
+    with layout(1, 1, expert=2) as context:
+        model, architecture = build(source, context)
+        ddp = wrap_data_parallel(model, context)
+        load_hf(ddp, architecture, context, source)
+        optimizer, schedule = build_optimizer(OptimizerConfig(lr=1e-3), ddp, context, total_steps=1)
+        with context.megatron_calls():
+            for parameter in model.parameters():
+                parameter.main_grad.fill_(0.1)
+            optimizer.step()
+        path = CheckpointStore(out / "run", context, keep=1).save(
+            1, Policy(architecture, context, ddp, 256, optimizer, schedule)
+        )
+        trained = dict(stream_hf(ddp, architecture, context))
+    with layout(1, 2, virtual_stages=2) as context:
+        found = dict(stream_hf(open_model(inspect(path, source), context), architecture, context))
+    first = load_file(source / "model.safetensors")
+    assert found.keys() == trained.keys() == first.keys()
+    assert all(torch.equal(found[name], trained[name]) for name in first)
+    assert not any(torch.equal(trained[name], first[name]) for name in first)
 
 
 def test_files(checkpoints: dict[str, Path], tmp_path: Path) -> None:
