@@ -19,7 +19,7 @@ def make_model(path: Path, **sizes: Any) -> Path:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 2:
+            if parameter.dim() > 1:
                 parameter.mul_(8.0)
     model.save_pretrained(path)
     return path

@@ -289,7 +289,7 @@ def test_same_step_on_every_layout(
 ) -> None:
     tree = recipe_of(tiny_model, tmp_path / "run") | {"parallel": parallel}
     results_of(train(tree, *FIRST_STEP, ranks=2))
-    _assert_same_first_step(tree, uninterrupted[0])
+    _assert_same_first_step(tree, uninterrupted[0], {"train/grad_norm", "distill/divergence"})
 
 
 def test_experts_on_an_interleaved_pipeline(tmp_path: Path) -> None:
@@ -301,11 +301,11 @@ def test_experts_on_an_interleaved_pipeline(tmp_path: Path) -> None:
     ended = train(split, *FIRST_STEP, ranks=4)
     results_of(ended)
     assert "self-test passed" in ended.stdout[0]
-    _assert_same_first_step(split, alone)
-    assert metrics_of(split)[1]["router/max_load"] >= 1
+    _assert_same_first_step(split, alone, {"train/grad_norm", "train/entropy"})
+    assert metrics_of(split)[1]["router/max_load"] == pytest.approx(metrics_of(alone)[1]["router/max_load"], rel=0.05)
 
 
-def _assert_same_first_step(tree: Tree, other_tree: Tree) -> None:
+def _assert_same_first_step(tree: Tree, other_tree: Tree, needed: set[str]) -> None:
     """The first step, after the warm-up: the same rollouts, and metrics equal but for float32 sums."""
     together, alone = rollouts_of(tree, 1), rollouts_of(other_tree, 1)
     assert [g.problem for g in together] == [g.problem for g in alone]
@@ -315,8 +315,10 @@ def _assert_same_first_step(tree: Tree, other_tree: Tree) -> None:
             assert (a.text, a.reward) == (b.text, b.reward)
             np.testing.assert_allclose(a.completion.logprobs, b.completion.logprobs, atol=2e-3)
     for mine_line, line in zip(metrics_of(tree), metrics_of(other_tree)[:2], strict=True):
-        compared = {name for name in mine_line.keys() & line.keys() if not name.startswith(("train/lr", "comm/"))}
-        assert {"train/grad_norm", "distill/divergence"} <= compared or line["step"] == 0
+        # Rows of padding are routed too, and other layouts have others.
+        left_out = ("train/lr", "comm/", "router/")
+        compared = {name for name in mine_line.keys() & line.keys() if not name.startswith(left_out)}
+        assert needed <= compared or line["step"] == 0
         for name in compared:
             # What the warm-up's other order of summation does to weights shows where two log-probs are subtracted.
             noise = 1e-4 if "mismatch" in name else 1e-5
