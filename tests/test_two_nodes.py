@@ -19,7 +19,7 @@ from commands import results_of, run_command
 from recipes import ROOT, Tree, small_recipe
 from test_run import metrics_of
 
-STEPS, RANKS = 3, 2
+STEPS, RANKS = 2, 2
 PATIENCE_S = 240.0
 
 Node = subprocess.Popen[bytes]
@@ -31,7 +31,8 @@ def recipe_of(model: Path, output: Path) -> Tree:
     tree["parallel"] = {"tensor": 2, "timeout_minutes": 1.0}
     tree["train"]["steps"] = STEPS
     tree["checkpoint"] = {"every": 1, "keep": STEPS, "export": False}
-    tree["tracking"] = {"tensorboard": False}
+    tree["tracking"], tree["self_test"] = {"tensorboard": False}, {"enabled": False}
+    tree["evaluation"] = {"before": False, "samples": 1, "k": [1]}
     return tree
 
 

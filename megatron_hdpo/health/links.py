@@ -14,7 +14,7 @@ from megatron_hdpo.parallel.context import ParallelContext
 
 _BYTES = {"cuda": 256 * 2**20, "cpu": 2 * 2**20}
 _MATRIX = {"cuda": 8192, "cpu": 256}
-_TRIES = {"cuda": 5, "cpu": 10}
+_TRIES = {"cuda": 5, "cpu": 30}
 
 
 def matmul_seconds(device: torch.device) -> float:

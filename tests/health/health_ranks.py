@@ -73,7 +73,7 @@ def watch(checkpoint: str, steps: int, first_gb_per_s: float) -> dict[str, Any]:
     context = start(ParallelConfig(timeout_minutes=1.0), "cpu")
     policy = build_policy(Path(checkpoint), context, budget=ONE_PER_MICRO_BATCH, optimizer=OPTIMIZER)
     stream = io.StringIO()
-    config = HealthConfig(straggler_steps=2, every=steps)
+    config = HealthConfig(straggler_steps=2, straggler_ratio=1.05, every=steps)
     stragglers = StragglerWatch(config, context, Console(context.is_leader, stream=stream), policy, first_gb_per_s)
     clock = ComputeClock(context.device)
     clock.attach(policy)
@@ -81,7 +81,7 @@ def watch(checkpoint: str, steps: int, first_gb_per_s: float) -> dict[str, Any]:
     policy.model.register_forward_pre_hook(lambda *_: time.sleep(dawdle[0]))
     seen: dict[str, Any] = {"metrics": [], "seconds": []}
     for step in range(1, steps + 1):
-        dawdle[0] = 0.3 if context.rank == 1 and step > 1 else 0.0
+        dawdle[0] = 0.5 if context.rank == 1 and step > 1 else 0.0
         policy.score(make_scorings()[:2])
         seen["scoring"] = clock.seconds()
         policy.update(make_examples()[context.rank :: context.world_size], SPEC)
