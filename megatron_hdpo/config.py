@@ -379,6 +379,11 @@ def _warnings(recipe: Recipe) -> Iterator[str]:
             "rollout.top_p/top_k truncate the distribution, log-probs are those of the whole: importance ratios are "
             f"biased; objective.surrogate.importance_cap={DEFAULT_IMPORTANCE_CAP} is used"
         )
+    if recipe.model.fp8 is not None and surrogate is not None and surrogate.importance_cap is None:
+        yield (
+            "model.fp8: the engine samples in its own precision, and without objective.surrogate.importance_cap "
+            "nothing corrects for the difference; watch train/mismatch_k3"
+        )
     servers = recipe.rollout.sglang
     if (
         recipe.rollout.engine == "sglang"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -25,9 +26,13 @@ from tiny_policy import (
     weights_of,
 )
 
+from megatron_hdpo.learner import Learner
 from megatron_hdpo.model import build
 from megatron_hdpo.model.chunks import chunks_of
 from megatron_hdpo.model.policy import Policy
+from megatron_hdpo.teachers.resting import FrozenTeacher, _Following
+from megatron_hdpo.teachers.teacher import PolicyTeacher
+from megatron_hdpo.tracking.console import Console
 
 # name: world size, layout (replicas take what is left), models.
 LAYOUTS: dict[str, tuple[int, dict[str, int], tuple[str, ...]]] = {
@@ -111,3 +116,32 @@ def _assert_same(actual: Any, expected: Any, what: str) -> None:
         actual, expected = [actual[name] for name in expected], list(expected.values())
     for a, b in zip(actual, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=5e-6, err_msg=what)
+
+
+@pytest.mark.parametrize(("reads", "expected"), [(False, [True, True, False]), (True, [False] * 3)])
+def test_a_learner_leaves_weights_to_the_next_update(reads: bool, expected: list[bool], monkeypatch: Any) -> None:
+    """But not the last one's, and not where the teacher reads them after every update."""
+    another_follows: list[bool] = []
+
+    def update(part: Any, loss: Any, advance: Any, head: Any, another: bool) -> dict[str, float]:
+        another_follows.append(another)
+        return {"train/skipped": 0.0}
+
+    nothing = lambda *_: None  # noqa: E731
+    teacher: Any = SimpleNamespace(follows_updates=reads, after_update=nothing, after_step=nothing)
+    objective: Any = SimpleNamespace(begin_step=nothing, loss=None)
+    policy: Any = SimpleNamespace(update=update, architecture=None)
+    learner = Learner(policy, objective, teacher, Console(enabled=False), updates_per_step=3)
+    monkeypatch.setattr(learner, "_share", lambda groups: groups)
+    monkeypatch.setattr(learner, "_plan", lambda groups: ([], None, {}))
+    learner.work = SimpleNamespace(trained=nothing)  # type: ignore[assignment]
+    learner.learn([], step=0)
+    assert another_follows == expected
+
+
+def test_who_reads_weights_after_every_update() -> None:
+    clocks = {clock: _Following.__new__(_Following) for clock in ("optimizer_step", "rollout_step")}
+    for clock, teacher in clocks.items():
+        teacher.clock = clock
+    assert [clocks[clock].follows_updates for clock in clocks] == [True, False]
+    assert not PolicyTeacher.follows_updates and not FrozenTeacher.__new__(FrozenTeacher).follows_updates

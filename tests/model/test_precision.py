@@ -176,6 +176,15 @@ def test_a_recipe_is_told(architecture: Architecture, tmp_path: Path) -> None:
     assert "\noptimizer.offload: on a CPU" in said and "warmup.optimizer.offload" in said
 
 
+def test_a_recipe_is_warned(architecture: Architecture, tmp_path: Path) -> None:
+    tree = small_recipe(tmp_path, tmp_path / "run")
+    tree["model"] |= {"fp8": "hybrid", "dtype": "bfloat16"}
+    longer = replace(architecture, max_positions=256)
+    assert any("watch train/mismatch_k3" in line for line in check_recipe(parse_recipe(tree), longer, 1))
+    tree["objective"]["surrogate"] = {"importance_cap": 2.0}
+    assert not any("model.fp8" in line for line in check_recipe(parse_recipe(tree), longer, 1))
+
+
 def test_warnings_before_the_device_is_known() -> None:
     assert any("Blackwell" in line for line in precision_warnings(fp8(fp8_recipe="mxfp8")))
     assert any("one update old" in line for line in precision_warnings(fp8(fp8_recipe="delayed")))
