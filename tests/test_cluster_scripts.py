@@ -42,7 +42,7 @@ def bench(tmp_path: Path) -> Path:
     for name, body in STUBS.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
-    (tmp_path / "recipe.yaml").write_text(f"seed: 1\noutput: {tmp_path}/run  # here\n")
+    (tmp_path / "recipe.yaml").write_text(f"seed: 1\noutput: '{tmp_path}/run'  # here\n")
     return tmp_path
 
 
@@ -133,7 +133,7 @@ def test_slurm_with_server_nodes_hands_the_addresses_over(bench: Path) -> None:
     urls = ROOT / "slurm-123.urls"
     try:
         variables = {"SERVER_NODES": "1", "MODEL": "m", "GPUS": "2", "TENSOR_PARALLEL": "2", "PORT": str(port)}
-        said = slurm(bench, HOST="127.0.0.1", **variables)
+        said = slurm(bench, NODE_ADDRESS="127.0.0.1", **variables)
     finally:
         urls.unlink(missing_ok=True)
         for log in (urls.parent / f"{urls.name}.logs").glob("*"):

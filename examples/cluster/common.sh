@@ -9,6 +9,7 @@ output_of() {
   for argument in "$@"; do
     case $argument in output=*) output=${argument#output=} ;; esac
   done
+  output=${output//[\"\']/}
   [ -n "$output" ] || { echo "$recipe: has no line 'output: FOLDER'" >&2; return 2; }
   echo "$output"
 }
@@ -42,9 +43,6 @@ gpu_settings() {
   # Megatron starts a communication before the matrix product that is to hide it, and counts on one hardware queue to
   # keep that order under tensor parallelism (Hopper and older; from Blackwell on it is not needed).
   export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
-  # torch's default, 3: a rank whose NCCL communication failed or timed out ends, so that torchrun can start anew. Some
-  # images ship 0, with which it would wait for ever.
-  export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-3}
   # NCCL says why it failed, and nothing else; without this an error is a number. INFO shows which network it took.
   export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
   # One thread per rank outside of PyTorch's own: torchrun would say so at length.

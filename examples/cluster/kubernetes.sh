@@ -2,9 +2,9 @@
 # The command of a pod's container:   examples/cluster/kubernetes.sh RECIPE [key.path=value ...]
 #
 # Under Kubeflow's PyTorchJob the operator gives MASTER_ADDR and PET_NNODES (older ones the number of pods as WORLD_SIZE;
-# with an elasticPolicy the address as
-# PET_RDZV_ENDPOINT). Under a plain Job with completionMode: Indexed give NODES (= completions) and SERVICE (the headless
-# service that is the pods' subdomain): pod 0, whose name is the Job's and -0, is then the head. RANKS: GPUs per pod (8).
+# with an elasticPolicy the address as PET_RDZV_ENDPOINT). Under a plain Job with completionMode: Indexed give NODES
+# (= completions) and SERVICE (the headless service that is the pods' subdomain): pod 0, whose name is the Job's and -0,
+# is then the head. RANKS: GPUs per pod (8).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source examples/cluster/common.sh

@@ -5,7 +5,7 @@
 #
 # MODEL: the trainer's model.path. URLS: a file on the shared file system, to which each node adds one line with the
 # addresses of its servers when all of them answer. GPUS (8), TENSOR_PARALLEL (1): a node has GPUS / TENSOR_PARALLEL
-# servers. PORT: of the first (30000). HOST: this node's address for the trainer (its host name). PYTHON: interpreter of
+# servers. PORT: of the first (30000). NODE_ADDRESS: this node for the trainer (its host name). PYTHON: interpreter of
 # SGLang's environment (python). START_S: longest start (900).
 # The servers run in the foreground; ending this script ends them. Whoever reaches a server can replace its weights:
 # keep them inside the cluster's network, or pass --api-key and name its variable in rollout.sglang.api_key_variable.
@@ -13,7 +13,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 source examples/cluster/common.sh
 need MODEL URLS
-gpus=${GPUS:-8} wide=${TENSOR_PARALLEL:-1} port=${PORT:-30000} host=${HOST:-$(hostname)}
+gpus=${GPUS:-8} wide=${TENSOR_PARALLEL:-1} port=${PORT:-30000} host=${NODE_ADDRESS:-$(hostname)}
 mkdir -p "$URLS.logs"
 processes=() addresses=()
 trap 'kill "${processes[@]}" 2>/dev/null || true; wait' EXIT
