@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megatron_hdpo.config import Recipe
-from megatron_hdpo.objectives.grpo import GRPOConfig
 from megatron_hdpo.objectives.hdpo import HDPOConfig
 from megatron_hdpo.planner.errors import PlanError
 from megatron_hdpo.planner.layout import Layout, Spec
+from megatron_hdpo.planner.methods import privileged_work, student_work
 from megatron_hdpo.planner.workload import Rollouts, TeacherKind, Workload
 
 # A recipe says how long prompts and responses may be, not how long they are. Assumed means, as shares of the longest.
@@ -31,44 +31,31 @@ class Guesses:
 
 def workload_of(recipe: Recipe, guesses: Guesses) -> Workload:
     """The work of a step. Raises PlanError for objectives whose work is not known here."""
-    objective = recipe.objective
-    if not isinstance(objective, HDPOConfig) and objective.name != "grpo":
-        raise PlanError(f"objective {objective.name} is not planned yet: plan it as hdpo or grpo")
-    assert isinstance(objective, GRPOConfig)
-    if objective.needs_reference:
-        raise PlanError("objective.kl: the reference's forward passes are not planned yet: set its coefficient to 0")
+    objective, prompts, rollout = recipe.objective, recipe.data.prompts, recipe.rollout
     if recipe.model.dtype != "bfloat16":
         raise PlanError(f"model.dtype={recipe.model.dtype} is not planned: GPUs train in bfloat16")
-    prompts, rollout = recipe.data.prompts, recipe.rollout
+    prompt = _mean(guesses.prompt_tokens, prompts.max_prompt_tokens, MEAN_PROMPT_SHARE)
+    privileged = _mean(guesses.privileged_prompt_tokens, prompts.privileged_limit, MEAN_PROMPT_SHARE)
+    updates = recipe.train.updates_per_step
     work = Workload(
         prompts=rollout.prompts_per_step,
         samples=rollout.samples_per_prompt,
-        prompt_tokens=_mean(guesses.prompt_tokens, prompts.max_prompt_tokens, MEAN_PROMPT_SHARE),
+        prompt_tokens=prompt,
         response_tokens=_mean(guesses.response_tokens, rollout.max_new_tokens, MEAN_RESPONSE_SHARE),
         longest_response=rollout.max_new_tokens,
+        privileged_prompt_tokens=privileged,
+        privileged_success=guesses.privileged_success,
         cliff_rate=guesses.cliff_rate,
         solved_rate=guesses.solved_rate,
         micro_batch_tokens=recipe.train.micro_batch_tokens,
-        updates=recipe.train.updates_per_step,
-        teacher="none",
+        updates=updates,
+        teacher=_teacher(recipe) if objective.teachers else "none",
         top_k=0,
     )
-    if not isinstance(objective, HDPOConfig):
-        return work
-    if objective.distill.support == "full":
-        raise PlanError("objective.distill.support=full keeps hidden states of the teacher, which is not planned yet")
-    if objective.distill.support == "student":
-        raise PlanError("objective.distill.support=student takes a second forward pass, which is not planned yet")
-    return replace(
-        work,
-        privileged_prompt_tokens=_mean(guesses.privileged_prompt_tokens, prompts.privileged_limit, MEAN_PROMPT_SHARE),
-        privileged_rollouts=objective.privileged.rollouts,
-        privileged_success=guesses.privileged_success,
-        max_cliffs=objective.privileged.max_prompts_per_step,
-        top_k=objective.distill.top_k,
-        teacher=_teacher(recipe),
-        scored_by_trainer=objective.logits_from == "trainer",
-    )
+    fields = student_work(objective, updates, prompt, privileged, guesses.cliff_rate, guesses.solved_rate)
+    if isinstance(objective, HDPOConfig):
+        fields |= privileged_work(objective)
+    return replace(work, **fields)
 
 
 def _mean(given: int | None, longest: int, share: float) -> int:

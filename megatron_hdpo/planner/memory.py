@@ -19,7 +19,7 @@ from megatron_hdpo.planner.layout import Layout
 from megatron_hdpo.planner.parameters import model_values, product_values, stage_parameters
 from megatron_hdpo.planner.schedule import rounded
 from megatron_hdpo.planner.shape_of_work import Repeated
-from megatron_hdpo.planner.workload import Rollouts, Workload
+from megatron_hdpo.planner.workload import WEIGHTS, Rollouts, Workload
 
 _FP32 = 4
 _SERVER_SHARE = 0.95  # of a GPU that a server of its own may fill. Assumed
@@ -124,7 +124,8 @@ def by_phase(
     shared = rollouts.engine != "separate"
     stays = shared and not (rollouts.engine == "colocated" and rollouts.saver)
     beside: Kinds = engine if stays else {}
-    trained, taught = workload.training_work(layout), workload.teacher_work(layout)
+    trained = workload.training_work(layout)
+    taught = max((workload.scoring_work(weights, layout) for weights in WEIGHTS), key=lambda work: work.shape.rows)
     chunk = workload.head_chunk
     extra: dict[str, list[Kinds]] = {"sampling": [], "teacher": [], "training": [], "sync": []}
     for stage in layout.stages:
@@ -146,8 +147,8 @@ def _fullest(stages: list[Kinds]) -> Kinds:
 
 
 def host_bytes(architecture: Architecture, layout: Layout, workload: Workload) -> float:
-    """Host memory per GPU: of a teacher that rests there (while it scores, the policy's weights rest there too), and of
-    what the optimizer keeps there."""
+    """Host memory per GPU: of a teacher and a reference that rest there (while they score, the policy's weights rest
+    there too), and of what the optimizer keeps there."""
     values = max(stage_parameters(architecture, layout, s).values for s in layout.stages)
     copies: Mapping[str, int] = {
         "frozen": 2 * layout.value_bytes,
@@ -155,7 +156,10 @@ def host_bytes(architecture: Architecture, layout: Layout, workload: Workload) -
         "ema": _FP32 + 2 * layout.value_bytes,
     }
     offloaded = max(stage_parameters(architecture, layout, s).shard_values(layout) for s in layout.stages)
-    return values * copies.get(workload.teacher, 0) + layout.offload * offloaded * 3 * _FP32
+    held = copies.get(workload.teacher, 0)
+    if workload.scored("reference")[0] and workload.teacher != "frozen":  # who is frozen is the reference too
+        held += layout.value_bytes if held else 2 * layout.value_bytes
+    return values * held + layout.offload * offloaded * 3 * _FP32
 
 
 def why_not(memory: Mapping[str, PhaseMemory], gpu: Gpu) -> list[str]:

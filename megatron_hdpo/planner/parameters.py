@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -17,16 +19,16 @@ _BUCKET_STEP = 128
 
 @dataclass(frozen=True)
 class Buffer:
-    """Parameters of one chunk of layers that the same ranks share. group: those ranks. buckets: values of each
-    parameter, by what is reduced apart."""
+    """Parameters of one chunk of layers that the same ranks share. group: those ranks. buckets: of what is reduced
+    apart the values of each parameter, and how many such there are."""
 
     group: str
-    buckets: tuple[tuple[int, ...], ...]
+    buckets: tuple[tuple[tuple[int, int], ...], ...]
 
     @cached_property
     def values(self) -> int:
         """Without padding."""
-        return sum(map(sum, self.buckets))
+        return sum(values * count for bucket in self.buckets for values, count in bucket)
 
     def bucket_values(self, layout: Layout) -> tuple[int, ...]:
         """Values of each bucket, padding included."""
@@ -36,7 +38,7 @@ class Buffer:
     @cached_property
     def _aligned(self) -> tuple[int, ...]:
         step = _PARAMETER_STEP
-        return tuple(sum(-(-values // step) * step for values in bucket) for bucket in self.buckets)
+        return tuple(sum(-(-values // step) * step * count for values, count in bucket) for bucket in self.buckets)
 
 
 @dataclass(frozen=True)
@@ -111,16 +113,20 @@ def _chunk_buffers(a: Architecture, layout: Layout, stage: int, chunk: int) -> l
     experts = expert_matrices(a, layout)
     own = [*shared_matrices(a, layout.tensor), *layer_vectors(a, layout.tensor)]
     own += [] if layout.experts_apart else experts
-    body = own * layers + ([a.hidden_size] if last else [])
+    body = _counted(own, layers) + ([(a.hidden_size, 1)] if last else [])
     embedding = head_values(a, layout.tensor)
     if a.tied and layout.pipeline > 1 and (first or last):
-        made = [Buffer("dp_cp", (tuple(body), (embedding,)))]
+        made = [Buffer("dp_cp", (tuple(body), ((embedding, 1),)))]
     else:
         ends = int(first) + int(last and not a.tied)
-        made = [Buffer("dp_cp", ((*body, *[embedding] * ends),))]
+        made = [Buffer("dp_cp", ((*body, (embedding, ends)),))]
     if experts and layout.experts_apart:
-        made.append(Buffer("expt_dp", (experts * layers,)))
+        made.append(Buffer("expt_dp", (tuple(_counted(experts, layers)),)))
     return made
+
+
+def _counted(values: Sequence[int], layers: int) -> list[tuple[int, int]]:
+    return [(value, count * layers) for value, count in Counter(values).items()]
 
 
 def product_values(architecture: Architecture, layout: Layout) -> int:

@@ -20,7 +20,7 @@ from megatron_hdpo.planner.memory import (
 )
 from megatron_hdpo.planner.phase_time import PhaseTime
 from megatron_hdpo.planner.sampling_time import Batch, sampling, sync
-from megatron_hdpo.planner.time import teacher, training
+from megatron_hdpo.planner.time import scoring, training
 from megatron_hdpo.planner.workload import Rollouts, Workload
 
 _MOST_STAGES = 20  # of a search; deeper pipelines of 80 layers only add bubbles
@@ -96,10 +96,12 @@ def plan(architecture: Architecture, cluster: Cluster, layout: Layout, workload:
         prompt_tokens=workload.privileged_prompt_tokens,
         at_once=max(1e-9, min(batch.at_once, workload.privileged_sequences / engines)),
     )
+    others = [scoring(architecture, layout, workload, weights, cluster) for weights in ("policy", "reference")]
     phases = (
         sampling(architecture, "sampling", batch, engines, workload, rollouts, cluster),
         sampling(architecture, "privileged sampling", privileged, engines, workload, rollouts, cluster),
-        teacher(architecture, layout, workload, cluster),
+        scoring(architecture, layout, workload, "teacher", cluster),
+        *(found for found in others if found.time_s),
         training(architecture, layout, workload, cluster),
         sync(architecture, layout, rollouts, cluster),
     )
@@ -135,7 +137,8 @@ def layouts(
 ) -> Iterator[Layout]:
     """Layouts worth a plan: TP within a node, whole layers per stage, with and without recompute. Context parallelism
     while a rank keeps a few thousand tokens of the longest sequence; whole experts over any ranks of a stage;
-    interleaving in two or four chunks. base: what all have in common (spec, precision, overlap, offload)."""
+    interleaving in two or four chunks; the optimizer as `base` has it, or on the host. base: what all have in common
+    (spec, precision, overlap)."""
     base = base or Layout(overlap=True)
     stages = [p for p in range(1, min(_MOST_STAGES, architecture.num_layers) + 1) if not architecture.num_layers % p]
     for tensor, pipeline, context in product((1, 2, 4, 8), stages, (1, 2, 4, 8)):
@@ -147,9 +150,10 @@ def layouts(
         )
         for chunks, expert in product((1, 2, 4), _expert_ranks(architecture, gpus // pipeline)):
             layout = replace(split, virtual_stages=chunks, expert=expert)
-            if _possible(layout, architecture):
-                yield layout
-                yield replace(layout, recompute=True)
+            if not _possible(layout, architecture):
+                continue
+            for recompute, offload in product((False, True), {base.offload, 1.0}):
+                yield replace(layout, recompute=recompute, offload=offload)
 
 
 def _possible(layout: Layout, architecture: Architecture) -> bool:
@@ -184,7 +188,7 @@ def search(
     base: Layout | None = None,
 ) -> Search:
     """All layouts over the cluster's GPUs, with servers of `rollouts.tensor` GPUs or, for colocated ones, larger. base:
-    what the layouts have in common. Where nothing fits, the optimizer goes to the host."""
+    what the layouts have in common."""
     gpus = cluster.gpus - rollouts.gpus
     if gpus < 1:
         raise PlanError(f"{rollouts.gpus} rollout GPUs leave none of {cluster.gpus} to the trainer")
@@ -197,8 +201,6 @@ def search(
             except PlanError:
                 continue
     fitting = sorted((p for p in made if p.fits), key=lambda p: p.step_s)
-    if not fitting and (base is None or not base.offload):
-        return search(architecture, cluster, workload, rollouts, replace(base or Layout(overlap=True), offload=1.0))
     refused = sorted((p for p in made if not p.fits), key=lambda p: _missing(p))
     return Search(tuple(fitting), tuple(refused))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.planner.activations import layer_bytes
@@ -40,13 +41,14 @@ from megatron_hdpo.planner.parameters import stage_parameters
 from megatron_hdpo.planner.phase_time import PhaseTime, nothing
 from megatron_hdpo.planner.schedule import bubble
 from megatron_hdpo.planner.shape_of_work import PackedShape, Repeated
-from megatron_hdpo.planner.workload import Workload
+from megatron_hdpo.planner.workload import Weights, Workload
 
 # Traffic of a layer beside its matrix products: what it keeps is written once and read once forward, and read once
 # backward, where a gradient of its size is written and read.
 _FORWARD_PASSES, _BACKWARD_PASSES = 2, 3
 # fp32 gradients are read and written when a micro-batch's bf16 gradient (written, read) is added.
 _GRADIENT_BYTES = 4 + 4 + 2 + 2
+_PHASES: dict[Weights, str] = {"policy": "score", "teacher": "teacher", "reference": "reference"}
 # Adam on the host reads main weight, moments and gradient and writes all but the last.
 _HOST_ADAM_BYTES = 7 * 4
 
@@ -112,6 +114,7 @@ class _StageTimes:
         return self.arithmetic + self.memory + self.inside
 
 
+@lru_cache(maxsize=64)  # a search asks for every size of servers
 def training(a: Architecture, layout: Layout, workload: Workload, cluster: Cluster) -> PhaseTime:
     """All optimizer steps of a step: 1F1B over the micro-batches, reduction, optimizer."""
     work, updates = workload.training_work(layout), workload.updates
@@ -197,11 +200,12 @@ def _seconds(collectives: Sequence[Collective], layout: Layout, cluster: Cluster
     return sum(collective.seconds(layout, cluster) for collective in collectives)
 
 
-def teacher(a: Architecture, layout: Layout, workload: Workload, cluster: Cluster) -> PhaseTime:
-    """The trainer's forward passes over privileged rollouts, and the swap of weights of a teacher on the host."""
-    work = workload.teacher_work(layout)
+@lru_cache(maxsize=256)
+def scoring(a: Architecture, layout: Layout, workload: Workload, weights: Weights, cluster: Cluster) -> PhaseTime:
+    """The trainer's forward passes by some weights, and the swap of weights that rest on the host."""
+    phase, work = _PHASES[weights], workload.scoring_work(weights, layout)
     if not work.count:
-        return nothing("teacher")
+        return nothing(phase)
     shape, gpu, last = work.shape.padded(layout), cluster.gpu, layout.pipeline - 1
     arithmetic = _layers_s(a, layout, shape, _Passes(1, 1, 1), gpu) + _head_s(a, layout, shape, 1, gpu)
     values = max(stage_parameters(a, layout, stage).values for stage in layout.stages)
@@ -211,16 +215,18 @@ def teacher(a: Architecture, layout: Layout, workload: Workload, cluster: Cluste
     collectives = scoring_collectives(a, layout, last, [work], workload.head_chunk)
     communication = _seconds(collectives, layout, cluster)
     per_batch = arithmetic + memory + communication / work.count
-    # The policy's weights go to the host, the teacher's come, the policy's come back.
-    moved = 3.0 * values * layout.value_bytes if workload.teacher in ("frozen", "snapshot", "ema") else 0.0
-    length = workload.privileged_prompt_tokens + workload.response_tokens
+    # The policy's weights go to the host, the others come, the policy's come back.
+    rests = weights == "reference" or (weights == "teacher" and workload.teacher in ("frozen", "snapshot", "ema"))
+    moved = 3.0 * values * layout.value_bytes if rests else 0.0
+    sequences, prompt = workload.scored(weights)
+    length = prompt + workload.response_tokens
     return PhaseTime(
-        "teacher",
+        phase,
         work.count * arithmetic,
         work.count * memory,
         communication,
         bubble(layout) * per_batch + moved / HOST_LINK_BYTES_S,
-        workload.kept * forward_flops(a, [(length, workload.response_tokens)]),
-        workload.kept * length,
+        sequences * forward_flops(a, [(length, workload.response_tokens)]),
+        sequences * length,
         tuple(collectives),
     )

@@ -1,4 +1,4 @@
-"""The work of one step of HDPO or GRPO, and where rollouts are sampled."""
+"""The work of one step, and where rollouts are sampled."""
 
 from __future__ import annotations
 
@@ -11,6 +11,18 @@ from megatron_hdpo.planner.shape_of_work import PackedShape, Repeated
 
 TeacherKind = Literal["none", "policy", "frozen", "snapshot", "ema"]
 Engine = Literal["embedded", "colocated", "separate"]
+Weights = Literal["policy", "teacher", "reference"]
+WEIGHTS: tuple[Weights, ...] = ("policy", "teacher", "reference")
+
+
+@dataclass(frozen=True)
+class StudentScoring:
+    """Forward passes of the trainer over student rollouts: by whose weights, how many per rollout (a share where some
+    are left out), after a prompt of how many tokens."""
+
+    weights: Weights
+    per_rollout: float
+    prompt_tokens: int
 
 
 @dataclass(frozen=True)
@@ -19,7 +31,10 @@ class Workload:
 
     cliff_rate: share of prompts that all samples fail; solved_rate: that all samples solve; neither has a surrogate
     gradient. privileged_success: share of privileged rollouts that become distillation data. teacher: none for GRPO;
-    scored_by_trainer: whether the teacher's top k takes a forward pass of the trainer.
+    scored_by_trainer: whether the teacher's top k takes a forward pass of the trainer. student_support: the policy's
+    own top k of those rollouts is taken before; full: the teacher's whole distribution. student_scorings: of methods
+    that have more scored. trained_share: of student rollouts, where others than those with an advantage are trained on;
+    distilled: whether they have targets.
     """
 
     prompts: int
@@ -39,6 +54,11 @@ class Workload:
     updates: int = 1
     teacher: TeacherKind = "policy"
     scored_by_trainer: bool = True
+    student_support: bool = False
+    full: bool = False
+    student_scorings: tuple[StudentScoring, ...] = ()
+    trained_share: float | None = None
+    distilled: bool = False
 
     def __post_init__(self) -> None:
         if self.prompt_tokens + self.response_tokens > self.micro_batch_tokens:
@@ -74,7 +94,10 @@ class Workload:
 
     @property
     def surrogate_sequences(self) -> float:
-        """Student rollouts with an advantage: those of groups neither all wrong nor all right."""
+        """Student rollouts that are trained on: by default those with an advantage, of groups neither all wrong nor all
+        right."""
+        if self.trained_share is not None:
+            return self.student_sequences * self.trained_share
         return self.student_sequences * (1.0 - self.cliff_rate - self.solved_rate)
 
     @property
@@ -90,14 +113,30 @@ class Workload:
     def training_work(self, layout: Layout) -> Repeated:
         """Micro-batches of one rank in one optimizer step, its targets spread evenly over them."""
         share = self.trained_sequences / layout.data / self.updates
-        targets = self.kept / self.trained_sequences if self.trained_sequences else 0.0
+        aimed = self.trained_sequences if self.distilled else self.kept
+        targets = aimed / self.trained_sequences if self.trained_sequences else 0.0
         return self._packed(share, self.prompt_tokens, targets, layout)
 
-    def teacher_work(self, layout: Layout) -> Repeated:
-        """Micro-batches of one rank in the teacher's scoring of a step; none where it is not asked."""
-        if not self.scored_by_trainer or not self.kept:
+    def scored(self, weights: Weights) -> tuple[float, int]:
+        """Responses that these weights score in a step, and the mean tokens of their prompts."""
+        parts = [
+            (one.per_rollout * self.student_sequences, one.prompt_tokens)
+            for one in self.student_scorings
+            if one.weights == weights
+        ]
+        if weights == "teacher" and self.scored_by_trainer:
+            parts.append((self.kept, self.privileged_prompt_tokens))
+        if weights == "policy" and self.student_support:
+            parts.append((self.kept, self.prompt_tokens))
+        sequences = sum(count for count, _ in parts)
+        return sequences, round(sum(count * prompt for count, prompt in parts) / sequences) if sequences else 0
+
+    def scoring_work(self, weights: Weights, layout: Layout) -> Repeated:
+        """Micro-batches of one rank in a step's scoring by these weights; none where it is not asked."""
+        sequences, prompt = self.scored(weights)
+        if not sequences:
             return Repeated(PackedShape(0, 0, 0), 0)
-        return self._packed(self.kept / layout.data, self.privileged_prompt_tokens, 1.0, layout)
+        return self._packed(sequences / layout.data, prompt, 1.0, layout)
 
     def _packed(self, sequences: float, prompt: int, targets: float, layout: Layout) -> Repeated:
         """Whole sequences in micro-batches as even as they come: the last one is not left nearly empty.
@@ -110,7 +149,8 @@ class Workload:
         each = -(-count // batches)
         responses = -(-each * self.response_tokens // layout.context)
         rows = each * length // layout.context
-        return Repeated(PackedShape(rows, length, responses, round(responses * targets), self.top_k), batches)
+        shape = PackedShape(rows, length, responses, round(responses * targets), self.top_k, full=self.full)
+        return Repeated(shape, batches)
 
 
 @dataclass(frozen=True)

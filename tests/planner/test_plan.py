@@ -13,7 +13,7 @@ from recipes import Tree
 
 from megatron_hdpo import cli
 from megatron_hdpo.config import parse_recipe
-from megatron_hdpo.planner.activations import head_chunk_bytes, layer_bytes, stage_bytes
+from megatron_hdpo.planner.activations import activation_peak, head_chunk_bytes, layer_bytes, stage_bytes
 from megatron_hdpo.planner.cluster import GPUS, Cluster, cluster_of
 from megatron_hdpo.planner.collectives import Collective, step_collectives
 from megatron_hdpo.planner.errors import PlanError
@@ -32,7 +32,7 @@ from megatron_hdpo.planner.scaling import weak
 from megatron_hdpo.planner.shape_of_work import PackedShape, Repeated
 from megatron_hdpo.planner.shapes import SHAPES, architecture_of
 from megatron_hdpo.planner.time import training
-from megatron_hdpo.planner.workload import Rollouts, Workload
+from megatron_hdpo.planner.workload import WEIGHTS, Rollouts, Workload
 
 ROOT = Path(__file__).parents[2]
 SMALL, SEVEN, LARGE = SHAPES["qwen2.5-1.5b"], SHAPES["qwen2.5-7b"], SHAPES["qwen2.5-72b"]
@@ -55,7 +55,12 @@ LAYOUTS = [
     Layout(tensor=4, data=2, sequence=True),
     Layout(tensor=2, pipeline=2, data=2, sequence=True, recompute=True),
     Layout(tensor=4, pipeline=7, sequence=True, spec="torch"),
+    Layout(tensor=2, context=2, data=2, sequence=True),
+    Layout(pipeline=2, virtual_stages=7, data=4, overlap=True),
+    Layout(tensor=2, data=4, sequence=True, fp8=True, offload=0.5, recomputed=("core_attn", "mlp")),
 ]
+MIXTURE = SHAPES["qwen3-30b-a3b"]
+SPREAD = Layout(2, 1, 4, True, expert=8)
 
 
 def _plan(layout: Layout, workload: Workload = WORK, rollouts: Rollouts | None = None) -> Plan:
@@ -174,6 +179,86 @@ def test_recompute_costs_time_and_no_useful_arithmetic() -> None:
     assert times[0].flops == times[1].flops
     assert times[1].arithmetic_s / times[0].arithmetic_s == pytest.approx(4 / 3, rel=0.04)
     assert times[1].communication_s > times[0].communication_s
+
+
+def test_a_mixture_shares_its_experts() -> None:
+    """Twice the expert-parallel ranks: half the experts on each, whose optimizer half as many ranks share; as many
+    tokens sent. The rest of the model stays."""
+    few, many = dataclasses.replace(SPREAD, expert=4), SPREAD
+    sizes = [stage_parameters(MIXTURE, layout, 0) for layout in (few, many)]
+    rest, experts = zip(*([buffer.values for buffer in stage.buffers] for stage in sizes), strict=True)
+    assert rest[0] == rest[1] and experts[0] == 2 * experts[1] == 2 * MIXTURE.num_layers * 16 * 3 * 2048 * 768
+    assert sizes[0].shard_values(few) == sizes[1].shard_values(many)
+    work = [Repeated(PackedShape(4096, 2048, 2048), 1)]
+    made = [step_collectives(MIXTURE, layout, 0, work, 1024) for layout in (few, many)]
+    sent = [sum(c.bytes * c.count for c in of if c.kind == "all_to_all") for of in made]
+    # Each rank routes its half of the rows to 8 experts: values forth and back, forward and backward, and fp32 weights.
+    assert sent[0] == sent[1] == 48 * 2048 * 8 * (4 * 2048 * 2 + 2 * 4)
+
+
+def test_a_mixture_holds_all_experts_and_computes_with_few() -> None:
+    dense = dataclasses.replace(MIXTURE, num_experts=0, ffn_size=8 * 768)
+    mixed = training(MIXTURE, SPREAD, WORK, Cluster(H100, 1))
+    plain = training(dense, dataclasses.replace(SPREAD, expert=1), WORK, Cluster(H100, 1))
+    assert mixed.flops == pytest.approx(plain.flops, rel=0.02)  # the router's
+    assert mixed.arithmetic_s > plain.arithmetic_s and mixed.memory_s > plain.memory_s
+    assert mixed.communication_s > plain.communication_s
+
+
+def test_context_parallelism_splits_rows_and_gathers_keys() -> None:
+    one, two = Layout(data=8), Layout(data=4, context=2)
+    works = [WORK.training_work(layout) for layout in (one, two)]
+    assert works[0].shape.rows == 2 * works[1].shape.rows and works[1].count == 2 * works[0].count
+    shape = works[1].shape
+    assert stage_bytes(SEVEN, two, 0, shape) < 0.6 * stage_bytes(SEVEN, one, 0, works[0].shape)
+    made = [c for c in step_collectives(SEVEN, two, 0, [works[1]], 1024) if c.group == "cp"]
+    width = 2 * SEVEN.num_kv_heads * SEVEN.head_dim
+    gathered = works[1].count * 28 * 2 * shape.rows * width * 2
+    # Round the ring forward, and once more backward; then the gradients.
+    assert [(c.kind, c.bytes * c.count) for c in made] == [("all_gather", 2 * gathered), ("reduce_scatter", gathered)]
+
+
+def test_interleaving_shortens_the_bubble_and_holds_more() -> None:
+    plain = Layout(pipeline=4, data=2)
+    layouts = [plain, dataclasses.replace(plain, virtual_stages=7)]
+    times = [training(SEVEN, layout, WORK, Cluster(H100, 1)) for layout in layouts]
+    assert times[0].other_s == pytest.approx(7 * times[1].other_s, rel=0.01)
+    assert times[1].communication_s > times[0].communication_s
+    shape = PackedShape(8192, 2048, 4096)
+    held = [activation_peak(SEVEN, layout, 0, shape, 32) for layout in layouts]
+    # The warm-up's passes and one more, each of a seventh of the layers, beside four of all.
+    assert held[1] / held[0] == pytest.approx((3 * 2 + 6 * 4 + 1) / 7 / 4, rel=0.01)
+
+
+def test_precision_offload_and_overlap() -> None:
+    plain = Layout(tensor=2, data=4, sequence=True)
+    fp8, offloaded, overlapped = (
+        dataclasses.replace(plain, **change) for change in ({"fp8": True}, {"offload": 1.0}, {"overlap": True})
+    )
+    slow, fast, host, beside = (training(SEVEN, x, WORK, Cluster(H100, 1)) for x in (plain, fp8, offloaded, overlapped))
+    assert slow.arithmetic_s / 2 < fast.arithmetic_s < slow.arithmetic_s and fast.flops == slow.flops
+    assert host.memory_s > slow.memory_s and host.arithmetic_s == slow.arithmetic_s
+    assert beside.communication_s + beside.hidden_s == pytest.approx(slow.communication_s + slow.hidden_s)
+    assert beside.hidden_s > slow.hidden_s == 0
+    kinds = [resident(SEVEN, layout, 0) for layout in (plain, fp8, offloaded)]
+    assert kinds[1]["FP8 weights"] == 28 * sum(shared_matrices(SEVEN, 2)) * 2
+    assert kinds[2]["optimizer"] == kinds[2]["main weights"] == 0
+    assert host_bytes(SEVEN, offloaded, WORK) == kinds[0]["optimizer"] + kinds[0]["main weights"]
+
+
+def test_a_search_puts_the_optimizer_on_the_host_where_that_helps() -> None:
+    assert not search(SEVEN, Cluster(H100, 1), WORK, Rollouts()).fitting[0].layout.offload
+    found = search(SHAPES["qwen3-235b-a22b"], Cluster(H100, 32), WORK, Rollouts("colocated", 8))
+    assert found.fitting and all(made.layout.offload == 1.0 for made in found.fitting)
+
+
+def test_a_search_splits_contexts_of_long_sequences_alone() -> None:
+    long = dataclasses.replace(WORK, response_tokens=30000, longest_response=32000, micro_batch_tokens=32768)
+    contexts = [
+        {made.layout.context for made in (*found.fitting, *found.refused)}
+        for found in (search(SEVEN, Cluster(H100, 2), work, Rollouts()) for work in (WORK, long))
+    ]
+    assert contexts == [{1}, {1, 2, 4}]
 
 
 def test_what_one_stage_sends_another_receives() -> None:
@@ -298,9 +383,8 @@ def test_a_recipe_is_read(tree: Tree) -> None:
     ("key", "value", "says"),
     [
         ("model", {"dtype": "float32"}, "model.dtype=float32"),
-        ("objective", {"distill": {"support": "full"}}, "support=full"),
-        ("objective", {"distill": {"support": "student"}}, "support=student"),
-        ("objective", {"kl": {"coefficient": 0.1}}, "reference"),
+        ("objective", {"name": "srpo"}, "srpo"),
+        ("objective", {"name": "paced"}, "paced"),
         ("teacher", {"kind": "external", "path": "x"}, "external"),
     ],
 )
@@ -308,6 +392,47 @@ def test_recipes_that_are_not_planned_yet_say_so(tree: Tree, key: str, value: Tr
     tree = tree | {"model": tree["model"] | {"dtype": "bfloat16"}}
     with pytest.raises(PlanError, match=says):
         workload_of(parse_recipe(tree | {key: tree.get(key, {}) | value}), Guesses())
+
+
+def _work(tree: Tree, objective: Tree, **sections: Tree) -> Workload:
+    whole = tree | {"model": tree["model"] | {"dtype": "bfloat16"}, "objective": objective} | sections
+    return workload_of(
+        parse_recipe(whole), Guesses(cliff_rate=0.25, solved_rate=0.125, prompt_tokens=10, response_tokens=4)
+    )
+
+
+@pytest.mark.parametrize(
+    ("objective", "teacher", "updates", "trained", "scored"),
+    [
+        ({"name": "grpo"}, "policy", 1, 10, {}),
+        ({"name": "grpo"}, "policy", 2, 10, {"policy": 16}),
+        ({"name": "grpo", "kl": {"coefficient": 0.1}}, "policy", 1, 10, {"reference": 16}),
+        ({"name": "hdpo"}, "policy", 1, 26, {"teacher": 16}),
+        ({"name": "hdpo", "distill": {"support": "full"}}, "policy", 1, 26, {"teacher": 16}),
+        ({"name": "hdpo", "distill": {"support": "student"}}, "policy", 1, 26, {"policy": 16, "teacher": 16}),
+        ({"name": "opd"}, "frozen", 1, 16, {"policy": 16, "teacher": 16}),
+        ({"name": "opd", "estimator": "full"}, "frozen", 1, 16, {"teacher": 16}),
+        ({"name": "vopd"}, "frozen", 1, 16, {"policy": 16, "teacher": 16}),
+        ({"name": "opsd", "distill": {"support": "teacher"}}, "frozen", 1, 16, {"teacher": 16}),
+        ({"name": "sdpo"}, "ema", 1, 12, {"policy": 12, "teacher": 12}),
+        ({"name": "rlsd"}, "policy", 1, 10, {"policy": 10, "teacher": 10}),
+        ({"name": "contrastive_opsd"}, "frozen", 1, 10, {"teacher": 20}),
+    ],
+)
+def test_methods_are_read(tree: Tree, objective: Tree, teacher: str, updates: int, trained: int, scored: Tree) -> None:
+    """16 rollouts: 4 groups of 4, of which one is a cliff and half a one solved; 32 privileged rollouts, half of them
+    right. What others than the teacher read before the update is scored by them first."""
+    prompts = tree["data"]["prompts"] | {"hint": "{{ attempt }}#{{ answer }}#{{ feedback }}#{{ question }}"}
+    sections = {"teacher": {"kind": teacher}, "data": tree["data"] | {"prompts": prompts}}
+    work = _work(tree, objective, train=tree["train"] | {"updates_per_step": updates}, **sections)
+    work = dataclasses.replace(work, privileged_rollouts=32 if work.privileged_rollouts else 0)
+    assert work.trained_sequences == trained
+    assert {weights: work.scored(weights)[0] for weights in WEIGHTS if work.scored(weights)[0]} == scored
+    made = _plan(Layout(data=8), work)
+    names = {"policy": "score", "teacher": "teacher", "reference": "reference"}
+    assert {phase.phase for phase in made.phases if phase.phase in names.values() and phase.time_s} == {
+        names[weights] for weights in scored
+    }
 
 
 def test_the_command_prints_the_plan(tree: Tree, write_recipe, capsys: pytest.CaptureFixture[str]) -> None:
