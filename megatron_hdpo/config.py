@@ -23,7 +23,7 @@ from megatron_hdpo.health.config import HealthConfig
 from megatron_hdpo.model.architecture import Architecture, ArchitectureError, read_architecture
 from megatron_hdpo.model.config import ModelConfig
 from megatron_hdpo.model.optimizer import OptimizerConfig
-from megatron_hdpo.model.precision import precision_errors, precision_warnings
+from megatron_hdpo.model.precision import precision_errors, precision_warnings, size_errors
 from megatron_hdpo.model.specs import transformer_engine_available
 from megatron_hdpo.objectives.registry import ObjectiveConfig
 from megatron_hdpo.objectives.settings import Surroundings, surrogate_of
@@ -303,6 +303,7 @@ def _teacher_errors(recipe: Recipe, architecture: Architecture, world_size: int)
         return
     yield from (line.replace("parallel:", "teacher.path:") for line in _layout_errors(recipe, other, world_size))
     yield from check_sizes(other, architecture, teacher.path)
+    yield from (line.replace("model.fp8", "teacher.path") for line in size_errors(recipe.model, recipe.parallel, other))
     longest = max_sequence(recipe, architecture)
     if other.max_positions < longest:
         yield f"teacher.path: {teacher.path} has {other.max_positions} positions, sequences may have {longest} tokens"

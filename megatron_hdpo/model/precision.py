@@ -78,10 +78,11 @@ def _fp8_errors(config: ModelConfig, layout: ParallelConfig, architecture: Archi
     per_stage = architecture.num_layers // layout.pipeline
     if max(config.first_last_layers_bf16) > per_stage:
         yield f"model.first_last_layers_bf16: at most the {per_stage} layers of a pipeline stage at either end"
-    yield from _size_errors(config, layout, architecture)
+    yield from size_errors(config, layout, architecture)
 
 
-def _size_errors(config: ModelConfig, layout: ParallelConfig, architecture: Architecture) -> Iterator[str]:
+def size_errors(config: ModelConfig, layout: ParallelConfig, architecture: Architecture) -> Iterator[str]:
+    """Sizes of a model, the policy's or a teacher's, that FP8 matrix products do not take."""
     step, tensor, sizes = alignment(config), layout.tensor, architecture.sizes
     heads = architecture.num_heads + 2 * architecture.num_kv_heads
     dimensions = {

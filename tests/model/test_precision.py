@@ -176,6 +176,16 @@ def test_a_recipe_is_told(architecture: Architecture, tmp_path: Path) -> None:
     assert "\noptimizer.offload: on a CPU" in said and "warmup.optimizer.offload" in said
 
 
+def test_the_teachers_sizes_are_looked_at_too(architecture: Architecture, tmp_path: Path) -> None:
+    sizes = SIZES | {"hidden_size": 64, "intermediate_size": 40, "max_position_embeddings": 256}
+    LlamaConfig(**sizes, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    tree = small_recipe(tmp_path, tmp_path / "run")
+    tree["model"] |= {"fp8": "hybrid", "dtype": "bfloat16"}
+    tree["objective"], tree["teacher"] = {"name": "opd"}, {"kind": "external", "path": str(tmp_path)}
+    with pytest.raises(RecipeError, match=r"teacher\.path: 40 FFN channels .* no multiple of 16"):
+        check_recipe(parse_recipe(tree), architecture, 1)
+
+
 def test_a_recipe_is_warned(architecture: Architecture, tmp_path: Path) -> None:
     tree = small_recipe(tmp_path, tmp_path / "run")
     tree["model"] |= {"fp8": "hybrid", "dtype": "bfloat16"}
