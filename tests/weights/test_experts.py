@@ -30,13 +30,11 @@ Layout = dict[str, Any]
 SEQUENCE: Layout = {"tensor": 2, "sequence": True}
 CHUNKS: Layout = {"pipeline": 2, "virtual_stages": 2}
 TWO_RANKS: list[Layout] = [
-    {},
     {"expert": 2},
     {"expert_tensor": 2},
     SEQUENCE | {"expert": 2},
     SEQUENCE | {"expert_tensor": 2},
     {"context": 2, "expert": 2},
-    CHUNKS,
 ]
 FOUR_RANKS: list[Layout] = [
     CHUNKS | {"expert": 2},
@@ -70,7 +68,7 @@ def _receives(context: ParallelContext, to: str) -> bool:
 
 def _check_streams(model: nn.Module, architecture: Any, context: ParallelContext, path: Path) -> None:
     expected = load_file(path / "model.safetensors")
-    for to, bucket_bytes in (("all", 1), ("leader", 10_000), ("first", 2**26)):
+    for to, bucket_bytes in (("all", 20_000), ("leader", 3_000), ("first", 2**26)):
         received = list(stream_hf(model, architecture, context, to=to, bucket_bytes=bucket_bytes))
         assert len(received) == (len(expected) if _receives(context, to) else 0)
         assert all(torch.equal(value, expected[name]) for name, value in received)
