@@ -18,10 +18,10 @@ def train(run: Run) -> None:
             f"nothing left to train: {recipe.output} is at step {run.step} of {last}; raise train.steps to go on, or "
             "name another output folder"
         )
-    if run.step == 0:
+    if run.step == 0 and run.health:
         run.tracker.log(0, run.health)
-        if recipe.evaluation.before:
-            run.tracker.log(0, evaluate_now(run) | run.console.timer.metrics())
+    if run.step == 0 and recipe.evaluation.before:
+        run.tracker.log(0, evaluate_now(run) | run.console.timer.metrics())
     while run.step < last:
         run.performance.begin()
         with run.profiler.step(run.step + 1):

@@ -92,6 +92,7 @@ def measured(folder: Path, trained: bool) -> dict[str, float]:
     numbers = {f"easy_pass@{k}": last[f"eval/n3/pass@{k}"] for k in (1, 8)}
     numbers |= {f"hard_pass@{k}": statistics.fmean(last[f"eval/{n}/pass@{k}"] for n in HARD) for k in (1, 8)}
     if trained:
+        records = [record for record in records if record["step"] > 0]  # step 0: what the machine was like
         end = records[-max(1, len(records) // 4) :]
         numbers["entropy"] = statistics.fmean(record["rollout/nll"] for record in end)
         numbers["response_tokens"] = statistics.fmean(record["rollout/response_tokens"] for record in end)
