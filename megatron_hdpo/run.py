@@ -183,7 +183,7 @@ def build_run(recipe: Recipe, context: ParallelContext, objective: Objective | N
     run = Run(
         recipe, context, architecture, data, policy, engine, built.sync, rewards, rollouts, objective, learner, store,
         tracker, console, StepRollouts(rollouts),
-        StepProfiler(recipe.profile, recipe.output / "profile", context.rank, context.device),
+        StepProfiler(recipe.profile, recipe.output / "profile", context.rank, context.device, console),
         build_performance(recipe, policy, learner.work), health,
         StragglerWatch(recipe.health, context, console, policy, health.get("health/allreduce_gb_per_s")),
     )  # fmt: skip

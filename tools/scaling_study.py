@@ -182,7 +182,7 @@ def _draw(studies: dict[str, dict[str, list[Point]]], gpu: str, path: Path) -> N
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
             axis.grid(alpha=0.3)
-    rows[0][0].legend()
+    rows[0][1].legend(loc="upper right", fontsize=8)
     figure.suptitle("A step of HDPO by the planner's arithmetic (not measured), fastest layout that fits")
     figure.tight_layout()
     figure.savefig(path, dpi=110)

@@ -6,7 +6,7 @@ out: they would agree by construction.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_hdpo.planner.cluster import (
     BROADCAST_SYNC_BYTES_S,
@@ -21,7 +21,7 @@ from megatron_hdpo.planner.layout import Layout
 from megatron_hdpo.planner.plan import plan
 from megatron_hdpo.planner.sampling_time import sync
 from megatron_hdpo.planner.shapes import SHAPES
-from megatron_hdpo.planner.workload import Rollouts, Workload
+from megatron_hdpo.planner.workload import Rollouts, StudentScoring, Workload
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def comparisons() -> list[Comparison]:
 
 
 NOT_COMPARED = (
-    "NeMo-RL DeepSeek-V3 (128 to 512 H100): latent attention, no dense stand-in of the families that the trainer knows",
+    "NeMo-RL DeepSeek-V3 (128 to 512 H100): latent attention, which the trainer does not know",
     "OPSD 1.7B on 8 H100, about 3 h: number of steps and lengths are not published",
     "vime OPD 4B from 32B on 8 A800, about 2 min/step: lengths and batch are not published",
     "memory of chunked losses (NeMo-RL #2883, verl #6593, SkyRL #1610, #1751): chunk and layout are not published",
@@ -79,24 +79,18 @@ def _heads() -> list[Comparison]:
 
 
 def _steps() -> list[Comparison]:
-    """NeMo-RL's GRPO steps. Tokens per step are those of its table (tokens/s/GPU x GPUs x seconds)."""
-    note = (
-        "layout and lengths assumed; while it samples the trainer's state is elsewhere, which it is not in this package"
-    )
-    work = Workload(64, 32, 200, 3106, 3896, micro_batch_tokens=4096, teacher="none", top_k=0)
+    """NeMo-RL's GRPO steps. Tokens per step are those of its table (tokens/s/GPU x GPUs x seconds). It scores by the
+    old weights and by a reference. Its trainer leaves the GPUs to the engine while it samples, which this package's
+    does not: the cache is planned as if it did."""
+    note = "layout, lengths assumed; trainer's memory free while sampling"
+    scored = (StudentScoring("policy", 1.0, 200), StudentScoring("reference", 1.0, 200))
+    work = Workload(64, 32, 200, 3106, 3896, micro_batch_tokens=4096, teacher="none", top_k=0, student_scorings=scored)
     layout = Layout(2, 1, 16, True, expert=8, overlap=True)
-    small = plan(
-        SHAPES["qwen3-30b-a3b"], Cluster(GPUS["h100"], 4), layout, work, Rollouts("colocated", 2, memory_fraction=0.85)
-    )
-    long_work = Workload(16, 32, 200, 5616, 7992, micro_batch_tokens=8192, teacher="none", top_k=0)
-    layout = Layout(4, 2, 16, True, expert=16, overlap=True)
-    large = plan(
-        SHAPES["qwen3-235b-a22b"],
-        Cluster(GPUS["h100"], 16),
-        layout,
-        long_work,
-        Rollouts("colocated", 8, memory_fraction=0.85),
-    )
+    servers = Rollouts("colocated", 2, memory_fraction=0.85)
+    small = plan(SHAPES["qwen3-30b-a3b"], Cluster(GPUS["h100"], 4), layout, work, servers)
+    work = replace(work, prompts=16, response_tokens=5616, longest_response=7992, micro_batch_tokens=8192)
+    layout, servers = Layout(4, 2, 16, True, expert=16, overlap=True), replace(servers, tensor=8)
+    large = plan(SHAPES["qwen3-235b-a22b"], Cluster(GPUS["h100"], 16), layout, work, servers)
     return [
         Comparison("NeMo-RL GRPO, Qwen3-30B-A3B, 32 H100, step", 192.0, small.step_s, note),
         Comparison("NeMo-RL GRPO, Qwen3-235B-A22B, 128 H100, step", 395.0, large.step_s, note),

@@ -10,6 +10,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch.profiler import ProfilerActivity, profile
 
+from megatron_hdpo.tracking.console import Console
+
 _SNAPSHOT_ENTRIES = 200_000
 
 
@@ -44,8 +46,8 @@ class ProfileConfig(BaseModel):
 class StepProfiler:
     """Writes `<folder>/step_<step>_rank_<rank>.json.gz` of the recipe's steps on the recipe's ranks."""
 
-    def __init__(self, config: ProfileConfig, folder: Path, rank: int, device: torch.device) -> None:
-        self.config, self.folder, self.rank, self.device = config, folder, rank, device
+    def __init__(self, config: ProfileConfig, folder: Path, rank: int, device: torch.device, console: Console) -> None:
+        self.config, self.folder, self.rank, self.device, self.console = config, folder, rank, device, console
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
@@ -57,7 +59,8 @@ class StepProfiler:
         path = self.folder / f"step_{step:08d}_rank_{self.rank:05d}"
         with self._memory_history(path), self._profile() as trace:
             yield
-        trace.export_chrome_trace(f"{path}.json.gz")
+        with self.console.phase("write trace"):
+            trace.export_chrome_trace(f"{path}.json.gz")
 
     def _profile(self) -> profile:
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self.device.type == "cuda" else [])

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 from megatron_hdpo.model.architecture import Architecture, parse_architecture
 from megatron_hdpo.planner.cluster import GPUS, peak_flops_s
 from megatron_hdpo.planner.flops import attention_flops, decoding_flops, forward_flops, product_flops
+from megatron_hdpo.tracking.console import Console
 from megatron_hdpo.tracking.metrics import read_metrics
 from megatron_hdpo.tracking.profile import ProfileConfig, StepProfiler
-from megatron_hdpo.tracking.timing import PhaseTimer
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
@@ -90,16 +90,17 @@ def _events(path: Path) -> list[dict[str, Any]]:
 
 def test_only_chosen_steps_and_ranks_are_traced(tmp_path: Path) -> None:
     config = ProfileConfig(steps=[2, 3], ranks=[1], record_shapes=True, memory=True)
-    timer = PhaseTimer()
+    console = Console(enabled=False)
     for rank in (0, 1):
-        profiler = StepProfiler(config, tmp_path, rank, torch.device("cpu"))
+        profiler = StepProfiler(config, tmp_path, rank, torch.device("cpu"), console)
         for step in (1, 2, 3):
-            with profiler.step(step), timer.measure("train"):
+            with profiler.step(step), console.phase("train"):
                 torch.ones(4, 5) @ torch.ones(5, 6)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "step_00000002_rank_00001.json.gz",
         "step_00000003_rank_00001.json.gz",
     ]
+    assert "time/write_trace_s" in console.timer.metrics()
     events = _events(tmp_path / "step_00000003_rank_00001.json.gz")
     assert any(event["name"] == "train" and event.get("cat") == "user_annotation" for event in events)
     product = next(event for event in events if event["name"] == "aten::mm")
@@ -108,7 +109,7 @@ def test_only_chosen_steps_and_ranks_are_traced(tmp_path: Path) -> None:
 
 
 def test_a_failed_step_leaves_no_trace(tmp_path: Path) -> None:
-    profiler = StepProfiler(ProfileConfig(steps=[1]), tmp_path / "profile", 0, torch.device("cpu"))
+    profiler = StepProfiler(ProfileConfig(steps=[1]), tmp_path / "profile", 0, torch.device("cpu"), Console(False))
     with pytest.raises(KeyError), profiler.step(1):
         raise KeyError("x")
     assert list((tmp_path / "profile").iterdir()) == []
