@@ -87,7 +87,10 @@ def _first_to_fail() -> bool:
             return store.add(_FAILED, 1) == 1
     except RuntimeError:  # rank 0 has ended meanwhile, and the store with it
         pass
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        return True
+    time.sleep(5)  # torchrun ends all ranks of a node when one has ended: let the first one speak before that
+    return False
 
 
 def _another_failed() -> bool:
@@ -108,9 +111,11 @@ def _agent_store() -> Store | None:
     """torchrun's store, or rank 0's where agents do not share theirs: that one is new in every round."""
     if "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
         return None
-    from torch.distributed import PrefixStore, TCPStore
+    from torch.distributed import PrefixStore, TCPStore, is_initialized
 
     of_agents = os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True"
+    if not of_agents and not is_initialized():
+        return None
     try:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         patience = timedelta(seconds=10 if of_agents else 2)

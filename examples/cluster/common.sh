@@ -5,6 +5,7 @@
 output_of() {
   local recipe=$1 output argument
   shift
+  [ -f "$recipe" ] || { echo "$recipe: no such recipe" >&2; return 2; }
   output=$(sed -n 's/^output:[[:space:]]*\([^[:space:]#]*\).*/\1/p' "$recipe")
   for argument in "$@"; do
     case $argument in output=*) output=${argument#output=} ;; esac
