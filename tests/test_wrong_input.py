@@ -135,7 +135,8 @@ TABLE = [
     ),
     Wrong(
         "unknown key with nothing like it",
-        "RecipeError: {recipe}: parallel.zzz: unknown key; known keys: tensor, pipeline, sequence, timeout_minutes",
+        "RecipeError: {recipe}: parallel.zzz: unknown key; known keys: tensor, pipeline, virtual_stages, context, "
+        "expert, expert_tensor, sequence, overlap, timeout_minutes",
         ["parallel.zzz=2"],
     ),
     Wrong(
