@@ -33,13 +33,18 @@ class Collective:
     what: str
 
     def seconds(self, layout: Layout, cluster: Cluster) -> float:
-        """On NCCL's rings. Host collectives are not on the GPU's links and take none."""
+        """On NCCL's rings; all-to-all in pairs, of which those within a node have its links. Host collectives are not
+        on the GPU's links and take none."""
         if self.group == "host":
             return 0.0
         ranks = layout.ranks(self.group)
         bandwidth, hop = cluster.link(layout.span(self.group))
         if self.kind in ("send", "recv"):
             return self.count * (hop + self.bytes / bandwidth) / 2  # each message is counted on both of its ends
+        if self.kind == "all_to_all":
+            near = min(1.0, cluster.gpus_per_node / layout.span(self.group))
+            sent = near / cluster.link(1)[0] + (1.0 - near) / bandwidth
+            return self.count * ((ranks - 1) * hop + self.bytes * sent)
         rounds = (2 if self.kind == "all_reduce" else 1) * (ranks - 1)
         return self.count * rounds * (hop + self.bytes / ranks / bandwidth)
 
@@ -169,7 +174,7 @@ def _head(a: Architecture, layout: Layout, stage: int, shape: PackedShape, chunk
     if layout.tensor == 1 or stage < layout.pipeline - 1:
         return
     chunks = max(1, -(-shape.responses // chunk))
-    sums = (3 + int(shape.two_temperatures and shape.targets > 0)) * shape.responses
+    sums = (3 + int((shape.two_temperatures or shape.full) and shape.targets > 0)) * shape.responses
     sums += shape.targets * (1 if shape.full else shape.top_k + int(shape.bucket))
     maxima = shape.responses + shape.targets * int(shape.full)
     yield Collective("all_reduce", "tp", maxima * _FP32 / chunks, chunks, "head maxima")

@@ -19,7 +19,7 @@ from megatron_hdpo.model.build import build_model, wrap_data_parallel
 from megatron_hdpo.model.config import ModelConfig
 from megatron_hdpo.model.optimizer import OptimizerConfig, build_optimizer
 from megatron_hdpo.model.policy import Policy
-from megatron_hdpo.objectives.interface import Example
+from megatron_hdpo.objectives.interface import Example, HiddenStates
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.rollout.types import TopLogprobs
 
@@ -156,12 +156,13 @@ def build(architecture: Architecture, context: ParallelContext, budget: int, hea
     return Policy(architecture, context, ddp, budget, *pair, head_chunk=head_chunk)
 
 
-def examples(count: int, prompt: int, response: int, top_k: int, vocab: int) -> list[Example]:
-    """Examples of one length, every one with an advantage and a target."""
+def examples(count: int, prompt: int, response: int, top_k: int, vocab: int, hidden: int = 0) -> list[Example]:
+    """Examples of one length, each with an advantage and a target: a top k, or hidden states of `hidden` channels."""
     rng = np.random.default_rng(0)
     ids = np.argsort(rng.random((response, vocab)), axis=-1)[:, :top_k].astype(np.int32)
     flat = np.full((response, top_k), -np.log(2.0 * max(top_k, 1)), dtype=np.float32)
     ones = np.ones(response, dtype=np.float32)
+    states = torch.from_numpy(rng.normal(size=(response, hidden))).bfloat16()
     return [
         Example(
             prompt_ids=rng.integers(0, vocab, prompt).astype(np.int32),
@@ -170,9 +171,9 @@ def examples(count: int, prompt: int, response: int, top_k: int, vocab: int) -> 
             surrogate_weights_T=ones,
             surrogate_count=float(response),
             rollout_logprobs_T=-ones,
-            distill_weights_T=ones if top_k else None,
-            distill_count=float(response) if top_k else 0.0,
-            target=TopLogprobs(ids, flat) if top_k else None,
+            distill_weights_T=ones,
+            distill_count=float(response),
+            target=HiddenStates(states) if hidden else TopLogprobs(ids, flat),
         )
         for _ in range(count)
     ]

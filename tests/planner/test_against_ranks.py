@@ -32,6 +32,8 @@ BUDGET, EXAMPLES = 128, 8
 SHAPE = PackedShape(BUDGET, PROMPT + RESPONSE, 2 * RESPONSE, 2 * RESPONSE, TOP_K)
 OTHER_LOSS = DistillConfig(top_k=TOP_K, temperature=1.3, tail="bucket", kind="forward_kl")
 OTHER_SHAPE = dataclasses.replace(SHAPE, two_temperatures=True, bucket=True)
+FULL_LOSS = DistillConfig(support="full")
+FULL_SHAPE = dataclasses.replace(SHAPE, top_k=0, full=True)
 # What depends on how many tokens the router gives to whom.
 UNEVEN = {("all_to_all", "ep"), ("all_gather", "expt_tp"), ("reduce_scatter", "expt_tp")}
 # Gloo gathers, and scatters sums of, unequal parts one rank's after the other.
@@ -62,6 +64,7 @@ CASES = {
     "dp2": Case(_split(data=2)),
     "tp2": Case(_split(tensor=2)),
     "tp2_qk_norm": Case(_split(tensor=2), QWEN3, OTHER_LOSS, OTHER_SHAPE),
+    "tp2_full": Case(_split(tensor=2), MODEL, FULL_LOSS, FULL_SHAPE),
     "tp2_recompute": Case(_split(tensor=2, recompute=True)),
     "tp2_sp": Case(_split(tensor=2, sequence=True)),
     "tp2_sp_qk_norm": Case(_split(tensor=2, sequence=True), QWEN3),
@@ -102,11 +105,14 @@ def _measure(case: Case) -> dict[str, Any]:
         policy = build(architecture, context, BUDGET, CHUNK, **_model_options(layout))
         policy.on_training = traffic = TrainingTraffic(architecture, layout, context.groups.pp.rank(), CHUNK)
         spec = LossSpec(SurrogateConfig(), case.distill, temperature=1.0)
-        own = examples(EXAMPLES, PROMPT, RESPONSE, TOP_K, architecture.vocab_size)[context.dp_rank :: context.dp_size]
-        policy.update(own, spec)
+        hidden = architecture.hidden_size if case.shape.full else 0
+        made = examples(EXAMPLES, PROMPT, RESPONSE, TOP_K, architecture.vocab_size, hidden)
+        own = made[context.dp_rank :: context.dp_size]
+        head = policy.model.head_weight().detach().clone() if case.shape.full else None
+        policy.update(own, spec, teacher_head=head)
         traffic.take()
         with Collectives(context) as collectives:
-            policy.update(own, spec)
+            policy.update(own, spec, teacher_head=head)
         told = traffic.take()
         optimizers = policy.optimizer.chained_optimizers
         states = [state for optimizer in optimizers for state in optimizer.optimizer.state.values()]
@@ -126,10 +132,10 @@ def _measure(case: Case) -> dict[str, Any]:
         }
         kept = Kept([*policy.model.parameters(), *weights])
         with kept.watching():
-            policy.accumulate_gradients(own, spec)
+            policy.accumulate_gradients(own, spec, teacher_head=head)
         found |= {"peak": kept.peak, "left": kept.live}
         if layout.pipeline == 1:
-            packed = policy._training_work(own[:2], None).batch.packed
+            packed = policy._training_work(own[:2], head).batch.packed
             with context.megatron_calls(), kept.watching():
                 output = policy.model(
                     input_ids=packed.tokens_T[None],

@@ -273,6 +273,12 @@ def test_links_between_nodes_are_slower_and_larger_groups_take_longer() -> None:
     sizes = [Layout(data=data) for data in (2, 4, 8, 16, 64)]
     seconds = [Collective("reduce_scatter", "dp_cp", 1e9, 1, "").seconds(layout, cluster) for layout in sizes]
     assert seconds == sorted(seconds) and seconds[3] > 5 * seconds[2]
+    spread = [Layout(data=64, expert=ranks) for ranks in (8, 16, 64)]
+    routed = [Collective("all_to_all", "ep", 1e9, 1, "").seconds(layout, cluster) for layout in spread]
+    # Within a node, half of it, an eighth of it.
+    far = 1e9 / cluster.link(64)[0]
+    assert routed[0] < 0.2 * far and routed[1] == pytest.approx(far / 2 + routed[0] / 2, rel=0.01)
+    assert routed[2] == pytest.approx(far * 7 / 8 + routed[0] / 8, rel=0.02)
     both = [Collective(kind, "dp_cp", 1e9, 1, "").seconds(sizes[2], cluster) for kind in ("all_reduce", "all_gather")]
     assert both[0] == pytest.approx(2 * both[1])
 
