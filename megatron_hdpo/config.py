@@ -185,7 +185,7 @@ def check_recipe(recipe: Recipe, architecture: Architecture, world_size: int) ->
     errors += [*_objective_errors(recipe, architecture), *_teacher_errors(recipe, architecture, world_size)]
     errors += [
         *_engine_errors(recipe, architecture),
-        *recipe.profile.errors(world_size),
+        *recipe.profile.errors(world_size, recipe.train.steps),
         *_precision_errors(recipe, architecture),
     ]
     if recipe.checkpoint.export and Path(recipe.model.path).resolve() == (recipe.output / "hf").resolve():

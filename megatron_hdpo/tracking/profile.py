@@ -35,10 +35,10 @@ class ProfileConfig(BaseModel):
         description="Peak of one device in TFLOP/s, for MFU; default: the dense bf16 peak where the device is known.",
     )
 
-    def errors(self, world_size: int) -> Iterator[str]:
+    def errors(self, world_size: int, steps: int) -> Iterator[str]:
         """Why these steps or ranks cannot be traced, by key."""
-        if wrong := [step for step in self.steps if step < 1]:
-            yield f"profile.steps: {wrong[0]}: steps are counted from 1"
+        if wrong := [step for step in self.steps if not 1 <= step <= steps]:
+            yield f"profile.steps: {wrong[0]}: the run has steps 1 to {steps} (train.steps)"
         if wrong := [rank for rank in self.ranks if not 0 <= rank < world_size]:
             yield f"profile.ranks: {wrong[0]}: the run has ranks 0 to {world_size - 1}"
 

@@ -155,7 +155,8 @@ def test_both_ranks_trace_the_chosen_step(two_ranks: tuple[Tree, list[dict[str, 
 @pytest.mark.parametrize(
     ("profile", "says"),
     [
-        ({"steps": [0]}, "profile.steps: 0: steps are counted from 1"),
+        ({"steps": [0]}, "profile.steps: 0: the run has steps 1 to 2"),
+        ({"steps": [1, 3]}, "profile.steps: 3: the run has steps 1 to 2"),
         ({"steps": [1], "ranks": [2]}, "profile.ranks: 2: the run has ranks 0 to 0"),
         ({"steps": [1], "peak_tflops": 0}, "profile.peak_tflops"),
     ],
