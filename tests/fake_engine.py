@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from megatron_hdpo.rollout.engine import EngineHealth, WeightStream
+from megatron_hdpo.rollout.engine import EngineHealth
 from megatron_hdpo.rollout.types import Completion, GenerationRequest, GenerationResult
 
 Fails = Callable[[GenerationRequest, int], bool]
@@ -33,9 +33,6 @@ class FakeEngine:
 
     def cancel(self, request_ids: Sequence[str]) -> None:
         """Nothing is ever under way: results come when they are asked for."""
-
-    def update_weights(self, stream: WeightStream, version: int) -> None:
-        self.weight_version = version
 
     def make_room(self) -> None:
         """It takes none."""

@@ -28,7 +28,7 @@ class EngineHealth:
 
 
 class Engine(Protocol):
-    """Samples responses with the weights it was last given.
+    """Samples responses with the weights it was last given (how they come to it: see weight_sync.py).
 
     Requests go in by `submit`, at any time, also while results are read; `results` yields what has finished, until
     nothing submitted is left: a request's n samples together or in several parts, each sample once. A sample that
@@ -40,7 +40,7 @@ class Engine(Protocol):
 
     @property
     def weight_version(self) -> int:
-        """Version passed to the last completed `update_weights`; -1 before the first."""
+        """Version of the weights of the last completed update; -1 before the first."""
 
     def submit(self, requests: Sequence[GenerationRequest]) -> None:
         """Queue requests. Raises ValueError, before anything is sampled, on a request that the engine cannot serve
@@ -53,10 +53,6 @@ class Engine(Protocol):
     def cancel(self, request_ids: Sequence[str]) -> None:
         """Give up what is unfinished of these requests; it comes back by `results` as cancelled. Unknown and finished
         ones are ignored."""
-
-    def update_weights(self, stream: WeightStream, version: int) -> None:
-        """Replace the weights by (Hugging Face name, full tensor) pairs and stamp them with `version`. Every parameter
-        must arrive exactly once with its shape; else ValueError, and the engine serves nothing until a whole one."""
 
     def make_room(self) -> None:
         """Nothing is outstanding, and nothing will be asked before the next weight update: memory that a trainer on the

@@ -8,7 +8,8 @@ from typing import Protocol
 
 from megatron_hdpo.model.policy import TrainingError
 from megatron_hdpo.parallel.context import ParallelContext
-from megatron_hdpo.rollout.engine import Engine, WeightStream
+from megatron_hdpo.rollout.embedded import EmbeddedEngine
+from megatron_hdpo.rollout.engine import WeightStream
 from megatron_hdpo.rollout.sglang.gate import GateError
 from megatron_hdpo.rollout.sglang.push import WeightPush, WeightPushError
 from megatron_hdpo.weights.stream import Receivers
@@ -31,7 +32,7 @@ class WeightSync(Protocol):
 class EmbeddedSync:
     """Every rank's own engine takes every tensor."""
 
-    engine: Engine
+    engine: EmbeddedEngine
 
     def __call__(self, open_stream: OpenStream, version: int) -> dict[str, float]:
         """See WeightSync."""

@@ -29,9 +29,9 @@ def make_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ma
     monkeypatch.setattr(servers_module, "BACKOFF", wait_none())
     made: list[Servers] = []
 
-    def make(on_restart: Callable[[int, str], None] | None = None, behaviour: str = "", **settings: Any) -> Servers:
+    def make(behaviour: str = "", **settings: Any) -> Servers:
         launches = [Launch(tmp_path, "cpu", index) for index in range(2)]
-        made.append(Servers(fake_config(tmp_path, behaviour, **settings), launches, tmp_path, on_restart))
+        made.append(Servers(fake_config(tmp_path, behaviour, **settings), launches, tmp_path))
         return made[-1]
 
     yield make
@@ -61,55 +61,50 @@ def test_servers_load_side_by_side(make_servers: MakeServers) -> None:
     servers.start()
     assert time.monotonic() - begin < 3.9
     assert len(set(servers.urls)) == 2 and all(process.answers() for process in servers.processes)
-    assert servers.check() == []
 
 
-def test_a_dead_server_is_restarted_and_told_of_when_it_answers(
+def test_a_dead_server_answers_again_when_its_restart_is_over(
     make_servers: MakeServers, caplog: pytest.LogCaptureFixture
 ) -> None:
-    told: list[tuple[int, str, bool]] = []
-    servers = make_servers(lambda index, url: told.append((index, url, servers.processes[index].answers())))
+    servers = make_servers()
     servers.start()
     urls, survivor = servers.urls, servers.processes[0].pid
     kill(servers, 1)
     with caplog.at_level(logging.WARNING):
-        assert servers.check() == [1]
-    assert told == [(1, urls[1], True)] and servers.urls == urls
+        servers.restart(1)
+    assert servers.processes[1].answers() and servers.urls == urls
     assert servers.processes[0].pid == survivor
     assert "SGLang server 1 ended, exit code 137 (SIGKILL)" in caplog.text
-    assert servers.check() == []
 
 
 def test_a_server_that_hangs_is_replaced_on_request(make_servers: MakeServers) -> None:
-    told: list[int] = []
-    servers = make_servers(lambda index, url: told.append(index))
+    servers = make_servers()
     servers.start()
     hanging = psutil.Process(servers.processes[0].pid).children()[0]
     hanging.suspend()
     assert servers.processes[0].alive() and not servers.processes[0].answers(timeout_s=0.2)
     servers.restart(0)
-    assert told == [0] and servers.processes[0].answers() and not hanging.is_running()
+    assert servers.processes[0].answers() and not hanging.is_running()
 
 
 def test_deaths_beyond_max_restarts_end_the_run(make_servers: MakeServers) -> None:
     servers = make_servers(max_restarts=1)
     servers.start()
     kill(servers, 0)
-    assert servers.check() == [0]
+    servers.restart(0)
     kill(servers, 0)
     with pytest.raises(ServerError, match=r"max_restarts=1 times already. SGLang server 0 ended(.|\n)*SIGKILL"):
-        servers.check()
+        servers.restart(0)
 
 
 def test_starts_that_fail_count_as_restarts(make_servers: MakeServers) -> None:
-    told: list[int] = []
-    servers = make_servers(lambda index, url: told.append(index), max_restarts=3)
+    servers = make_servers(max_restarts=3)
     servers.start()
     servers.config.environment["FAKE"] = "dies"
     kill(servers, 0)
     with pytest.raises(ServerError, match="no such model"):
-        servers.check()
-    assert servers.restarts == [3, 0] and told == []
+        servers.restart(0)
+    assert servers.restarts == [3, 0]
     assert servers.processes[0].log.read_text().count("=== server 0 started") == 4
 
 

@@ -1,6 +1,6 @@
 """The engine on SGLang servers: one sample per HTTP request, spread over servers, asked elsewhere when one is lost.
 
-A loop in a thread of its own does the talking; `submit`, `results` and `update_weights` are called from outside it.
+A loop in a thread of its own does the talking; `submit` and `results` are called from outside it.
 
 What a server does wrong never becomes a sample: no answer, an error of the server's own and an answer that was cut
 short are asked again, with jitter, of a server that is well; only what got no answer is asked again, so nothing that
@@ -22,7 +22,7 @@ from typing import Any
 import aiohttp
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from megatron_hdpo.rollout.engine import EngineHealth, EngineLostWeights, WeightStream
+from megatron_hdpo.rollout.engine import EngineHealth, EngineLostWeights
 from megatron_hdpo.rollout.request_check import problem_with
 from megatron_hdpo.rollout.sglang.answers import UNVERSIONED, BadAnswerError, completion_of
 from megatron_hdpo.rollout.sglang.api import ApiError, ServerApi
@@ -116,10 +116,6 @@ class SGLangEngine:
     def cancel(self, request_ids: Sequence[str]) -> None:
         """Give up what is unfinished of these requests; their servers are told to stop."""
         self._thread.run(self._cancel(request_ids))
-
-    def update_weights(self, stream: WeightStream, version: int) -> None:
-        """Not this way: what reaches the servers how is decided by `push.WeightPush`, which a run holds."""
-        raise NotImplementedError("weights reach SGLang servers by WeightPush.push")
 
     def make_room(self) -> None:
         """Servers with a memory saver release weights and key-value cache; a weight update brings them back."""

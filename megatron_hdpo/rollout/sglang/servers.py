@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from tenacity import (
@@ -21,24 +21,18 @@ from megatron_hdpo.rollout.sglang.command import Launch
 from megatron_hdpo.rollout.sglang.server import ServerError, ServerProcess
 from megatron_hdpo.rollout.sglang.server_config import ServerConfig
 
-OnRestart = Callable[[int, str], None]
 LOGGER = logging.getLogger(__name__)
 BACKOFF = wait_exponential(multiplier=2, max=60)
 """Seconds between starts that fail."""
 
 
 class Servers:
-    """`launches` says what each server loads and where it runs. No thread watches: whoever needs the servers asks.
-
-    on_restart(index, url): a server is back with the weights of its model folder; it must be given the run's before it
-    samples. index counts from 0 in the order of `launches`. `restart` may run in a thread of its own; `close` ends it.
+    """`launches` says what each server loads and where it runs; servers are counted from 0 in this order. No thread
+    watches: whoever needs the servers asks. `restart` may run in a thread of its own; `close` ends it.
     """
 
-    def __init__(
-        self, config: ServerConfig, launches: Sequence[Launch], folder: Path, on_restart: OnRestart | None = None
-    ) -> None:
+    def __init__(self, config: ServerConfig, launches: Sequence[Launch], folder: Path) -> None:
         self.config = config
-        self.on_restart = on_restart
         self.processes = [ServerProcess(config, launch, folder) for launch in launches]
         self.restarts = [0] * len(self.processes)
         self._closed = threading.Event()
@@ -59,17 +53,10 @@ class Servers:
             self.close()
             raise
 
-    def check(self) -> list[int]:
-        """Restart the servers that died, wait for them, and return their numbers; `on_restart` was called for each.
-        Raises ServerError when one died more often than `max_restarts`."""
-        dead = [index for index, process in enumerate(self.processes) if not process.alive()]
-        for index in dead:
-            self.restart(index)
-        return dead
-
     def restart(self, index: int) -> None:
-        """Kill server `index` if it lives (it may hang), start it, wait for it, and call `on_restart`. A start that
-        fails is tried again, later and later. Raises ServerError when `max_restarts` are used up."""
+        """Kill server `index` if it lives (it may hang), start it, and wait for it; it has the weights of its model
+        folder then. A start that fails is tried again, later and later. Raises ServerError when `max_restarts` are used
+        up."""
         process = self.processes[index]
         end = f"SGLang server {index} hangs." if process.alive() else process.describe_end()
         left = self.config.max_restarts - self.restarts[index]
@@ -85,8 +72,6 @@ class Servers:
             reraise=True,
         )
         retrying(self._start_again, index)
-        if self.on_restart is not None:
-            self.on_restart(index, process.url)
 
     def exhausted(self, index: int) -> bool:
         """Whether server `index` has used up its restarts."""
