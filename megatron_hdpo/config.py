@@ -185,6 +185,7 @@ def check_recipe(recipe: Recipe, architecture: Architecture, world_size: int) ->
     errors += [*_objective_errors(recipe, architecture), *_teacher_errors(recipe, architecture, world_size)]
     errors += [
         *_engine_errors(recipe, architecture),
+        *_routing_errors(recipe, architecture),
         *recipe.profile.errors(world_size),
         *_precision_errors(recipe, architecture),
     ]
@@ -333,6 +334,11 @@ def _engine_errors(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
         yield "rollout.ahead: colocated servers share the GPUs with the trainer, so they cannot sample while it trains"
     if sglang.servers.memory_saver and sglang.placement != "colocated":
         yield "rollout.sglang.servers.memory_saver: only colocated servers have memory to give back to the trainer"
+
+
+def _routing_errors(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
+    if recipe.rollout.routing_replay and not architecture.num_experts:
+        yield f"rollout.routing_replay: {recipe.model.path} has no experts to choose from; leave it out"
 
 
 def _precision_errors(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
