@@ -364,6 +364,8 @@ def _server_errors(recipe: Recipe, architecture: Architecture, device: str) -> I
             f"rollout.sglang.servers.context_length: {context} cannot hold a prompt of {prompt} tokens (data.prompts) "
             f"and rollout.max_new_tokens {response}"
         )
+    if device == "cpu" and recipe.rollout.routing_replay:
+        yield "rollout.routing_replay: on a CPU SGLang cannot tell experts, it notes them in memory that CUDA pins"
     if device == "cpu" and architecture.num_kv_heads % servers.tensor_parallel:
         yield (
             f"rollout.sglang.servers.tensor_parallel: {servers.tensor_parallel} ranks do not divide the model's "
