@@ -24,7 +24,7 @@ class MicroBatch:
 
     Under context parallelism the N tokens are those whose logits this rank has; places_N: their places among all
     response tokens (None: they are all). `responses` counts the tokens of all ranks.
-    routed_experts_TLK: of this rank's rows (`pack_routing`); None where the routers choose.
+    routed_experts_TLK: of this rank's rows, on the host (`pack_routing`); None where the routers choose.
     """
 
     packed: PackedSequences

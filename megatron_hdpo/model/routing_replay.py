@@ -36,16 +36,17 @@ class RoutedSeqParams(PackedSeqParams):
 
 
 def with_routing(params: PackedSeqParams, routed_experts_TLK: Tensor | None) -> PackedSeqParams:
-    """`params`, which name the experts of their tokens where any were chosen."""
+    """`params`, which name the experts of their tokens where any were chosen. Those of a step are many, so that they
+    wait on the host for their micro-batch."""
     if routed_experts_TLK is None:
         return params
-    return RoutedSeqParams(**vars(params), routed_experts_TLK=routed_experts_TLK)
+    return RoutedSeqParams(**vars(params), routed_experts_TLK=routed_experts_TLK.to(params.cu_seqlens_q.device))
 
 
 def pack_routing(
     packed: PackedSequences, routed_experts: Sequence[np.ndarray | None], lengths: Sequence[int]
 ) -> Tensor | None:
-    """The experts of a micro-batch's rows on this rank, int16 [T, L, K], from those of each sequence: int
+    """The experts of a micro-batch's rows on this rank, int16 [T, L, K] on the host, from those of each sequence: int
     [length - 1, L, K] (no engine routes the last token), None for a sequence whose router chooses. Raises ValueError on
     experts of other tokens."""
     for experts, length in zip(routed_experts, lengths, strict=True):
@@ -62,7 +63,7 @@ def pack_routing(
     for start, experts in zip(packed.starts, routed_experts, strict=True):
         if experts is not None:
             experts_TLK[start : start + len(experts)] = experts
-    return torch.from_numpy(experts_TLK[packed.own_rows_T]).to(packed.tokens_T.device)
+    return torch.from_numpy(experts_TLK[packed.own_rows_T])
 
 
 class RoutingReplay:

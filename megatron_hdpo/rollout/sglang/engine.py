@@ -326,8 +326,7 @@ class SGLangEngine:
             "top_logprobs_num": settings.top_logprobs,
             "return_flat_raw_output_top_logprobs": bool(settings.top_logprobs),
             "return_flat_raw_top_logprobs_b64": bool(settings.top_logprobs),
-            "return_routed_experts": settings.routed_experts,
-        }
+        } | ({"return_routed_experts": True} if settings.routed_experts else {})
 
     # In the caller's thread again.
 
