@@ -81,7 +81,7 @@ def _on_servers(
     )
     together(context, lambda: check_served_models(engine, architecture), close=engine.close)
     if rollout.routing_replay:
-        together(context, lambda: _check_tell_experts(engine), close=engine.close)
+        together(context, lambda: check_tells_experts(engine), close=engine.close)
     owners = sorted({server.owner for server in plan} | set(given_urls(config, places)))
     receivers: Receivers = "leader" if all(places[owner].leads for owner in owners) else "all"
     gate = None
@@ -98,11 +98,12 @@ def _experts(architecture: Architecture) -> ExpertChoice | None:
     return ExpertChoice(architecture.num_layers, architecture.num_experts, architecture.experts_per_token)
 
 
-def _check_tell_experts(engine: SGLangEngine) -> None:
+def check_tells_experts(engine: SGLangEngine) -> None:
+    """Raises ValueError, naming the servers, when any was started without the flag that makes it note experts."""
     if silent := [replica.url for replica in engine.replicas if not replica.info.routed_experts]:
         raise ValueError(
-            f"rollout.routing_replay: {', '.join(silent)} cannot tell the experts of a token; start with "
-            "--enable-return-routed-experts"
+            f"{', '.join(silent)} cannot tell the experts of a token, as rollout.routing_replay needs: start them "
+            "with --enable-return-routed-experts"
         )
 
 
