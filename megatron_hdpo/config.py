@@ -185,6 +185,7 @@ def check_recipe(recipe: Recipe, architecture: Architecture, world_size: int) ->
     errors += [*_objective_errors(recipe, architecture), *_teacher_errors(recipe, architecture, world_size)]
     errors += [
         *_engine_errors(recipe, architecture),
+        *_routing_errors(recipe, architecture),
         *recipe.profile.errors(world_size, recipe.train.steps),
         *_precision_errors(recipe, architecture),
     ]
@@ -335,6 +336,16 @@ def _engine_errors(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
         yield "rollout.sglang.servers.memory_saver: only colocated servers have memory to give back to the trainer"
 
 
+def _routing_errors(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
+    if recipe.rollout.routing_replay and not architecture.num_experts:
+        yield f"rollout.routing_replay: {recipe.model.path} has no experts to choose from; leave it out"
+    if recipe.rollout.routing_replay and recipe.rollout.ahead and recipe.rollout.swap == "mid_generation":
+        yield (
+            "rollout.routing_replay: with swap=mid_generation a server would tell the experts of the new weights for "
+            "tokens that the old ones sampled: use swap=after_batch"
+        )
+
+
 def _precision_errors(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
     yield from precision_errors(recipe.model, recipe.parallel, architecture)
     for key, optimizer in (("optimizer", recipe.optimizer), ("warmup.optimizer", recipe.warmup.optimizer)):
@@ -358,6 +369,8 @@ def _server_errors(recipe: Recipe, architecture: Architecture, device: str) -> I
             f"rollout.sglang.servers.context_length: {context} cannot hold a prompt of {prompt} tokens (data.prompts) "
             f"and rollout.max_new_tokens {response}"
         )
+    if device == "cpu" and recipe.rollout.routing_replay:
+        yield "rollout.routing_replay: on a CPU SGLang cannot tell experts, it notes them in memory that CUDA pins"
     if device == "cpu" and architecture.num_kv_heads % servers.tensor_parallel:
         yield (
             f"rollout.sglang.servers.tensor_parallel: {servers.tensor_parallel} ranks do not divide the model's "

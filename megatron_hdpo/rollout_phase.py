@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ def rollouts_of_step(run: Run) -> tuple[list[Group], dict[str, float]]:
     rollout = run.recipe.rollout
     file = rollouts_file(run.step + 1)
     if rollout.replay is not None:
-        groups = _replayed(rollout.replay / file)
+        groups = _replayed(rollout.replay / file, run)
     else:
         groups = _sampled(run)
         check_versions(groups, run.step, rollout.ahead)
@@ -49,11 +50,30 @@ def _sampled(run: Run) -> list[Group]:
         return refilled(groups, rollout.refill_rounds, size, run.objective, sample_more)
 
 
-def _replayed(path: Path) -> list[Group]:
+def _replayed(path: Path, run: Run) -> list[Group]:
     try:
-        return read_groups(path)
+        groups = read_groups(path)
     except (OSError, ValueError) as error:
         raise DataError(f"rollout.replay: {error}") from error
+    architecture = run.architecture
+    sizes = (architecture.num_layers, architecture.experts_per_token) if run.recipe.rollout.routing_replay else None
+    for group in groups:
+        check_experts(group, sizes, path)
+    return groups
+
+
+def check_experts(group: Group, sizes: tuple[int, int] | None, path: Path) -> None:
+    """Saved student rollouts must have their experts where they are replayed (sizes: layers, and experts of a token);
+    elsewhere (None) they are dropped. Raises DataError."""
+    for sample in group.samples:
+        experts = sample.completion.routed_experts
+        if sizes is None:
+            sample.completion = replace(sample.completion, routed_experts=None)
+            continue
+        wanted = (len(group.prompt_ids) + sample.length - 1, *sizes)
+        if experts is None or experts.shape != wanted:
+            has = "no experts" if experts is None else f"experts of shape {experts.shape}, not {wanted},"
+            raise DataError(f"rollout.replay: {path}: problem {group.problem.id} has {has} for rollout.routing_replay")
 
 
 def _save_rollouts(path: Path, groups: Sequence[Group], run: Run) -> None:

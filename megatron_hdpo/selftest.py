@@ -20,6 +20,7 @@ from megatron_hdpo.objectives.interface import (
     Scoring,
     SurrogateConfig,
 )
+from megatron_hdpo.objectives.targets import own_scoring
 from megatron_hdpo.rollout.types import Group
 
 
@@ -56,11 +57,8 @@ def check_logprobs(policy: Policy, groups: Sequence[Group], temperature: float) 
     scorings, engine = [], {}
     for g, group in enumerate(groups):
         for s, sample in enumerate(group.samples):
-            key = (g, "student", s, "self-test")
-            engine[key] = sample.completion.logprobs
-            scorings.append(
-                Scoring(key, group.prompt_ids, sample.completion.token_ids, "policy", temperature=temperature)
-            )
+            engine[g, "student", s, "self-test"] = sample.completion.logprobs
+            scorings.append(own_scoring((g, "student", s), "self-test", group, sample, temperature))
     scores = policy.score(scorings)
     differences = [np.abs(score.logprobs_T - engine[key]) for key, score in scores.items()]
     mine = np.concatenate(differences) if differences else np.zeros(0)

@@ -219,6 +219,21 @@ def test_all_reasons_of_an_impossible_recipe_at_once(tree: Tree, architecture: A
     }
 
 
+def test_routing_replay_needs_experts_and_an_engine_that_tells_them(tree: Tree, architecture: Architecture) -> None:
+    tree["rollout"] |= {"routing_replay": True, "engine": "sglang"}
+    with pytest.raises(RecipeError) as error:
+        check_recipe(parse_recipe(tree), architecture, 1)
+    no_memory, no_experts = sorted(str(error.value).splitlines(), key=lambda line: "no experts" in line)
+    assert no_memory.startswith("rollout.routing_replay: on a CPU SGLang cannot tell experts")
+    assert no_experts.startswith("rollout.routing_replay:") and "has no experts" in no_experts
+    tree["rollout"]["engine"] = "embedded"
+    experts = replace(architecture, num_experts=8, experts_per_token=2, expert_ffn_size=16)
+    assert check_recipe(parse_recipe(tree), experts, 1) == []
+    tree["rollout"] |= {"engine": "sglang", "ahead": 1, "swap": "mid_generation"}
+    with pytest.raises(RecipeError, match="swap=mid_generation a server would tell the experts of the new weights"):
+        check_recipe(parse_recipe(tree), experts, 1)
+
+
 def test_limits_are_inclusive(tree: Tree, architecture: Architecture) -> None:
     tree["rollout"]["max_new_tokens"] = 128 - 32
     tree["train"]["micro_batch_tokens"] = 128

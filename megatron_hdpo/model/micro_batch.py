@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_hdpo.divergence import Hidden, TopK
 from megatron_hdpo.model.packing import PackedSequences, RowLayout, pack
+from megatron_hdpo.model.routing_replay import pack_routing
 from megatron_hdpo.objectives.interface import Example, HiddenStates, Scoring
 
 
@@ -23,6 +24,7 @@ class MicroBatch:
 
     Under context parallelism the N tokens are those whose logits this rank has; places_N: their places among all
     response tokens (None: they are all). `responses` counts the tokens of all ranks.
+    routed_experts_TLK: of this rank's rows, on the host (`pack_routing`); None where the routers choose.
     """
 
     packed: PackedSequences
@@ -30,6 +32,7 @@ class MicroBatch:
     sampled_ids_N: Tensor
     responses: tuple[int, ...]
     places_N: Tensor | None = None
+    routed_experts_TLK: Tensor | None = None
 
     def own(self, values: Tensor) -> Tensor:
         """Of values for all response tokens [all, ...]: those of this rank's."""
@@ -75,8 +78,12 @@ def response_micro_batch(
     responses: Sequence[np.ndarray],
     device: torch.device,
     layout: RowLayout | None = None,
+    routed_experts: Sequence[np.ndarray | None] = (),
 ) -> MicroBatch:
-    """Pack prompt + response pairs. The last prompt token predicts the first response token."""
+    """Pack prompt + response pairs. The last prompt token predicts the first response token.
+
+    routed_experts: by pair, the experts of its tokens (`Example.routed_experts`); empty where none has any.
+    """
     sequences = [np.concatenate([prompt, response]) for prompt, response in zip(prompts, responses, strict=True)]
     packed = pack(sequences, device, layout)
     rows = [
@@ -92,6 +99,7 @@ def response_micro_batch(
         torch.from_numpy(sampled).to(device),
         tuple(len(response) for response in responses),
         torch.from_numpy(places).to(device) if shared else None,
+        pack_routing(packed, routed_experts, [len(ids) for ids in sequences]) if routed_experts else None,
     )
 
 
@@ -99,14 +107,26 @@ def example_micro_batch(
     examples: Sequence[Example], device: torch.device, layout: RowLayout | None = None
 ) -> MicroBatch:
     """The token side of a micro-batch of examples; every pipeline stage needs it."""
-    return response_micro_batch([e.prompt_ids for e in examples], [e.response_ids for e in examples], device, layout)
+    return response_micro_batch(
+        [e.prompt_ids for e in examples],
+        [e.response_ids for e in examples],
+        device,
+        layout,
+        [e.routed_experts for e in examples],
+    )
 
 
 def scoring_micro_batch(
     scorings: Sequence[Scoring], device: torch.device, layout: RowLayout | None = None
 ) -> MicroBatch:
     """The token side of a micro-batch of scorings."""
-    return response_micro_batch([s.context_ids for s in scorings], [s.response_ids for s in scorings], device, layout)
+    return response_micro_batch(
+        [s.context_ids for s in scorings],
+        [s.response_ids for s in scorings],
+        device,
+        layout,
+        [s.routed_experts for s in scorings],
+    )
 
 
 def loss_inputs(

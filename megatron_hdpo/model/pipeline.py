@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from megatron_hdpo.model.chunks import chunks_of, unwrap
 from megatron_hdpo.model.micro_batch import MicroBatch
+from megatron_hdpo.model.routing_replay import with_routing
 from megatron_hdpo.parallel.context import ParallelContext
 
 OnProgress = Callable[[int], None]
@@ -52,7 +53,7 @@ def run_micro_batches(
             input_ids=packed.tokens_T[None],
             position_ids=packed.positions_T[None],
             attention_mask=None,
-            packed_seq_params=packed.packed_seq_params(),
+            packed_seq_params=with_routing(packed.packed_seq_params(), item.batch.routed_experts_TLK),
         )
         if on_progress is not None and model is chunks[-1]:
             on_progress(packed.num_tokens)

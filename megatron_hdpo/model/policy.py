@@ -38,6 +38,7 @@ from megatron_hdpo.model.pipeline import (
 )
 from megatron_hdpo.model.precision import alignment
 from megatron_hdpo.model.router import RouterStatistics
+from megatron_hdpo.model.routing_replay import replay_routing
 from megatron_hdpo.model.scoring import Answered, ScoringSettings, score_rows, settings_of
 from megatron_hdpo.model.step_metrics import TokenSums, step_metrics, sum_over_ranks
 from megatron_hdpo.objectives.interface import (
@@ -101,6 +102,7 @@ class Policy:
         self.model.config.finalize_model_grads_func = finalize_without_division
         self._rows = row_layout(context, alignment(self.model.config))
         self._routers = RouterStatistics(self.model)
+        replay_routing(self.model)
 
     def score(
         self,

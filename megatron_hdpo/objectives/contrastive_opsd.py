@@ -31,7 +31,7 @@ from megatron_hdpo.objectives.siblings import (
     sibling_hint,
     wrong_siblings,
 )
-from megatron_hdpo.objectives.targets import Place
+from megatron_hdpo.objectives.targets import Place, own_scoring
 from megatron_hdpo.rollout.types import Group, Sample, TopLogprobs
 
 _SMALLEST_REST = 1e-7
@@ -85,7 +85,7 @@ class ContrastiveOPSD(Distillation):
         yield Scoring(key, first, ids, "teacher", top_k=distill.top_k, temperature=distill.temperature)
         yield Scoring((*place, "wrong"), second, ids, "teacher", temperature=distill.temperature, at=key)
         if self.updates_per_step > 1 and distill.importance_cap is not None:
-            yield Scoring((*place, "old"), group.prompt_ids, ids, "policy", temperature=self.temperature)
+            yield own_scoring(place, "old", group, sample, self.temperature)
 
     def examples(
         self, groups: Sequence[Group], scores: Mapping[ScoringKey, Score], totals: Mapping[str, float] = NO_TOTALS

@@ -29,7 +29,7 @@ from megatron_hdpo.objectives.interface import (
 )
 from megatron_hdpo.objectives.settings import ANY_TEACHER, ObjectiveSettings, Surroundings, TeacherKind
 from megatron_hdpo.objectives.siblings import PrivilegedPrompts
-from megatron_hdpo.objectives.targets import Place, target_of, target_scorings
+from megatron_hdpo.objectives.targets import Place, experts_of, own_scoring, target_of, target_scorings
 from megatron_hdpo.rollout.types import Group, Sample, TopLogprobs
 
 
@@ -87,11 +87,11 @@ class Distillation(BaseObjective):
         return [scoring for place, group, sample in self.trained(groups) for scoring in self._of(place, group, sample)]
 
     def _of(self, place: Place, group: Group, sample: Sample) -> Iterator[Scoring]:
-        ids, context = sample.completion.token_ids, self.teacher_context(group, place[2])
+        context = self.teacher_context(group, place[2])
         assert context is not None
-        yield from target_scorings(place, group.prompt_ids, context, ids, self.config.distill)
+        yield from target_scorings(place, group.prompt_ids, context, sample, self.config.distill)
         if self.updates_per_step > 1 and self.config.distill.importance_cap is not None:
-            yield Scoring((*place, "old"), group.prompt_ids, ids, "policy", temperature=self.temperature)
+            yield own_scoring(place, "old", group, sample, self.temperature)
 
     def examples(
         self, groups: Sequence[Group], scores: Mapping[ScoringKey, Score], totals: Mapping[str, float] = NO_TOTALS
@@ -134,4 +134,5 @@ def student_distillation(
         distill_weights_T=example.distill_weights_T if weights_T is None else weights_T.astype(np.float32),
         old_logprobs_T=None if old is None else old.logprobs_T,
         rollout_logprobs_T=sample.completion.logprobs,
+        routed_experts=experts_of(place, sample),
     )

@@ -28,7 +28,7 @@ from megatron_hdpo.objectives.interface import (
     SurrogateConfig,
 )
 from megatron_hdpo.objectives.settings import ObjectiveSettings
-from megatron_hdpo.objectives.targets import Place
+from megatron_hdpo.objectives.targets import Place, own_scoring
 from megatron_hdpo.rollout.types import Group, Sample
 
 OverlongPolicy = Literal["keep", "mask", "penalise"]
@@ -90,6 +90,7 @@ def student_example(
         old_logprobs_T=None if old is None else old.logprobs_T,
         rollout_logprobs_T=sample.completion.logprobs,
         reference_logprobs_T=None if reference is None else reference.logprobs_T,
+        routed_experts=sample.completion.routed_experts,
     )
 
 
@@ -129,7 +130,7 @@ class GRPO(BaseObjective):
     def _sample_scorings(self, place: Place, group: Group, sample: Sample) -> Iterator[Scoring]:
         ids = sample.completion.token_ids
         if self.updates_per_step > 1:
-            yield Scoring((*place, "old"), group.prompt_ids, ids, "policy", temperature=self.temperature)
+            yield own_scoring(place, "old", group, sample, self.temperature)
         if self.config.needs_reference and not is_masked(sample, self.config):
             yield Scoring((*place, "reference"), group.prompt_ids, ids, "reference", temperature=self.temperature)
 

@@ -123,7 +123,7 @@ class HDPO(GRPO):
                     (g, "privileged", s),
                     group.prompt_ids,
                     group.privileged_prompt_ids,
-                    sample.completion.token_ids,
+                    sample,
                     self.config.distill,
                 )
         return scorings

@@ -39,7 +39,7 @@ class Scoring:
     with top_k > 0, whose ids' log-probs under THESE weights and context are wanted. hidden: keep the hidden states that
     the head reads, so that a full-vocabulary target can be made of them. reverse_kl_to: the key of another scoring with
     hidden=True; wanted is KL(these weights || those) over the full vocabulary, per token.
-    All at `temperature`.
+    All at `temperature`. routed_experts: as in `Example`; for the policy's weights alone.
     """
 
     key: ScoringKey
@@ -51,6 +51,7 @@ class Scoring:
     at: ScoringKey | None = None
     hidden: bool = False
     reverse_kl_to: ScoringKey | None = None
+    routed_experts: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ class Example:
     surrogate_count and distill_count: what this response adds to the two normalisers, also where its weights are zero
     (tokens for a token mean, 1 for a mean over sequences whose weights are 1/T).
     reference_logprobs_T: of the reference policy, for the KL penalty.
+    routed_experts: `Completion.routed_experts` where prompt and response are what the engine sampled; the tokens go to
+    these experts. None: the router chooses.
     """
 
     prompt_ids: np.ndarray
@@ -99,6 +102,7 @@ class Example:
     distill_count: float = 0.0
     target: TopLogprobs | HiddenStates | None = None
     reference_logprobs_T: np.ndarray | None = None
+    routed_experts: np.ndarray | None = None
 
     @property
     def num_tokens(self) -> int:

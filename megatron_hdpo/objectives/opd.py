@@ -33,7 +33,7 @@ from megatron_hdpo.objectives.interface import (
     SurrogateConfig,
 )
 from megatron_hdpo.objectives.settings import OTHER_TEACHERS, ObjectiveSettings, Surroundings, TeacherKind
-from megatron_hdpo.objectives.targets import Place
+from megatron_hdpo.objectives.targets import Place, own_scoring
 from megatron_hdpo.rollout.types import Group, Sample
 
 
@@ -129,7 +129,7 @@ class SampledDistillation(BaseObjective):
         """The student's scoring, named `old`, and the teacher's."""
         prompt, ids = group.prompt_ids, sample.completion.token_ids
         return (
-            Scoring((*place, "old"), prompt, ids, "policy", temperature=self.temperature),
+            own_scoring(place, "old", group, sample, self.temperature),
             Scoring((*place, "teacher"), prompt, ids, "teacher", temperature=self.temperature),
         )
 
@@ -146,6 +146,7 @@ class SampledDistillation(BaseObjective):
                 surrogate_count=float(sample.length),
                 old_logprobs_T=scores[*place, "old"].logprobs_T if self.updates_per_step > 1 else None,
                 rollout_logprobs_T=sample.completion.logprobs,
+                routed_experts=sample.completion.routed_experts,
             )
             for place, group, sample in self.trained(groups)
         ]

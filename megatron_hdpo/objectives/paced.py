@@ -134,8 +134,8 @@ class PACED(Distillation):
             yield from super()._of(place, group, sample)
             return
         assert group.privileged_prompt_ids is not None
-        context, ids = group.privileged_prompt_ids, sample.completion.token_ids
-        yield from target_scorings(place, group.prompt_ids, context, ids, self.config.distill)
+        context = group.privileged_prompt_ids
+        yield from target_scorings(place, group.prompt_ids, context, sample, self.config.distill)
 
     def teacher_context(self, group: Group, index: int) -> np.ndarray:
         """The prompt with the ground truth."""

@@ -35,7 +35,7 @@ from megatron_hdpo.objectives.siblings import (
     sibling_hint,
     wrong_siblings,
 )
-from megatron_hdpo.objectives.targets import Place
+from megatron_hdpo.objectives.targets import Place, own_scoring
 from megatron_hdpo.rollout.types import Group, Sample
 
 _LARGEST_EVIDENCE = 60.0
@@ -104,7 +104,7 @@ class RLSD(GRPO):
         for name, context in self._contexts(place[2], group).items():
             yield Scoring((*place, name), context, ids, "teacher", temperature=self.temperature)
         if self.config.evidence == "answer" and self.updates_per_step == 1:  # else GRPO asks for it
-            yield Scoring((*place, "old"), group.prompt_ids, ids, "policy", temperature=self.temperature)
+            yield own_scoring(place, "old", group, sample, self.temperature)
 
     def _contexts(self, index: int, group: Group) -> dict[str, np.ndarray]:
         """Prompt ids of the teacher by the name of the score."""

@@ -105,8 +105,7 @@ class SRPO(GRPO):
             hint = demonstration(group, s, self.config.demonstration)
             assert hint is not None
             context = self.prompts.hinted(group.problem, hint)
-            ids = sample.completion.token_ids
-            scorings += target_scorings((g, kind, s), group.prompt_ids, context, ids, self.config.distill)
+            scorings += target_scorings((g, kind, s), group.prompt_ids, context, sample, self.config.distill)
         return scorings
 
     def totals(self, groups: Sequence[Group], scores: Mapping[ScoringKey, Score]) -> dict[str, float]:

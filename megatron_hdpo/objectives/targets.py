@@ -7,18 +7,36 @@ from collections.abc import Mapping
 import numpy as np
 
 from megatron_hdpo.objectives.interface import DistillConfig, HiddenStates, Score, Scoring, ScoringKey
-from megatron_hdpo.rollout.types import TopLogprobs
+from megatron_hdpo.rollout.types import Group, Sample, TopLogprobs
 
 Place = tuple[int, str, int]
 """(index of the group, `student` or `privileged`, index of the sample)."""
 
 
+def experts_of(place: Place, sample: Sample) -> np.ndarray | None:
+    """The experts that sampled a rollout, where they saw what the policy sees: the student's prompt and this response.
+    A privileged rollout's saw another prompt."""
+    return sample.completion.routed_experts if place[1] == "student" else None
+
+
+def own_scoring(place: Place, name: str, group: Group, sample: Sample, temperature: float) -> Scoring:
+    """The policy's log-probs of a student rollout after the prompt that it answers, by the experts that sampled it."""
+    return Scoring(
+        (*place, name),
+        group.prompt_ids,
+        sample.completion.token_ids,
+        "policy",
+        temperature=temperature,
+        routed_experts=experts_of(place, sample),
+    )
+
+
 def target_scorings(
-    place: Place, student_context: np.ndarray, teacher_context: np.ndarray, response: np.ndarray, config: DistillConfig
+    place: Place, student_context: np.ndarray, teacher_context: np.ndarray, sample: Sample, config: DistillConfig
 ) -> list[Scoring]:
     """What `target_of` needs: the teacher's distribution over the response after its own context, on the support that
     the config chooses; for support=student the policy's top k after the student's context first."""
-    taught = (*place, "teacher")
+    taught, response = (*place, "teacher"), sample.completion.token_ids
     if config.support == "full":
         return [Scoring(taught, teacher_context, response, "teacher", temperature=config.temperature, hidden=True)]
     if config.support == "teacher":
@@ -26,7 +44,15 @@ def target_scorings(
         return [Scoring(taught, teacher_context, response, "teacher", top_k=k, temperature=config.temperature)]
     own = (*place, "support")
     return [
-        Scoring(own, student_context, response, "policy", top_k=config.top_k, temperature=config.temperature),
+        Scoring(
+            own,
+            student_context,
+            response,
+            "policy",
+            top_k=config.top_k,
+            temperature=config.temperature,
+            routed_experts=experts_of(place, sample),
+        ),
         Scoring(taught, teacher_context, response, "teacher", temperature=config.temperature, at=own),
     ]
 

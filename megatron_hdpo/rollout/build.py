@@ -15,6 +15,7 @@ from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.rollout.config import RolloutConfig
 from megatron_hdpo.rollout.embedded import EmbeddedEngine
 from megatron_hdpo.rollout.engine import Engine
+from megatron_hdpo.rollout.sglang.answers import ExpertChoice
 from megatron_hdpo.rollout.sglang.api import ApiError
 from megatron_hdpo.rollout.sglang.command import Launch
 from megatron_hdpo.rollout.sglang.engine import SGLangEngine
@@ -73,10 +74,14 @@ def _on_servers(
     urls = servers.urls if servers else given_urls(config, places).get(context.rank, [])
     engine = together(
         context,
-        lambda: SGLangEngine(config, urls, architecture.vocab_size, architecture.max_positions, servers),
+        lambda: SGLangEngine(
+            config, urls, architecture.vocab_size, architecture.max_positions, servers, _experts(architecture)
+        ),
         close=servers.close if servers else None,
     )
     together(context, lambda: check_served_models(engine, architecture), close=engine.close)
+    if rollout.routing_replay:
+        together(context, lambda: check_tells_experts(engine), close=engine.close)
     owners = sorted({server.owner for server in plan} | set(given_urls(config, places)))
     receivers: Receivers = "leader" if all(places[owner].leads for owner in owners) else "all"
     gate = None
@@ -85,6 +90,21 @@ def _on_servers(
         gate = Gate(*sizes, device, config.sync.timeout_s, config.sync.min_peak, architecture.num_experts)
     transport = _transport(rollout, plan, model_path, context, output)
     return BuiltEngine(engine, ServerSync(WeightPush(engine, transport, gate), receivers, context), owners)
+
+
+def _experts(architecture: Architecture) -> ExpertChoice | None:
+    if not architecture.num_experts:
+        return None
+    return ExpertChoice(architecture.num_layers, architecture.num_experts, architecture.experts_per_token)
+
+
+def check_tells_experts(engine: SGLangEngine) -> None:
+    """Raises ValueError, naming the servers, when any was started without the flag that makes it note experts."""
+    if silent := [replica.url for replica in engine.replicas if not replica.info.routed_experts]:
+        raise ValueError(
+            f"{', '.join(silent)} cannot tell the experts of a token, as rollout.routing_replay needs: start them "
+            "with --enable-return-routed-experts"
+        )
 
 
 def _started(
@@ -97,7 +117,7 @@ def _started(
     config.check(device)
     config.check_interpreter(device)
     node = os.environ.get("GROUP_RANK", "0")
-    launches = [Launch(model_path, device, server.index, server.first_gpu) for server in mine]
+    launches = [Launch(model_path, device, server.index, server.first_gpu, rollout.routing_replay) for server in mine]
     servers = Servers(config, launches, output / "logs" / f"node{node}")
     servers.start()
     return servers

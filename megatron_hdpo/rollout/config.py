@@ -54,6 +54,11 @@ class RolloutConfig(BaseModel):
         "after_batch",
         description="With ahead=1: new weights wait for the samples in progress, or come in the middle of them.",
     )
+    routing_replay: bool = Field(
+        False,
+        description="The trainer sends a rollout's tokens to the experts that the engine chose (R3); for models "
+        "with experts. SGLang 0.5.23 can tell them; servers that are given need --enable-return-routed-experts.",
+    )
     save: bool = Field(True, description="Write every step's rollouts to rollouts/step_<n>.jsonl in the run folder.")
     replay: Path | None = Field(
         None, description="Take the rollouts from this folder of saved ones in place of an engine."
@@ -79,4 +84,5 @@ class RolloutConfig(BaseModel):
             top_k=self.top_k,
             top_logprobs=top_logprobs,
             stop_token_ids=stop_token_ids,
+            routed_experts=self.routing_replay,
         )

@@ -176,6 +176,8 @@ class EmbeddedEngine:
     def _validate(self, request: GenerationRequest) -> None:
         problem = problem_with(request, self._model.vocab_size, self._model.context_length)
         total = len(request.prompt_ids) + request.sampling.max_new_tokens
+        if not problem and request.sampling.routed_experts and not self._model.has_experts:
+            problem = "routed experts are asked for, and the model has no experts"
         if not problem and total > self.config.max_batch_tokens:
             problem = f"prompt plus response of {total} tokens exceed max_batch_tokens {self.config.max_batch_tokens}"
         if problem:
@@ -191,6 +193,7 @@ class EmbeddedEngine:
             )
             for sequence in self._active:
                 sequence.cached += 1
+            self._note_experts(self._active, range(len(self._active)))
             if self._params is None:
                 self._params = self._row_params(self._active)
             ended = self._sample(self._active, logits_BV, self._params)
@@ -253,6 +256,7 @@ class EmbeddedEngine:
                 sequences.append(SequenceState(pending, index, numbers, cached=len(request.prompt_ids)))
                 sources.append(source)
             pending.admitted += count
+        self._note_experts(sequences, sources)
         logits_BV = logits_RV[torch.tensor(sources, device=self._device)]
         ended = set(self._sample(sequences, logits_BV, self._row_params(sequences)))
         self._insert([s for r, s in enumerate(sequences) if r not in ended], batch, prefilled)
@@ -317,6 +321,16 @@ class EmbeddedEngine:
                 self._finish(sequence, "length")
                 ended.append(row)
         return ended
+
+    def _note_experts(self, sequences: Sequence[SequenceState], sources: Sequence[int]) -> None:
+        """Keep the experts that the pass which just ran sent each sequence's tokens to; sources: its row of it."""
+        if not any(sequence.pending.request.sampling.routed_experts for sequence in sequences):
+            return
+        experts_BPLK = self._model.experts_of_last_pass()
+        for sequence, row in zip(sequences, sources, strict=True):
+            if sequence.pending.request.sampling.routed_experts:
+                prompt = len(sequence.pending.request.prompt_ids)
+                sequence.experts.append(experts_BPLK[row, : prompt if not sequence.ids else 1])
 
     def _finish(self, sequence: SequenceState, reason: FinishReason) -> None:
         sequence.pending.completions[sequence.index] = sequence.completion(reason)

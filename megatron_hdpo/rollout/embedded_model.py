@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,12 +34,31 @@ class EmbeddedModel:
         self.vocab_size = _checked_vocab_size(self.config, vocab_size)
         _check_architecture(self.config)
         self._model, self._shapes = _build_empty(self.config, dtype, device)
+        self._chosen: list[torch.Tensor] = []  # by layer, of the last pass, and how many rows and columns that had
+        self._pass_shape: tuple[int, ...] = ()
+        for layer in self._model.model.layers:
+            if hasattr(layer.mlp, "gate"):
+                layer.mlp.gate.register_forward_hook(self._note_experts)
         self._places = {name: place for parameter in self._shapes.items() for name, place in _places(*parameter)}
 
     @property
     def context_length(self) -> int:
         """Longest prompt plus response in tokens."""
         return int(self.config.max_position_embeddings)
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether tokens are sent to experts."""
+        return bool(getattr(self.config, "num_experts", 0))
+
+    def experts_of_last_pass(self) -> np.ndarray:
+        """Those that `prefill` [B, columns, L, K] or `decode` [B, 1, L, K] sent tokens to, padding included; uint8, or
+        uint16 for more than 256 experts."""
+        kind = np.uint8 if self.config.num_experts <= 256 else np.uint16
+        return torch.stack(self._chosen, dim=1).unflatten(0, self._pass_shape).cpu().numpy().astype(kind)
+
+    def _note_experts(self, router: torch.nn.Module, args: Any, output: tuple[torch.Tensor, ...]) -> None:
+        self._chosen.append(output[2])
 
     def new_cache(self, max_tokens: int) -> SlotCache:
         """An empty decoding cache for this model."""
@@ -101,6 +120,7 @@ class EmbeddedModel:
         for row, prompt in enumerate(prompts):
             ids_BP[row, : len(prompt)] = torch.from_numpy(prompt.astype(np.int64))
         cache = DynamicCache()
+        self._chosen, self._pass_shape = [], tuple(ids_BP.shape)
         hidden_BPH = self._model.model(
             input_ids=ids_BP.to(self.device), past_key_values=cache, use_cache=True
         ).last_hidden_state
@@ -114,6 +134,7 @@ class EmbeddedModel:
         positions_B = torch.from_numpy(lengths.astype(np.int64)).to(self.device)
         cache.plan_step(positions_B, width)
         columns_W = torch.arange(width, device=self.device)
+        self._chosen, self._pass_shape = [], (len(tokens), 1)
         mask_B11W = (columns_W[None] <= positions_B[:, None])[:, None, None]
         output = self._model.model(
             input_ids=torch.from_numpy(tokens.astype(np.int64)).to(self.device)[:, None],

@@ -43,6 +43,7 @@ class SequenceState:
     versions: list[int] = field(default_factory=list)
     top_ids: list[np.ndarray] = field(default_factory=list)
     top_logprobs: list[np.ndarray] = field(default_factory=list)
+    experts: list[np.ndarray] = field(default_factory=list)
 
     def completion(self, reason: FinishReason) -> Completion:
         tops = None
@@ -54,4 +55,5 @@ class SequenceState:
             finish_reason=reason,
             weight_versions=np.array(self.versions, dtype=np.int32),
             top_logprobs=tops,
+            routed_experts=np.concatenate(self.experts) if self.experts else None,
         )

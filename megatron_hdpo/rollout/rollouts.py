@@ -165,6 +165,8 @@ class RolloutCoordinator:
         group = share.groups[index]
         group.privileged_prompt_ids = self.prompts.privileged(group.problem)
         sampling = self.config.sampling(count, self.stop_token_ids, objective.privileged_top_logprobs)
+        # They are learned from after another prompt, where the engine's experts are none to follow.
+        sampling = replace(sampling, routed_experts=False)
         seed = rollout_seed(self.seed, "privileged", share.step, group.problem.id)
         return RolloutRequest(f"{index}/privileged", group.problem, group.privileged_prompt_ids, sampling, seed)
 

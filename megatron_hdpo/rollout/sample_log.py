@@ -114,7 +114,7 @@ def _encode_completion(completion: Completion) -> dict[str, Any]:
         "weight_versions": _pack(completion.weight_versions),
         "top_ids": None if tops is None else _pack(tops.ids_TK),
         "top_logprobs": None if tops is None else _pack(tops.logprobs_TK),
-    }
+    } | ({} if completion.routed_experts is None else {"routed_experts": _pack(completion.routed_experts)})
 
 
 def _json_part(metadata: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -203,6 +203,7 @@ def _decode_completion(packed: dict[str, Any], finish_reason: str) -> Completion
         finish_reason=finish_reason,  # type: ignore[arg-type]  # checked above
         weight_versions=_unpack(packed["weight_versions"]),
         top_logprobs=tops,
+        routed_experts=_unpack(packed["routed_experts"]) if "routed_experts" in packed else None,
     )
     lengths = {len(completion.token_ids), len(completion.logprobs), len(completion.weight_versions)}
     lengths |= {len(tops.ids_TK), len(tops.logprobs_TK)} if tops else set()

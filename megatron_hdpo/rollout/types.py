@@ -23,6 +23,7 @@ class SamplingParams:
     Log-probs are those of log_softmax(logits / temperature) over the full vocabulary, before top-p and top-k.
     temperature 0 is greedy decoding; its log-probs are those of temperature 1.
     top_logprobs: the k largest log-probs returned for every generated token (0: none).
+    routed_experts: return the experts that every token was sent to; a completion without them is an error.
     """
 
     max_new_tokens: int
@@ -32,6 +33,7 @@ class SamplingParams:
     top_k: int | None = None
     top_logprobs: int = 0
     stop_token_ids: tuple[int, ...] = ()
+    routed_experts: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,18 @@ class TopLogprobs:
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled response. The stop token that was sampled is its last token; a response cut by length has none."""
+    """One sampled response. The stop token that was sampled is its last token; a response cut by length has none.
+
+    routed_experts: numbers of the experts in every layer for the prompt's and the response's tokens but the last, which
+    the engine did not run; uint8, or uint16 for more than 256 experts.
+    """
 
     token_ids: np.ndarray  # int32 [T]
     logprobs: np.ndarray  # float32 [T]
     finish_reason: FinishReason
     weight_versions: np.ndarray  # int32 [T], version of the weights that sampled each token
     top_logprobs: TopLogprobs | None = None
+    routed_experts: np.ndarray | None = None  # [P + T - 1, layers, experts per token]
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,36 @@ def full_forward_logprobs(
     return torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
 
 
+def experts_of_full_forward(model: torch.nn.Module, prompt: np.ndarray, completion: Completion) -> np.ndarray:
+    """[P + T - 1, layers, K], sorted: those of all tokens but the last."""
+    ids = torch.from_numpy(np.concatenate([prompt, completion.token_ids[:-1]]).astype(np.int64))[None]
+    with torch.no_grad():
+        logits = model(ids, output_router_logits=True).router_logits
+    return torch.stack([of_layer.topk(2).indices for of_layer in logits], dim=1).sort(-1).values.numpy()
+
+
+def test_experts_are_those_that_the_tokens_went_to() -> None:
+    """With more samples than slots, of prompts of different lengths; some are not asked for theirs."""
+    model = random_model(CONFIGS["qwen3_moe"])
+    engine = engine_for(model, max_batch_sequences=5, prefill_tokens=16)
+    stops = tuple(range(12))
+    requests = [request(f"r{i}", 3 + 4 * i, n=3, routed_experts=i != 1, stop_token_ids=stops) for i in range(4)]
+    results = run(engine, requests)
+    lengths = set()
+    for asked in requests:
+        for completion in results[asked.request_id].completions:
+            lengths.add(len(completion.token_ids))
+            if asked.request_id == "r1":
+                assert completion.routed_experts is None
+                continue
+            assert completion.routed_experts.dtype == np.uint8
+            wanted = experts_of_full_forward(model, asked.prompt_ids, completion)
+            assert (np.sort(completion.routed_experts, axis=-1) == wanted).all()
+    assert len(lengths) > 3, "rows end at different steps"
+    with pytest.raises(ValueError, match="the model has no experts"):
+        engine_for(random_model(CONFIGS["llama"])).submit([request("r", 3, routed_experts=True)])
+
+
 def mixed_requests() -> list[GenerationRequest]:
     """Different prompt lengths, n, temperatures, limits and stop tokens: rows end at different steps."""
     stops = tuple(range(0, 12))
@@ -169,7 +199,7 @@ def test_stop_token_is_last_and_only_last():
         assert (completion.finish_reason == "stop") == bool(np.isin(completion.token_ids[-1], stops))
         assert completion.finish_reason == "stop" or len(completion.token_ids) == 12
         lengths.add(len(completion.token_ids))
-    assert len(lengths) > 3
+    assert len(lengths) > 3, "rows end at different steps"
 
 
 def test_padded_vocabulary_is_never_sampled_and_carries_no_probability():

@@ -72,7 +72,7 @@ def coordinator(context: Any, fails: Fails = lambda request, index: False, seed:
     engine = FakeEngine(fails)
     engine.deterministic = False  # one that repeats itself exactly is asked in two phases
     sampler = Sampler(engine, Judge(lambda text: text.startswith("4")), text_of)  # type: ignore[arg-type]
-    config = RolloutConfig(samples_per_prompt=3, max_new_tokens=8)
+    config = RolloutConfig(samples_per_prompt=3, max_new_tokens=8, routing_replay=True)
     return RolloutCoordinator(config, context, sampler, Prompts(), (1,), seed)  # type: ignore[arg-type]
 
 
@@ -160,6 +160,8 @@ def test_privileged_rollouts_use_the_privileged_prompt_and_the_filter() -> None:
     (request,) = [r for r in rollouts.sampler.engine.seen if "privileged" in r.request_id]  # type: ignore[attr-defined]
     assert request.prompt_ids.tolist() == [2, 3, 9]
     assert (request.sampling.n, request.sampling.top_logprobs, request.sampling.stop_token_ids) == (4, 5, (1,))
+    experts = [r.sampling.routed_experts for r in rollouts.sampler.engine.seen]  # type: ignore[attr-defined]
+    assert not request.sampling.routed_experts and sum(experts) == len(PROBLEMS), "of students alone"
     assert [len(group.privileged) for group in groups] == [0, 0, 0, 1, 0]
     assert groups[3].dropped["over"] + groups[3].dropped.get("privileged_check_failed", 0) == 3
     assert [group.privileged_prompt_ids is None for group in groups] == [True, True, True, False, True]

@@ -35,6 +35,7 @@ def samples(draw) -> Sample:
         finish_reason=draw(st.sampled_from(["stop", "length"])),
         weight_versions=draw(arrays.arrays(np.int32, length, elements=st.integers(-1, 9))),
         top_logprobs=tops if k else None,
+        routed_experts=draw(st.none() | arrays.arrays(np.uint16, (length + 1, 2, 2))),
     )
     feedback = draw(st.none() | st.text(max_size=20))
     return Sample(
@@ -72,7 +73,7 @@ def assert_same_sample(left: Sample, right: Sample) -> None:
         right.completion.finish_reason,
     )
     mine, its = left.completion, right.completion
-    for name in ("token_ids", "logprobs", "weight_versions"):
+    for name in ("token_ids", "logprobs", "weight_versions", "routed_experts"):
         assert_same_array(getattr(mine, name), getattr(its, name))
     assert (mine.top_logprobs is None) == (its.top_logprobs is None)
     if mine.top_logprobs and its.top_logprobs:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from megatron_hdpo.rollout.sglang.answers import ExpertChoice
 from megatron_hdpo.rollout.sglang.config import SGLangConfig
 from megatron_hdpo.rollout.sglang.engine import SGLangEngine
 from megatron_hdpo.rollout.sglang.gate import Gate
@@ -55,11 +56,12 @@ def one_engine(
     servers: Servers | None = None,
     gate: bool = True,
     kv_heads: int = KV_HEADS,
+    experts: ExpertChoice | None = None,
     **settings: Any,
 ) -> Iterator[tuple[SGLangEngine, WeightPush]]:
     """An engine, and the push that fills it."""
     config = SGLangConfig.model_validate({"placement": "given", "urls": list(urls)} | settings)
-    engine = SGLangEngine(config, urls, VOCAB, CONTEXT, servers)
+    engine = SGLangEngine(config, urls, VOCAB, CONTEXT, servers, experts)
     checks = Gate(kv_heads, VOCAB, "cpu", 60.0) if gate else None
     try:
         yield engine, WeightPush(engine, TensorTransport(60.0), checks)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_hdpo.rollout.sglang.answers import UNVERSIONED, BadAnswerError, completion_of
+from megatron_hdpo.rollout.sglang.answers import UNVERSIONED, BadAnswerError, ExpertChoice, completion_of
 
 VOCAB = 17
 IDS = [4, 9, 1]
@@ -121,6 +121,58 @@ def test_what_is_no_completion(name: str) -> None:
     broken, words = BROKEN[name]
     with pytest.raises(BadAnswerError, match=words):
         completion_of(broken, 2 if "top" in name or name == "no shape" else 0, VOCAB)
+
+
+PROMPT = 2  # tokens
+CHOICE = ExpertChoice(layers=2, experts=300, per_token=3)
+
+
+def experts(tokens: int = PROMPT + len(IDS) - 1, low: int = 0, high: int = 300) -> np.ndarray:
+    """int32 [tokens, layers, per token], no expert twice for a token."""
+    draws = np.random.default_rng(0)
+    rows = [draws.choice(np.arange(low, high), CHOICE.per_token, replace=False) for _ in range(tokens * CHOICE.layers)]
+    return np.array(rows, dtype=np.int32).reshape(tokens, CHOICE.layers, CHOICE.per_token)
+
+
+def routed(experts_TLK: np.ndarray) -> Answer:
+    return answer(routed_experts=base64.b64encode(experts_TLK.tobytes()).decode())
+
+
+def test_experts_of_every_token_but_the_last() -> None:
+    found = completion_of(routed(experts()), 0, VOCAB, CHOICE, PROMPT).routed_experts
+    assert found is not None and found.dtype == np.uint16 and (found == experts()).all()
+    few = ExpertChoice(2, 256, 3)
+    found = completion_of(routed(experts(high=256)), 0, VOCAB, few, PROMPT).routed_experts
+    assert found is not None and found.dtype == np.uint8 and (found == experts(high=256)).all()
+    assert completion_of(routed(experts()), 0, VOCAB).routed_experts is None, "not asked for"
+
+
+def one_twice() -> np.ndarray:
+    """Of a token whose experts were not noted, a server says 0 for all."""
+    changed = experts(low=1)
+    changed[2, 1] = 0
+    return changed
+
+
+NO_EXPERTS: dict[str, tuple[Answer, str]] = {
+    "none": (answer(), "no routed experts, though they were asked for"),
+    "null": (answer(routed_experts=None), "no routed experts"),
+    "of the response alone": (routed(experts(len(IDS))), r"18 numbers, \(4, 2, 3\)"),
+    "of the last token too": (routed(experts(PROMPT + len(IDS))), r"30 numbers, \(4, 2, 3\)"),
+    "beyond the model's": (routed(experts(low=298, high=301)), "to 300, the model has 300"),
+    "negative": (routed(experts(high=3) - 1), "routed experts from -1"),
+    "one twice": (routed(one_twice()), "to one expert twice"),
+    "not base64": (answer(routed_experts="%"), "answer that cannot be read"),
+    "half a number": (answer(routed_experts="AAAA"), "answer that cannot be read"),
+    "a list": (answer(routed_experts=[1, 2]), "answer that cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", list(NO_EXPERTS))
+def test_experts_that_are_not_those_of_the_tokens(name: str) -> None:
+    broken, words = NO_EXPERTS[name]
+    with pytest.raises(BadAnswerError, match=words):
+        completion_of(broken, 0, VOCAB, CHOICE, PROMPT)
 
 
 def test_no_field_that_is_missing_or_of_another_type_raises_anything_else() -> None:

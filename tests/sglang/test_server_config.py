@@ -54,6 +54,10 @@ def test_a_server_on_a_cpu_has_a_bounded_cache_and_no_flag_of_gpus() -> None:
     }
 
 
+def test_a_run_that_replays_routing_has_servers_that_tell_it() -> None:
+    assert flags(ServerConfig(), routed_experts=True)["--enable-return-routed-experts"] == []
+
+
 def test_settings_become_flags() -> None:
     config = ServerConfig(
         tensor_parallel=2,

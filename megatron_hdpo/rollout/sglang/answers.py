@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,33 @@ class BadAnswerError(ValueError):
     """An answer that is no completion: cut short, inconsistent, or not finite."""
 
 
-def completion_of(answer: dict[str, Any], top_logprobs: int, vocab_size: int) -> Completion:
-    """The completion in an answer. Raises BadAnswerError with the reason when there is none."""
+@dataclass(frozen=True)
+class ExpertChoice:
+    """What the experts in an answer must fit: those of a model with so many layers and experts, of which a token is
+    sent to `per_token`."""
+
+    layers: int
+    experts: int
+    per_token: int
+
+
+def completion_of(
+    answer: dict[str, Any],
+    top_logprobs: int,
+    vocab_size: int,
+    experts: ExpertChoice | None = None,
+    prompt_length: int = 0,
+) -> Completion:
+    """The completion in an answer. Raises BadAnswerError with the reason when there is none.
+
+    experts: asked for with the completion; None: not asked for, and not looked for.
+    """
     try:
-        return _completion(answer, top_logprobs, vocab_size)
+        completion = _completion(answer, top_logprobs, vocab_size)
+        if experts is None:
+            return completion
+        routed = _routed_experts(answer["meta_info"], prompt_length + len(completion.token_ids) - 1, experts)
+        return replace(completion, routed_experts=routed)
     except BadAnswerError:
         raise
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
@@ -50,6 +74,23 @@ def _completion(answer: dict[str, Any], top_logprobs: int, vocab_size: int) -> C
         weight_versions=_versions(meta, len(ids)),
         top_logprobs=_top(meta, len(ids), top_logprobs, vocab_size) if top_logprobs else None,
     )
+
+
+def _routed_experts(meta: dict[str, Any], tokens: int, choice: ExpertChoice) -> np.ndarray:
+    """[tokens, layers, K]. A server does not see to it that every token's experts were noted: those of one that was
+    left out are all the same, or another's."""
+    if not meta.get("routed_experts"):
+        raise BadAnswerError("no routed experts, though they were asked for: enable-return-routed-experts is needed")
+    flat = np.frombuffer(base64.b64decode(meta["routed_experts"], validate=True), dtype="<i4")
+    shape = tokens, choice.layers, choice.per_token
+    if flat.size != np.prod(shape):
+        raise BadAnswerError(f"routed experts: {flat.size} numbers, {shape} (tokens, layers, per token) are wanted")
+    if flat.min(initial=0) < 0 or flat.max(initial=0) >= choice.experts:
+        raise BadAnswerError(f"routed experts from {flat.min()} to {flat.max()}, the model has {choice.experts}")
+    sorted_TLK = np.sort(flat.reshape(shape), axis=-1)
+    if (sorted_TLK[..., 1:] == sorted_TLK[..., :-1]).any():
+        raise BadAnswerError("routed experts: one token is sent to one expert twice")
+    return flat.reshape(shape).astype(np.uint8 if choice.experts <= 256 else np.uint16)
 
 
 def _versions(meta: dict[str, Any], length: int) -> np.ndarray:

@@ -32,7 +32,8 @@ class ApiError(RuntimeError):
 class ServerInfo:
     """What a server says of itself. model_path: where its last weights came from; tokenizer_path: the folder it was
     started with. max_prompt: longest prompt in tokens; context: prompt and response together, None
-    where the server takes the model's. sessions: weight updates must be bracketed by begin and end."""
+    where the server takes the model's. sessions: weight updates must be bracketed by begin and end. routed_experts: it
+    can tell which experts it used."""
 
     version: str
     model_path: str
@@ -47,6 +48,7 @@ class ServerInfo:
     deterministic: bool
     sessions: bool
     memory_saver: bool
+    routed_experts: bool
 
 
 class ServerApi:
@@ -104,6 +106,7 @@ class ServerApi:
             deterministic=bool(said.get("enable_deterministic_inference")),
             sessions=await self._has("/begin_weight_update"),
             memory_saver=bool(said.get("enable_memory_saver")),
+            routed_experts=bool(said.get("enable_return_routed_experts")),
         )
 
     async def _has(self, path: str) -> bool:

@@ -20,7 +20,7 @@ _OWN_SETTINGS = (
 )
 _OF_THE_RUN = (
     "model model-path device port nccl-port config base-gpu-id skip-server-warmup sleep-on-idle "
-    "dp dp-size data-parallel-size"
+    "dp dp-size data-parallel-size enable-return-routed-experts"
 )
 RESERVED_FLAGS = dict.fromkeys(_OWN_SETTINGS.split(), "a setting of its own") | dict.fromkeys(
     _OF_THE_RUN.split(), "decided by the run"
@@ -35,12 +35,14 @@ _TORCHRUN |= {"ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTE
 @dataclass(frozen=True)
 class Launch:
     """What the run decides for one server: the Hugging Face folder it loads, "cuda" or "cpu", its number in the run,
-    and on a GPU the first of its `tensor_parallel` devices among those that this process sees."""
+    and on a GPU the first of its `tensor_parallel` devices among those that this process sees. routed_experts: the
+    server must be able to tell which experts it used."""
 
     model: Path
     device: str
     index: int = 0
     first_gpu: int = 0
+    routed_experts: bool = False
 
 
 def server_command(
@@ -67,6 +69,7 @@ def server_command(
         "sleep-on-idle": True,
         # A warm-up runs on after the server answers and stands in the way of the first weight update.
         "skip-server-warmup": True,
+        "enable-return-routed-experts": launch.routed_experts or None,
         "enable-memory-saver": config.memory_saver or None,
         "enable-weights-cpu-backup": config.memory_saver or None,
     } | {flag.lstrip("-").replace("_", "-"): value for flag, value in config.extra_args.items()}

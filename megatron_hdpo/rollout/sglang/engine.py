@@ -24,7 +24,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt,
 
 from megatron_hdpo.rollout.engine import EngineHealth, EngineLostWeights
 from megatron_hdpo.rollout.request_check import problem_with
-from megatron_hdpo.rollout.sglang.answers import UNVERSIONED, BadAnswerError, completion_of
+from megatron_hdpo.rollout.sglang.answers import UNVERSIONED, BadAnswerError, ExpertChoice, completion_of
 from megatron_hdpo.rollout.sglang.api import ApiError, ServerApi
 from megatron_hdpo.rollout.sglang.config import SGLangConfig
 from megatron_hdpo.rollout.sglang.loop_thread import LoopThread
@@ -46,6 +46,7 @@ class SGLangEngine:
 
     servers: those that this process started, in the order of the first replicas; urls: all addresses. The engine
     closes the servers. Raises ApiError when a server is not there or too old, ValueError when it serves another model.
+    experts: of a model that has them; requests may ask for those that a token was sent to only where they are named.
     """
 
     def __init__(
@@ -55,8 +56,10 @@ class SGLangEngine:
         vocab_size: int,
         context_length: int,
         servers: Servers | None = None,
+        experts: ExpertChoice | None = None,
     ) -> None:
         self.config, self.vocab_size, self.context_length = config, vocab_size, context_length
+        self.experts = experts
         self.servers = servers
         self.replicas: list[Replica] = []
         self.mixed_versions = 0
@@ -237,7 +240,10 @@ class SGLangEngine:
                 raise _AskAgainError(f"{replica.url} was lost: {replica.reason}")
             answer = await self._ask(replica, request, index)
         try:
-            completion = completion_of(answer, request.sampling.top_logprobs, self.vocab_size)
+            experts = self.experts if request.sampling.routed_experts else None
+            completion = completion_of(
+                answer, request.sampling.top_logprobs, self.vocab_size, experts, len(request.prompt_ids)
+            )
         except BadAnswerError as error:
             raise _AskAgainError(f"{replica.url}: {error}") from error
         if completion.weight_versions.min() == UNVERSIONED:
@@ -316,7 +322,7 @@ class SGLangEngine:
             "top_logprobs_num": settings.top_logprobs,
             "return_flat_raw_output_top_logprobs": bool(settings.top_logprobs),
             "return_flat_raw_top_logprobs_b64": bool(settings.top_logprobs),
-        }
+        } | ({"return_routed_experts": True} if settings.routed_experts else {})
 
     # In the caller's thread again.
 
@@ -327,10 +333,18 @@ class SGLangEngine:
             problem = "this rank speaks to no server"
         if not problem and len(request.prompt_ids) > longest:
             problem = f"a prompt of {len(request.prompt_ids)} tokens, the servers take {longest}"
+        if not problem and request.sampling.routed_experts:
+            problem = self._cannot_tell_experts()
         if not problem and self._outstanding.get(request.request_id):
             problem = "this id is already outstanding"
         if problem:
             raise ValueError(f"request {request.request_id}: {problem}")
+
+    def _cannot_tell_experts(self) -> str:
+        if self.experts is None:
+            return "routed experts are asked for, and the model has no experts"
+        silent = [replica.url for replica in self.replicas if not replica.info.routed_experts]
+        return f"{silent[0]} was started without --enable-return-routed-experts" if silent else ""
 
     def _take_off(self, result: GenerationResult) -> None:
         left = self._outstanding[result.request_id] - len(result.completions) - len(result.errors) - result.cancelled

@@ -1,0 +1,127 @@
+"""Tokens go to the experts that the engine chose when it sampled them, not to those that the trainer's router prefers.
+
+Engine and trainer round differently, and where two experts are almost equally good that tips a router: the token then
+passes other weights than those that sampled it. The choice is taken over, the probabilities of the chosen experts stay
+the trainer's own, with their gradient. Known as rollout routing replay, R3 (arXiv 2510.11370).
+
+The experts travel with the description of a micro-batch's sequences, which every layer is called with, in a forward
+pass and when it is recomputed: whatever the pipeline's schedule, a layer finds those of the micro-batch at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor, nn
+
+from megatron_hdpo.model.packing import PackedSequences
+
+NOT_CHOSEN = -1
+"""In the place of an expert: the trainer's router chooses (padding, a sequence's last token, tokens not sampled so)."""
+
+
+@dataclass
+class RoutedSeqParams(PackedSeqParams):
+    """routed_experts_TLK: int16 [T, layers of the model, experts per token], the rows of this context-parallel rank."""
+
+    routed_experts_TLK: Tensor | None = None
+
+
+def with_routing(params: PackedSeqParams, routed_experts_TLK: Tensor | None) -> PackedSeqParams:
+    """`params`, which name the experts of their tokens where any were chosen. Those of a step are many, so that they
+    wait on the host for their micro-batch."""
+    if routed_experts_TLK is None:
+        return params
+    return RoutedSeqParams(**vars(params), routed_experts_TLK=routed_experts_TLK.to(params.cu_seqlens_q.device))
+
+
+def pack_routing(
+    packed: PackedSequences, routed_experts: Sequence[np.ndarray | None], lengths: Sequence[int]
+) -> Tensor | None:
+    """The experts of a micro-batch's rows on this rank, int16 [T, L, K] on the host, from those of each sequence: int
+    [length - 1, L, K] (no engine routes the last token), None for a sequence whose router chooses. Raises ValueError on
+    experts of other tokens."""
+    for experts, length in zip(routed_experts, lengths, strict=True):
+        if experts is not None and len(experts) != length - 1:
+            raise ValueError(
+                f"experts of {len(experts)} tokens for a sequence of {length}, which has them of all but one"
+            )
+    sizes = {experts.shape[1:] for experts in routed_experts if experts is not None}
+    if not sizes:
+        return None
+    if len(sizes) > 1:
+        raise ValueError(f"sequences of one micro-batch have experts of different layers x choices: {sorted(sizes)}")
+    experts_TLK = np.full((packed.num_tokens, *sizes.pop()), NOT_CHOSEN, dtype=np.int16)
+    for start, experts in zip(packed.starts, routed_experts, strict=True):
+        if experts is not None:
+            experts_TLK[start : start + len(experts)] = experts
+    return torch.from_numpy(experts_TLK[packed.own_rows_T])
+
+
+class RoutingReplay:
+    """What Megatron's router asks in place of its top-k (as `router.router_replay`). Megatron's own keeps all routers
+    of a process in one list, a teacher's too, and must be told of every change from forward to backward.
+
+    chosen_TK: experts of the rows that the router sees next, int64; None: its own choice throughout.
+    """
+
+    def __init__(self) -> None:
+        self.chosen_TK: Tensor | None = None
+
+    def get_replay_topk(
+        self,
+        scores_TE: Tensor,
+        topk: int,
+        num_groups: int | None,
+        group_topk: int | None,
+        default_compute_topk: Callable[..., tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, Tensor]:
+        """Scores and numbers of the experts, [T, K] each."""
+        values_TK, own_TK = default_compute_topk(scores_TE, topk, num_groups=num_groups, group_topk=group_topk)
+        if self.chosen_TK is None:
+            return values_TK, own_TK
+        chosen_TK = torch.where(self.chosen_TK == NOT_CHOSEN, own_TK, self.chosen_TK)
+        return scores_TE.gather(1, chosen_TK), chosen_TK
+
+    def take(self, chosen_TK: Tensor | None, _: Any = None) -> None:
+        """From now on these."""
+        self.chosen_TK = chosen_TK
+
+
+def replay_routing(model: nn.Module) -> None:
+    """Let every layer of `model` with experts follow the `RoutedSeqParams` that it is called with; with any others
+    its router chooses as ever."""
+    for layer in model.modules():
+        if isinstance(layer, TransformerLayer) and isinstance(layer.mlp, MoELayer):
+            replay = RoutingReplay()
+            layer.mlp.router.router_replay = replay
+            layer.register_forward_pre_hook(partial(_take_rows, replay), with_kwargs=True)
+            if layer.mlp.moe_layer_recompute:
+                layer.mlp.register_forward_hook(partial(_take_again_in_backward, replay))
+
+
+def _take_rows(replay: RoutingReplay, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    experts_TLK = getattr(kwargs.get("packed_seq_params"), "routed_experts_TLK", None)
+    if experts_TLK is None:
+        replay.take(None)
+        return
+    experts_TK = experts_TLK[:, layer.layer_number - 1]
+    if layer.config.sequence_parallel:
+        group = layer.mlp.router.tp_group
+        experts_TK = experts_TK.chunk(group.size())[group.rank()]
+    replay.take(experts_TK.long())
+
+
+def _take_again_in_backward(replay: RoutingReplay, _: nn.Module, args: Any, output: tuple[Tensor, Any]) -> None:
+    """Recomputation of the experts alone does not call the layer again, and other micro-batches may have passed it
+    meanwhile. It begins when the gradient of its output is there."""
+    if output[0].requires_grad:
+        output[0].register_hook(partial(replay.take, replay.chosen_TK))
