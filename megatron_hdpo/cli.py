@@ -156,7 +156,7 @@ def _recipe_command(
 def _train(arguments: argparse.Namespace) -> None:
     from megatron_hdpo.train import train
 
-    with _run(arguments) as run:
+    with _run(arguments, resumes=True) as run:
         train(run)
         report = run.recipe.output if run.context.is_leader else None
     if report is not None:
@@ -179,7 +179,7 @@ def _check(arguments: argparse.Namespace) -> None:
     from megatron_hdpo.run import load_tokenizer
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    world_size = int(os.environ.get("WORLD_SIZE", recipe.parallel.model_ranks))
+    world_size = int(os.environ.get("WORLD_SIZE", recipe.parallel.least_ranks))
     for warning in check_recipe(recipe, read_architecture(recipe.model.path), world_size):
         print(f"warning: {warning}")
     data = load(recipe.data, load_tokenizer(recipe.model.path))
@@ -210,7 +210,7 @@ def _doctor(arguments: argparse.Namespace) -> None:
 
 
 @contextmanager
-def _run(arguments: argparse.Namespace) -> Iterator[Run]:
+def _run(arguments: argparse.Namespace, resumes: bool = False) -> Iterator[Run]:
     """A built run inside its process group; everything is torn down at the end, also after an error."""
     from megatron_hdpo.config import load_recipe
     from megatron_hdpo.parallel.context import start, stop
@@ -219,7 +219,7 @@ def _run(arguments: argparse.Namespace) -> Iterator[Run]:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     set_threads(recipe, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     context = start(recipe.parallel, recipe.device, recipe.seed)
-    run = build_run(recipe, context)
+    run = build_run(recipe, context, resumes=resumes)
     failed = True
     try:
         yield run

@@ -181,7 +181,7 @@ def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def check_recipe(recipe: Recipe, architecture: Architecture, world_size: int) -> list[str]:
     """Warnings of a recipe that runs but deserves a word. Raises RecipeError, with all reasons, for one that cannot."""
-    errors = [*_layout_errors(recipe, architecture, world_size), *_length_errors(recipe, architecture)]
+    errors = [*_layout_errors(recipe, architecture, world_size), *length_errors(recipe, architecture)]
     errors += [*_objective_errors(recipe, architecture), *_teacher_errors(recipe, architecture, world_size)]
     errors += [
         *_engine_errors(recipe, architecture),
@@ -248,7 +248,7 @@ def max_sequence(recipe: Recipe, architecture: Architecture) -> int:
     return recipe.model.max_sequence or architecture.max_positions
 
 
-def _length_errors(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
+def length_errors(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
     longest, response = max_sequence(recipe, architecture), recipe.rollout.max_new_tokens
     prompts = recipe.data.prompts
     if longest > architecture.max_positions:

@@ -145,10 +145,13 @@ class Run:
             self.lock.release()
 
 
-def build_run(recipe: Recipe, context: ParallelContext, objective: Objective | None = None) -> Run:
+def build_run(
+    recipe: Recipe, context: ParallelContext, objective: Objective | None = None, resumes: bool = False
+) -> Run:
     """Build everything but the weights' state: the model holds the recipe's checkpoint, nothing is resumed yet.
 
-    objective: in place of the recipe's, for experiments that recipes do not offer.
+    objective: in place of the recipe's, for experiments that recipes do not offer. resumes: a checkpoint in the output
+    folder will be loaded, and must fit.
     Raises RecipeError, DataError, LayoutError, ... with what is wrong and where.
     """
     console = Console(enabled=context.is_leader)
@@ -157,6 +160,9 @@ def build_run(recipe: Recipe, context: ParallelContext, objective: Objective | N
     for warning in check_recipe(recipe, architecture, context.world_size):
         console.warn(warning)
     health = check_health(recipe.health, context, console, recipe.output, recipe.model_dump_json())
+    store = CheckpointStore(recipe.output, context, recipe.checkpoint.keep)
+    if resumes and (latest := store.latest()) is not None:
+        store.check(latest, architecture)
     tokenizer = load_tokenizer(recipe.model.path)
     rewards = RewardPool(recipe.data.tasks, recipe.reward)
     data = _load_data(recipe, context, console, tokenizer, rewards)
@@ -170,7 +176,6 @@ def build_run(recipe: Recipe, context: ParallelContext, objective: Objective | N
         recipe.rollout, context, sampler, data.prompts, stops, recipe.seed, built.sampling_ranks
     )
     objective = objective or _build_objective(recipe, data)
-    store = CheckpointStore(recipe.output, context, recipe.checkpoint.keep)
     tracker = Tracker(recipe.tracking, recipe.output, console, enabled=False)
     learner = Learner(
         policy,

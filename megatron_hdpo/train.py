@@ -6,6 +6,8 @@ from megatron_hdpo.evaluation.evaluate import evaluate, evaluation_samples
 from megatron_hdpo.rollout_phase import begin_next_rollouts, rollouts_of_step, share_of
 from megatron_hdpo.run import Run
 from megatron_hdpo.start import prepare
+from megatron_hdpo.tracking.names import STEP_SECONDS
+from megatron_hdpo.tracking.performance import over_longer_step
 from megatron_hdpo.weights.save import save_hf
 
 
@@ -18,10 +20,7 @@ def train(run: Run) -> None:
             f"nothing left to train: {recipe.output} is at step {run.step} of {last}; raise train.steps to go on, or "
             "name another output folder"
         )
-    if run.step == 0 and run.health:
-        run.tracker.log(0, run.health)
-    if run.step == 0 and recipe.evaluation.before:
-        run.tracker.log(0, evaluate_now(run) | run.console.timer.metrics())
+    _record_start(run)
     while run.step < last:
         run.performance.begin()
         with run.profiler.step(run.step + 1):
@@ -31,6 +30,17 @@ def train(run: Run) -> None:
         with run.console.phase("export"):
             out = recipe.output / "hf"
             save_hf(run.policy.model, run.architecture, run.context, recipe.model.path, out, overwrite=True)
+
+
+def _record_start(run: Run) -> None:
+    """A line for step 0 of a fresh run. What starting took is in it, or nowhere: it is no part of the first step."""
+    before = run.step == 0 and run.recipe.evaluation.before
+    metrics = run.health | (evaluate_now(run) if before else {})
+    times = run.console.timer.metrics()
+    if run.step == 0 and (run.health or before):
+        run.tracker.log(0, metrics | times)
+    if passed := [step for step in run.recipe.profile.steps if step <= run.step]:
+        run.console.warn(f"profile.steps: {passed} are done already, and are not traced")
 
 
 def _step(run: Run) -> dict[str, float]:
@@ -67,7 +77,8 @@ def _record_and_save(run: Run, metrics: dict[str, float]) -> None:
         with run.console.phase("save"):
             run.checkpoints.save(run.step, run.policy, run.learner.memory())
         saving = run.console.timer.metrics()
-        run.tracker.log(run.step, saving | {"time/step_s": metrics["time/step_s"] + saving["time/step_s"]})
+        seconds = metrics[STEP_SECONDS] + saving[STEP_SECONDS]
+        run.tracker.log(run.step, saving | {STEP_SECONDS: seconds} | over_longer_step(metrics, seconds))
 
 
 def due(step: int, every: int | None, last: int) -> bool:

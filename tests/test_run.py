@@ -180,6 +180,10 @@ def test_every_step_has_its_metrics(uninterrupted: tuple[Tree, Ended]) -> None:
         assert ("time/save_s" in line) == (line["step"] % CHECKPOINT_EVERY == 0)
         phases = sum(v for k, v in line.items() if k.startswith("time/") and k != "time/step_s")
         assert phases <= line["time/step_s"] * 1.01
+        assert not line.keys() & {"time/warm_up_s", "time/self_test_s"}, "starting is no part of a step"
+        groups = rollouts_of(uninterrupted[0], line["step"])
+        tokens = sum(len(group.prompt_ids) + sample.length for group in groups for sample in group.samples)
+        assert line["perf/step_tokens_per_s_per_gpu"] * line["time/step_s"] == pytest.approx(tokens)
 
 
 def test_saved_rollouts_are_what_was_trained_on(uninterrupted: tuple[Tree, Ended]) -> None:
@@ -257,6 +261,7 @@ def test_resumed_run_is_the_uninterrupted_one(
     results_of(resumed)
     assert "resumed from step_00000002" in resumed.stdout[0] and "warm-up" not in resumed.stdout[0]
     assert metrics_of(tree) == metrics_of(whole)
+    assert not any("time/resume_s" in line for line in read_metrics(tree["output"]))
     for step in range(1, STEPS + 1):
         assert _contents(rollouts_of(tree, step)) == _contents(rollouts_of(whole, step))
     assert (tmp_path / "run/hf/model.safetensors").read_bytes() == (

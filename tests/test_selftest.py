@@ -186,8 +186,8 @@ def train_with_a_fault(recipe: str) -> None:
 
     original = run.build_run
 
-    def build(*args: Any) -> Any:
-        built = original(*args)
+    def build(*args: Any, **kwargs: Any) -> Any:
+        built = original(*args, **kwargs)
         built.engine = built.rollouts.sampler.engine = ShiftedLogprobs(built.engine)  # type: ignore[assignment]
         return built
 

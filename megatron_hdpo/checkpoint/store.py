@@ -19,6 +19,7 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from pydantic import BaseModel, ConfigDict, Field
 
+from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.model.network import HeadlessGPTModel
 from megatron_hdpo.model.offload import allocate_state, set_step
 from megatron_hdpo.model.policy import Policy
@@ -116,8 +117,8 @@ class CheckpointStore:
         self.context.barrier("checkpoint saved")
         return final
 
-    def load(self, path: Path, policy: Policy) -> RunState:
-        """Restore model, optimizer and schedule in place. Raises CheckpointError when the checkpoint does not fit."""
+    def check(self, path: Path, architecture: Architecture) -> RunState:
+        """What the checkpoint says of itself. Raises CheckpointError when it is of another layout or model."""
         state = read_state(path)
         now = {key: getattr(self.context.layout, key) for key in state.layout}
         if differing := [key for key in now if now[key] != state.layout[key]]:
@@ -127,7 +128,12 @@ class CheckpointStore:
                 "change its layout. Start a new run from the exported Hugging Face checkpoint, or resume at the old "
                 "layout"
             )
-        self._check_architecture(path, state, policy)
+        _check_architecture(path, state, architecture)
+        return state
+
+    def load(self, path: Path, policy: Policy) -> RunState:
+        """Restore model, optimizer and schedule in place. Raises CheckpointError when the checkpoint does not fit."""
+        state = self.check(path, policy.architecture)
         assert policy.optimizer is not None and policy.schedule is not None
         settings = _group_settings(policy.optimizer)
         # In fp32 the main weights that are written are views of the model's own.
@@ -220,16 +226,16 @@ class CheckpointStore:
             partial.rename(final)
         self.context.barrier("checkpoint named")
 
-    @staticmethod
-    def _check_architecture(path: Path, state: RunState, policy: Policy) -> None:
-        now = json.loads(json.dumps(vars(policy.architecture)))
-        differing = [key for key in now if now[key] != state.architecture.get(key)]
-        if differing:
-            key = differing[0]
-            raise CheckpointError(
-                f"{path} is of another model: {key} is {state.architecture.get(key)} there and {now[key]} here; "
-                "train into another output folder"
-            )
+
+def _check_architecture(path: Path, state: RunState, architecture: Architecture) -> None:
+    now = json.loads(json.dumps(vars(architecture)))
+    differing = [key for key in now if now[key] != state.architecture.get(key)]
+    if differing:
+        key = differing[0]
+        raise CheckpointError(
+            f"{path} is of another model: {key} is {state.architecture.get(key)} there and {now[key]} here; "
+            "train into another output folder"
+        )
 
 
 def _load(sharded: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -46,12 +46,16 @@ def precision_errors(config: ModelConfig, layout: ParallelConfig, architecture: 
     if config.fp8 is None:
         if any(config.first_last_layers_bf16):
             yield "model.first_last_layers_bf16: all layers are bfloat16 without model.fp8"
+        if config.fp8_recipe != ModelConfig.model_fields["fp8_recipe"].default:
+            yield "model.fp8_recipe: there is no FP8 without model.fp8"
         return
     yield from _fp8_errors(config, layout, architecture)
 
 
 def _recompute_errors(config: ModelConfig, architecture: Architecture) -> Iterator[str]:
     if config.recompute != "selective":
+        if config.recompute_modules != ModelConfig.model_fields["recompute_modules"].default:
+            yield "model.recompute_modules: they count with model.recompute=selective alone"
         return
     dense = not architecture.num_experts
     for name in config.recompute_modules:

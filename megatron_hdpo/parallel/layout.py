@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -41,6 +42,11 @@ class ParallelConfig(BaseModel):
     def expert_ranks(self) -> int:
         """Ranks that hold one copy of the experts."""
         return self.expert_tensor * self.expert * self.pipeline
+
+    @property
+    def least_ranks(self) -> int:
+        """The smallest number of ranks that the layout fits."""
+        return math.lcm(self.model_ranks, self.expert_ranks)
 
     @property
     def sequence_chunks(self) -> int:

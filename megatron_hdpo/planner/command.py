@@ -6,8 +6,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_hdpo.config import load_recipe
+from megatron_hdpo.config import Recipe, length_errors, load_recipe
+from megatron_hdpo.model.architecture import Architecture
+from megatron_hdpo.model.precision import precision_errors
 from megatron_hdpo.planner.cluster import cluster_of
+from megatron_hdpo.planner.errors import PlanError
 from megatron_hdpo.planner.from_recipe import Guesses, common_of, layout_of, rollouts_of, workload_of
 from megatron_hdpo.planner.plan import plan, search
 from megatron_hdpo.planner.shapes import architecture_of
@@ -19,6 +22,7 @@ def plan_recipe(recipe_path: Path, overrides: Sequence[str], options: argparse.N
     recipe = load_recipe(recipe_path, overrides)
     architecture = architecture_of(options.model or recipe.model.path)
     cluster = cluster_of(options.gpu, options.nodes, options.gpus_per_node)
+    _check(recipe, architecture)
     guesses = Guesses(
         options.cliff_rate,
         options.solved_rate,
@@ -36,3 +40,15 @@ def plan_recipe(recipe_path: Path, overrides: Sequence[str], options: argparse.N
         f"cliffs {workload.cliff_rate:.0%}, privileged success {workload.privileged_success:.0%}"
     )
     return "\n\n".join([lengths, describe(own), ranking(found)])
+
+
+def _check(recipe: Recipe, architecture: Architecture) -> None:
+    """Raise PlanError for what the trainer would refuse, and for what Hopper GPUs, all that are known here, lack."""
+    errors = [
+        *length_errors(recipe, architecture),
+        *precision_errors(recipe.model, recipe.parallel, architecture),
+    ]
+    if recipe.model.fp8 is not None and recipe.model.fp8_recipe == "mxfp8":
+        errors.append("model.fp8_recipe: mxfp8 is Blackwell's, H100 and H200 have none")
+    if errors:
+        raise PlanError("\n".join(errors))

@@ -61,6 +61,11 @@ class Workload:
     distilled: bool = False
 
     def __post_init__(self) -> None:
+        for what in ("prompts", "samples", "prompt_tokens", "response_tokens"):
+            if getattr(self, what) < 1:
+                raise PlanError(f"{what.replace('_', ' ')}: {getattr(self, what)}, at least 1 is needed")
+        if not 0 <= self.privileged_success <= 1:
+            raise PlanError(f"privileged success {self.privileged_success}: a share from 0 to 1")
         if self.prompt_tokens + self.response_tokens > self.micro_batch_tokens:
             raise PlanError(
                 f"micro_batch_tokens {self.micro_batch_tokens} cannot hold one sequence of {self.prompt_tokens} + "

@@ -140,5 +140,11 @@ class Performance:
         return own | (self.traffic.take() if self.traffic is not None else {})
 
 
+def over_longer_step(metrics: Mapping[str, float], seconds: float) -> dict[str, float]:
+    """The rates of a whole step, once it is known to have taken `seconds`."""
+    longer = seconds / metrics[STEP_SECONDS]
+    return {name: value / longer for name, value in metrics.items() if name.startswith("perf/step_")}
+
+
 def _rate(amount: float | None, seconds: float | None) -> float | None:
     return amount / seconds if amount and seconds else None

@@ -93,6 +93,14 @@ def test_every_reason_is_given_at_once() -> None:
         assert part in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("layout", "ranks"),
+    [({}, 1), ({"tensor": 2, "context": 2}, 4), ({"pipeline": 2, "expert": 2}, 4), ({"tensor": 3, "expert": 2}, 6)],
+)
+def test_the_fewest_ranks_of_a_layout(layout: dict[str, int], ranks: int) -> None:
+    assert ParallelConfig(**layout).least_ranks == ranks
+
+
 @pytest.mark.parametrize("wrong", [{"tensor": 0}, {"pipeline": -1}, {"timeout_minutes": 0}, {"contexts": 2}])
 def test_sizes_that_are_none(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=next(iter(wrong))):
