@@ -80,9 +80,8 @@ def test_a_model_that_is_not_there_is_reported_with_the_servers_own_words(
 def test_a_server_whose_scheduler_is_killed_is_replaced_and_one_without_supervisor_ends(
     sglang_config: ServerConfig, sglang_model: Path, tmp_path: Path
 ) -> None:
-    told: list[tuple[int, str]] = []
     config = sglang_config.model_copy(update={"api_key": True})
-    servers = Servers(config, [Launch(sglang_model, "cpu")], tmp_path, lambda index, url: told.append((index, url)))
+    servers = Servers(config, [Launch(sglang_model, "cpu")], tmp_path)
     process = servers.processes[0]
     try:
         servers.start()
@@ -93,8 +92,8 @@ def test_a_server_whose_scheduler_is_killed_is_replaced_and_one_without_supervis
         next(p for p in session_processes(session) if is_scheduler(p)).kill()
         assert wait_until(lambda: not process.alive(), 60), "a server without its scheduler must end"
         assert session_processes(session) == []
-        assert servers.check() == [0] and told == [(0, url)]
-        assert len(generate(url, process.api_key)["output_ids"]) == 3
+        servers.restart(0)
+        assert servers.urls == [url] and len(generate(url, process.api_key)["output_ids"]) == 3
         session = process.pid
         os.kill(session, signal.SIGKILL)
         assert wait_until(lambda: session_processes(session) == []), "a server without its supervisor must end"
