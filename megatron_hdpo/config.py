@@ -23,6 +23,7 @@ from megatron_hdpo.health.config import HealthConfig
 from megatron_hdpo.model.architecture import Architecture, ArchitectureError, read_architecture
 from megatron_hdpo.model.config import ModelConfig
 from megatron_hdpo.model.optimizer import OptimizerConfig
+from megatron_hdpo.model.packing import RowLayout
 from megatron_hdpo.model.precision import precision_errors, precision_warnings, size_errors
 from megatron_hdpo.model.specs import transformer_engine_available
 from megatron_hdpo.objectives.registry import ObjectiveConfig
@@ -249,6 +250,8 @@ def max_sequence(recipe: Recipe, architecture: Architecture) -> int:
 
 
 def length_errors(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
+    """Reasons why the recipe's longest sequences fit neither the model nor a micro-batch, each with its key."""
+    padded_length = RowLayout(context=recipe.parallel.context).padded
     longest, response = max_sequence(recipe, architecture), recipe.rollout.max_new_tokens
     prompts = recipe.data.prompts
     if longest > architecture.max_positions:
@@ -262,7 +265,7 @@ def length_errors(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
                 f"data.prompts.{key}: {prompt} + rollout.max_new_tokens {response} exceed the context of {longest} "
                 "tokens"
             )
-        rows = prompt + response + -(prompt + response) % recipe.parallel.sequence_chunks
+        rows = padded_length(prompt + response)
         if rows > recipe.train.micro_batch_tokens:
             padded = f", padded to {rows} for parallel.context" if rows > prompt + response else ""
             yield (

@@ -219,6 +219,20 @@ def test_all_reasons_of_an_impossible_recipe_at_once(tree: Tree, architecture: A
     }
 
 
+def test_a_sequence_that_ranks_share_must_fit_with_its_padding(tree: Tree, architecture: Architecture) -> None:
+    longest = tree["data"]["prompts"]["max_privileged_tokens"] + tree["rollout"]["max_new_tokens"]
+    tree["rollout"]["max_new_tokens"] += -longest % 4 + 1
+    longest += -longest % 4 + 1
+    tree["parallel"] = {"context": 2}
+    tree["train"]["micro_batch_tokens"] = longest + 3
+    assert check_recipe(parse_recipe(tree), architecture, 2) == []
+    tree["train"]["micro_batch_tokens"] = longest
+    with pytest.raises(
+        RecipeError, match=f"train.micro_batch_tokens: {longest} .*, padded to {longest + 3} for parallel"
+    ):
+        check_recipe(parse_recipe(tree), architecture, 2)
+
+
 def test_routing_replay_needs_experts_and_an_engine_that_tells_them(tree: Tree, architecture: Architecture) -> None:
     tree["rollout"] |= {"routing_replay": True, "engine": "sglang"}
     with pytest.raises(RecipeError) as error:

@@ -48,12 +48,6 @@ class ParallelConfig(BaseModel):
         """The smallest number of ranks that the layout fits."""
         return math.lcm(self.model_ranks, self.expert_ranks)
 
-    @property
-    def sequence_chunks(self) -> int:
-        """What the length of a packed sequence must be a multiple of: context parallelism gives each rank two chunks
-        of it, one from each end, so that causal attention costs every rank the same."""
-        return 1 if self.context == 1 else 2 * self.context
-
 
 class LayoutError(ValueError):
     """A layout that the model or the number of ranks does not allow. The text names the recipe's key."""

@@ -124,8 +124,9 @@ def test_rollouts_ahead_are_one_step_old_at_most(sglang_server: LiveServer, tmp_
     old = [row["step"] for row in rows if trained_versions(tmp_path / "run", row["step"]) - {row["step"] - 1}]
     seen = {row["step"]: row["train/mismatch_k3"] for row in rows if "train/mismatch_k3" in row}
     assert old or swap == "mid_generation", "the warm-up makes some groups mixed"
+    assert seen, "the warm-up makes some groups mixed"
     for step, mismatch in seen.items():
-        assert (mismatch > 1e-7) == (step in old), f"step {step}: old rollouts are not the new policy's, new ones are"
+        assert (mismatch > 1e-6) == (step in old), f"step {step}: old rollouts are not the new policy's, new ones are"
 
 
 def trained_versions(folder: Path, step: int) -> set[int]:
