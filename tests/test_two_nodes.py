@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -10,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -129,8 +129,13 @@ def test_a_lost_node_comes_back_and_the_run_ends_as_if_nothing_had_been(tiny_mod
 
 
 def _check_logs(folder: Path) -> None:
-    ranks = sorted((folder / "logs").glob("rank_*.log"))
-    assert [path.name for path in ranks] == [f"rank_{rank:05d}.log" for rank in range(2 * RANKS)]
-    kept: list[Any] = sorted((folder / "logs" / "torchrun" / socket.gethostname()).glob("**/stdout.log"))
-    # Two nodes' ranks at the first start, and both again after the loss; each agent numbers its own attempts.
-    assert len(kept) == 4 * RANKS
+    for rank in range(2 * RANKS):
+        log = (folder / "logs" / f"rank_{rank:05d}.log").read_text()
+        # The undisturbed start and the one after the loss; the same agent may have tried in between.
+        assert len(re.findall(rf"rank {rank} on \S+, process \d+", log)) >= 2
+    # What ranks print, kept for each agent: the first node's, the lost one's, that of the one that came in its place.
+    # An agent that starts its ranks anew because a node came, before it saw one of them fail, writes over its files.
+    agents = list((folder / "logs" / "torchrun" / socket.gethostname()).iterdir())
+    assert len(agents) == 3
+    for agent in agents:
+        assert len(list(agent.glob("attempt_*/*/stdout.log"))) in (RANKS, 2 * RANKS)
