@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from megatron_hdpo.checkpoint.store import CheckpointStore
-from megatron_hdpo.config import DEFAULT_IMPORTANCE_CAP, Recipe, RecipeError, check_recipe, save_recipe
+from megatron_hdpo.config import Recipe, RecipeError, check_recipe, save_recipe
+from megatron_hdpo.config.check import DEFAULT_IMPORTANCE_CAP
 from megatron_hdpo.data.load import LoadedData, load
 from megatron_hdpo.health.check import check_health
 from megatron_hdpo.health.stragglers import StragglerWatch

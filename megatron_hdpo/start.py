@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_hdpo.config import recipe_changes
+from megatron_hdpo.config.file import recipe_changes
 from megatron_hdpo.data.errors import DataError
 from megatron_hdpo.rollout.types import Group
 from megatron_hdpo.run import Run, load_tokenizer, rollouts_file

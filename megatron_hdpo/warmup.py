@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_hdpo.config import WarmupConfig
+from megatron_hdpo.config.recipe import WarmupConfig
 from megatron_hdpo.data.errors import DataError
 from megatron_hdpo.data.load import load
 from megatron_hdpo.data.problem import Problem

@@ -19,6 +19,16 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("models") / "tiny-model")
 
 
+@pytest.fixture(scope="session")
+def warmed_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `learning.warm_up_all` writes; three minutes, for all the tests that start from it."""
+    from learning import warm_up_all
+
+    root = tmp_path_factory.mktemp("warmed_up")
+    warm_up_all(root)
+    return root
+
+
 @pytest.fixture
 def tree(tiny_model: Path, tmp_path: Path) -> Tree:
     """A recipe, as YAML would be read, of an HDPO run of two steps on the tiny model into `tmp_path`/run."""

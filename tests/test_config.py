@@ -16,15 +16,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 from recipes import ROOT, Tree, make_model
 
-from megatron_hdpo.config import (
-    Recipe,
-    RecipeError,
-    apply_override,
-    check_recipe,
-    load_recipe,
-    parse_recipe,
-    save_recipe,
-)
+from megatron_hdpo.config import Recipe, RecipeError, check_recipe, load_recipe, parse_recipe, save_recipe
+from megatron_hdpo.config.file import apply_override
 from megatron_hdpo.model.architecture import Architecture, read_architecture
 from megatron_hdpo.teachers.sizes import check_sizes
 

@@ -18,7 +18,8 @@ from compare_results import Outcome, Setting, write_results
 from compare_run import run_recipe
 from rich.console import Console
 
-from megatron_hdpo.config import Recipe, load_recipe, recipe_changes
+from megatron_hdpo.config import Recipe, load_recipe
+from megatron_hdpo.config.file import recipe_changes
 from megatron_hdpo.tracking.metrics import METRICS_FILE, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]

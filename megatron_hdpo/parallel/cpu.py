@@ -93,11 +93,13 @@ class MegatronOnCpu(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = dict(kwargs or {})
         if func is torch.Tensor.cuda:
             return args[0]
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if not kwargs:  # nearly all calls: every attribute of every tensor comes through here
+            if func is torch.Tensor.type and len(args) == 1:
+                return func(*args).replace("torch.", "torch.cuda.", 1)
+            return func(*args)
+        kwargs = dict(kwargs)
         if _names_cuda(kwargs.get("device")):
             kwargs["device"] = _CPU
         if kwargs.get("pin_memory"):

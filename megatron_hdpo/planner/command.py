@@ -6,7 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_hdpo.config import Recipe, length_errors, load_recipe
+from megatron_hdpo.config import Recipe, load_recipe
+from megatron_hdpo.config.check import length_errors
 from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.model.precision import precision_errors
 from megatron_hdpo.planner.cluster import cluster_of

@@ -1,183 +1,24 @@
-"""The recipe: a typed tree read from YAML, with `key.path=value` overrides. Unknown keys are refused.
-
-Each section's class lives beside the code that reads it; this module joins them and checks what only the whole recipe
-can tell. All errors of a recipe are reported together, by the path of their key, before any model is loaded.
-"""
+"""What only the whole recipe can tell, with the model's shape and the number of ranks: before any weight is read, and
+all reasons at once, each by the path of its key."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from megatron_hdpo.checkpoint.store import CheckpointConfig
-from megatron_hdpo.config_errors import error_lines
-from megatron_hdpo.data.load import DataConfig
-from megatron_hdpo.data.tasks import TaskConfig
-from megatron_hdpo.evaluation.evaluate import EvaluationConfig
-from megatron_hdpo.health.config import HealthConfig
+from megatron_hdpo.config.recipe import Recipe, RecipeError
 from megatron_hdpo.model.architecture import Architecture, ArchitectureError, read_architecture
-from megatron_hdpo.model.config import ModelConfig
-from megatron_hdpo.model.optimizer import OptimizerConfig
 from megatron_hdpo.model.packing import RowLayout
 from megatron_hdpo.model.precision import precision_errors, precision_warnings, size_errors
 from megatron_hdpo.model.specs import transformer_engine_available
-from megatron_hdpo.objectives.registry import ObjectiveConfig
 from megatron_hdpo.objectives.settings import Surroundings, surrogate_of
-from megatron_hdpo.parallel.layout import LayoutError, ParallelConfig, check_layout
-from megatron_hdpo.rewards.pool import RewardConfig
-from megatron_hdpo.rollout.config import RolloutConfig
-from megatron_hdpo.selftest import SelfTestConfig
-from megatron_hdpo.teachers.config import ExternalTeacherConfig, PolicyTeacherConfig, TeacherConfig
+from megatron_hdpo.parallel.layout import LayoutError, check_layout
+from megatron_hdpo.teachers.config import ExternalTeacherConfig
 from megatron_hdpo.teachers.sizes import check_sizes
-from megatron_hdpo.tracking.backends import TrackingConfig
-from megatron_hdpo.tracking.profile import ProfileConfig
 
-
-class RecipeError(ValueError):
-    """A recipe that cannot be run; one line per error, each with the path of its key."""
-
-
-class TrainConfig(BaseModel):
-    """The length of the run and the size of its micro-batches."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    steps: int = Field(100, ge=0, description="Rollout steps.")
-    updates_per_step: int = Field(1, ge=1, description="Optimizer steps per rollout step, each on a share of it.")
-    micro_batch_tokens: int = Field(8192, ge=2, description="Tokens of a packed micro-batch, at most.")
-    max_skipped_updates: int = Field(
-        3,
-        ge=0,
-        description="Updates in a row that may be skipped because a gradient is not finite, before the run stops.",
-    )
-
-
-class WarmupConfig(BaseModel):
-    """Supervised steps on worked solutions before reinforcement learning, for models too weak to start with."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    kind: Literal["none", "sft"] = Field("none", description="sft: supervised fine-tuning; none: no warm-up.")
-    steps: int = Field(100, ge=1, description="Optimizer steps.")
-    examples_per_step: int = Field(64, ge=1, description="Worked solutions per step.")
-    privileged_share: float = Field(0.4, ge=0, le=1, description="Share of them after the privileged prompt.")
-    plain: list[TaskConfig] = Field(
-        default_factory=list, description="Tasks solved after the student's prompt; default: data.train."
-    )
-    privileged: list[TaskConfig] = Field(
-        default_factory=list, description="Tasks solved after the privileged prompt; default: data.train."
-    )
-    optimizer: OptimizerConfig = Field(
-        default_factory=lambda: OptimizerConfig(lr=1e-5), description="Its own optimizer, dropped afterwards."
-    )
-
-
-class Recipe(BaseModel):
-    """Everything that a run is made of."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    output: Path = Field(description="Run folder: metrics, checkpoints, rollouts, logs. An existing one is resumed.")
-    seed: int = Field(0, ge=0, description="Seed of data order and sampling.")
-    device: Literal["auto", "cuda", "cpu"] = Field("auto", description="Where the model trains.")
-    threads_per_rank: int | None = Field(None, ge=1, description="CPU threads of each rank; default: cores / ranks.")
-    model: ModelConfig
-    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
-    data: DataConfig
-    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
-    reward: RewardConfig = Field(default_factory=RewardConfig)
-    objective: ObjectiveConfig = Field(description="The method, chosen by its name.")
-    teacher: TeacherConfig = Field(
-        default_factory=lambda: PolicyTeacherConfig(), description="Whose weights score for a distillation objective."
-    )
-    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
-    train: TrainConfig = Field(default_factory=TrainConfig)
-    warmup: WarmupConfig = Field(default_factory=WarmupConfig)
-    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
-    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
-    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
-    profile: ProfileConfig = Field(default_factory=ProfileConfig)
-    self_test: SelfTestConfig = Field(default_factory=SelfTestConfig)
-    health: HealthConfig = Field(default_factory=HealthConfig)
-
-
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in a YAML file, after `key.path=value` overrides. Raises RecipeError with every error found."""
-    path = Path(path)
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: is not UTF-8 text: {error}") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: {_yaml_problem(error)}") from error
-    if not isinstance(tree, dict):
-        raise RecipeError(f"{path}: must be a mapping of sections, not {type(tree).__name__}")
-    tree = _unshared(tree)
-    for override in overrides:
-        apply_override(tree, override)
-    return parse_recipe(tree, str(path))
-
-
-def parse_recipe(tree: dict[str, Any], origin: str = "recipe") -> Recipe:
-    """The typed recipe. Raises RecipeError with one line per wrong or unknown key."""
-    try:
-        return Recipe.model_validate(tree)
-    except ValidationError as error:
-        raise RecipeError("\n".join(f"{origin}: {line}" for line in error_lines(error, Recipe))) from error
-
-
-def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set one `key.path=value` in a tree of mappings and lists; the value is read as YAML. Raises RecipeError."""
-    path, equals, text = override.partition("=")
-    if not equals or not path:
-        raise RecipeError(f"override '{override}': write key.path=value")
-    node: Any = tree
-    *parents, last = path.split(".")
-    for depth, key in enumerate(parents):
-        if isinstance(node, dict) and node.get(key) is None:
-            node[key] = {}
-        node = _child(node, key, override, ".".join(parents[: depth + 1]))
-    try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"override '{override}': the value {_yaml_problem(error)}") from error
-    if isinstance(node, list):
-        _child(node, last, override, path)
-        node[int(last)] = value
-    elif isinstance(node, dict):
-        node[last] = value
-    else:
-        raise RecipeError(f"override '{override}': {'.'.join(parents)} is a value, not a section")
-
-
-def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write the recipe with every default filled in; reading it back gives the same recipe."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
-
-
-def recipe_changes(path: Path, recipe: Recipe) -> list[str]:
-    """`key.path: old -> new` for every value in which a recipe differs from the one that `save_recipe` wrote."""
-    if not path.is_file():
-        return []
-    old, new = dict(_leaves(yaml.safe_load(path.read_text()))), dict(_leaves(recipe.model_dump(mode="json")))
-    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)]
-
-
-def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else None
-    if items is None:
-        yield path, tree
-        return
-    for key, value in items:
-        yield from _leaves(value, f"{path}.{key}" if path else str(key))
+DEFAULT_IMPORTANCE_CAP = 2.0
 
 
 def check_recipe(recipe: Recipe, architecture: Architecture, world_size: int) -> list[str]:
@@ -195,46 +36,6 @@ def check_recipe(recipe: Recipe, architecture: Architecture, world_size: int) ->
     if errors:
         raise RecipeError("\n".join(errors))
     return list(_warnings(recipe))
-
-
-def _child(node: Any, key: str, override: str, path: str) -> Any:
-    if isinstance(node, list):
-        if not key.isdigit() or int(key) >= len(node):
-            has = f"has items 0 to {len(node) - 1}" if node else "is empty"
-            raise RecipeError(f"override '{override}': {path}: the list {has}")
-        return node[int(key)]
-    if isinstance(node, dict):
-        return node[key]
-    raise RecipeError(f"override '{override}': {path} is below a value, not a section")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML that refuses a key given twice; PyYAML would silently keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable) and key in seen and key_node.tag != "tag:yaml.org,2002:merge":
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key} is given twice", key_node.start_mark
-                )
-            seen.add(key if isinstance(key, Hashable) else None)
-        return super().construct_mapping(node, deep)
-
-
-def _unshared(node: Any) -> Any:
-    """The tree with a copy for every alias (`*name`), so that an override changes the one place that it names."""
-    if isinstance(node, dict):
-        return {key: _unshared(value) for key, value in node.items()}
-    return [_unshared(value) for value in node] if isinstance(node, list) else node
-
-
-def _yaml_problem(error: yaml.YAMLError) -> str:
-    mark = getattr(error, "problem_mark", None)
-    if mark is None:
-        return f"is not YAML: {' '.join(str(error).split())}"
-    return f"is not YAML: line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', None)}"
 
 
 def _layout_errors(recipe: Recipe, architecture: Architecture, world_size: int) -> Iterator[str]:
@@ -423,6 +224,3 @@ def _warnings(recipe: Recipe) -> Iterator[str]:
         )
     if recipe.rollout.samples_per_prompt == 1:
         yield "rollout.samples_per_prompt=1: a group of one has advantage 0, so the surrogate learns nothing"
-
-
-DEFAULT_IMPORTANCE_CAP = 2.0

@@ -66,7 +66,7 @@ def _line(path: Sequence[str], place: Place, item: Any) -> str:
     message = item["msg"].removeprefix("Value error, ")
     if kind == "value_error" and isinstance(given, dict | list):
         return f"{where}: {message}"
-    shown = {dict: "a section", list: "a list"}.get(type(given)) or repr(given)
+    shown = "a section" if isinstance(given, dict) else "a list" if isinstance(given, list) else repr(given)
     return f"{where}: {message} (given: {shown})"
 
 

@@ -1,0 +1,117 @@
+"""Recipes in YAML files: read with `key.path=value` overrides, written, compared."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_hdpo.config.recipe import Recipe, RecipeError, parse_recipe
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file, after `key.path=value` overrides. Raises RecipeError with every error found."""
+    path = Path(path)
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: is not UTF-8 text: {error}") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: {_yaml_problem(error)}") from error
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path}: must be a mapping of sections, not {type(tree).__name__}")
+    tree = _unshared(tree)
+    for override in overrides:
+        apply_override(tree, override)
+    return parse_recipe(tree, str(path))
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set one `key.path=value` in a tree of mappings and lists; the value is read as YAML. Raises RecipeError."""
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise RecipeError(f"override '{override}': write key.path=value")
+    node: Any = tree
+    *parents, last = path.split(".")
+    for depth, key in enumerate(parents):
+        if isinstance(node, dict) and node.get(key) is None:
+            node[key] = {}
+        node = _child(node, key, override, ".".join(parents[: depth + 1]))
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override '{override}': the value {_yaml_problem(error)}") from error
+    if isinstance(node, list):
+        _child(node, last, override, path)
+        node[int(last)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise RecipeError(f"override '{override}': {'.'.join(parents)} is a value, not a section")
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write the recipe with every default filled in; reading it back gives the same recipe."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+def recipe_changes(path: Path, recipe: Recipe) -> list[str]:
+    """`key.path: old -> new` for every value in which a recipe differs from the one that `save_recipe` wrote."""
+    if not path.is_file():
+        return []
+    old, new = dict(_leaves(yaml.safe_load(path.read_text()))), dict(_leaves(recipe.model_dump(mode="json")))
+    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)]
+
+
+def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else None
+    if items is None:
+        yield path, tree
+        return
+    for key, value in items:
+        yield from _leaves(value, f"{path}.{key}" if path else str(key))
+
+
+def _child(node: Any, key: str, override: str, path: str) -> Any:
+    if isinstance(node, list):
+        if not key.isdigit() or int(key) >= len(node):
+            has = f"has items 0 to {len(node) - 1}" if node else "is empty"
+            raise RecipeError(f"override '{override}': {path}: the list {has}")
+        return node[int(key)]
+    if isinstance(node, dict):
+        return node[key]
+    raise RecipeError(f"override '{override}': {path} is below a value, not a section")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses a key given twice; PyYAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable) and key in seen and key_node.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key} is given twice", key_node.start_mark
+                )
+            seen.add(key if isinstance(key, Hashable) else None)
+        return super().construct_mapping(node, deep)
+
+
+def _unshared(node: Any) -> Any:
+    """The tree with a copy for every alias (`*name`), so that an override changes the one place that it names."""
+    if isinstance(node, dict):
+        return {key: _unshared(value) for key, value in node.items()}
+    return [_unshared(value) for value in node] if isinstance(node, list) else node
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return f"is not YAML: {' '.join(str(error).split())}"
+    return f"is not YAML: line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', None)}"

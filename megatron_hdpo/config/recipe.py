@@ -1,0 +1,101 @@
+"""The recipe: a typed tree. Each section's class lives beside the code that reads it; this module joins them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from megatron_hdpo.checkpoint.store import CheckpointConfig
+from megatron_hdpo.config.errors import error_lines
+from megatron_hdpo.data.load import DataConfig
+from megatron_hdpo.data.tasks import TaskConfig
+from megatron_hdpo.evaluation.evaluate import EvaluationConfig
+from megatron_hdpo.health.config import HealthConfig
+from megatron_hdpo.model.config import ModelConfig
+from megatron_hdpo.model.optimizer import OptimizerConfig
+from megatron_hdpo.objectives.registry import ObjectiveConfig
+from megatron_hdpo.parallel.layout import ParallelConfig
+from megatron_hdpo.rewards.pool import RewardConfig
+from megatron_hdpo.rollout.config import RolloutConfig
+from megatron_hdpo.selftest import SelfTestConfig
+from megatron_hdpo.teachers.config import PolicyTeacherConfig, TeacherConfig
+from megatron_hdpo.tracking.backends import TrackingConfig
+from megatron_hdpo.tracking.profile import ProfileConfig
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run; one line per error, each with the path of its key."""
+
+
+class TrainConfig(BaseModel):
+    """The length of the run and the size of its micro-batches."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    steps: int = Field(100, ge=0, description="Rollout steps.")
+    updates_per_step: int = Field(1, ge=1, description="Optimizer steps per rollout step, each on a share of it.")
+    micro_batch_tokens: int = Field(8192, ge=2, description="Tokens of a packed micro-batch, at most.")
+    max_skipped_updates: int = Field(
+        3,
+        ge=0,
+        description="Updates in a row that may be skipped because a gradient is not finite, before the run stops.",
+    )
+
+
+class WarmupConfig(BaseModel):
+    """Supervised steps on worked solutions before reinforcement learning, for models too weak to start with."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["none", "sft"] = Field("none", description="sft: supervised fine-tuning; none: no warm-up.")
+    steps: int = Field(100, ge=1, description="Optimizer steps.")
+    examples_per_step: int = Field(64, ge=1, description="Worked solutions per step.")
+    privileged_share: float = Field(0.4, ge=0, le=1, description="Share of them after the privileged prompt.")
+    plain: list[TaskConfig] = Field(
+        default_factory=list, description="Tasks solved after the student's prompt; default: data.train."
+    )
+    privileged: list[TaskConfig] = Field(
+        default_factory=list, description="Tasks solved after the privileged prompt; default: data.train."
+    )
+    optimizer: OptimizerConfig = Field(
+        default_factory=lambda: OptimizerConfig(lr=1e-5), description="Its own optimizer, dropped afterwards."
+    )
+
+
+class Recipe(BaseModel):
+    """Everything that a run is made of."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    output: Path = Field(description="Run folder: metrics, checkpoints, rollouts, logs. An existing one is resumed.")
+    seed: int = Field(0, ge=0, description="Seed of data order and sampling.")
+    device: Literal["auto", "cuda", "cpu"] = Field("auto", description="Where the model trains.")
+    threads_per_rank: int | None = Field(None, ge=1, description="CPU threads of each rank; default: cores / ranks.")
+    model: ModelConfig
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    data: DataConfig
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    reward: RewardConfig = Field(default_factory=RewardConfig)
+    objective: ObjectiveConfig = Field(description="The method, chosen by its name.")
+    teacher: TeacherConfig = Field(
+        default_factory=lambda: PolicyTeacherConfig(), description="Whose weights score for a distillation objective."
+    )
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    warmup: WarmupConfig = Field(default_factory=WarmupConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    profile: ProfileConfig = Field(default_factory=ProfileConfig)
+    self_test: SelfTestConfig = Field(default_factory=SelfTestConfig)
+    health: HealthConfig = Field(default_factory=HealthConfig)
+
+
+def parse_recipe(tree: dict[str, Any], origin: str = "recipe") -> Recipe:
+    """The typed recipe. Raises RecipeError with one line per wrong or unknown key."""
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise RecipeError("\n".join(f"{origin}: {line}" for line in error_lines(error, Recipe))) from error
