@@ -161,7 +161,7 @@ def build_run(
     for warning in check_recipe(recipe, architecture, context.world_size):
         console.warn(warning)
     health = check_health(recipe.health, context, console, recipe.output, recipe.model_dump_json())
-    store = CheckpointStore(recipe.output, context, recipe.checkpoint.keep)
+    store = CheckpointStore(recipe.output, context, recipe.checkpoint.keep, recipe.checkpoint.reshardable)
     if resumes and (latest := store.latest()) is not None:
         store.check(latest, architecture)
     tokenizer = load_tokenizer(recipe.model.path)

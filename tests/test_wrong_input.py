@@ -610,7 +610,7 @@ RESUMED = [
         "checkpoint of another layout",
         f"CheckpointError: {CHECKPOINT} was written at tensor=1 (parallel section), this run has tensor=2: the "
         "optimizer's state cannot change its layout. Start a new run from the exported Hugging Face checkpoint, or "
-        "resume at the old layout",
+        "write a checkpoint with checkpoint.reshardable=true there",
         ["parallel.tensor=2"],
         ranks=2,
     ),

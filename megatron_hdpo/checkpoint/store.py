@@ -15,21 +15,17 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
-from megatron.core.optimizer.optimizer import ChainedOptimizer
 from pydantic import BaseModel, ConfigDict, Field
 
+from megatron_hdpo.checkpoint.optimizer_state import load_optimizer, sharded_optimizer
 from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.model.network import HeadlessGPTModel
-from megatron_hdpo.model.offload import allocate_state, set_step
 from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.weights.host import HostWeights
 
 _STATE = "run_state.json"
 _ORIGIN = "origin.txt"
-# Saved and loaded in parallel without gathering; ties the optimizer's state to the TP x PP layout (not to DP).
-_OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "dp_reshardable"}
 
 
 class CheckpointConfig(BaseModel):
@@ -39,6 +35,11 @@ class CheckpointConfig(BaseModel):
 
     every: int = Field(50, ge=1, description="Steps between checkpoints; the last step always has one.")
     keep: int = Field(2, ge=1, description="Newest checkpoints that stay on disk.")
+    reshardable: bool = Field(
+        False,
+        description="Write the optimizer's state so that a run can go on at any layout (parallel section). Each rank "
+        "gathers that of its replicas in host memory for it: 12 bytes for each parameter that it holds.",
+    )
     export: bool = Field(True, description="Write the trained model as a Hugging Face checkpoint at the end (hf/).")
 
 
@@ -59,7 +60,8 @@ class Memory:
 
 @dataclass(frozen=True)
 class RunState:
-    """What a checkpoint says about itself. step: optimizer steps of reinforcement learning that are done."""
+    """What a checkpoint says about itself. step: optimizer steps of reinforcement learning that are done. reshardable:
+    the optimizer's state fits any layout."""
 
     step: int
     tensor_parallel: int
@@ -69,10 +71,11 @@ class RunState:
     virtual_stages: int = 1
     expert_parallel: int = 1
     expert_tensor_parallel: int = 1
+    reshardable: bool = False
 
     @property
     def layout(self) -> dict[str, int]:
-        """What the optimizer's state is tied to, by the recipe's keys."""
+        """What the optimizer's state is tied to unless it is reshardable, by the recipe's keys."""
         return {
             "tensor": self.tensor_parallel,
             "pipeline": self.pipeline_parallel,
@@ -85,10 +88,11 @@ class RunState:
 class CheckpointStore:
     """Checkpoints under `<run>/checkpoints/step_<n>`. All methods but `latest` are collective."""
 
-    def __init__(self, run_dir: Path, context: ParallelContext, keep: int) -> None:
+    def __init__(self, run_dir: Path, context: ParallelContext, keep: int, reshardable: bool = False) -> None:
         self.root = run_dir / "checkpoints"
         self.context = context
         self.keep = keep
+        self.reshardable = reshardable
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint; None when there is none. A checkpoint is complete once it has its name."""
@@ -109,8 +113,11 @@ class CheckpointStore:
             layout.virtual_stages,
             layout.expert,
             layout.expert_tensor,
+            self.reshardable,
         )
-        self._write(final, self._sharded(policy), {_STATE: json.dumps(vars(state), indent=1)}, memory.weights)
+        self._write(
+            final, self._sharded(policy, self.reshardable), {_STATE: json.dumps(vars(state), indent=1)}, memory.weights
+        )
         if self.context.is_leader:
             for old in sorted(self.root.glob("step_" + "[0-9]" * 8))[: -self.keep]:
                 shutil.rmtree(old)
@@ -118,16 +125,10 @@ class CheckpointStore:
         return final
 
     def check(self, path: Path, architecture: Architecture) -> RunState:
-        """What the checkpoint says of itself. Raises CheckpointError when it is of another layout or model."""
+        """What the checkpoint says of itself. Raises CheckpointError when it is of another layout, which it cannot
+        change, or of another model."""
         state = read_state(path)
-        now = {key: getattr(self.context.layout, key) for key in state.layout}
-        if differing := [key for key in now if now[key] != state.layout[key]]:
-            there, here = (", ".join(f"{key}={of[key]}" for key in differing) for of in (state.layout, now))
-            raise CheckpointError(
-                f"{path} was written at {there} (parallel section), this run has {here}: the optimizer's state cannot "
-                "change its layout. Start a new run from the exported Hugging Face checkpoint, or resume at the old "
-                "layout"
-            )
+        _check_layout(path, state, {key: getattr(self.context.layout, key) for key in state.layout})
         _check_architecture(path, state, architecture)
         return state
 
@@ -135,16 +136,11 @@ class CheckpointStore:
         """Restore model, optimizer and schedule in place. Raises CheckpointError when the checkpoint does not fit."""
         state = self.check(path, policy.architecture)
         assert policy.optimizer is not None and policy.schedule is not None
-        settings = _group_settings(policy.optimizer)
-        # In fp32 the main weights that are written are views of the model's own.
+        # In float32 the optimizer's main weights are views of the model's own.
         with self.context.megatron_calls(), torch.no_grad():
-            loaded = _load(self._sharded(policy, loading=True), path)
+            loaded = _load(self._sharded(policy, state.reshardable, loading=True), path)
             policy.model.load_state_dict(loaded["model"])
-            policy.optimizer.load_state_dict(loaded["optimizer"])
-            _restore_step_counts(policy.optimizer)
-            # The recipe's hyper-parameters stay in force, also where it changed since; the checkpoint tells the step.
-            for group, values in zip(policy.optimizer.param_groups, settings, strict=True):
-                group.update(values)
+            load_optimizer(policy.optimizer, loaded["optimizer"], state.reshardable)
             policy.schedule.num_steps = 0
             policy.schedule.step(increment=loaded["schedule"]["num_steps"])
         return state
@@ -152,7 +148,7 @@ class CheckpointStore:
     def load_memory(self, path: Path) -> Memory:
         """What objective and teacher remembered. Raises CheckpointError when the teacher's weights cannot be read."""
         values, file = read_state(path).memory, path / self._shard_name()
-        if not values.get("teacher", {}).get("weights"):
+        if not _has_shards(values):
             return Memory(values)
         try:
             return Memory(values, torch.load(file, map_location="cpu", weights_only=True))
@@ -197,12 +193,11 @@ class CheckpointStore:
         with self.context.megatron_calls():
             model.load_state_dict(_load({"model": model.sharded_state_dict()}, path)["model"])
 
-    def _sharded(self, policy: Policy, loading: bool = False) -> dict[str, Any]:
+    def _sharded(self, policy: Policy, reshardable: bool, loading: bool = False) -> dict[str, Any]:
         assert policy.optimizer is not None and policy.schedule is not None
         with self.context.megatron_calls():
-            _allocate_moments(policy.optimizer)
             model = policy.model.sharded_state_dict()
-            optimizer = policy.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_OPTIMIZER_METADATA)
+            optimizer = sharded_optimizer(policy.optimizer, model, reshardable, loading)
             return {"model": model, "optimizer": optimizer, "schedule": policy.schedule.state_dict()}
 
     def _write(
@@ -227,6 +222,25 @@ class CheckpointStore:
         self.context.barrier("checkpoint named")
 
 
+def _check_layout(path: Path, state: RunState, now: dict[str, int]) -> None:
+    differing = [key for key in now if now[key] != state.layout[key]]
+    if not differing or (state.reshardable and not _has_shards(state.memory)):
+        return
+    there, here = (", ".join(f"{key}={of[key]}" for key in differing) for of in (state.layout, now))
+    tied, way = "the optimizer's state", "write a checkpoint with checkpoint.reshardable=true there"
+    if state.reshardable:
+        tied, way = "the saved weights of its teacher", "resume at the old layout"
+    raise CheckpointError(
+        f"{path} was written at {there} (parallel section), this run has {here}: {tied} cannot change its layout. "
+        f"Start a new run from the exported Hugging Face checkpoint, or {way}"
+    )
+
+
+def _has_shards(memory: dict[str, Any]) -> bool:
+    """Whether every rank wrote its shard of a teacher's weights."""
+    return bool(memory.get("teacher", {}).get("weights"))
+
+
 def _check_architecture(path: Path, state: RunState, architecture: Architecture) -> None:
     now = json.loads(json.dumps(vars(architecture)))
     differing = [key for key in now if now[key] != state.architecture.get(key)]
@@ -246,38 +260,6 @@ def _load(sharded: dict[str, Any], path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is damaged or incomplete ({type(error).__name__}: {error}): delete it to go on from an older one"
         ) from error
-
-
-def _group_settings(optimizer: ChainedOptimizer) -> list[dict[str, Any]]:
-    """What the recipe says of each parameter group."""
-    keys = ("max_lr", "min_lr", "betas", "eps")
-    return [{key: group[key] for key in keys if key in group} for group in optimizer.param_groups]
-
-
-def _allocate_moments(optimizer: ChainedOptimizer) -> None:
-    """What torch's Adam would make at its first step. Before that it has no state: Megatron's `state_dict` stops then,
-    and a checkpoint's moments are read into those that are there."""
-    for part in optimizer.chained_optimizers:
-        if isinstance(part.optimizer, HybridDeviceOptimizer):
-            allocate_state(part.optimizer)
-        if not isinstance(part.optimizer, torch.optim.Adam) or part.optimizer.state:
-            continue
-        for parameter in (p for group in part.optimizer.param_groups for p in group["params"]):
-            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            part.optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
-
-
-def _restore_step_counts(optimizer: ChainedOptimizer) -> None:
-    """Megatron leaves all parameters of torch's Adam one tensor to count steps in, which then counts once for each of
-    them, and in this format with the count of before. The right count is in the parameter groups."""
-    for part in optimizer.chained_optimizers:
-        if isinstance(part.optimizer, HybridDeviceOptimizer):
-            set_step(part.optimizer, int(part.optimizer.param_groups[0]["step"]))
-        if not isinstance(part.optimizer, torch.optim.Adam):
-            continue
-        for group in part.optimizer.param_groups:
-            for parameter in group["params"]:
-                part.optimizer.state[parameter]["step"] = torch.tensor(float(group["step"]))
 
 
 def read_state(path: Path) -> RunState:

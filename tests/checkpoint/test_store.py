@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,11 @@ from megatron.core import dist_checkpointing
 from tiny_policy import SPEC, build_policy, joined, make_checkpoint, make_examples, weights_of
 
 from megatron_hdpo.checkpoint.store import CheckpointError, CheckpointStore, read_state
+from megatron_hdpo.model.architecture import read_architecture
 from megatron_hdpo.model.optimizer import OptimizerConfig
 from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.parallel.context import ParallelContext
+from megatron_hdpo.parallel.layout import ParallelConfig
 
 # A schedule that never stands still: a step count that was not restored shows in the learning rate.
 OPTIMIZER = OptimizerConfig(lr=0.02, eps=1e-6, weight_decay=0.1, warmup_steps=3, schedule="cosine")
@@ -32,6 +35,16 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "cp2": (2, {"context": 2}),
     "pp2_vp2": (2, {"pipeline": 2, "virtual_stages": 2}),
     "ep2": (2, {"expert": 2}),
+}
+# Each reads what the one before wrote, all of it for a model with experts.
+RESHARDED: dict[str, dict[str, Any]] = {
+    "tp2_sp": {"tensor": 2, "sequence": True},
+    "dp2": {},
+    "pp2_vp2": {"pipeline": 2, "virtual_stages": 2},
+    "ep2": {"expert": 2},
+    "cp2": {"context": 2},
+    "pp2": {"pipeline": 2},
+    "tp2_etp2_sp": {"tensor": 2, "expert_tensor": 2, "sequence": True},
 }
 Steps = list[dict[str, float]]
 
@@ -176,6 +189,37 @@ def _two_ranks(path: Path, experts: Path, folder: Path) -> dict[str, Any]:
     return seen
 
 
+def _through_layouts(path: Path, folder: Path, dtype: str, names: list[str]) -> dict[str, Any]:
+    """A checkpoint read and written again by one layout after another, and at last read by the first, which took the
+    steps before it. What each does next, from the checkpoint."""
+    seen: dict[str, Any] = {}
+    source: CheckpointStore | None = None
+    for number, name in enumerate([*names, names[0]]):
+        with joined(**RESHARDED[name]) as context:
+            policy = _policy(path, context, dtype)
+            if source is None:
+                _steps(policy, range(2))
+            else:
+                source.context = context
+                source.load(source.latest(), policy)
+            source = CheckpointStore(folder / str(number), context, keep=1, reshardable=True)
+            source.save(2, policy)
+            seen["again" if seen and name == names[0] else name] = _steps(policy, range(2, 5)), weights_of(policy)
+    return seen
+
+
+def _resharded(path: Path, folder: Path) -> dict[str, Any]:
+    return {
+        "float32": _through_layouts(path, folder / "float32", "float32", list(RESHARDED)),
+        "bfloat16": _through_layouts(path, folder / "bfloat16", "bfloat16", ["tp2_sp", "pp2_vp2", "ep2"]),
+    }
+
+
+@pytest.fixture(scope="module")
+def resharded(folder: Path) -> dict[str, dict[str, tuple[Steps, dict[str, np.ndarray]]]]:
+    return run_ranks(2, _resharded, make_checkpoint("qwen3_moe", folder / "experts"), folder, timeout=240.0)[0]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("checkpoints")
@@ -230,6 +274,37 @@ def test_a_layout_is_kept_but_for_its_replicas(one, two) -> None:
         np.testing.assert_allclose(value, expected["end"][name], atol=2e-4, err_msg=name)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nothing_is_lost_on_the_way_through_other_layouts(dtype: str, resharded) -> None:
+    first = next(iter(RESHARDED))
+    (went_on, end), (resumed, again) = resharded[dtype][first], resharded[dtype]["again"]
+    assert resumed == went_on  # bit for bit
+    assert digest(again) == digest(end)
+
+
+@pytest.mark.parametrize("layout", list(RESHARDED)[1:])
+def test_a_reshardable_checkpoint_goes_on_at_another_layout(layout: str, resharded) -> None:
+    (metrics, weights), (expected, end) = resharded["float32"][layout], resharded["float32"][next(iter(RESHARDED))]
+    for mine, theirs in zip(metrics, expected, strict=True):
+        for key in ("train/surrogate_loss", "distill/divergence", "train/grad_norm", "train/lr"):
+            assert mine[key] == pytest.approx(theirs[key], rel=1e-4), key
+    for name, value in weights.items():
+        np.testing.assert_allclose(value, end[name], atol=2e-4, err_msg=name)
+
+
+def test_a_teacher_that_follows_keeps_its_layout(resharded, folder: Path, tmp_path: Path) -> None:
+    """Each rank wrote its shard of the teacher, which nothing can read at another layout."""
+    shutil.copytree(folder / "float32" / "0" / "checkpoints", tmp_path / "checkpoints")
+    path = tmp_path / "checkpoints" / "step_00000002"
+    state = json.loads((path / "run_state.json").read_text())
+    architecture = read_architecture(folder / "experts" / "qwen3_moe")
+    store = CheckpointStore(tmp_path, SimpleNamespace(layout=ParallelConfig(pipeline=2)), keep=1)
+    assert store.check(path, architecture).step == 2
+    (path / "run_state.json").write_text(json.dumps(state | {"memory": {"teacher": {"weights": True}}}))
+    with pytest.raises(CheckpointError, match=r"its teacher cannot change its layout.* or resume at the old layout"):
+        store.check(path, architecture)
+
+
 @pytest.mark.parametrize(
     ("layout", "now"),
     [("pp2", "tensor=1, pipeline=2"), ("dp2", "tensor=1"), ("pp2_vp2", "tensor=1, pipeline=2, virtual_stages=2")],
@@ -242,7 +317,7 @@ def test_another_layout_is_refused_before_anything_is_read(layout: str, now: str
             if f"{key}=" in now
         )
         assert f"was written at {there} (parallel section), this run has {now}:" in rank["refused"]
-        assert "Start a new run from the exported Hugging Face checkpoint" in rank["refused"]
+        assert "or write a checkpoint with checkpoint.reshardable=true there" in rank["refused"]
         assert rank["untouched"]
 
 

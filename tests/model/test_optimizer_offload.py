@@ -67,6 +67,7 @@ def run_cases(path: Path, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with joined() as context:
         store = CheckpointStore(folder, context, keep=2)
+        stores = {"resumed": store, "resharded": CheckpointStore(folder / "any", context, keep=2, reshardable=True)}
         for share_of in (0.0, 0.5, 1.0):
             optimizer = OPTIMIZER.model_copy(update={"offload": share_of})
             policy = _policy(path, context, optimizer)
@@ -74,15 +75,15 @@ def run_cases(path: Path, folder: Path) -> dict[str, Any]:
             if share_of:
                 found[f"kinds {share_of}"] = _sub_optimizers(policy)
             with PretendedGpu():
-                saved = store.save(2, policy)
-            third = _update(policy, 4)
-            fresh = _policy(path, context, optimizer)
-            with PretendedGpu():
-                store.load(saved, fresh)
-            found[str(share_of)] = [*steps, third]
-            found[f"resumed {share_of}"] = _update(fresh, 4)
+                saved = {way: to.save(2, policy) for way, to in stores.items()}
+            found[str(share_of)] = [*steps, _update(policy, 4)]
+            for way, path_saved in saved.items():
+                fresh = _policy(path, context, optimizer)
+                with PretendedGpu():
+                    store.load(path_saved, fresh)
+                found[f"{way} {share_of}"] = _update(fresh, 4)
         other = _policy(path, context, OPTIMIZER)
-        store.load(saved, other)
+        store.load(saved["resumed"], other)
         found["resumed on the device"] = _update(other, 4)
         unmoved = _policy(path, context, optimizer)
         weights = weights_of(unmoved)
@@ -122,10 +123,11 @@ def test_the_share_is_offloaded(found: list[dict[str, Any]]) -> None:
         assert rank["kinds 1.0"] == (host + device, 0)
 
 
+@pytest.mark.parametrize("way", ["resumed", "resharded"])
 @pytest.mark.parametrize("share_of", ["0.0", "0.5", "1.0"])
-def test_a_resumed_run_goes_on(found: list[dict[str, Any]], share_of: str) -> None:
+def test_a_resumed_run_goes_on(found: list[dict[str, Any]], share_of: str, way: str) -> None:
     for rank in found:
-        resumed, third = rank[f"resumed {share_of}"], rank[share_of][2]
+        resumed, third = rank[f"{way} {share_of}"], rank[share_of][2]
         for name, weights in third["weights"].items():
             np.testing.assert_array_equal(resumed["weights"][name], weights, err_msg=name)
 
