@@ -33,13 +33,11 @@ def warm_up_all(root: Path) -> None:
         list(pool.map(partial(warm_up, root), SEEDS))
 
 
-def learn_all(
-    warm: Path, root: Path, variants: Sequence[str], settings: Sequence[str] = (), seeds: Sequence[int] = SEEDS
-) -> list[dict[str, Metrics]]:
+def learn_all(warm: Path, root: Path, variants: Sequence[str]) -> list[dict[str, Metrics]]:
     """What `learn` returns for each seed, two at a time, with the evaluation of its warm-up as `warmed_up`."""
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        results = list(pool.map(partial(learn, warm, root, variants, settings), seeds))
-    return [{"warmed_up": last_metrics(warm / f"seed{s}"), **r} for s, r in zip(seeds, results, strict=True)]
+        results = list(pool.map(partial(learn, warm, root, variants, ()), SEEDS))
+    return [{"warmed_up": last_metrics(warm / f"seed{s}"), **r} for s, r in zip(SEEDS, results, strict=True)]
 
 
 def warm_up(root: Path, seed: int) -> None:

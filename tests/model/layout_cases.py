@@ -56,8 +56,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 # Where the cases that are about the step, not about the split, are looked at.
 EVERY_CASE = [
-    "one_rank", "tp2", "tp2_sp", "pp2", "pp2_vp2", "cp2", "dp2", "ep2", "tp2_pp2", "tp2_pp2_sp", "tp2_dp2", "pp2_dp2",
-    "tp2_cp2_sp",
+    "one_rank", "tp2_sp", "pp2", "pp2_vp2", "cp2", "dp2", "ep2", "tp2_pp2_sp", "pp2_dp2", "tp2_cp2_sp"
 ]  # fmt: skip
 
 

@@ -109,7 +109,7 @@ def _measure(case: Case) -> dict[str, Any]:
         made = examples(EXAMPLES, PROMPT, RESPONSE, TOP_K, architecture.vocab_size, hidden)
         own = made[context.dp_rank :: context.dp_size]
         head = policy.model.head_weight().detach().clone() if case.shape.full else None
-        policy.update(own, spec, teacher_head=head)
+        policy.update(own[:2], spec, teacher_head=head)  # the first one makes moments and buffers
         traffic.take()
         with Collectives(context) as collectives:
             policy.update(own, spec, teacher_head=head)

@@ -7,30 +7,56 @@ MEGATRON_HDPO_LEARNING_SEEDS="0 1 2" runs more.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
-from learning import SEEDS, check_lift, learn_all, scores_of
+from learning import SEEDS, Metrics, check_lift, last_metrics, learn, scores_of
 from make_tiny_model import make_tiny_model
 
 from megatron_hdpo.rollout.sglang.command import Launch
 from megatron_hdpo.rollout.sglang.server import ServerProcess
 from megatron_hdpo.rollout.sglang.server_config import ServerConfig
 
+VARIANTS = ("grpo", "hdpo")
+
 
 @pytest.mark.slow
 def test_hdpo_learns_on_sglang(sglang_config: ServerConfig, warmed_up: Path, tmp_path: Path) -> None:
-    """The server is started once, with random weights: the run's arrive by its syncs."""
-    model = make_tiny_model(tmp_path / "model")
-    config = sglang_config.model_copy(update={"max_running_requests": 64})
-    process = ServerProcess(config, Launch(model, "cpu"), tmp_path)
-    try:
-        process.start()
-        process.wait_ready()
-        settings = ["rollout.engine=sglang", "rollout.sglang.placement=given", f"rollout.sglang.urls=[{process.url}]"]
-        settings += ["rollout.sglang.servers.dtype=float32", "rollout.sglang.max_concurrency=64"]
-        seeds = SEEDS if "MEGATRON_HDPO_LEARNING_SEEDS" in os.environ else SEEDS[:1]
-        results = [learn_all(warmed_up, tmp_path, ("grpo", "hdpo"), settings, [seed])[0] for seed in seeds]
-    finally:
-        process.close()
+    seeds = SEEDS if "MEGATRON_HDPO_LEARNING_SEEDS" in os.environ else SEEDS[:1]
+    with two_servers(sglang_config, tmp_path) as urls:
+        results = [learn_side_by_side(urls, warmed_up, tmp_path, seed) for seed in seeds]
     check_lift(scores_of(results), ["grpo"])
+
+
+@contextmanager
+def two_servers(config: ServerConfig, folder: Path) -> Iterator[list[str]]:
+    """Started with random weights: a run's arrive by its syncs."""
+    model = make_tiny_model(folder / "model")
+    config = config.model_copy(update={"max_running_requests": 256, "max_total_tokens": 32_768})
+    processes = [ServerProcess(config, Launch(model, "cpu", index=index), folder) for index in range(2)]
+    try:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.wait_ready()
+        yield [process.url for process in processes]
+    finally:
+        for process in processes:
+            process.close()
+
+
+def learn_side_by_side(urls: list[str], warmed_up: Path, folder: Path, seed: int) -> dict[str, Metrics]:
+    """What `learning.learn` returns for each variant, each with a server of its own, beside what they began with."""
+    common = ["rollout.engine=sglang", "rollout.sglang.placement=given"]
+    common += ["rollout.sglang.servers.dtype=float32", "rollout.sglang.max_concurrency=256"]
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        runs = [
+            pool.submit(learn, warmed_up, folder, (variant,), [*common, f"rollout.sglang.urls=[{url}]"], seed)
+            for variant, url in zip(VARIANTS, urls, strict=True)
+        ]
+        found = {variant: metrics for run in runs for variant, metrics in run.result().items()}
+    return {"warmed_up": last_metrics(warmed_up / f"seed{seed}"), **found}
