@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megatron_hdpo.config import Recipe
-from megatron_hdpo.objectives.hdpo import HDPOConfig
 from megatron_hdpo.planner.errors import PlanError
 from megatron_hdpo.planner.layout import Layout, Spec
-from megatron_hdpo.planner.methods import privileged_work, student_work
+from megatron_hdpo.planner.methods import Steps, work_of
 from megatron_hdpo.planner.workload import Rollouts, TeacherKind, Workload
 
 # A recipe says how long prompts and responses may be, not how long they are. Assumed means, as shares of the longest.
@@ -52,10 +51,8 @@ def workload_of(recipe: Recipe, guesses: Guesses) -> Workload:
         teacher=_teacher(recipe) if objective.teachers else "none",
         top_k=0,
     )
-    fields = student_work(objective, updates, prompt, privileged, guesses.cliff_rate, guesses.solved_rate)
-    if isinstance(objective, HDPOConfig):
-        fields |= privileged_work(objective)
-    return replace(work, **fields)
+    steps = Steps(recipe.train.steps, updates, prompt, privileged, guesses.cliff_rate, guesses.solved_rate)
+    return replace(work, **work_of(objective, steps))
 
 
 def _mean(given: int | None, longest: int, share: float) -> int:

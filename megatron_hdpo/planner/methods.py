@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_hdpo.objectives.akl import AKLConfig
@@ -9,61 +11,88 @@ from megatron_hdpo.objectives.contrastive_opsd import ContrastiveOPSDConfig
 from megatron_hdpo.objectives.distillation import DistillationConfig
 from megatron_hdpo.objectives.grpo import GRPOConfig
 from megatron_hdpo.objectives.hdpo import HDPOConfig
+from megatron_hdpo.objectives.interface import DistillConfig
 from megatron_hdpo.objectives.opd import OPDConfig, SampledConfig
 from megatron_hdpo.objectives.opsd import OPSDConfig
+from megatron_hdpo.objectives.paced import PACEDConfig
 from megatron_hdpo.objectives.rlcsd import RLCSDConfig
 from megatron_hdpo.objectives.rlsd import RLSDConfig
 from megatron_hdpo.objectives.sdpo import SDPOConfig
 from megatron_hdpo.objectives.settings import ObjectiveSettings
+from megatron_hdpo.objectives.srpo import SRPOConfig
 from megatron_hdpo.planner.errors import PlanError
 from megatron_hdpo.planner.workload import StudentScoring, Weights
 
+# Which of a mixed group's rollouts are wrong, which a recipe cannot tell either: those that SRPO distils.
+WRONG_IN_MIXED = 0.5
 
-def student_work(
-    objective: ObjectiveSettings, updates: int, prompt: int, privileged: int, cliff_rate: float, solved_rate: float
-) -> dict[str, Any]:
-    """Fields of a Workload: what of the student's rollouts is scored by whom, and trained on.
 
-    prompt, privileged: tokens of the prompts. A rollout has a right sibling in groups that are no cliffs, and a wrong
-    one besides in mixed groups. Raises PlanError where the work of a method is not known here.
+@dataclass(frozen=True)
+class Steps:
+    """What a recipe says of its steps: how many, and updates in each; tokens of the two prompts; shares of groups. A
+    rollout has a right sibling in groups that are no cliffs, and a wrong one besides in mixed ones."""
+
+    count: int
+    updates: int
+    prompt: int
+    privileged: int
+    cliff_rate: float
+    solved_rate: float
+
+    @property
+    def mixed(self) -> float:
+        """Share of groups with right and wrong rollouts."""
+        return 1.0 - self.cliff_rate - self.solved_rate
+
+
+def work_of(objective: ObjectiveSettings, steps: Steps) -> dict[str, Any]:
+    """Fields of a Workload: what is sampled with the privileged prompt, what is scored by whom, and what is trained on.
+
+    Of methods with two stages the second, unless the run ends before it. Raises PlanError for objectives that this does
+    not know.
     """
-    mixed = 1.0 - cliff_rate - solved_rate
-    made: list[StudentScoring] = []
-
-    def ask(weights: Weights, per_rollout: float, tokens: int = prompt) -> None:
-        if per_rollout:
-            made.append(StudentScoring(weights, per_rollout, tokens))
-
-    if isinstance(objective, GRPOConfig):
-        if objective.name not in ("grpo", "hdpo", "rlsd", "rlcsd"):
-            raise PlanError(f"objective {objective.name} is not planned yet: plan it as hdpo or grpo")
-        answer = isinstance(objective, RLSDConfig) and objective.evidence == "answer"
-        ask("policy", 1.0 if updates > 1 else mixed if answer else 0.0)
-        ask("reference", float(objective.needs_reference))
-        ask("teacher", mixed * _contexts(objective), privileged)
-        return {"student_scorings": tuple(made)}
+    if isinstance(objective, SRPOConfig):
+        return _routed(objective, steps)
+    if isinstance(objective, HDPOConfig):
+        return _advantages(objective, steps) | _privileged(objective)
+    if isinstance(objective, GRPOConfig) and objective.name in ("grpo", "rlsd", "rlcsd"):
+        return _advantages(objective, steps)
     if isinstance(objective, SampledConfig) and getattr(objective, "estimator", "single_sample") == "single_sample":
-        ask("policy", 1.0)
-        ask("teacher", 1.0)
-        return {"student_scorings": tuple(made), "trained_share": 1.0}
-    if not isinstance(objective, DistillationConfig) or not _known(objective):
-        name = getattr(objective, "name", type(objective).__name__)
-        raise PlanError(f"objective {name} is not planned yet: plan it as hdpo or grpo")
-    whole = isinstance(objective, OPDConfig) and objective.estimator == "full"
-    support = "full" if whole else objective.distill.support
-    pairs = isinstance(objective, ContrastiveOPSDConfig)
-    share = mixed if pairs else 1.0 - cliff_rate if isinstance(objective, SDPOConfig) else 1.0
-    own_prompt = isinstance(objective, OPDConfig | AKLConfig)
-    ask("teacher", share * (2 if pairs else 1), prompt if own_prompt else privileged)
-    again = updates > 1 and objective.distill.importance_cap is not None
-    ask("policy", share * (int(support == "student") + int(again)))
-    return {
-        "student_scorings": tuple(made),
-        "trained_share": share,
-        "distilled": True,
-        "full": support == "full",
-        "top_k": 0 if support == "full" else objective.distill.top_k,
-    }
+        return {
+            "student_scorings": _asked(("policy", 1.0), ("teacher", 1.0), prompt=steps.prompt),
+            "trained_share": 1.0,
+        }
+    if isinstance(objective, AKLConfig) and objective.tokens == "teacher":
+        return _teacher_tokens(objective, objective.rollouts, 1.0) | {"privileged_success": 1.0}
+    if isinstance(objective, PACEDConfig) and objective.switch_step >= steps.count:
+        return _teacher_tokens(objective, objective.privileged.rollouts, steps.mixed)
+    if isinstance(objective, DistillationConfig) and type(objective) in _SHARES:
+        return _distillation(objective, steps)
+    name = getattr(objective, "name", type(objective).__name__)
+    raise PlanError(f"objective {name} is not planned: plan it as the method that is most like it")
+
+
+# Of student rollouts, those that are distilled on.
+_SHARES: dict[type[DistillationConfig], Callable[[Steps], float]] = {
+    OPDConfig: lambda steps: 1.0,
+    OPSDConfig: lambda steps: 1.0,
+    AKLConfig: lambda steps: 1.0,
+    SDPOConfig: lambda steps: 1.0 - steps.cliff_rate,
+    ContrastiveOPSDConfig: lambda steps: steps.mixed,
+    PACEDConfig: lambda steps: steps.mixed,
+}
+
+
+def _asked(*scorings: tuple[Weights, float], prompt: int) -> tuple[StudentScoring, ...]:
+    return tuple(StudentScoring(weights, per_rollout, prompt) for weights, per_rollout in scorings if per_rollout)
+
+
+def _advantages(objective: GRPOConfig, steps: Steps) -> dict[str, Any]:
+    """Of methods that learn from advantages."""
+    answer = isinstance(objective, RLSDConfig) and objective.evidence == "answer"
+    own: tuple[Weights, float] = ("policy", 1.0 if steps.updates > 1 else steps.mixed if answer else 0.0)
+    made = _asked(own, ("reference", float(objective.needs_reference)), prompt=steps.prompt)
+    return {"student_scorings": made + _asked(("teacher", steps.mixed * _contexts(objective)), prompt=steps.privileged)}
 
 
 def _contexts(objective: GRPOConfig) -> int:
@@ -73,20 +102,45 @@ def _contexts(objective: GRPOConfig) -> int:
     return 1 + objective.negatives if isinstance(objective, RLCSDConfig) else 0
 
 
-def _known(objective: DistillationConfig) -> bool:
-    if isinstance(objective, AKLConfig):
-        return objective.tokens == "student"
-    return isinstance(objective, OPDConfig | OPSDConfig | SDPOConfig | ContrastiveOPSDConfig)
+def _routed(objective: SRPOConfig, steps: Steps) -> dict[str, Any]:
+    """Of mixed groups, wrong rollouts are distilled and right ones learn from their advantage. Memory is planned as if
+    all of them had targets."""
+    wrong, fields = steps.mixed * WRONG_IN_MIXED, _advantages(objective, steps)
+    made = _asked(("teacher", wrong), prompt=steps.privileged)
+    made += _asked(("policy", wrong * (objective.distill.support == "student")), prompt=steps.prompt)
+    fields["student_scorings"] += made
+    return fields | {"trained_share": steps.mixed, "distilled": True} | _support(objective.distill)
 
 
-def privileged_work(objective: HDPOConfig) -> dict[str, Any]:
-    """Fields of a Workload: HDPO's privileged rollouts and their targets."""
-    support = objective.distill.support
+def _distillation(objective: DistillationConfig, steps: Steps) -> dict[str, Any]:
+    """Of methods that distil on the student's rollouts."""
+    whole = isinstance(objective, OPDConfig) and objective.estimator == "full"
+    distill = objective.distill.model_copy(update={"support": "full"}) if whole else objective.distill
+    share = _SHARES[type(objective)](steps)
+    pairs, own_prompt = isinstance(objective, ContrastiveOPSDConfig), isinstance(objective, OPDConfig | AKLConfig)
+    again = steps.updates > 1 and distill.importance_cap is not None
+    made = _asked(("teacher", share * (2 if pairs else 1)), prompt=steps.prompt if own_prompt else steps.privileged)
+    made += _asked(("policy", share * (int(distill.support == "student") + int(again))), prompt=steps.prompt)
+    return {"student_scorings": made, "trained_share": share, "distilled": True} | _support(distill)
+
+
+def _teacher_tokens(objective: DistillationConfig, rollouts: int, share: float) -> dict[str, Any]:
+    """Of methods that distil on privileged rollouts alone, of that share of the prompts."""
+    sampled = {"privileged_rollouts": rollouts, "privileged_share": share, "trained_share": 0.0}
+    return sampled | {"student_support": objective.distill.support == "student"} | _support(objective.distill)
+
+
+def _privileged(objective: HDPOConfig) -> dict[str, Any]:
+    """HDPO's privileged rollouts and their targets."""
     return {
         "privileged_rollouts": objective.privileged.rollouts,
         "max_cliffs": objective.privileged.max_prompts_per_step,
-        "top_k": 0 if support == "full" else objective.distill.top_k,
         "scored_by_trainer": objective.logits_from == "trainer",
-        "student_support": support == "student",
-        "full": support == "full",
-    }
+        "student_support": objective.distill.support == "student",
+    } | _support(objective.distill)
+
+
+def _support(distill: DistillConfig) -> dict[str, Any]:
+    """What a target keeps of the teacher's distribution."""
+    full = distill.support == "full"
+    return {"full": full, "top_k": 0 if full else distill.top_k}

@@ -92,7 +92,7 @@ def plan(architecture: Architecture, cluster: Cluster, layout: Layout, workload:
     privileged = replace(
         batch,
         sequences=workload.privileged_sequences / engines,
-        prompts=workload.cliffs / engines,
+        prompts=workload.privileged_prompts / engines,
         prompt_tokens=workload.privileged_prompt_tokens,
         at_once=max(1e-9, min(batch.at_once, workload.privileged_sequences / engines)),
     )

@@ -30,7 +30,8 @@ class Workload:
     """One step. Lengths are means, in tokens.
 
     cliff_rate: share of prompts that all samples fail; solved_rate: that all samples solve; neither has a surrogate
-    gradient. privileged_success: share of privileged rollouts that become distillation data. teacher: none for GRPO;
+    gradient. privileged_share: share of prompts that get privileged rollouts; None: the cliffs. privileged_success:
+    share of those rollouts that become distillation data. teacher: none for GRPO;
     scored_by_trainer: whether the teacher's top k takes a forward pass of the trainer. student_support: the policy's
     own top k of those rollouts is taken before; full: the teacher's whole distribution. student_scorings: of methods
     that have more scored. trained_share: of student rollouts, where others than those with an advantage are trained on;
@@ -46,6 +47,7 @@ class Workload:
     cliff_rate: float = 0.0
     solved_rate: float = 0.0
     privileged_rollouts: int = 0
+    privileged_share: float | None = None
     privileged_success: float = 0.5
     max_cliffs: int | None = None
     micro_batch_tokens: int = 8192
@@ -75,12 +77,12 @@ class Workload:
             raise PlanError(f"cliff rate {self.cliff_rate} and solved rate {self.solved_rate}: together at most 1")
 
     @property
-    def cliffs(self) -> float:
+    def privileged_prompts(self) -> float:
         """Prompts that get privileged rollouts."""
         if self.teacher == "none":
             return 0.0
-        cliffs = self.prompts * self.cliff_rate
-        return cliffs if self.max_cliffs is None else min(cliffs, self.max_cliffs)
+        prompts = self.prompts * (self.cliff_rate if self.privileged_share is None else self.privileged_share)
+        return prompts if self.max_cliffs is None else min(prompts, self.max_cliffs)
 
     @property
     def student_sequences(self) -> float:
@@ -90,7 +92,7 @@ class Workload:
     @property
     def privileged_sequences(self) -> float:
         """Sampled."""
-        return self.cliffs * self.privileged_rollouts
+        return self.privileged_prompts * self.privileged_rollouts
 
     @property
     def kept(self) -> float:

@@ -13,6 +13,7 @@ from recipes import Tree
 
 from megatron_hdpo import cli
 from megatron_hdpo.config import parse_recipe
+from megatron_hdpo.objectives.settings import ObjectiveSettings
 from megatron_hdpo.planner.activations import activation_peak, head_chunk_bytes, layer_bytes, stage_bytes
 from megatron_hdpo.planner.cluster import GPUS, Cluster, cluster_of
 from megatron_hdpo.planner.collectives import Collective, step_collectives
@@ -20,6 +21,7 @@ from megatron_hdpo.planner.errors import PlanError
 from megatron_hdpo.planner.from_recipe import Guesses, layout_of, rollouts_of, workload_of
 from megatron_hdpo.planner.layout import Layout
 from megatron_hdpo.planner.memory import by_phase, host_bytes, resident
+from megatron_hdpo.planner.methods import Steps, work_of
 from megatron_hdpo.planner.parameters import (
     head_values,
     model_values,
@@ -381,7 +383,7 @@ def test_a_recipe_is_read(tree: Tree) -> None:
     rollout = tree["rollout"]
     assert (work.prompts, work.samples) == (rollout["prompts_per_step"], rollout["samples_per_prompt"])
     assert (work.response_tokens, work.longest_response) == (3, rollout["max_new_tokens"])
-    assert work.cliffs == 0.5 * work.prompts and work.teacher == "policy"
+    assert work.privileged_prompts == 0.5 * work.prompts and work.teacher == "policy"
     assert rollouts_of(recipe, Guesses()).engine == "embedded"
     assert layout_of(recipe, 8) == Layout(2, 1, 4, spec=layout_of(recipe, 8).spec, overlap=True)
     with pytest.raises(PlanError, match="no multiple"):
@@ -392,8 +394,6 @@ def test_a_recipe_is_read(tree: Tree) -> None:
     ("key", "value", "says"),
     [
         ("model", {"dtype": "float32"}, "model.dtype=float32"),
-        ("objective", {"name": "srpo"}, "srpo"),
-        ("objective", {"name": "paced"}, "paced"),
         ("teacher", {"kind": "external", "path": "x"}, "external"),
     ],
 )
@@ -401,6 +401,11 @@ def test_recipes_that_are_not_planned_yet_say_so(tree: Tree, key: str, value: Tr
     tree = tree | {"model": tree["model"] | {"dtype": "bfloat16"}}
     with pytest.raises(PlanError, match=says):
         workload_of(parse_recipe(tree | {key: tree.get(key, {}) | value}), Guesses())
+
+
+def test_a_method_of_ones_own_is_not_planned() -> None:
+    with pytest.raises(PlanError, match="objective OwnConfig is not planned"):
+        work_of(type("OwnConfig", (ObjectiveSettings,), {})(), Steps(10, 1, 100, 200, 0.25, 0.0))
 
 
 def _work(tree: Tree, objective: Tree, **sections: Tree) -> Workload:
@@ -426,11 +431,17 @@ def _work(tree: Tree, objective: Tree, **sections: Tree) -> Workload:
         ({"name": "sdpo"}, "ema", 1, 12, {"policy": 12, "teacher": 12}),
         ({"name": "rlsd"}, "policy", 1, 10, {"policy": 10, "teacher": 10}),
         ({"name": "contrastive_opsd"}, "frozen", 1, 10, {"teacher": 20}),
+        ({"name": "akl"}, "frozen", 1, 16, {"teacher": 16}),
+        ({"name": "akl", "tokens": "teacher"}, "frozen", 1, 128, {"teacher": 128}),
+        ({"name": "srpo"}, "policy", 1, 10, {"policy": 5, "teacher": 5}),
+        ({"name": "srpo", "distill": {"support": "teacher"}}, "policy", 2, 10, {"policy": 16, "teacher": 5}),
+        ({"name": "paced"}, "frozen", 1, 40, {"teacher": 40}),
+        ({"name": "paced", "switch_step": 0}, "frozen", 1, 10, {"teacher": 10}),
     ],
 )
 def test_methods_are_read(tree: Tree, objective: Tree, teacher: str, updates: int, trained: int, scored: Tree) -> None:
-    """16 rollouts: 4 groups of 4, of which one is a cliff and half a one solved; 32 privileged rollouts, half of them
-    right. What others than the teacher read before the update is scored by them first."""
+    """16 rollouts: 4 groups of 4, of which one is a cliff and half a one solved; 32 privileged rollouts of a prompt,
+    half of them right. What others than the teacher read before the update is scored by them first."""
     prompts = tree["data"]["prompts"] | {"hint": "{{ attempt }}#{{ answer }}#{{ feedback }}#{{ question }}"}
     sections = {"teacher": {"kind": teacher}, "data": tree["data"] | {"prompts": prompts}}
     work = _work(tree, objective, train=tree["train"] | {"updates_per_step": updates}, **sections)
