@@ -1,4 +1,4 @@
-"""`python -m megatron_hdpo train|evaluate|report|doctor`."""
+"""`python -m megatron_hdpo train|evaluate|check|plan|report|doctor`."""
 
 from megatron_hdpo.cli import main
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import pickle
-import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ import torch.distributed as dist
 from distributed_helper import _PRELOAD, _environment
 
 import megatron_hdpo  # noqa: F401  it silences what Megatron says at import
+from megatron_hdpo.checkpoint import results_queue
 
 # Ranks and their reward workers are forked from one server that has imported all this: seconds paid once.
 PRELOAD = [
@@ -126,30 +124,10 @@ def _work(folder: Path, rank: int, variables: Mapping[str, str], function: Calla
     import torch
 
     torch.set_num_threads(1)
-    _share_checkpoint_queue_by_fork()
+    # A fresh interpreter for the queue of a rank's checkpoints takes seconds of imports; a fork does the same.
+    results_queue.START_METHOD = "fork"
     result = function(*args)
     (folder / f"result{rank}").write_bytes(pickle.dumps(result))
-
-
-def _share_checkpoint_queue_by_fork() -> None:
-    """Megatron starts a fresh interpreter for a queue of results at a process's first checkpoint; the seconds of its
-    imports would be most of what these tests take. A fork does the same."""
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    def queue() -> Any:
-        if filesystem_async._results_queue is None:
-            manager = SyncManager(ctx=multiprocessing.get_context("fork"))
-            manager.start(_die_with_the_rank)
-            filesystem_async._results_queue = manager.Queue()
-        return filesystem_async._results_queue
-
-    filesystem_async._get_write_results_queue = queue
-
-
-def _die_with_the_rank() -> None:
-    """A rank that is killed cannot stop its manager, which would stay for ever (Linux: 1 is PR_SET_PDEATHSIG)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
 
 
 def _read(path: Path) -> str:

@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs from a plain copy of the repository, too
@@ -26,6 +28,7 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 
+from megatron_hdpo.checkpoint.store import CheckpointStore
 from megatron_hdpo.model.architecture import read_architecture
 from megatron_hdpo.model.build import build_model, wrap_data_parallel
 from megatron_hdpo.model.config import ModelConfig, choose_spec
@@ -162,6 +165,38 @@ def offload(work: Work, device: str) -> dict[str, Any]:
         )
 
 
+def checkpoint(work: Work, device: str) -> dict[str, Any]:
+    """Seconds to write and to read a checkpoint tied to its layout and a reshardable one, with the optimizer on the
+    device and half of it on the host; and how far the weights after the next update are from those of the policy that
+    wrote it."""
+
+    examples = work.examples()
+
+    def run(store: CheckpointStore, share: float) -> dict[str, Any]:
+        save_s, saved, expected = write(store, share)
+        fresh = build(work, context, share)
+        load_s, _ = _timed(lambda: store.load(saved, fresh))
+        fresh.update(examples, SPEC)
+        return {"save_s": save_s, "load_s": load_s, "largest_difference": _difference(_weights(fresh), expected)}
+
+    def write(store: CheckpointStore, share: float) -> tuple[float, Path, dict[str, torch.Tensor]]:
+        policy = build(work, context, share)
+        policy.update(examples, SPEC)
+        save_s, saved = _timed(lambda: store.save(1, policy))
+        policy.update(examples, SPEC)
+        return save_s, saved, _weights(policy)
+
+    results: dict[str, Any] = {}
+    with joined(device) as context, TemporaryDirectory() as folder:
+        for share, reshardable in product((0.0, 0.5), (False, True)):
+            name = ("reshardable" if reshardable else "tied") + (", half offloaded" if share else "")
+            if share and context.device.type != "cuda":
+                results[name] = {"refused": "on a CPU the optimizer is in host memory already"}
+                continue
+            results[name] = _freed(partial(run, CheckpointStore(Path(folder) / name, context, 1, reshardable), share))
+    return results
+
+
 def overlap(work: Work, device: str) -> dict[str, Any]:
     """Seconds of an update with and without overlap over the replicas (as many as there are ranks), and how far the
     weights are apart after three of them. Every replica has examples of its own."""
@@ -191,11 +226,15 @@ def _compare(
         policy = make()
         seconds = [_timed(lambda: step(policy))[0] for _ in range(3)]
         peak, values = _peak(), read(policy)
-        first = kept.setdefault("first", values)
-        errors = {n: float((values[n] - v).norm() / v.norm().clamp(min=1e-12)) for n, v in first.items()}
-        return {"seconds": float(np.median(seconds)), "peak_gib": peak, "largest_difference": max(errors.values())}
+        difference = _difference(values, kept.setdefault("first", values))
+        return {"seconds": float(np.median(seconds)), "peak_gib": peak, "largest_difference": difference}
 
     return {name: _freed(lambda name=name, make=make: run(name, make)) for name, make in settings.items()}
+
+
+def _difference(values: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """The largest of any tensor, relative to its norm."""
+    return max(float((values[n] - v).norm() / v.norm().clamp(min=1e-12)) for n, v in expected.items())
 
 
 def _weights(policy: Policy) -> dict[str, torch.Tensor]:
@@ -336,6 +375,7 @@ TRIALS: dict[str, Callable[[Work, str], dict[str, Any]]] = {
     "fp8": fp8,
     "recompute": recompute,
     "offload": offload,
+    "checkpoint": checkpoint,
     "overlap": overlap,
     "planned_memory": planned_memory,
     "embedded": embedded,

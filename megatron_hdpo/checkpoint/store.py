@@ -18,6 +18,7 @@ from megatron.core import dist_checkpointing
 from pydantic import BaseModel, ConfigDict, Field
 
 from megatron_hdpo.checkpoint.optimizer_state import load_optimizer, sharded_optimizer
+from megatron_hdpo.checkpoint.results_queue import start_results_queue
 from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.model.network import HeadlessGPTModel
 from megatron_hdpo.model.policy import Policy
@@ -209,6 +210,7 @@ class CheckpointStore:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         self.context.barrier("checkpoint folder made")
+        start_results_queue()
         with self.context.megatron_calls(), torch.no_grad():
             dist_checkpointing.save(sharded, str(partial))
         if self._writes_shard() and teacher is not None:

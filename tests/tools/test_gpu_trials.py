@@ -60,6 +60,12 @@ def test_offload_needs_a_gpu(found: dict) -> None:
     assert "host memory already" in found["offload"]["refused"]
 
 
+def test_checkpoint(found: dict) -> None:
+    for kind in ("tied", "reshardable"):
+        assert found["checkpoint"][kind]["largest_difference"] == 0.0
+        assert "host memory already" in found["checkpoint"][f"{kind}, half offloaded"]["refused"]
+
+
 def test_overlap(overlapped: list) -> None:
     for rank in overlapped:
         assert rank["replicas"] == 2
@@ -96,7 +102,7 @@ def test_embedded(found: dict) -> None:
 
 
 def test_every_trial_is_a_check() -> None:
-    assert {"fp8", "recompute", "offload", "overlap", "planned", "embedded"} < check_gpu.CHECKS.keys()
+    assert {"fp8", "recompute", "offload", "checkpoint", "overlap", "planned", "embedded"} < check_gpu.CHECKS.keys()
 
 
 def test_a_trial_that_fails_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
