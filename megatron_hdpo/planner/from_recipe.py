@@ -72,8 +72,6 @@ def rollouts_of(recipe: Recipe, guesses: Guesses) -> Rollouts:
     if rollout.engine == "embedded":
         return Rollouts("embedded", max_concurrency=rollout.embedded.max_batch_sequences)
     servers = rollout.sglang.servers
-    if servers.quantization is not None:
-        raise PlanError(f"rollout.sglang.servers.quantization={servers.quantization} is not planned yet")
     return Rollouts(
         "colocated" if rollout.sglang.placement == "colocated" else "separate",
         servers.tensor_parallel,
@@ -82,6 +80,7 @@ def rollouts_of(recipe: Recipe, guesses: Guesses) -> Rollouts:
         servers.memory_saver,
         servers.mem_fraction_static,
         rollout.ahead > 0,
+        servers.quantization == "fp8",
     )
 
 

@@ -16,7 +16,7 @@ from megatron_hdpo.planner.activations import (
 )
 from megatron_hdpo.planner.cluster import FRAMEWORK_BYTES, GIB, Gpu
 from megatron_hdpo.planner.layout import Layout
-from megatron_hdpo.planner.parameters import model_values, product_values, stage_parameters
+from megatron_hdpo.planner.parameters import model_values, product_values, served_bytes, stage_parameters
 from megatron_hdpo.planner.schedule import rounded
 from megatron_hdpo.planner.shape_of_work import Repeated
 from megatron_hdpo.planner.workload import WEIGHTS, Rollouts, Workload
@@ -97,8 +97,8 @@ def cache_bytes_per_token(architecture: Architecture, tensor: int) -> float:
 
 
 def engine_weights(architecture: Architecture, rollouts: Rollouts) -> float:
-    """Bytes of the engine's weights on one GPU, bfloat16."""
-    return 2.0 * model_values(architecture) / rollouts.tensor
+    """Bytes of the engine's weights on one GPU."""
+    return served_bytes(architecture, model_values(architecture), rollouts.fp8) / rollouts.tensor
 
 
 def cache_room(architecture: Architecture, layout: Layout, rollouts: Rollouts, gpu: Gpu) -> float:

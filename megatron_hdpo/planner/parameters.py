@@ -152,6 +152,17 @@ def visited_values(architecture: Architecture, tokens: float) -> float:
     return values - missed * a.num_layers * sum(expert_matrices(a, Layout()))
 
 
+def served_bytes(architecture: Architecture, values: float, fp8: bool) -> float:
+    """Bytes of an engine's `values` parameters, the head's among them (all, or those that a step reads): two each, or
+    where a server quantises to FP8 one for those of the layers' matrices."""
+    a = architecture
+    whole = float(model_values(a))
+    others = whole - a.num_layers * product_values(a, Layout())
+    if values < whole and not a.tied:
+        others -= a.vocab_size * a.hidden_size  # the embedding, of which a step reads next to nothing
+    return 2.0 * values - (values - others if fp8 else 0.0)
+
+
 def norm_values(architecture: Architecture, layout: Layout, stage: int) -> int:
     """Values of the norms' gradients (and of routers') that tensor-parallel ranks add up after the backward pass: each
     rank saw its own rows (sequence parallelism) or its own heads (QK norms)."""

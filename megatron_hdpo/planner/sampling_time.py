@@ -19,7 +19,7 @@ from megatron_hdpo.planner.cluster import (
 from megatron_hdpo.planner.flops import attention_flops, decoding_flops, forward_flops
 from megatron_hdpo.planner.layout import Layout
 from megatron_hdpo.planner.memory import cache_bytes_per_token
-from megatron_hdpo.planner.parameters import expert_matrices, model_values, visited_values
+from megatron_hdpo.planner.parameters import expert_matrices, model_values, served_bytes, visited_values
 from megatron_hdpo.planner.phase_time import PhaseTime, nothing
 from megatron_hdpo.planner.workload import Rollouts, Workload
 
@@ -37,7 +37,8 @@ class Batch:
 def sampling(
     a: Architecture, phase: str, batch: Batch, engines: int, workload: Workload, rollouts: Rollouts, cluster: Cluster
 ) -> PhaseTime:
-    """Prefill of every prompt once per engine, then decoding; no faster than the longest response alone."""
+    """Prefill of every prompt once per engine, then decoding; no faster than the longest response alone. Products take
+    their time in bfloat16 also where a server's weights are FP8."""
     if not batch.sequences:
         return nothing(phase)
     gpu, tensor = cluster.gpu, rollouts.tensor
@@ -53,7 +54,7 @@ def sampling(
     compute = (decode - decode_attention) / DECODE_MATMUL_EFFICIENCY
     compute += (prefill - prefill_attention) / MATMUL_EFFICIENCY
     compute += (decode_attention + prefill_attention) / ATTENTION_EFFICIENCY
-    read = 2.0 * visited_values(a, tokens / steps)
+    read = served_bytes(a, visited_values(a, tokens / steps), rollouts.fp8)
     traffic = steps * read / tensor + tokens * context * cache_bytes_per_token(a, tensor)
     per_step = SERVER_STEP_S if rollouts.engine != "embedded" else EMBEDDED_LAYER_STEP_S * a.num_layers
     return PhaseTime(

@@ -166,7 +166,7 @@ class Rollouts:
 
     embedded: on every GPU of the trainer, with a whole copy of the model. colocated: SGLang servers of `tensor` GPUs on
     the trainer's GPUs; saver: they give their memory back while the trainer works. separate: SGLang on `gpus` of their
-    own. memory_fraction: of a GPU, for a server's weights and cache; None: what is left.
+    own. memory_fraction: of a GPU, for a server's weights and cache; None: what is left. fp8: servers quantise.
     """
 
     engine: Engine = "colocated"
@@ -176,6 +176,7 @@ class Rollouts:
     saver: bool = True
     memory_fraction: float | None = None
     ahead: bool = False
+    fp8: bool = False
 
     def __post_init__(self) -> None:
         if (self.engine == "separate") != (self.gpus > 0):

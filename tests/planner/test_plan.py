@@ -20,11 +20,13 @@ from megatron_hdpo.planner.collectives import Collective, step_collectives
 from megatron_hdpo.planner.errors import PlanError
 from megatron_hdpo.planner.from_recipe import Guesses, layout_of, rollouts_of, workload_of
 from megatron_hdpo.planner.layout import Layout
-from megatron_hdpo.planner.memory import by_phase, host_bytes, resident
+from megatron_hdpo.planner.memory import by_phase, engine_weights, host_bytes, resident
 from megatron_hdpo.planner.methods import Steps, work_of
 from megatron_hdpo.planner.parameters import (
     head_values,
     model_values,
+    product_values,
+    served_bytes,
     shared_matrices,
     stage_parameters,
     visited_values,
@@ -307,6 +309,18 @@ def test_an_embedded_engine_holds_a_whole_model_on_every_gpu_in_every_phase() ->
         assert made.memory[phase].kinds["engine weights"] == 2 * model_values(SEVEN)
     saved = _plan(Layout(tensor=4, data=2, sequence=True), rollouts=Rollouts("colocated", saver=True))
     assert "engine weights" not in saved.memory["training"].kinds
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-7b", "qwen2.5-1.5b", "qwen3-30b-a3b"])
+def test_fp8_servers_hold_and_read_a_byte_per_value_of_a_layers_matrix(name: str) -> None:
+    a = SHAPES[name]
+    plain, quantized = (Rollouts("separate", gpus=8, fp8=fp8) for fp8 in (False, True))
+    matrices = a.num_layers * product_values(a, Layout())
+    assert engine_weights(a, plain) - engine_weights(a, quantized) == matrices
+    every = visited_values(a, 1e9)  # each expert is visited
+    assert served_bytes(a, every, False) - served_bytes(a, every, True) == pytest.approx(matrices)
+    times = [plan(a, Cluster(H100, 2), Layout(data=8), WORK, r).phases[0].memory_s for r in (plain, quantized)]
+    assert 0.5 < times[1] / times[0] < 0.95
 
 
 def test_teachers_rest_on_the_host() -> None:
