@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megatron_hdpo.config import Recipe
+from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.planner.errors import PlanError
 from megatron_hdpo.planner.layout import Layout, Spec
 from megatron_hdpo.planner.methods import Steps, work_of
-from megatron_hdpo.planner.workload import Rollouts, TeacherKind, Workload
+from megatron_hdpo.planner.shapes import architecture_of
+from megatron_hdpo.planner.workload import Rollouts, Workload
+from megatron_hdpo.teachers.config import ExternalTeacherConfig
 
 # A recipe says how long prompts and responses may be, not how long they are. Assumed means, as shares of the longest.
 MEAN_PROMPT_SHARE = 0.25
@@ -48,7 +51,8 @@ def workload_of(recipe: Recipe, guesses: Guesses) -> Workload:
         solved_rate=guesses.solved_rate,
         micro_batch_tokens=recipe.train.micro_batch_tokens,
         updates=updates,
-        teacher=_teacher(recipe) if objective.teachers else "none",
+        teacher=recipe.teacher.kind if objective.teachers else "none",
+        teacher_model=_teacher_model(recipe),
         top_k=0,
     )
     steps = Steps(recipe.train.steps, updates, prompt, privileged, guesses.cliff_rate, guesses.solved_rate)
@@ -59,11 +63,9 @@ def _mean(given: int | None, longest: int, share: float) -> int:
     return given if given is not None else max(1, round(longest * share))
 
 
-def _teacher(recipe: Recipe) -> TeacherKind:
-    kind = recipe.teacher.kind
-    if kind == "external":
-        raise PlanError("teacher.kind=external has a model of its own, which is not planned yet")
-    return kind
+def _teacher_model(recipe: Recipe) -> Architecture | None:
+    """An external teacher's. Raises PlanError where its path is neither a folder nor a shape that is known."""
+    return architecture_of(recipe.teacher.path) if isinstance(recipe.teacher, ExternalTeacherConfig) else None
 
 
 def rollouts_of(recipe: Recipe, guesses: Guesses) -> Rollouts:

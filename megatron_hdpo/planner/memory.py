@@ -90,6 +90,18 @@ def scoring(architecture: Architecture, layout: Layout, stage: int, work: Repeat
     return kinds
 
 
+def _scoring(architecture: Architecture, layout: Layout, stage: int, workload: Workload) -> Kinds:
+    """Of the scoring that needs most; an external teacher's weights lie beside the policy's."""
+    found = []
+    for weights in WEIGHTS:
+        work, scorer = workload.scoring_work(weights, layout), workload.scorer(weights, architecture)
+        kinds = scoring(scorer, layout, stage, work, workload.head_chunk)
+        if kinds and scorer is not architecture:
+            kinds["teacher weights"] = float(stage_parameters(scorer, layout, stage).values * layout.value_bytes)
+        found.append(kinds)
+    return _fullest(found)
+
+
 def cache_bytes_per_token(architecture: Architecture, tensor: int) -> float:
     """Keys and values of one token on one of a server's GPUs, bfloat16."""
     heads = max(1.0, architecture.num_kv_heads / tensor)  # beyond one head per GPU, heads are copied
@@ -125,13 +137,12 @@ def by_phase(
     stays = shared and not (rollouts.engine == "colocated" and rollouts.saver)
     beside: Kinds = engine if stays else {}
     trained = workload.training_work(layout)
-    taught = max((workload.scoring_work(weights, layout) for weights in WEIGHTS), key=lambda work: work.shape.rows)
     chunk = workload.head_chunk
     extra: dict[str, list[Kinds]] = {"sampling": [], "teacher": [], "training": [], "sync": []}
     for stage in layout.stages:
         base = resident(architecture, layout, stage)
         extra["sampling"].append(base | (engine if shared else {}))
-        extra["teacher"].append(base | scoring(architecture, layout, stage, taught, chunk) | beside)
+        extra["teacher"].append(base | _scoring(architecture, layout, stage, workload) | beside)
         extra["training"].append(base | training(architecture, layout, stage, trained, chunk) | beside)
         buckets = {"sync buckets": 2.0 * _SYNC_BUCKET_BYTES}
         # A server that gave its memory back takes it again before it is given weights.
@@ -157,9 +168,12 @@ def host_bytes(architecture: Architecture, layout: Layout, workload: Workload) -
     }
     offloaded = max(stage_parameters(architecture, layout, s).shard_values(layout) for s in layout.stages)
     held = copies.get(workload.teacher, 0)
+    other = 0
+    if (teacher := workload.teacher_model) is not None:
+        other = max(stage_parameters(teacher, layout, s).values for s in layout.stages) * layout.value_bytes
     if workload.scored("reference")[0] and workload.teacher != "frozen":  # who is frozen is the reference too
         held += layout.value_bytes if held else 2 * layout.value_bytes
-    return values * held + layout.offload * offloaded * 3 * _FP32
+    return values * held + other + layout.offload * offloaded * 3 * _FP32
 
 
 def why_not(memory: Mapping[str, PhaseMemory], gpu: Gpu) -> list[str]:

@@ -78,6 +78,8 @@ def plan(architecture: Architecture, cluster: Cluster, layout: Layout, workload:
     """The plan of a step. Raises PlanError where the trainer refuses the layout; memory that is missing is told in the
     plan's refusals."""
     check(layout, architecture)
+    if workload.teacher_model is not None:
+        check(layout, workload.teacher_model)
     if layout.world + rollouts.gpus > cluster.gpus:
         raise PlanError(f"{layout} and {rollouts.gpus} rollout GPUs are more than the cluster's {cluster.gpus} GPUs")
     if architecture.num_heads % rollouts.tensor:

@@ -201,11 +201,20 @@ def _seconds(collectives: Sequence[Collective], layout: Layout, cluster: Cluster
 
 
 @lru_cache(maxsize=256)
+def _swaps(workload: Workload, weights: Weights) -> int:
+    """How often a scoring moves a model's weights between host and device: the policy's go, the others come, the
+    policy's come back; an external teacher's come beside them."""
+    if weights == "policy" or (weights == "teacher" and workload.teacher == "policy"):
+        return 0
+    return 1 if weights == "teacher" and workload.teacher == "external" else 3
+
+
 def scoring(a: Architecture, layout: Layout, workload: Workload, weights: Weights, cluster: Cluster) -> PhaseTime:
     """The trainer's forward passes by some weights, and the swap of weights that rest on the host."""
     phase, work = _PHASES[weights], workload.scoring_work(weights, layout)
     if not work.count:
         return nothing(phase)
+    a = workload.scorer(weights, a)
     shape, gpu, last = work.shape.padded(layout), cluster.gpu, layout.pipeline - 1
     arithmetic = _layers_s(a, layout, shape, _Passes(1, 1, 1), gpu) + _head_s(a, layout, shape, 1, gpu)
     values = max(stage_parameters(a, layout, stage).values for stage in layout.stages)
@@ -215,9 +224,7 @@ def scoring(a: Architecture, layout: Layout, workload: Workload, weights: Weight
     collectives = scoring_collectives(a, layout, last, [work], workload.head_chunk)
     communication = _seconds(collectives, layout, cluster)
     per_batch = arithmetic + memory + communication / work.count
-    # The policy's weights go to the host, the others come, the policy's come back.
-    rests = weights == "reference" or (weights == "teacher" and workload.teacher in ("frozen", "snapshot", "ema"))
-    moved = 3.0 * values * layout.value_bytes if rests else 0.0
+    moved = values * layout.value_bytes * _swaps(workload, weights)
     sequences, prompt = workload.scored(weights)
     length = prompt + workload.response_tokens
     return PhaseTime(

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.planner.errors import PlanError
 from megatron_hdpo.planner.layout import Layout
 from megatron_hdpo.planner.shape_of_work import PackedShape, Repeated
 
-TeacherKind = Literal["none", "policy", "frozen", "snapshot", "ema"]
+TeacherKind = Literal["none", "policy", "frozen", "snapshot", "ema", "external"]
 Engine = Literal["embedded", "colocated", "separate"]
 Weights = Literal["policy", "teacher", "reference"]
 WEIGHTS: tuple[Weights, ...] = ("policy", "teacher", "reference")
@@ -31,7 +32,7 @@ class Workload:
 
     cliff_rate: share of prompts that all samples fail; solved_rate: that all samples solve; neither has a surrogate
     gradient. privileged_share: share of prompts that get privileged rollouts; None: the cliffs. privileged_success:
-    share of those rollouts that become distillation data. teacher: none for GRPO;
+    share of those rollouts that become distillation data. teacher: none for GRPO; teacher_model: an external one's.
     scored_by_trainer: whether the teacher's top k takes a forward pass of the trainer. student_support: the policy's
     own top k of those rollouts is taken before; full: the teacher's whole distribution. student_scorings: of methods
     that have more scored. trained_share: of student rollouts, where others than those with an advantage are trained on;
@@ -59,6 +60,7 @@ class Workload:
     student_support: bool = False
     full: bool = False
     student_scorings: tuple[StudentScoring, ...] = ()
+    teacher_model: Architecture | None = None
     trained_share: float | None = None
     distilled: bool = False
 
@@ -123,6 +125,10 @@ class Workload:
         aimed = self.trained_sequences if self.distilled else self.kept
         targets = aimed / self.trained_sequences if self.trained_sequences else 0.0
         return self._packed(share, self.prompt_tokens, targets, layout)
+
+    def scorer(self, weights: Weights, policy: Architecture) -> Architecture:
+        """The model that scores by these weights."""
+        return self.teacher_model if weights == "teacher" and self.teacher_model is not None else policy
 
     def scored(self, weights: Weights) -> tuple[float, int]:
         """Responses that these weights score in a step, and the mean tokens of their prompts."""

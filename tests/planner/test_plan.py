@@ -331,6 +331,23 @@ def test_teachers_rest_on_the_host() -> None:
     assert swapped.time_s > _plan(Layout(data=8)).phases[2].time_s
 
 
+def test_an_external_teacher_is_planned_with_its_own_model(tree: Tree) -> None:
+    """Its weights come to the GPU beside the policy's and do not go back; they rest on the host in one copy."""
+    work = dataclasses.replace(WORK, teacher="external", teacher_model=LARGE)
+    layout = Layout(tensor=4, pipeline=2, sequence=True)
+    own, other = _plan(layout), _plan(layout, work)
+    teacher = stage_parameters(LARGE, layout, 0).values
+    assert other.memory["teacher"].kinds["teacher weights"] >= 2 * teacher
+    assert "teacher weights" not in own.memory["teacher"].kinds
+    assert other.host_bytes - own.host_bytes >= 2 * teacher
+    assert other.phases[2].flops > 3 * own.phases[2].flops
+    assert other.phases[-2] == own.phases[-2]  # training
+    with pytest.raises(PlanError, match="does not divide"):
+        _plan(Layout(data=1, pipeline=7), dataclasses.replace(work, teacher_model=SHAPES["qwen2.5-32b"]))
+    read = _work(tree, {"name": "opd"}, teacher={"kind": "external", "path": "qwen2.5-72b"})
+    assert read.teacher_model == SHAPES["qwen2.5-72b"]
+
+
 def test_what_does_not_fit_says_where_and_why() -> None:
     made = plan(LARGE, Cluster(H100, 1), Layout(8, 1, 1, True), WORK, Rollouts("colocated", 8))
     assert not made.fits
@@ -408,7 +425,7 @@ def test_a_recipe_is_read(tree: Tree) -> None:
     ("key", "value", "says"),
     [
         ("model", {"dtype": "float32"}, "model.dtype=float32"),
-        ("teacher", {"kind": "external", "path": "x"}, "external"),
+        ("teacher", {"kind": "external", "path": "no/such/teacher"}, "neither a folder"),
     ],
 )
 def test_recipes_that_are_not_planned_yet_say_so(tree: Tree, key: str, value: Tree, says: str) -> None:
