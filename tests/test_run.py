@@ -310,6 +310,20 @@ def test_experts_on_an_interleaved_pipeline(tmp_path: Path) -> None:
     assert metrics_of(split)[1]["router/max_load"] == pytest.approx(metrics_of(alone)[1]["router/max_load"], rel=0.05)
 
 
+def test_a_run_moves_to_another_layout(tiny_model: Path, tmp_path: Path) -> None:
+    """With the checkpoint that its recipe asked for, and the step that it would have taken."""
+    staying, tree = recipe_of(tiny_model, tmp_path / "staying"), recipe_of(tiny_model, tmp_path / "run")
+    results_of(train(staying, *FIRST_STEP, "train.steps=2"))
+    results_of(train(tree, *FIRST_STEP, "checkpoint.reshardable=true"))
+    moved = train(tree, *FIRST_STEP, "train.steps=2", "parallel.tensor=2", ranks=2)
+    results_of(moved)
+    assert "resumed from step_00000001" in moved.text
+    mine, other = metrics_of(tree)[2], metrics_of(staying)[2]
+    for name in ("rollout/nll", "distill/divergence", "train/grad_norm", "train/tokens"):
+        assert mine[name] == pytest.approx(other[name], rel=1e-4), name
+    assert other["train/grad_norm"] > 0
+
+
 def _assert_same_first_step(tree: Tree, other_tree: Tree, needed: set[str]) -> None:
     """The first step, after the warm-up: the same rollouts, and metrics equal but for float32 sums."""
     together, alone = rollouts_of(tree, 1), rollouts_of(other_tree, 1)

@@ -8,7 +8,7 @@ Checks, each of which is recorded with its numbers or its error, is bounded in t
   fp8           loss of 50 updates in every FP8 recipe that the GPU has against bfloat16: difference, seconds, memory
   recompute     memory and seconds without, with selective and with full recompute; gradients must be the same
   offload       memory and seconds with none, half and all of the optimizer on the host; weights must be the same
-  checkpoint    seconds to write and read both kinds of checkpoint; the next update must be the same
+  checkpoint    seconds to write and read both kinds of checkpoint; updates after it must be the same
   overlap       seconds of an update with and without overlap over all GPUs; weights must be the same
   planned       the planner's memory of an update against what torch allocated
   embedded      the embedded engine: tokens per second, and its log-probs against the trainer's

@@ -26,7 +26,6 @@ def sharded_optimizer(
     return _of_any_layout(optimizer, state) if reshardable else state
 
 
-@torch.no_grad()
 def load_optimizer(optimizer: ChainedOptimizer, loaded: dict[Any, Any], reshardable: bool) -> None:
     """Take in what `sharded_optimizer` asked for. Hyper-parameters stay the recipe's, also where it changed since."""
     settings = _group_settings(optimizer)
@@ -42,7 +41,7 @@ def load_optimizer(optimizer: ChainedOptimizer, loaded: dict[Any, Any], resharda
 def _of_any_layout(optimizer: ChainedOptimizer, state: dict[Any, Any]) -> dict[str, Any]:
     """Of Megatron's sharded state what no layout and no recipe decides: moments, main weights, the step."""
     parts = [state] if len(optimizer.chained_optimizers) == 1 else list(state.values())
-    step = parts[0]["optimizer"]["param_groups"][0].get("step", 0)
+    step = int(parts[0]["optimizer"]["param_groups"][0].get("step", 0))
     return {"step": step, "parts": {index: part["param_state"] for index, part in enumerate(parts)}}
 
 
@@ -59,6 +58,16 @@ def _load_from_any_layout(optimizer: ChainedOptimizer, loaded: dict[str, Any]) -
             for moments in part.optimizer.state.values():
                 del moments["step"]
         part.load_parameter_state_from_fully_reshardable(loaded["parts"][index])
+        if isinstance(part.optimizer, HybridDeviceOptimizer):
+            _own_memory(part.optimizer)
+
+
+def _own_memory(optimizer: HybridDeviceOptimizer) -> None:
+    """It keeps the loaded slices themselves, which would keep what the other replicas hold in memory."""
+    for moments in optimizer.state.values():
+        for name, value in moments.items():
+            if isinstance(value, torch.Tensor) and value.untyped_storage().nbytes() > value.nbytes:
+                moments[name] = value.clone()
 
 
 def _group_settings(optimizer: ChainedOptimizer) -> list[dict[str, Any]]:
@@ -68,21 +77,23 @@ def _group_settings(optimizer: ChainedOptimizer) -> list[dict[str, Any]]:
 
 
 def _allocate_moments(optimizer: ChainedOptimizer) -> None:
-    """What torch's Adam would make at its first step. Before that it has no state: Megatron's `state_dict` stops then,
-    and a checkpoint's moments are read into those that are there."""
+    """What an Adam would make at its first step. Before that it has no state: Megatron stops there, or leaves it out of
+    the checkpoint, and a checkpoint's moments are read into those that are there."""
     for part in optimizer.chained_optimizers:
         if isinstance(part.optimizer, HybridDeviceOptimizer):
             allocate_state(part.optimizer)
-        if not isinstance(part.optimizer, torch.optim.Adam) or part.optimizer.state:
+        if part.optimizer.state:
             continue
         for parameter in (p for group in part.optimizer.param_groups for p in group["params"]):
             moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            part.optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
+            if isinstance(part.optimizer, torch.optim.Adam):  # Transformer Engine's counts by group
+                moments["step"] = torch.zeros(())
+            part.optimizer.state[parameter] = moments
 
 
 def _restore_step_counts(optimizer: ChainedOptimizer) -> None:
     """Megatron leaves all parameters of torch's Adam one tensor to count steps in, which then counts once for each of
-    them, and in this format with the count of before. The right count is in the parameter groups."""
+    them. The right count is in the parameter groups."""
     for part in optimizer.chained_optimizers:
         if isinstance(part.optimizer, HybridDeviceOptimizer):
             set_step(part.optimizer, int(part.optimizer.param_groups[0]["step"]))

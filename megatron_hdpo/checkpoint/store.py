@@ -38,8 +38,8 @@ class CheckpointConfig(BaseModel):
     keep: int = Field(2, ge=1, description="Newest checkpoints that stay on disk.")
     reshardable: bool = Field(
         False,
-        description="Write the optimizer's state so that a run can go on at any layout (parallel section). Each rank "
-        "gathers that of its replicas in host memory for it: 12 bytes for each parameter that it holds.",
+        description="Write the optimizer's state so that a run can go on at any layout (parallel section). For each "
+        "parameter that it holds a rank gathers 12 bytes in host memory, up to 8 on the device in passing.",
     )
     export: bool = Field(True, description="Write the trained model as a Hugging Face checkpoint at the end (hf/).")
 
@@ -230,7 +230,7 @@ def _check_layout(path: Path, state: RunState, now: dict[str, int]) -> None:
         return
     there, here = (", ".join(f"{key}={of[key]}" for key in differing) for of in (state.layout, now))
     tied, way = "the optimizer's state", "write a checkpoint with checkpoint.reshardable=true there"
-    if state.reshardable:
+    if _has_shards(state.memory):
         tied, way = "the saved weights of its teacher", "resume at the old layout"
     raise CheckpointError(
         f"{path} was written at {there} (parallel section), this run has {here}: {tied} cannot change its layout. "

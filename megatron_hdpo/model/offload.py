@@ -25,7 +25,8 @@ def allocate_state(optimizer: HybridDeviceOptimizer) -> None:
 
 
 def set_step(optimizer: HybridDeviceOptimizer, step: int) -> None:
-    """Let every part count its steps from here, each parameter by a tensor of its own (Megatron leaves one to all)."""
+    """Let every part count its steps from here, each parameter by a tensor of its own (Megatron leaves one to all). A
+    count in the whole's groups, which a checkpoint leaves there, would be given to the parts before every step."""
     for part in optimizer.sub_optimizers:
         for group in part.param_groups:
             if not isinstance(part, torch.optim.Adam):  # Transformer Engine's counts by group
@@ -33,4 +34,6 @@ def set_step(optimizer: HybridDeviceOptimizer, step: int) -> None:
                 continue
             for parameter in group["params"]:
                 part.state[parameter]["step"] = torch.tensor(float(step))
+    for group in optimizer.param_groups:
+        group.pop("step", None)
     optimizer._sync_sub_optimizers_state_to_hdo()

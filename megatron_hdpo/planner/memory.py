@@ -96,10 +96,19 @@ def _scoring(architecture: Architecture, layout: Layout, stage: int, workload: W
     for weights in WEIGHTS:
         work, scorer = workload.scoring_work(weights, layout), workload.scorer(weights, architecture)
         kinds = scoring(scorer, layout, stage, work, workload.head_chunk)
-        if kinds and scorer is not architecture:
+        if kinds and weights == "teacher" and workload.teacher_model is not None:
             kinds["teacher weights"] = float(stage_parameters(scorer, layout, stage).values * layout.value_bytes)
         found.append(kinds)
     return _fullest(found)
+
+
+def _teachers_head(architecture: Architecture, layout: Layout, stage: int, workload: Workload) -> Kinds:
+    """The copy from which targets over the whole vocabulary are made during an update."""
+    if not workload.full or stage != layout.pipeline - 1:
+        return {}
+    rows = architecture.padded_vocab_size(layout.tensor) // layout.tensor
+    width = workload.scorer("teacher", architecture).hidden_size
+    return {"teacher's head": float(rows * width * layout.value_bytes)}
 
 
 def cache_bytes_per_token(architecture: Architecture, tensor: int) -> float:
@@ -143,7 +152,8 @@ def by_phase(
         base = resident(architecture, layout, stage)
         extra["sampling"].append(base | (engine if shared else {}))
         extra["teacher"].append(base | _scoring(architecture, layout, stage, workload) | beside)
-        extra["training"].append(base | training(architecture, layout, stage, trained, chunk) | beside)
+        kept = _teachers_head(architecture, layout, stage, workload)
+        extra["training"].append(base | training(architecture, layout, stage, trained, chunk) | kept | beside)
         buckets = {"sync buckets": 2.0 * _SYNC_BUCKET_BYTES}
         # A server that gave its memory back takes it again before it is given weights.
         extra["sync"].append(base | buckets | (engine if shared else {}))

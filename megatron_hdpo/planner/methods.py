@@ -90,9 +90,12 @@ def _asked(*scorings: tuple[Weights, float], prompt: int) -> tuple[StudentScorin
 def _advantages(objective: GRPOConfig, steps: Steps) -> dict[str, Any]:
     """Of methods that learn from advantages."""
     answer = isinstance(objective, RLSDConfig) and objective.evidence == "answer"
-    own: tuple[Weights, float] = ("policy", 1.0 if steps.updates > 1 else steps.mixed if answer else 0.0)
-    made = _asked(own, ("reference", float(objective.needs_reference)), prompt=steps.prompt)
-    return {"student_scorings": made + _asked(("teacher", steps.mixed * _contexts(objective)), prompt=steps.privileged)}
+    share = steps.mixed if isinstance(objective, RLCSDConfig) else 1.0
+    own: tuple[Weights, float] = ("policy", share if steps.updates > 1 else steps.mixed if answer else 0.0)
+    made = _asked(own, ("reference", share * objective.needs_reference), prompt=steps.prompt)
+    made += _asked(("teacher", steps.mixed * _contexts(objective)), prompt=steps.privileged)
+    # A penalty has a gradient in groups without an advantage too.
+    return {"student_scorings": made, "trained_share": share if objective.needs_reference else steps.mixed}
 
 
 def _contexts(objective: GRPOConfig) -> int:
@@ -109,7 +112,7 @@ def _routed(objective: SRPOConfig, steps: Steps) -> dict[str, Any]:
     made = _asked(("teacher", wrong), prompt=steps.privileged)
     made += _asked(("policy", wrong * (objective.distill.support == "student")), prompt=steps.prompt)
     fields["student_scorings"] += made
-    return fields | {"trained_share": steps.mixed, "distilled": True} | _support(objective.distill)
+    return fields | {"distilled": True} | _support(objective.distill)
 
 
 def _distillation(objective: DistillationConfig, steps: Steps) -> dict[str, Any]:
@@ -131,7 +134,9 @@ def _teacher_tokens(objective: DistillationConfig, rollouts: int, share: float) 
 
 
 def _privileged(objective: HDPOConfig) -> dict[str, Any]:
-    """HDPO's privileged rollouts and their targets."""
+    """HDPO's privileged rollouts and their targets; none without a weight."""
+    if objective.distill.coefficient == 0:
+        return {}
     return {
         "privileged_rollouts": objective.privileged.rollouts,
         "max_cliffs": objective.privileged.max_prompts_per_step,

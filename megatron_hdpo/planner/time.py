@@ -200,7 +200,6 @@ def _seconds(collectives: Sequence[Collective], layout: Layout, cluster: Cluster
     return sum(collective.seconds(layout, cluster) for collective in collectives)
 
 
-@lru_cache(maxsize=256)
 def _swaps(workload: Workload, weights: Weights) -> int:
     """How often a scoring moves a model's weights between host and device: the policy's go, the others come, the
     policy's come back; an external teacher's come beside them."""
@@ -209,6 +208,7 @@ def _swaps(workload: Workload, weights: Weights) -> int:
     return 1 if weights == "teacher" and workload.teacher == "external" else 3
 
 
+@lru_cache(maxsize=256)
 def scoring(a: Architecture, layout: Layout, workload: Workload, weights: Weights, cluster: Cluster) -> PhaseTime:
     """The trainer's forward passes by some weights, and the swap of weights that rest on the host."""
     phase, work = _PHASES[weights], workload.scoring_work(weights, layout)

@@ -19,6 +19,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from torch import nn
 
+from megatron_hdpo.checkpoint.results_queue import start_results_queue
 from megatron_hdpo.model.architecture import Architecture, ArchitectureError
 from megatron_hdpo.model.chunks import unwrap
 from megatron_hdpo.parallel.context import ParallelContext
@@ -74,6 +75,7 @@ def save_megatron(
     source, out = Path(source_path), Path(out_path)
     dtype = next(model.parameters()).dtype
     together(context, partial(prepare, out, source, overwrite))
+    start_results_queue()
     with context.megatron_calls(), torch.no_grad():
         dist_checkpointing.save(_sharded(model), str(staging_of(out)), ("torch_dist", 1))
     record = {"format": "megatron_hdpo weights", "version": _VERSION, "architecture": vars(architecture)}

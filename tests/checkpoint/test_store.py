@@ -36,7 +36,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "pp2_vp2": (2, {"pipeline": 2, "virtual_stages": 2}),
     "ep2": (2, {"expert": 2}),
 }
-# Each reads what the one before wrote, all of it for a model with experts.
+# Each reads what the one before wrote: all of them for a model with experts, some for one with tied embeddings.
 RESHARDED: dict[str, dict[str, Any]] = {
     "tp2_sp": {"tensor": 2, "sequence": True},
     "dp2": {},
@@ -208,16 +208,17 @@ def _through_layouts(path: Path, folder: Path, dtype: str, names: list[str]) -> 
     return seen
 
 
-def _resharded(path: Path, folder: Path) -> dict[str, Any]:
+def _resharded(experts: Path, tied: Path, folder: Path) -> dict[str, Any]:
     return {
-        "float32": _through_layouts(path, folder / "float32", "float32", list(RESHARDED)),
-        "bfloat16": _through_layouts(path, folder / "bfloat16", "bfloat16", ["tp2_sp", "pp2_vp2", "ep2"]),
+        "float32": _through_layouts(experts, folder / "float32", "float32", list(RESHARDED)),
+        "bfloat16": _through_layouts(tied, folder / "bfloat16", "bfloat16", ["tp2_sp", "pp2_vp2", "dp2"]),
     }
 
 
 @pytest.fixture(scope="module")
 def resharded(folder: Path) -> dict[str, dict[str, tuple[Steps, dict[str, np.ndarray]]]]:
-    return run_ranks(2, _resharded, make_checkpoint("qwen3_moe", folder / "experts"), folder, timeout=240.0)[0]
+    experts, tied = make_checkpoint("qwen3_moe", folder / "experts"), make_checkpoint("llama_tied", folder / "tied")
+    return run_ranks(2, _resharded, experts, tied, folder, timeout=240.0)[0]
 
 
 @pytest.fixture(scope="module")

@@ -342,6 +342,11 @@ def test_an_external_teacher_is_planned_with_its_own_model(tree: Tree) -> None:
     assert other.host_bytes - own.host_bytes >= 2 * teacher
     assert other.phases[2].flops > 3 * own.phases[2].flops
     assert other.phases[-2] == own.phases[-2]  # training
+    equal = _plan(layout, dataclasses.replace(work, teacher_model=SEVEN))
+    assert equal.memory["teacher"].kinds["teacher weights"] >= 2 * stage_parameters(SEVEN, layout, 0).values
+    layout = Layout(tensor=4, sequence=True)
+    full = _plan(layout, dataclasses.replace(work, full=True, top_k=0)).memory["training"].kinds
+    assert full["teacher's head"] == 2 * LARGE.hidden_size * SEVEN.padded_vocab_size(4) // 4
     with pytest.raises(PlanError, match="does not divide"):
         _plan(Layout(data=1, pipeline=7), dataclasses.replace(work, teacher_model=SHAPES["qwen2.5-32b"]))
     read = _work(tree, {"name": "opd"}, teacher={"kind": "external", "path": "qwen2.5-72b"})
@@ -451,7 +456,15 @@ def _work(tree: Tree, objective: Tree, **sections: Tree) -> Workload:
     [
         ({"name": "grpo"}, "policy", 1, 10, {}),
         ({"name": "grpo"}, "policy", 2, 10, {"policy": 16}),
-        ({"name": "grpo", "kl": {"coefficient": 0.1}}, "policy", 1, 10, {"reference": 16}),
+        ({"name": "grpo", "kl": {"coefficient": 0.1}}, "policy", 1, 16, {"reference": 16}),
+        (
+            {"name": "rlcsd", "kl": {"coefficient": 0.1}},
+            "policy",
+            2,
+            10,
+            {"policy": 10, "reference": 10, "teacher": 50},
+        ),
+        ({"name": "hdpo", "distill": {"coefficient": 0.0}}, "policy", 1, 10, {}),
         ({"name": "hdpo"}, "policy", 1, 26, {"teacher": 16}),
         ({"name": "hdpo", "distill": {"support": "full"}}, "policy", 1, 26, {"teacher": 16}),
         ({"name": "hdpo", "distill": {"support": "student"}}, "policy", 1, 26, {"policy": 16, "teacher": 16}),

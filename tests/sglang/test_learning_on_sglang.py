@@ -25,6 +25,7 @@ VARIANTS = ("grpo", "hdpo")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_hdpo_learns_on_sglang(sglang_config: ServerConfig, warmed_up: Path, tmp_path: Path) -> None:
     seeds = SEEDS if "MEGATRON_HDPO_LEARNING_SEEDS" in os.environ else SEEDS[:1]
     with two_servers(sglang_config, tmp_path) as urls:
