@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import re
 import signal
 import socket
 import stat
@@ -199,6 +200,7 @@ def test_a_key_keeps_others_out_and_is_on_no_command_line(make_server: MakeServe
     server.start()
     server.wait_ready()
     assert server.api_key is not None and get_status(server) == 401
+    assert re.fullmatch("[0-9a-f]{64}", server.api_key), "SGLang would take a key that begins with - for an option"
     assert get_status(server, {"Authorization": f"Bearer {server.api_key}"}) == 200
     key_file = server.log.with_suffix(".key.yaml")
     assert stat.S_IMODE(key_file.stat().st_mode) == 0o600

@@ -44,7 +44,8 @@ class ServerProcess:
         config.check(launch.device)
         self.config, self.launch = config, launch
         self.log = folder / f"sglang_{launch.index}.log"
-        self.api_key = secrets.token_urlsafe(32) if config.api_key else None
+        # In hex: SGLang turns its configuration file into arguments, and a key that began with "-" would be an option.
+        self.api_key = secrets.token_hex(32) if config.api_key else None
         self.host = node_address() if config.host == "node" else config.host
         self._key_file = folder / f"sglang_{launch.index}.key.yaml" if self.api_key else None
         self._ports: list[HeldPort] = []
