@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _leave() -> None:
     """End at once: other ranks may wait in a collective, which a normal exit would wait for. What a normal exit would
-    end, it ends too: Megatron's checkpoints keep a process that would hold on to our output for ever."""
+    end, it ends too: Megatron's checkpoints keep a process that would hold on to our output for a while."""
     sys.stdout.flush()
     for child in multiprocessing.active_children():
         child.kill()

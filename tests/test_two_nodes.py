@@ -129,8 +129,10 @@ def test_a_lost_node_comes_back_and_the_run_ends_as_if_nothing_had_been(tiny_mod
 
 
 def _check_logs(folder: Path) -> None:
-    for rank in range(2 * RANKS):
-        log = (folder / "logs" / f"rank_{rank:05d}.log").read_text()
+    ranks = sorted((folder / "logs").glob("rank_*.log"))
+    assert [path.name for path in ranks] == [f"rank_{rank:05d}.log" for rank in range(2 * RANKS)]
+    for rank, path in enumerate(ranks):
+        log = path.read_text()
         # The undisturbed start and the one after the loss; the same agent may have tried in between.
         assert len(re.findall(rf"rank {rank} on \S+, process \d+", log)) >= 2
     # What ranks print, kept for each agent: the first node's, the lost one's, that of the one that came in its place.

@@ -169,7 +169,6 @@ def checkpoint(work: Work, device: str) -> dict[str, Any]:
     """Seconds to write and to read a checkpoint tied to its layout and a reshardable one, with the optimizer on the
     device and half of it on the host; and how far the weights after three updates more are from those of the policy
     that wrote it."""
-
     examples = work.examples()
 
     def run(store: CheckpointStore, share: float) -> dict[str, Any]:

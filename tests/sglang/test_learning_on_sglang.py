@@ -7,9 +7,7 @@ MEGATRON_HDPO_LEARNING_SEEDS="0 1 2" runs more.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -18,8 +16,8 @@ from learning import SEEDS, Metrics, check_lift, last_metrics, learn, scores_of
 from make_tiny_model import make_tiny_model
 
 from megatron_hdpo.rollout.sglang.command import Launch
-from megatron_hdpo.rollout.sglang.server import ServerProcess
 from megatron_hdpo.rollout.sglang.server_config import ServerConfig
+from megatron_hdpo.rollout.sglang.servers import Servers
 
 VARIANTS = ("grpo", "hdpo")
 
@@ -27,27 +25,17 @@ VARIANTS = ("grpo", "hdpo")
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_hdpo_learns_on_sglang(sglang_config: ServerConfig, warmed_up: Path, tmp_path: Path) -> None:
+    """The servers start with random weights: a run's arrive by its syncs."""
     seeds = SEEDS if "MEGATRON_HDPO_LEARNING_SEEDS" in os.environ else SEEDS[:1]
-    with two_servers(sglang_config, tmp_path) as urls:
-        results = [learn_side_by_side(urls, warmed_up, tmp_path, seed) for seed in seeds]
-    check_lift(scores_of(results), ["grpo"])
-
-
-@contextmanager
-def two_servers(config: ServerConfig, folder: Path) -> Iterator[list[str]]:
-    """Started with random weights: a run's arrive by its syncs."""
-    model = make_tiny_model(folder / "model")
-    config = config.model_copy(update={"max_running_requests": 256, "max_total_tokens": 32_768})
-    processes = [ServerProcess(config, Launch(model, "cpu", index=index), folder) for index in range(2)]
+    config = sglang_config.model_copy(update={"max_running_requests": 256, "max_total_tokens": 32_768})
+    model = make_tiny_model(tmp_path / "model")
+    servers = Servers(config, [Launch(model, "cpu", index=index) for index in range(len(VARIANTS))], tmp_path)
     try:
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.wait_ready()
-        yield [process.url for process in processes]
+        servers.start()
+        results = [learn_side_by_side(servers.urls, warmed_up, tmp_path, seed) for seed in seeds]
     finally:
-        for process in processes:
-            process.close()
+        servers.close()
+    check_lift(scores_of(results), ["grpo"])
 
 
 def learn_side_by_side(urls: list[str], warmed_up: Path, folder: Path, seed: int) -> dict[str, Metrics]:
