@@ -6,7 +6,6 @@ any weight is read.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from megatron_hdpo.checkpoint.store import CheckpointStore
 from megatron_hdpo.config import Recipe, RecipeError, check_recipe, save_recipe
 from megatron_hdpo.config.check import DEFAULT_IMPORTANCE_CAP
+from megatron_hdpo.config.precision import begun_in, choose_precision, resolve
 from megatron_hdpo.data.load import LoadedData, load
 from megatron_hdpo.health.check import check_health
 from megatron_hdpo.health.stragglers import StragglerWatch
@@ -29,12 +29,14 @@ from megatron_hdpo.learner import Learner
 from megatron_hdpo.model.architecture import Architecture, read_architecture
 from megatron_hdpo.model.build import build_model, wrap_data_parallel
 from megatron_hdpo.model.config import ModelError
+from megatron_hdpo.model.dtype_speed import Measure, measure_bfloat16
 from megatron_hdpo.model.optimizer import OptimizerConfig, build_optimizer
 from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.objectives.interface import Objective
 from megatron_hdpo.objectives.registry import Materials, build_objective
 from megatron_hdpo.objectives.settings import surrogate_of
 from megatron_hdpo.parallel.context import ParallelContext
+from megatron_hdpo.parallel.cores import usable_cores
 from megatron_hdpo.rewards.pool import RewardPool
 from megatron_hdpo.rollout.ahead import StepRollouts
 from megatron_hdpo.rollout.build import build_engine
@@ -147,23 +149,28 @@ class Run:
 
 
 def build_run(
-    recipe: Recipe, context: ParallelContext, objective: Objective | None = None, resumes: bool = False
+    recipe: Recipe,
+    context: ParallelContext,
+    objective: Objective | None = None,
+    resumes: bool = False,
+    measure: Measure = measure_bfloat16,
 ) -> Run:
     """Build everything but the weights' state: the model holds the recipe's checkpoint, nothing is resumed yet.
 
     objective: in place of the recipe's, for experiments that recipes do not offer. resumes: a checkpoint in the output
-    folder will be loaded, and must fit.
+    folder will be loaded, and must fit. measure: compares bfloat16 with float32 on this CPU.
     Raises RecipeError, DataError, LayoutError, ... with what is wrong and where.
     """
     console = Console(enabled=context.is_leader)
     _open_logs(recipe, context, console)
     architecture = read_architecture(recipe.model.path)
+    recipe = settle_precision(recipe, architecture, context, console, measure)
     for warning in check_recipe(recipe, architecture, context.world_size):
         console.warn(warning)
     health = check_health(recipe.health, context, console, recipe.output, recipe.model_dump_json())
     store = CheckpointStore(recipe.output, context, recipe.checkpoint.keep, recipe.checkpoint.reshardable)
     if resumes and (latest := store.latest()) is not None:
-        store.check(latest, architecture)
+        store.check(latest, architecture, recipe.model.dtype)
     tokenizer = load_tokenizer(recipe.model.path)
     rewards = RewardPool(recipe.data.tasks, recipe.reward)
     data = _load_data(recipe, context, console, tokenizer, rewards)
@@ -197,6 +204,28 @@ def build_run(
     return run
 
 
+def settle_precision(
+    recipe: Recipe,
+    architecture: Architecture,
+    context: ParallelContext,
+    console: Console,
+    measure: Measure = measure_bfloat16,
+) -> Recipe:
+    """Return the recipe without dtype=auto, and say which precision was taken and why.
+
+    Rank 0 decides for all ranks: machines may differ. Collective. Raises CheckpointError when a checkpoint in the
+    output folder cannot be read.
+    """
+    begun = begun_in(recipe.output)
+    choice = choose_precision(recipe, architecture, context.device.type, begun, measure) if context.is_leader else None
+    choice = context.broadcast_object(choice)
+    assert choice is not None
+    console.print(choice.line)
+    if choice.warning is not None:
+        console.warn(choice.warning)
+    return resolve(recipe, choice.dtype)
+
+
 def load_tokenizer(path: str | Path, key: str = "model.path") -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face folder. Raises ModelError when there is none that transformers can load."""
     try:
@@ -228,7 +257,7 @@ def scaled_final_norm(stream: Iterable[tuple[str, Tensor]], scale: float) -> Ite
 
 def set_threads(recipe: Recipe, local_world_size: int) -> None:
     """CPU threads of this rank: the recipe's, else an equal share of the cores."""
-    cores = len(os.sched_getaffinity(0))
+    cores = len(usable_cores())
     torch.set_num_threads(recipe.threads_per_rank or max(1, cores // local_world_size))
 
 

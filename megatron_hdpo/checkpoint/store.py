@@ -62,7 +62,7 @@ class Memory:
 @dataclass(frozen=True)
 class RunState:
     """What a checkpoint says about itself. step: optimizer steps of reinforcement learning that are done. reshardable:
-    the optimizer's state fits any layout."""
+    the optimizer's state fits any layout. dtype: precision of the model; None in checkpoints of older versions."""
 
     step: int
     tensor_parallel: int
@@ -73,6 +73,7 @@ class RunState:
     expert_parallel: int = 1
     expert_tensor_parallel: int = 1
     reshardable: bool = False
+    dtype: str | None = None
 
     @property
     def layout(self) -> dict[str, int]:
@@ -97,8 +98,7 @@ class CheckpointStore:
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint; None when there is none. A checkpoint is complete once it has its name."""
-        found = sorted(self.root.glob("step_" + "[0-9]" * 8)) if self.root.is_dir() else []
-        return found[-1] if found else None
+        return latest_checkpoint(self.root.parent)
 
     def save(self, step: int, policy: Policy, memory: Memory | None = None) -> Path:
         """Write the state after `step` steps; older checkpoints beyond `keep` are removed afterwards."""
@@ -115,6 +115,7 @@ class CheckpointStore:
             layout.expert,
             layout.expert_tensor,
             self.reshardable,
+            _dtype_of(policy),
         )
         self._write(
             final, self._sharded(policy, self.reshardable), {_STATE: json.dumps(vars(state), indent=1)}, memory.weights
@@ -125,17 +126,21 @@ class CheckpointStore:
         self.context.barrier("checkpoint saved")
         return final
 
-    def check(self, path: Path, architecture: Architecture) -> RunState:
-        """What the checkpoint says of itself. Raises CheckpointError when it is of another layout, which it cannot
-        change, or of another model."""
+    def check(self, path: Path, architecture: Architecture, dtype: str) -> RunState:
+        """Return what the checkpoint says of itself.
+
+        Raises CheckpointError when it is of another model, or when it is of another layout or precision and cannot
+        change it. dtype: precision of the model that it is to be loaded into.
+        """
         state = read_state(path)
+        _check_dtype(path, state, dtype)
         _check_layout(path, state, {key: getattr(self.context.layout, key) for key in state.layout})
         _check_architecture(path, state, architecture)
         return state
 
     def load(self, path: Path, policy: Policy) -> RunState:
         """Restore model, optimizer and schedule in place. Raises CheckpointError when the checkpoint does not fit."""
-        state = self.check(path, policy.architecture)
+        state = self.check(path, policy.architecture, _dtype_of(policy))
         assert policy.optimizer is not None and policy.schedule is not None
         # In float32 the optimizer's main weights are views of the model's own.
         with self.context.megatron_calls(), torch.no_grad():
@@ -238,6 +243,20 @@ def _check_layout(path: Path, state: RunState, now: dict[str, int]) -> None:
     )
 
 
+def _check_dtype(path: Path, state: RunState, dtype: str) -> None:
+    if state.dtype in (None, dtype) or state.reshardable:
+        return
+    raise CheckpointError(
+        f"{path} was written with model.dtype={state.dtype}, this run has {dtype}: the optimizer's state cannot change "
+        f"its precision. Set model.dtype to auto or {state.dtype}, start a new run from the exported Hugging Face "
+        "checkpoint, or write a checkpoint with checkpoint.reshardable=true there"
+    )
+
+
+def _dtype_of(policy: Policy) -> str:
+    return str(next(policy.model.parameters()).dtype).removeprefix("torch.")
+
+
 def _has_shards(memory: dict[str, Any]) -> bool:
     """Whether every rank wrote its shard of a teacher's weights."""
     return bool(memory.get("teacher", {}).get("weights"))
@@ -262,6 +281,12 @@ def _load(sharded: dict[str, Any], path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is damaged or incomplete ({type(error).__name__}: {error}): delete it to go on from an older one"
         ) from error
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """Return the newest complete checkpoint of a run folder; None when there is none."""
+    found = sorted((run_dir / "checkpoints").glob("step_" + "[0-9]" * 8))
+    return found[-1] if found else None
 
 
 def read_state(path: Path) -> RunState:

@@ -22,7 +22,11 @@ DEFAULT_IMPORTANCE_CAP = 2.0
 
 
 def check_recipe(recipe: Recipe, architecture: Architecture, world_size: int) -> list[str]:
-    """Warnings of a recipe that runs but deserves a word. Raises RecipeError, with all reasons, for one that cannot."""
+    """Return warnings of a recipe that runs but deserves a word.
+
+    recipe: without dtype=auto (`config.precision.resolve`). Raises RecipeError, with all reasons, for a recipe that
+    cannot run.
+    """
     errors = [*_layout_errors(recipe, architecture, world_size), *length_errors(recipe, architecture)]
     errors += [*_objective_errors(recipe, architecture), *_teacher_errors(recipe, architecture, world_size)]
     errors += [
@@ -157,8 +161,8 @@ def _precision_errors(recipe: Recipe, architecture: Architecture) -> Iterator[st
             continue
         if resolved_device(recipe.device) == "cpu":
             yield f"{key}.offload: on a CPU the optimizer is in host memory already: leave it out"
-        elif recipe.model.dtype != "bfloat16":
-            yield f"{key}.offload: Megatron offloads for model.dtype=bfloat16 alone, not {recipe.model.dtype}"
+        elif recipe.model.dtype == "float32":
+            yield f"{key}.offload: Megatron offloads for model.dtype=bfloat16 alone, not float32"
         elif not transformer_engine_available():
             yield f"{key}.offload: Megatron's precision-aware optimizer, which it takes, needs Transformer Engine"
 
@@ -206,7 +210,7 @@ def _warnings(recipe: Recipe) -> Iterator[str]:
     if (
         recipe.rollout.engine == "sglang"
         and servers.placement != "given"
-        and servers.servers.dtype != recipe.model.dtype
+        and servers.servers.dtype not in ("auto", recipe.model.dtype)
     ):
         yield (
             f"rollout.sglang.servers.dtype is {servers.servers.dtype}, model.dtype {recipe.model.dtype}: weights are "

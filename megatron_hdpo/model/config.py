@@ -19,8 +19,11 @@ class ModelConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
     path: str = Field(description="Hugging Face checkpoint folder: config.json, safetensors, tokenizer.")
-    dtype: Literal["float32", "bfloat16"] = Field(
-        "bfloat16", description="Type of weights and activations; main weights and gradients are fp32 either way."
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Type of weights and activations; main weights and gradients are fp32 either way. auto: bfloat16 "
+        "on GPUs, and on a CPU where products in it are measured to be no slower than in float32; a resumed run keeps "
+        "what it began in.",
     )
     spec: Literal["auto", "transformer_engine", "torch"] = Field(
         "auto",
@@ -51,6 +54,13 @@ class ModelConfig(BaseModel):
     max_sequence: int | None = Field(
         None, ge=2, description="Longest sequence (prompt plus response); default: the model's own maximum."
     )
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Type of the weights. Raises ModelError while `dtype` is still auto: `config.precision` settles it."""
+        if self.dtype not in DTYPES:
+            raise ModelError("model.dtype: auto is not settled yet: call megatron_hdpo.config.precision.resolve first")
+        return DTYPES[self.dtype]
 
     @field_validator("recompute", mode="before")
     @classmethod

@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_hdpo.apex import installed_apex
 from megatron_hdpo.model.architecture import Architecture
-from megatron_hdpo.model.config import DTYPES, ModelConfig
+from megatron_hdpo.model.config import ModelConfig
 from megatron_hdpo.model.specs import SpecName
 from megatron_hdpo.parallel.layout import ParallelConfig
 
@@ -20,7 +20,7 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's configuration of the model. Losses are normalised by this package, so gradients are plain sums
     over micro-batches and replicas (`calculate_per_token_loss`)."""
-    dtype = DTYPES[config.dtype]
+    dtype = config.torch_dtype
     return TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,

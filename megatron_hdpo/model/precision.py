@@ -75,8 +75,8 @@ def _recompute_errors(config: ModelConfig, architecture: Architecture) -> Iterat
 def _fp8_errors(config: ModelConfig, layout: ParallelConfig, architecture: Architecture) -> Iterator[str]:
     if config.spec == "torch":
         yield "model.fp8: needs model.spec=transformer_engine; under plain torch layers it would do nothing"
-    if config.dtype != "bfloat16":
-        yield f"model.fp8: needs model.dtype=bfloat16, not {config.dtype}"
+    if config.dtype == "float32":
+        yield "model.fp8: needs model.dtype=bfloat16, not float32"
     if config.fp8_recipe == "delayed" and any(config.first_last_layers_bf16):
         yield "model.first_last_layers_bf16: not with fp8_recipe=delayed, whose scales would miss reductions"
     per_stage = architecture.num_layers // layout.pipeline

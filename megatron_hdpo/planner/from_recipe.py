@@ -34,8 +34,8 @@ class Guesses:
 def workload_of(recipe: Recipe, guesses: Guesses) -> Workload:
     """The work of a step. Raises PlanError for objectives whose work is not known here."""
     objective, prompts, rollout = recipe.objective, recipe.data.prompts, recipe.rollout
-    if recipe.model.dtype != "bfloat16":
-        raise PlanError(f"model.dtype={recipe.model.dtype} is not planned: GPUs train in bfloat16")
+    if recipe.model.dtype == "float32":  # auto is bfloat16 on GPUs
+        raise PlanError("model.dtype=float32 is not planned: GPUs train in bfloat16")
     prompt = _mean(guesses.prompt_tokens, prompts.max_prompt_tokens, MEAN_PROMPT_SHARE)
     privileged = _mean(guesses.privileged_prompt_tokens, prompts.privileged_limit, MEAN_PROMPT_SHARE)
     updates = recipe.train.updates_per_step

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from megatron_hdpo.data.problem import Problem
 from megatron_hdpo.data.tasks.base import Task
 
+LOGGER = logging.getLogger(__name__)
 MIB = 1 << 20
 _PR_SET_PDEATHSIG = 1
 _LONGEST_ERROR = 2000
@@ -143,5 +144,9 @@ def _limit_memory(limit_mib: int) -> None:
         return
     import resource
 
-    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    try:
+        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    except OSError as error:
+        LOGGER.warning("a reward worker has no memory limit: it cannot tell what it uses (%s)", error)
+        return
     resource.setrlimit(resource.RLIMIT_AS, (mapped + limit_mib * MIB, resource.RLIM_INFINITY))

@@ -38,8 +38,10 @@ class EmbeddedEngineConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "bfloat16", description="Precision of the engine's weights, activations and key-value cache."
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Precision of the engine's weights, activations and key-value cache. auto: that of the model "
+        "(model.dtype), so that engine and trainer agree on log-probs.",
     )
     max_batch_sequences: int = Field(64, ge=1, description="Samples that decode together at most.")
     max_batch_tokens: int = Field(
@@ -63,8 +65,8 @@ class EmbeddedEngine:
     """Engine protocol on `transformers`. Not for use by several threads at once.
 
     model: a Hugging Face configuration, or the path of its config.json or of the folder that holds it; weights come by
-    `update_weights`. on_progress(generated_tokens, finished_requests) is called after every step, counted from the
-    moment the engine was last idle.
+    `update_weights`. config: with a dtype other than auto, else ValueError is raised. on_progress(generated_tokens,
+    finished_requests) is called after every step, counted from the moment the engine was last idle.
     """
 
     deterministic = True
@@ -72,11 +74,13 @@ class EmbeddedEngine:
     def __init__(
         self,
         model: PretrainedConfig | str | Path,
-        config: EmbeddedEngineConfig | None = None,
+        config: EmbeddedEngineConfig,
         device: torch.device | str = "cpu",
         on_progress: OnProgress | None = None,
     ) -> None:
-        self.config = config or EmbeddedEngineConfig()
+        if config.dtype == "auto":
+            raise ValueError("EmbeddedEngineConfig.dtype: auto is not settled yet: name the precision of the model")
+        self.config = config
         self._device = torch.device(device)
         dtype = getattr(torch, self.config.dtype)
         self._model = EmbeddedModel(model, dtype, self._device, self.config.vocab_size)

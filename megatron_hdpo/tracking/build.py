@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megatron_hdpo.config import Recipe
-from megatron_hdpo.model.config import DTYPES, choose_spec
+from megatron_hdpo.model.config import choose_spec
 from megatron_hdpo.model.overlap import overlaps
 from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.planner.from_recipe import layout_of
@@ -20,7 +20,7 @@ def build_performance(recipe: Recipe, policy: Policy, work: StepWork) -> Perform
     layout = replace(
         layout_of(recipe, context.world_size),
         spec=choose_spec(recipe.model, context.device),
-        value_bytes=DTYPES[recipe.model.dtype].itemsize,
+        value_bytes=recipe.model.torch_dtype.itemsize,
         overlap=overlaps(context),
     )
     traffic = TrainingTraffic(policy.architecture, layout, context.groups.pp.rank(), policy.head_chunk)

@@ -300,10 +300,10 @@ def test_a_teacher_that_follows_keeps_its_layout(resharded, folder: Path, tmp_pa
     state = json.loads((path / "run_state.json").read_text())
     architecture = read_architecture(folder / "experts" / "qwen3_moe")
     store = CheckpointStore(tmp_path, SimpleNamespace(layout=ParallelConfig(pipeline=2)), keep=1)
-    assert store.check(path, architecture).step == 2
+    assert store.check(path, architecture, "float32").step == 2
     (path / "run_state.json").write_text(json.dumps(state | {"memory": {"teacher": {"weights": True}}}))
     with pytest.raises(CheckpointError, match=r"its teacher cannot change its layout.* or resume at the old layout"):
-        store.check(path, architecture)
+        store.check(path, architecture, "float32")
 
 
 @pytest.mark.parametrize(

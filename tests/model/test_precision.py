@@ -119,7 +119,8 @@ def architecture(tmp_path_factory: pytest.TempPathFactory) -> Architecture:
 
 
 def fp8(**options: Any) -> ModelConfig:
-    return ModelConfig(**({"path": "", "spec": "transformer_engine", "fp8": "hybrid"} | options))
+    defaults = {"path": "", "dtype": "bfloat16", "spec": "transformer_engine", "fp8": "hybrid"}
+    return ModelConfig(**(defaults | options))
 
 
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise"])
@@ -237,7 +238,7 @@ def test_what_plain_layers_cannot(config: ModelConfig, reason: str, architecture
 
 def test_rows_are_aligned(architecture: Architecture) -> None:
     """By the recipe's section, and by Megatron's configuration, which a policy has."""
-    for config, step in ((ModelConfig(path=""), 1), (fp8(), 16), (fp8(fp8_recipe="mxfp8"), 32)):
+    for config, step in ((ModelConfig(path="", dtype="bfloat16"), 1), (fp8(), 16), (fp8(fp8_recipe="mxfp8"), 32)):
         assert (
             alignment(config) == alignment(transformer_config(architecture, ParallelConfig(), config, "torch")) == step
         )
@@ -250,7 +251,7 @@ def test_megatron_is_told(architecture: Architecture) -> None:
     assert (told.fp8, told.fp8_recipe, told.fp8_param) == ("hybrid", "blockwise", False)
     assert told.first_last_layers_bf16
     assert (told.num_layers_at_start_in_bf16, told.num_layers_at_end_in_bf16) == (1, 2)
-    told = transformer_config(architecture, ParallelConfig(), ModelConfig(path=""), "torch")
+    told = transformer_config(architecture, ParallelConfig(), ModelConfig(path="", dtype="bfloat16"), "torch")
     assert told.fp8 is None and told.recompute_granularity is None
 
 
@@ -268,7 +269,7 @@ def test_fused_weight_gradients(
 ) -> None:
     monkeypatch.setattr(megatron_config, "installed_apex", lambda: apex)
     monkeypatch.setattr(megatron_config, "TransformerConfig", lambda **settings: SimpleNamespace(**settings))
-    told = transformer_config(architecture, ParallelConfig(), ModelConfig(path=""), spec)
+    told = transformer_config(architecture, ParallelConfig(), ModelConfig(path="", dtype="bfloat16"), spec)
     assert told.gradient_accumulation_fusion == fused
 
 

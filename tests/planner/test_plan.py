@@ -507,6 +507,15 @@ def test_the_command_prints_the_plan(tree: Tree, write_recipe, capsys: pytest.Ca
     assert "reduce_scatter" in out and "layouts fit" in out
 
 
+def test_auto_is_planned_as_bfloat16(tree: Tree, write_recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever this machine's CPU is good at: the plan is for GPUs."""
+    plans = []
+    for dtype in ("auto", "bfloat16"):
+        cli.main(["plan", str(write_recipe(tree)), f"model.dtype={dtype}", "--model", "qwen2.5-1.5b", "--nodes", "1"])
+        plans.append(capsys.readouterr().out)
+    assert plans[0] == plans[1] and "DP 8" in plans[0]
+
+
 def test_the_figures_are_those_of_this_planner() -> None:
     """benchmarks/scaling.json was made by the command that it names, with the planner as it is."""
     study = json.loads((ROOT / "benchmarks" / "scaling.json").read_text())

@@ -96,7 +96,7 @@ def test_tied_head_may_come_and_must_then_be_the_embedding():
 
 
 def test_no_weights_no_samples():
-    engine = EmbeddedEngine(TIED)
+    engine = EmbeddedEngine(TIED, EmbeddedEngineConfig(dtype="float32"))
     assert engine.weight_version == -1 and not engine.health().alive
     engine.submit([ask()])
     with pytest.raises(RuntimeError, match="call update_weights"):
@@ -169,11 +169,12 @@ def test_request_id_is_unique_among_the_outstanding():
 
 def test_unsupported_models_are_refused():
     with pytest.raises(ValueError, match="gpt2"):
-        EmbeddedEngine(GPT2Config())
+        EmbeddedEngine(GPT2Config(), EmbeddedEngineConfig(dtype="float32"))
     with pytest.raises(ValueError, match="sliding window"):
-        EmbeddedEngine(Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=1))
+        sliding = Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=1)
+        EmbeddedEngine(sliding, EmbeddedEngineConfig(dtype="float32"))
     with pytest.raises(ValueError, match="vocab_size 62"):
-        EmbeddedEngine(TIED, EmbeddedEngineConfig(vocab_size=VOCAB + 1))
+        EmbeddedEngine(TIED, EmbeddedEngineConfig(dtype="float32", vocab_size=VOCAB + 1))
 
 
 # ---- the stream of results
@@ -284,7 +285,7 @@ def test_release_refuses_while_requests_are_outstanding_and_close_does_not():
 def test_model_comes_from_a_folder_or_file_in_the_dtype_asked_for(tmp_path, dtype, name):
     TIED.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no such file"):
-        EmbeddedEngine(tmp_path / "nowhere")
+        EmbeddedEngine(tmp_path / "nowhere", EmbeddedEngineConfig(dtype=dtype))
     engine = EmbeddedEngine(tmp_path / name, EmbeddedEngineConfig(dtype=dtype))
     engine.update_weights(((k, v.double()) for k, v in weights(TIED).items()), 0)
     assert {str(p.dtype) for p in engine._model._model.parameters()} == {f"torch.{dtype}"}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from megatron_hdpo.parallel.cores import usable_cores
 
 if TYPE_CHECKING:
     from megatron_hdpo.rollout.sglang.server_config import ServerConfig
@@ -48,7 +49,10 @@ class Launch:
 def server_command(
     config: ServerConfig, launch: Launch, host: str, port: int, nccl_port: int, key_file: Path | None = None
 ) -> list[str]:
-    """Arguments of the server's process. key_file: a YAML file with the key, which a command line would show to all."""
+    """Arguments of the server's process. key_file: a YAML file with the key, which a command line would show to all.
+    Raises ValueError while the precision is still auto: SGLang's own auto may be float16."""
+    if config.dtype == "auto":
+        raise ValueError("SGLang servers: dtype=auto is not settled yet: name the precision of the model")
     values: dict[str, object] = {
         "config": key_file,
         "model-path": launch.model,
@@ -97,9 +101,7 @@ def server_environment(config: ServerConfig, device: str, base: Mapping[str, str
     if device == "cpu":
         environment["SGLANG_USE_CPU_ENGINE"] = "1"
         if config.tensor_parallel > 1:
-            environment["SGLANG_CPU_OMP_THREADS_BIND"] = core_groups(
-                sorted(os.sched_getaffinity(0)), config.tensor_parallel
-            )
+            environment["SGLANG_CPU_OMP_THREADS_BIND"] = core_groups(usable_cores(), config.tensor_parallel)
     return environment | config.environment
 
 

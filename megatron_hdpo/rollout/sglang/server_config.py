@@ -35,8 +35,10 @@ class ServerConfig(BaseModel):
     )
     api_key: bool = Field(False, description="Give every server a random key, without which it answers nobody.")
     tensor_parallel: int = Field(1, ge=1, description="GPUs (on a CPU: groups of cores) that share one model.")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "bfloat16", description="Precision of weights, activations and key-value cache; SGLang never chooses it."
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Precision of weights, activations and key-value cache. auto: that of the model (model.dtype), so "
+        "that engine and trainer agree on log-probs; SGLang never chooses it.",
     )
     quantization: Literal["fp8"] | None = Field(
         None, description="Quantise the weights as they are loaded and updated. GPUs only."
@@ -98,6 +100,11 @@ class ServerConfig(BaseModel):
     def check_interpreter(self, device: str, base: Mapping[str, str] | None = None) -> Version:
         """Version of the SGLang that the interpreter has, asked without importing it. Raises ValueError, saying how to
         install it, when the interpreter, SGLang, or a version of it that can be used is missing."""
+        if sys.platform != "linux":
+            raise ValueError(
+                f"SGLang servers: the trainer starts them on Linux only, and this is {sys.platform}; take "
+                "rollout.engine=embedded, or rollout.sglang.placement=given with servers on Linux machines"
+            )
         python = self.interpreter
         question = "import importlib.metadata as metadata; print(metadata.version('sglang'))"
         environment = server_environment(self, device, os.environ if base is None else base)
