@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_hdpo.environment import missing_package
 from megatron_hdpo.planner.options import add_options as add_plan_options
 
 if TYPE_CHECKING:
@@ -30,15 +31,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
-    except user_errors() as error:
-        if _first_to_fail():
-            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        _leave()
-    except Exception:
+    except Exception as error:
+        if (message := _for_the_user(error)) is not None:
+            if _first_to_fail():
+                print(message, file=sys.stderr, flush=True)
+            _leave()
         if not _another_failed():
             raise
         logging.getLogger(__name__).info("ended because another rank did", exc_info=True)
         _leave()
+
+
+def _for_the_user(error: Exception) -> str | None:
+    """Return the one line that stands for an error which the user can mend; None for a defect of ours."""
+    if (line := missing_package(error)) is not None:
+        return line
+    return f"{type(error).__name__}: {error}" if isinstance(error, user_errors()) else None
 
 
 def _leave() -> None:
@@ -174,13 +182,20 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 def _check(arguments: argparse.Namespace) -> None:
     from megatron_hdpo.config import check_recipe, load_recipe
+    from megatron_hdpo.config.check import resolved_device
+    from megatron_hdpo.config.precision import begun_in, choose_precision, resolve
     from megatron_hdpo.data.load import load
     from megatron_hdpo.model.architecture import read_architecture
     from megatron_hdpo.run import load_tokenizer
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     world_size = int(os.environ.get("WORLD_SIZE", recipe.parallel.least_ranks))
-    for warning in check_recipe(recipe, read_architecture(recipe.model.path), world_size):
+    architecture = read_architecture(recipe.model.path)
+    choice = choose_precision(recipe, architecture, resolved_device(recipe.device), begun_in(recipe.output))
+    recipe = resolve(recipe, choice.dtype)
+    warnings = check_recipe(recipe, architecture, world_size)
+    print(choice.line)
+    for warning in [choice.warning, *warnings] if choice.warning else warnings:
         print(f"warning: {warning}")
     data = load(recipe.data, load_tokenizer(recipe.model.path))
     print("\n".join(data.report.lines()))

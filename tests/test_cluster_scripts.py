@@ -128,7 +128,8 @@ def test_slurm_with_server_nodes_hands_the_addresses_over(bench: Path) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     (bench / "server.py").write_text(SERVER)
-    (bench / "python").write_text(f'#!/usr/bin/env bash\nexec {sys.executable} {bench}/server.py "$@"\n')
+    server = f'exec {sys.executable} {bench}/server.py "$@"'
+    (bench / "python").write_text(f'#!/usr/bin/env bash\n[ "$1" = -c ] || {server}\n')  # -c asks whether it has SGLang
     (bench / "python").chmod(0o755)
     urls = ROOT / "slurm-123.urls"
     try:

@@ -32,7 +32,7 @@ def test_a_missing_package_is_bad(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     said = capsys.readouterr().out
     assert exit.value.code == 1
     assert "BAD  pebble is missing: pip install pebble\n" in said
-    assert "ok   mlflow not installed (optional)\n" in said
+    assert "-    mlflow not installed (optional)\n" in said
     assert said.count("BAD") == 1
 
 
@@ -84,7 +84,7 @@ def test_apex_with_kernels(modules: list[str], said: str, monkeypatch: pytest.Mo
 
 def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert list(doctor._gpu()) == [("no GPU: training runs on the CPU (gloo, plain torch layers)", True)]
+    assert list(doctor._gpu()) == [("no GPU: training runs on the CPU (gloo, plain torch layers)", None)]
 
 
 def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import _environment  # noqa: F401
+
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler, which counts memory here, is chatty
 
 import torch

@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Callable
 
+import _environment  # noqa: F401
 import numpy as np
 import torch
 from rich.console import Console

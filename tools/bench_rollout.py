@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import _environment  # noqa: F401
 import aiohttp
 import numpy as np
 import torch

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import _environment  # noqa: F401
 import numpy as np
 import torch
 from rich.console import Console

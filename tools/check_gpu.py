@@ -40,6 +40,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import _environment  # noqa: F401
+
 # Seconds of the training side of an HDPO step, in those of a GRPO step on the same rollouts.
 STEP_TARGETS = {"HDPO, teacher from the rollout": 1.10, "HDPO, teacher from the trainer": 1.25}
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,7 +85,7 @@ def environment(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from megatron_hdpo.doctor import findings
 
     found = list(findings())
-    return {"ok": all(fine for _, fine in found), "findings": [line for line, _ in found]}
+    return {"ok": all(fine is not False for _, fine in found), "findings": [line for line, _ in found]}
 
 
 def layer_specs(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:

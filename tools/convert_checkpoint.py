@@ -12,6 +12,7 @@ import os
 import sys
 from pathlib import Path
 
+import _environment  # noqa: F401
 from rich.console import Console
 
 from megatron_hdpo.model.architecture import ArchitectureError

@@ -22,6 +22,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import _environment  # noqa: F401
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs from a plain copy of the repository, too
 
 import numpy as np

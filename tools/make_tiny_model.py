@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import _environment  # noqa: F401
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (

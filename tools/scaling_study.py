@@ -16,6 +16,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import _environment  # noqa: F401
+
 from megatron_hdpo.planner.cluster import GPUS, cluster_of
 from megatron_hdpo.planner.errors import PlanError
 from megatron_hdpo.planner.layout import Layout

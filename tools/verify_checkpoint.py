@@ -14,6 +14,7 @@ import os
 import sys
 from pathlib import Path
 
+import _environment  # noqa: F401
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 

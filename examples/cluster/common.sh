@@ -1,6 +1,23 @@
 # What the launch scripts share; sourced by them, from the root of the repository.
 # shellcheck shell=bash
 
+# usage_if_asked SCRIPT ARGUMENTS...: print the comment at the top of SCRIPT and end, where the first argument is --help.
+usage_if_asked() {
+  case ${2:-} in -h | --help) usage "$1"; exit 0 ;; esac
+}
+
+# usage SCRIPT: print the comment at its top.
+usage() {
+  sed -n '2,/^[^#]/{/^#SBATCH/d; s/^# \{0,1\}//p;}' "$1"
+}
+
+# need_command NAME: end with a sentence when a program of the environment is not there.
+need_command() {
+  command -v "$1" > /dev/null && return
+  echo "$1 is not installed: run \`make quickstart\`, then \`source .venv/bin/activate\`" >&2
+  exit 1
+}
+
 # Where a recipe's run goes: the last output= override, else the recipe's own line.
 output_of() {
   local recipe=$1 output argument
@@ -31,6 +48,7 @@ train_here() {
   while [ "$#" -gt 0 ] && [ "$1" != -- ]; do overrides+=("$1"); shift; done
   shift
   output=$(output_of "$recipe" "${overrides[@]}") || return
+  need_command "${TORCHRUN:-torchrun}"
   local logs
   logs="$output/logs/torchrun/$(hostname)"
   mkdir -p "$logs"
@@ -68,8 +86,13 @@ several_nodes() {
 need() {
   local name
   for name in "$@"; do
-    [ -n "${!name:-}" ] || { echo "$0: set $name (see the top of the script)" >&2; exit 2; }
+    [ -n "${!name:-}" ] || { echo "$0: set $name (see --help)" >&2; exit 2; }
   done
+}
+
+# need_recipe ARGUMENTS...: end with a sentence when there are none.
+need_recipe() {
+  [ "$#" -ge 1 ] || { echo "$0: name a recipe (see --help)" >&2; exit 2; }
 }
 
 # join_by , a b c: "a,b,c".

@@ -6,8 +6,9 @@
 # (= completions) and SERVICE (the headless service that is the pods' subdomain): pod 0, whose name is the Job's and -0,
 # is then the head. RANKS: GPUs per pod (8).
 set -euo pipefail
+source "$(dirname "$0")/common.sh"
+usage_if_asked "$0" "$@"
 cd "$(dirname "$0")/../.."
-source examples/cluster/common.sh
 port=${MASTER_PORT:-29400}
 if [ -n "${PET_RDZV_ENDPOINT:-}" ]; then
   export HEAD=$PET_RDZV_ENDPOINT

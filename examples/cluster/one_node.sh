@@ -5,7 +5,8 @@
 # Rollouts on SGLang servers that share the GPUs: add
 #   rollout.engine=sglang rollout.sglang.servers.memory_saver=true rollout.sglang.servers.mem_fraction_static=0.5
 set -euo pipefail
-[ "$#" -ge 1 ] || { sed -n '2,6s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+source "$(dirname "$0")/common.sh"
+usage_if_asked "$0" "$@"
+[ "$#" -ge 1 ] || { usage "$0" >&2; exit 2; }
 cd "$(dirname "$0")/../.."
-source examples/cluster/common.sh
 train_here "${RANKS:-8}" "$@" -- --standalone

@@ -10,9 +10,17 @@
 # The servers run in the foreground; ending this script ends them. Whoever reaches a server can replace its weights:
 # keep them inside the cluster's network, or pass --api-key and name its variable in rollout.sglang.api_key_variable.
 set -euo pipefail
+source "$(dirname "$0")/common.sh"
+usage_if_asked "$0" "$@"
 cd "$(dirname "$0")/../.."
-source examples/cluster/common.sh
 need MODEL URLS
+need_sglang() {
+  command -v "$1" > /dev/null || { echo "PYTHON=$1: no such program" >&2; exit 2; }
+  "$1" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("sglang") is None)' && return
+  echo "PYTHON=$1: SGLang is not installed there; name the interpreter of an environment that has it" >&2
+  exit 2
+}
+need_sglang "${PYTHON:-python}"
 gpus=${GPUS:-8} wide=${TENSOR_PARALLEL:-1} port=${PORT:-30000} host=${NODE_ADDRESS:-$(hostname)}
 mkdir -p "$URLS.logs"
 processes=() addresses=()

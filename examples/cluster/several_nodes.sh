@@ -11,11 +11,13 @@
 # A rank that dies, or a node that dies and is started again with the same command, brings all ranks back to the last
 # checkpoint.
 set -euo pipefail
+source "$(dirname "$0")/common.sh"
+usage_if_asked "$0" "$@"
 cd "$(dirname "$0")/../.."
-source examples/cluster/common.sh
 need NODES HEAD
+need_recipe "$@"
 several_nodes
 keep_alive=$(((${REJOIN_S:-15} + 2) / 3))
-train_here "${RANKS:-8}" "${@:?name a recipe}" -- --nnodes "$NODES" --rdzv-backend c10d --rdzv-endpoint "$HEAD" \
+train_here "${RANKS:-8}" "$@" -- --nnodes "$NODES" --rdzv-backend c10d --rdzv-endpoint "$HEAD" \
   --rdzv-id "${RUN_ID:-megatron-hdpo}" --rdzv-conf "keep_alive_interval=$keep_alive,keep_alive_max_attempt=3" \
   --max-restarts "${RESTARTS:-3}" ${NODE_ADDRESS:+--local-addr "$NODE_ADDRESS"}

@@ -6,9 +6,10 @@
 # Waits until SERVER_NODES lines are in the file URLS (for START_S seconds, 1200), then is several_nodes.sh. Remove the
 # file of an earlier run first.
 set -euo pipefail
+source "$(dirname "$0")/common.sh"
+usage_if_asked "$0" "$@"
 cd "$(dirname "$0")/../.."
-source examples/cluster/common.sh
 need URLS SERVER_NODES
-: "${1:?name a recipe}"
+need_recipe "$@"
 given=$(wait_for_urls "$URLS" "$SERVER_NODES")
 exec examples/cluster/several_nodes.sh "$@" rollout.engine=sglang rollout.sglang.placement=given "$given"

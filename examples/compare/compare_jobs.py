@@ -14,12 +14,14 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import _part  # noqa: F401
 from compare_results import Outcome, Setting, write_results
 from compare_run import run_recipe
 from rich.console import Console
 
 from megatron_hdpo.config import Recipe, load_recipe
 from megatron_hdpo.config.file import recipe_changes
+from megatron_hdpo.config.precision import begun_in, resolve
 from megatron_hdpo.tracking.metrics import METRICS_FILE, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,6 +54,8 @@ class Job:
     def is_complete(self) -> bool:
         """Whether the folder holds this run, to its last step, and not one with other settings."""
         recipe = self.load()
+        if (dtype := begun_in(self.folder)) is not None:  # the saved recipe shows what auto became
+            recipe = resolve(recipe, dtype if recipe.model.dtype == "auto" else recipe.model.dtype)
         changes = recipe_changes(self.folder / "recipe.yaml", recipe)
         if recipe.train.steps == 0:
             changes = [change for change in changes if change.startswith(OF_A_WARMUP)]

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import _part  # noqa: F401
 from compare_figure import draw
 from compare_run import SIGNAL
 from rich.console import Console

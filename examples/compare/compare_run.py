@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import _part  # noqa: F401
 import torch
 
 from megatron_hdpo.config import Recipe
