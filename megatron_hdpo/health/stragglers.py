@@ -27,10 +27,13 @@ class ComputeClock:
     That is where data-parallel replicas first wait for each other in an update: what a rank took before is its own.
     Inside a replica ranks wait for each other in every layer, so they look equally slow. On a GPU two events are
     recorded per update, and read when the step is over; nothing is synchronised for them before.
+
+    host_seconds: the clock of a run on the CPU.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, host_seconds: Callable[[], float] = time.perf_counter) -> None:
         self._device = device
+        self._host_seconds = host_seconds
         self._began: Moment | None = None
         self._spans: list[tuple[Moment, Moment]] = []
 
@@ -64,7 +67,7 @@ class ComputeClock:
 
     def _now(self) -> Moment:
         if self._device.type != "cuda":
-            return time.perf_counter()
+            return self._host_seconds()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
@@ -73,7 +76,8 @@ class ComputeClock:
 class StragglerWatch:
     """`ranks/...` metrics of each step, and warnings of a rank or links that stay slow. Every call is collective.
 
-    policy: whose updates are timed. first_gb_per_s: the all-reduce that the health checks measured.
+    policy: the one whose updates are timed. first_gb_per_s: the all-reduce that the health checks measured.
+    host_seconds: the clock of a run on the CPU.
     """
 
     def __init__(
@@ -83,10 +87,11 @@ class StragglerWatch:
         console: Console,
         policy: Policy,
         first_gb_per_s: float | None = None,
+        host_seconds: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._config, self._context, self._console = config, context, console
         self._first_gb_per_s = first_gb_per_s
-        self._clock = ComputeClock(context.device)
+        self._clock = ComputeClock(context.device, host_seconds)
         self._clock.attach(policy)
         self._places: list[Place] = context.gather_objects(place_here(context.rank))
         self._stages: list[int] = context.gather_objects(context.groups.pp.rank())

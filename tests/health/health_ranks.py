@@ -69,16 +69,24 @@ def _whole(context: ParallelContext, folder: Path) -> dict[str, Any]:
 
 
 def watch(checkpoint: str, steps: int, first_gb_per_s: float) -> dict[str, Any]:
-    """Real updates of a tiny policy on replicas; from the second step on rank 1 dawdles in its forward passes."""
+    """Run real updates of a tiny policy on replicas; from the second step on rank 1 dawdles in its forward passes.
+
+    Time is counted in forward passes: one takes 1 s, and 1.5 s where the rank dawdles, however busy the machine is.
+    """
     context = start(ParallelConfig(timeout_minutes=1.0), "cpu")
     policy = build_policy(Path(checkpoint), context, budget=ONE_PER_MICRO_BATCH, optimizer=OPTIMIZER)
     stream = io.StringIO()
     config = HealthConfig(straggler_steps=2, straggler_ratio=1.05, every=steps)
-    stragglers = StragglerWatch(config, context, Console(context.is_leader, stream=stream), policy, first_gb_per_s)
-    clock = ComputeClock(context.device)
+    now, dawdle = [0.0], [0.0]
+    console = Console(context.is_leader, stream=stream)
+    stragglers = StragglerWatch(config, context, console, policy, first_gb_per_s, lambda: now[0])
+    clock = ComputeClock(context.device, lambda: now[0])
     clock.attach(policy)
-    dawdle = [0.0]
-    policy.model.register_forward_pre_hook(lambda *_: time.sleep(dawdle[0]))
+
+    def take_time(*_: Any) -> None:
+        now[0] += 1.0 + dawdle[0]
+
+    policy.model.register_forward_pre_hook(take_time)
     seen: dict[str, Any] = {"metrics": [], "seconds": []}
     for step in range(1, steps + 1):
         dawdle[0] = 0.5 if context.rank == 1 and step > 1 else 0.0
