@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
 import sys
@@ -14,25 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from distributed_helper import _PRELOAD, _environment
+from distributed_helper import environment_of, forkserver
 
-import megatron_hdpo  # noqa: F401  it silences what Megatron says at import
 from megatron_hdpo.checkpoint import results_queue
 
-# Ranks and their reward workers are forked from one server that has imported all this: seconds paid once.
-PRELOAD = [
-    *_PRELOAD,
-    "megatron_hdpo.cli",
-    "megatron_hdpo.train",
-    "megatron_hdpo.tracking.report",
-    "megatron_hdpo.rewards.math",
-    "megatron_hdpo.rewards.worker",
-    "transformers.models.llama",
-    "torch.utils.tensorboard",
-]
 KILLED = -9
 GRACE_SECONDS = 10.0
-"""Time that the other ranks get to end once one has failed; torchrun kills them at once."""
+"""Seconds that the other ranks get to end once one has failed; torchrun kills them at once."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +39,9 @@ class Ended:
         )
 
 
-def run_command(*argv: str, ranks: int = 1, environment: Mapping[str, str] | None = None, timeout: float = 90) -> Ended:
+def run_command(
+    *argv: str, ranks: int = 1, environment: Mapping[str, str] | None = None, timeout: float = 300
+) -> Ended:
     """`python -m megatron_hdpo argv` on so many ranks."""
     return run_world(ranks, _command, [str(a) for a in argv], environment=environment, timeout=timeout)
 
@@ -62,17 +51,17 @@ def run_world(
     function: Callable[..., Any],
     *args: Any,
     environment: Mapping[str, str] | None = None,
-    timeout: float = 90,
+    timeout: float = 300,
+    grace: float = GRACE_SECONDS,
 ) -> Ended:
     """`function(*args)` (module level, picklable) on so many ranks. Unlike `distributed_helper.run_ranks` it lets ranks
     have children (reward workers) and hands over how they ended and what they printed in place of raising."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context = forkserver()
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as folder:
         processes = []
         for rank in range(ranks):
-            variables = _environment(rank, ranks, store.port) | {
+            variables = environment_of(rank, ranks, store.port) | {
                 "LOCAL_WORLD_SIZE": str(ranks),
                 "CUDA_VISIBLE_DEVICES": "",
                 **(environment or {}),
@@ -80,7 +69,7 @@ def run_world(
             process = context.Process(target=_work, args=(Path(folder), rank, variables, function, args))
             process.start()
             processes.append(process)
-        codes = _wait(processes, timeout)
+        codes = _wait(processes, timeout, grace)
         read = [[_read(Path(folder) / f"{kind}{rank}") for rank in range(ranks)] for kind in ("out", "err")]
         results = [_result(Path(folder) / f"result{rank}") for rank in range(ranks)]
     return Ended(codes, read[0], read[1], results)
@@ -98,14 +87,14 @@ def _command(argv: Sequence[str]) -> None:
     main(argv)
 
 
-def _wait(processes: Sequence[Any], timeout: float) -> list[int]:
+def _wait(processes: Sequence[Any], timeout: float, grace: float) -> list[int]:
     deadline = time.monotonic() + timeout
     failed_at: float | None = None
     while any(process.exitcode is None for process in processes):
         now = time.monotonic()
         if failed_at is None and any(process.exitcode for process in processes):
             failed_at = now
-        if now > deadline or (failed_at is not None and now > failed_at + GRACE_SECONDS):
+        if now > deadline or (failed_at is not None and now > failed_at + grace):
             break
         time.sleep(0.02)
     for process in processes:

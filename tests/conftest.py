@@ -4,10 +4,49 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
-from recipes import Tree
+from times import write_summary
+
+Tree = dict[str, Any]
+
+ROOT = Path(__file__).parent
+# Files that take longest, the longest first: a worker that began one of them last would run alone at the end.
+LONGEST = (
+    "test_learning.py",
+    "sglang/test_server.py",
+    "sglang/test_run_on_sglang.py",
+    "model/test_policy_layouts.py",
+    "sglang/test_failover.py",
+    "sglang/test_other_servers.py",
+    "test_run.py",
+    "checkpoint/test_store.py",
+    "test_compare.py",
+    "planner/test_against_ranks.py",
+    "model/test_overlap.py",
+    "teachers/test_following.py",
+    "objectives/test_opd_gradients.py",
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--summary", type=Path, help="write outcomes and seconds of the tests to this JSON file")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start the longest files first."""
+
+    def place(item: pytest.Item) -> int:
+        name = item.path.relative_to(ROOT).as_posix()
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    write_summary(terminalreporter, config.getoption("--summary"))
 
 
 @pytest.fixture(scope="session")
@@ -21,11 +60,11 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def warmed_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `learning.warm_up_all` writes; three minutes, for all the tests that start from it."""
-    from learning import warm_up_all
+    """Folder of the warmed-up runs of the long study; minutes, for all the tests that start from them."""
+    from learning import LONG, warm_up_all
 
     root = tmp_path_factory.mktemp("warmed_up")
-    warm_up_all(root)
+    warm_up_all(LONG, root)
     return root
 
 

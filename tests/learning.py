@@ -1,4 +1,4 @@
-"""Runs of examples/digit_sums that the learning tests compare: a warm-up per seed, and variants that start from it.
+"""Runs that the learning tests compare: a warm-up per seed, and variants that start from its weights.
 
 The inverted filter (distil the privileged rollouts that FAILED) is no control: it was seen to teach about as well. Its
 trajectories are wrong, its targets are not: at each position they are still the distribution of a teacher that has seen
@@ -11,52 +11,86 @@ import os
 import statistics
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
-RECIPE = ROOT / "examples" / "digit_sums" / "hdpo.yaml"
-SEEDS = [int(seed) for seed in os.environ.get("MEGATRON_HDPO_LEARNING_SEEDS", "0 1").split()]
-HARD = ("n6", "n7", "n8")
-STEPS = 80
 
 Metrics = Mapping[str, float]
 
 
-def warm_up_all(root: Path) -> None:
-    """Warmed-up runs of every seed under `root`, two at a time."""
+@dataclass(frozen=True)
+class Study:
+    """A recipe that the variants share.
+
+    model: sizes of the tiny model. hard: evaluation sets of sums that the warm-up does not teach. steps: of
+    reinforcement learning.
+    """
+
+    recipe: Path
+    hard: tuple[str, ...]
+    steps: int
+    seeds: list[int]
+    model: dict[str, Any] = field(default_factory=dict)
+
+
+# What the quickstart shows, on one seed.
+SHORT = Study(
+    ROOT / "examples" / "quickstart" / "sums.yaml", ("cliffs",), 30, [0], {"layers": 3, "hidden": 64, "ffn": 192}
+)
+# Longer sums and a larger model; MEGATRON_HDPO_LEARNING_SEEDS names other seeds.
+SEEDS = [int(seed) for seed in os.environ.get("MEGATRON_HDPO_LEARNING_SEEDS", "0 1").split()]
+LONG = Study(ROOT / "examples" / "digit_sums" / "hdpo.yaml", ("n6", "n7", "n8"), 80, SEEDS)
+
+
+def warm_up_all(study: Study, root: Path) -> None:
+    """Write warmed-up runs of every seed under `root`, two at a time."""
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        list(pool.map(partial(warm_up, root), SEEDS))
+        list(pool.map(partial(warm_up, study, root), study.seeds))
 
 
-def learn_all(warm: Path, root: Path, variants: Sequence[str]) -> list[dict[str, Metrics]]:
-    """What `learn` returns for each seed, two at a time, with the evaluation of its warm-up as `warmed_up`."""
+def learn_all(study: Study, warm: Path, root: Path, variants: Sequence[str]) -> list[dict[str, Metrics]]:
+    """Return metrics by variant for each seed, those of its warm-up as `warmed_up`; two runs at a time."""
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        results = list(pool.map(partial(learn, warm, root, variants, ()), SEEDS))
-    return [{"warmed_up": last_metrics(warm / f"seed{s}"), **r} for s, r in zip(SEEDS, results, strict=True)]
+        runs = {
+            (seed, variant): pool.submit(learn, study, warm, root, (variant,), (), seed)
+            for seed in study.seeds
+            for variant in variants
+        }
+        found: dict[int, dict[str, Metrics]] = {
+            seed: {"warmed_up": last_metrics(warm / f"seed{seed}")} for seed in study.seeds
+        }
+        for (seed, _), run in runs.items():
+            found[seed] |= run.result()
+    return list(found.values())
 
 
-def warm_up(root: Path, seed: int) -> None:
+def warm_up(study: Study, root: Path, seed: int) -> None:
     """Train a model from nothing into `root`/seed<n>, on short sums and on copying what is shown."""
     from tools.make_tiny_model import make_tiny_model
 
-    model = make_tiny_model(root / f"model{seed}", seed=seed)
-    _run("warmed_up", seed, root / f"seed{seed}", [f"model.path={model}", "train.steps=0"])
+    model = make_tiny_model(root / f"model{seed}", seed=seed, **study.model)
+    _run(study, "warmed_up", seed, root / f"seed{seed}", [f"model.path={model}", "train.steps=0"])
 
 
-def learn(warm: Path, root: Path, variants: Sequence[str], settings: Sequence[str], seed: int) -> dict[str, Metrics]:
-    """Evaluation metrics after each variant, all from the same warmed-up weights. settings: further overrides of the
-    recipe."""
-    overrides = [f"model.path={warm / f'seed{seed}' / 'hf'}", "warmup.kind=none", f"train.steps={STEPS}"]
-    overrides += ["evaluation.before=false", "checkpoint.export=false", *settings]
-    return {variant: _run(variant, seed, root / f"{variant}{seed}", overrides) for variant in variants}
+def learn(
+    study: Study, warm: Path, root: Path, variants: Sequence[str], settings: Sequence[str], seed: int
+) -> dict[str, Metrics]:
+    """Return evaluation metrics after each variant, all from the same warmed-up weights.
+
+    settings: further overrides of the recipe.
+    """
+    overrides = [f"model.path={warm / f'seed{seed}' / 'hf'}", "warmup.kind=none", f"train.steps={study.steps}"]
+    overrides += ["evaluation.before=false", "checkpoint.export=false", "checkpoint.every=1000", *settings]
+    return {variant: _run(study, variant, seed, root / f"{variant}{seed}", overrides) for variant in variants}
 
 
-def _run(variant: str, seed: int, out: Path, overrides: Sequence[str]) -> Metrics:
+def _run(study: Study, variant: str, seed: int, out: Path, overrides: Sequence[str]) -> Metrics:
     import torch
 
     from megatron_hdpo.config import load_recipe
@@ -67,7 +101,7 @@ def _run(variant: str, seed: int, out: Path, overrides: Sequence[str]) -> Metric
 
     torch.set_num_threads(1)
     common = [f"output={out}", f"seed={seed}", "evaluation.every=null", "rollout.save=false"]
-    recipe = load_recipe(RECIPE, [*common, *overrides])
+    recipe = load_recipe(study.recipe, [*common, *overrides])
     run = build_run(recipe, start(ParallelConfig(), "cpu", seed), objective=_objective(variant, recipe))
     if variant == "wrong_reference":
         run.rollouts.prompts = _WrongReference(run.data.prompts, run.data.train)
@@ -84,14 +118,14 @@ def last_metrics(out: Path) -> Metrics:
     return read_metrics(out)[-1]
 
 
-def hard_pass_at_8(metrics: Metrics) -> float:
-    """Mean pass@8 over the levels that the warm-up did not teach."""
-    return statistics.mean(metrics[f"eval/{name}/pass@8"] for name in HARD)
+def hard_pass_at_8(study: Study, metrics: Metrics) -> float:
+    """Return the mean pass@8 over the sets that the warm-up did not teach."""
+    return statistics.mean(metrics[f"eval/{name}/pass@8"] for name in study.hard)
 
 
-def scores_of(results: Sequence[Mapping[str, Metrics]]) -> dict[str, list[float]]:
-    """`hard_pass_at_8` of each variant, by seed; printed."""
-    scores = {variant: [hard_pass_at_8(result[variant]) for result in results] for variant in results[0]}
+def scores_of(study: Study, results: Sequence[Mapping[str, Metrics]]) -> dict[str, list[float]]:
+    """Return `hard_pass_at_8` of each variant, by seed; print it too."""
+    scores = {variant: [hard_pass_at_8(study, result[variant]) for result in results] for variant in results[0]}
     print({name: [round(score, 3) for score in values] for name, values in scores.items()})
     return scores
 

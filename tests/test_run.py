@@ -122,7 +122,7 @@ def train(tree: Tree, *overrides: str, ranks: int = 1, die: str | None = None, e
     """Train the recipe in processes of their own."""
     path = Path(tree["output"]).with_suffix(".yaml")
     path.write_text(yaml.safe_dump(tree))
-    return run_world(ranks, train_and_probe, str(path), list(overrides), die, engine, timeout=150)
+    return run_world(ranks, train_and_probe, str(path), list(overrides), die, engine)
 
 
 def metrics_of(tree: Tree) -> list[dict[str, Any]]:
@@ -302,8 +302,11 @@ def test_experts_on_an_interleaved_pipeline(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", family="qwen3_moe", layers=4, experts=4)
     alone, split = recipe_of(model, tmp_path / "alone"), recipe_of(model, tmp_path / "split")
     split["parallel"] = {"pipeline": 2, "virtual_stages": 2, "expert": 2}
-    results_of(train(alone, *FIRST_STEP))
-    ended = train(split, *FIRST_STEP, ranks=4)
+    # A short warm-up: sums in another order send a token to another expert sooner or later, and then all differs. More
+    # samples make up for it: some are right.
+    first_step = (*FIRST_STEP, "warmup.steps=8", "rollout.prompts_per_step=8", "rollout.samples_per_prompt=8")
+    results_of(train(alone, *first_step))
+    ended = train(split, *first_step, ranks=4)
     results_of(ended)
     assert "self-test passed" in ended.stdout[0]
     _assert_same_first_step(split, alone, {"train/grad_norm", "train/entropy"})

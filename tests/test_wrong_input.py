@@ -689,13 +689,13 @@ def fails_alone(rank: int, folder: str) -> None:
     def alone(arguments: Any) -> None:
         if int(os.environ["RANK"]) == rank:
             raise WeightsError("the disk of this machine lacks a file")
-        time.sleep(60)
+        time.sleep(600)
 
     cli._check = alone
     cli.main(["check", folder])
 
 
 def test_an_error_of_one_rank_alone_is_heard(tmp_path: Path) -> None:
-    ended = run_world(2, fails_alone, 1, str(tmp_path), timeout=5)
+    ended = run_world(2, fails_alone, 1, str(tmp_path), grace=1)
     assert ended.stderr == ["", "WeightsError: the disk of this machine lacks a file\n"]
     assert ended.codes[1] == 2

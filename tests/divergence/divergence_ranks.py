@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from distributed_helper import forkserver
 
 WORLD = 4
 
@@ -43,7 +43,7 @@ class Ranks:
         with socket.socket() as sock:
             sock.bind(("127.0.0.1", 0))
             port = sock.getsockname()[1]
-        context = mp.get_context("spawn")
+        context = forkserver()
         self.results = context.Queue()
         self.jobs = [context.Queue() for _ in range(WORLD)]
         self.processes = [

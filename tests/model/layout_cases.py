@@ -69,19 +69,18 @@ class Outcome:
     more: dict[str, Any] = field(default_factory=dict)
 
 
-def run_layouts(names: Sequence[str], paths: dict[str, Path]) -> dict[tuple[str, str, str], Outcome]:
-    """(layout, model, case) -> Outcome on rank 0; other ranks return digests of their tensors only."""
+def run_layout(layout: str, paths: dict[str, Path]) -> dict[tuple[str, str, str], Outcome]:
+    """Return (layout, model, case) -> Outcome on rank 0; other ranks return digests of their tensors only."""
     outcomes: dict[tuple[str, str, str], Outcome] = {}
-    for layout in names:
-        with joined(**LAYOUTS[layout][1]) as context:
-            for model in models_of(layout):
-                path = paths[model]
-                for case, run in cases_of(layout, model).items():
-                    outcome = run(lambda path=path, **options: build_policy(path, context, **options))
-                    outcome.more["digest"] = digest(outcome.tensors)
-                    if context.rank:
-                        outcome.tensors = {}
-                    outcomes[layout, model, case] = outcome
+    with joined(**LAYOUTS[layout][1]) as context:
+        for model in models_of(layout):
+            path = paths[model]
+            for case, run in cases_of(layout, model).items():
+                outcome = run(lambda path=path, **options: build_policy(path, context, **options))
+                outcome.more["digest"] = digest(outcome.tensors)
+                if context.rank:
+                    outcome.tensors = {}
+                outcomes[layout, model, case] = outcome
     return outcomes
 
 

@@ -116,7 +116,7 @@ def _sub_optimizers(policy: Policy) -> tuple[int, int]:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("offload")
-    return run_ranks(2, run_cases, make_checkpoint("llama", folder), folder)
+    return run_ranks(2, run_cases, make_checkpoint("llama", folder), folder, fresh=True)
 
 
 @pytest.mark.parametrize("share_of", ["0.5", "1.0"])

@@ -23,7 +23,7 @@ from layout_cases import (
     models_of,
     no_targets,
     overflowing,
-    run_layouts,
+    run_layout,
 )
 from tiny_policy import MODELS, OPTIMIZER, SPEC, make_checkpoint, make_examples, make_scorings
 
@@ -38,19 +38,18 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def worlds(paths: dict[str, Path]) -> Callable[[int], list[dict[tuple[str, str, str], Outcome]]]:
-    """The outcomes of every rank of a world of this size; each world runs once, all its layouts one after another."""
+def ranks_of(paths: dict[str, Path]) -> Callable[[str], list[dict[tuple[str, str, str], Outcome]]]:
+    """The outcomes of every rank of a layout; each layout runs once."""
 
     @cache
-    def run(size: int) -> list[dict[tuple[str, str, str], Outcome]] | AssertionError:
-        names = [name for name, layout in LAYOUTS.items() if layout[0] == size]
+    def run(layout: str) -> list[dict[tuple[str, str, str], Outcome]] | AssertionError:
         try:
-            return run_ranks(size, run_layouts, names, paths, timeout=400.0)
+            return run_ranks(LAYOUTS[layout][0], run_layout, layout, paths)
         except AssertionError as error:  # kept: what fails for one test fails for all
             return error
 
-    def outcomes(size: int) -> list[dict[tuple[str, str, str], Outcome]]:
-        result = run(size)
+    def outcomes(layout: str) -> list[dict[tuple[str, str, str], Outcome]]:
+        result = run(layout)
         if isinstance(result, AssertionError):
             raise result
         return result
@@ -59,8 +58,8 @@ def worlds(paths: dict[str, Path]) -> Callable[[int], list[dict[tuple[str, str, 
 
 
 @pytest.fixture(scope="module")
-def outcome(worlds) -> Get:
-    return lambda layout, model, case: worlds(LAYOUTS[layout][0])[0][layout, model, case]
+def outcome(ranks_of) -> Get:
+    return lambda layout, model, case: ranks_of(layout)[0][layout, model, case]
 
 
 @pytest.fixture(scope="module")
@@ -110,13 +109,13 @@ def test_gradients_do_not_depend_on(case: str, layout: str, outcome: Get, refere
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_rows_behind_the_vocabulary_have_no_gradient(layout: str, worlds) -> None:
-    for rank in worlds(LAYOUTS[layout][0]):
+def test_rows_behind_the_vocabulary_have_no_gradient(layout: str, ranks_of) -> None:
+    for rank in ranks_of(layout):
         assert rank[layout, first_model(layout), "gradients"].more["padding"] == 0.0
 
 
 @pytest.mark.parametrize(("layout", "model"), EVERY_MODEL)
-def test_one_step_of_adamw(layout: str, model: str, outcome: Get, worlds, reference, paths) -> None:
+def test_one_step_of_adamw(layout: str, model: str, outcome: Get, ranks_of, reference, paths) -> None:
     """The weights after one update, by AdamW's definition from the reference's gradients."""
     result, expected = outcome(layout, model, "update"), reference(model)
     total = norm(expected.gradients)
@@ -133,7 +132,7 @@ def test_one_step_of_adamw(layout: str, model: str, outcome: Get, worlds, refere
         after[name] = before[name] * (1 - lr * decay) - lr * step
     moved = {name: result.tensors[name] - before[name] for name in before}
     assert_same_tensors(moved, {name: after[name] - before[name] for name in before}, 1e-4)
-    digests = {rank[layout, model, "update"].more["digest"] for rank in worlds(LAYOUTS[layout][0])}
+    digests = {rank[layout, model, "update"].more["digest"] for rank in ranks_of(layout)}
     assert len(digests) == 1  # every rank, of every replica, holds the same model
 
 
@@ -189,9 +188,9 @@ def test_a_gradient_that_is_no_number_changes_nothing(layout: str, outcome: Get)
 
 
 @pytest.mark.parametrize(("layout", "model"), EVERY_MODEL)
-def test_scores_are_those_of_transformers(layout: str, model: str, worlds, paths) -> None:
+def test_scores_are_those_of_transformers(layout: str, model: str, ranks_of, paths) -> None:
     theirs = load(paths[model])
-    ranks = [rank[layout, model, "score"] for rank in worlds(LAYOUTS[layout][0])]
+    ranks = [rank[layout, model, "score"] for rank in ranks_of(layout)]
     for result in ranks:
         assert bool(result.more["scores"]) == result.more["last"]  # other stages know nothing
     for scoring in make_scorings():
@@ -217,12 +216,12 @@ def _check_top(top, all_TV: np.ndarray, k: int) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_progress_counts_every_token(layout: str, worlds) -> None:
+def test_progress_counts_every_token(layout: str, ranks_of) -> None:
     """Each rank reports the rows that went through its own stage, padding included: a row per tensor-parallel rank and
     micro-batch, and under context parallelism two chunks' rest per sequence at most; and whole rounds of a pipeline."""
-    size, split = LAYOUTS[layout]
+    split = LAYOUTS[layout][1]
     tensor, pipeline, context = (split.get(key, 1) for key in ("tensor", "pipeline", "context"))
-    reported = [rank[layout, first_model(layout), "score"].more["rows"] for rank in worlds(size)]
+    reported = [rank[layout, first_model(layout), "score"].more["rows"] for rank in ranks_of(layout)]
     total = sum(len(s.context_ids) + len(s.response_ids) for s in make_scorings())
     padding = 2 * context * tensor if context > 1 else tensor
     sequences = len(make_scorings()) + (pipeline if "virtual_stages" in split else 0)

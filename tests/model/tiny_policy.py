@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
+from distributed_helper import leave_layout
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from megatron_hdpo.model.architecture import read_architecture
@@ -77,13 +77,13 @@ def make_checkpoint(name: str, folder: Path) -> Path:
 
 @contextmanager
 def joined(tensor: int = 1, pipeline: int = 1, sequence: bool = False, **more: int) -> Iterator[ParallelContext]:
-    """Megatron's groups for one layout; the process group itself stays for the next."""
+    """Make Megatron's groups for one layout; the process group of all ranks stays for the next."""
     layout = ParallelConfig(tensor=tensor, pipeline=pipeline, sequence=sequence, **more, timeout_minutes=1.0)
     context = start(layout, device="cpu")
     try:
         yield context
     finally:
-        parallel_state.destroy_model_parallel()
+        leave_layout()
 
 
 def build_policy(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from commands import PRELOAD
+from distributed_helper import PRELOAD, end_kept_worlds
 from hostile_task import PROBLEM, HostileTask
 
 from megatron_hdpo.data.problem import Problem
@@ -27,6 +27,7 @@ TIME_LIMIT = 1.0
 @pytest.fixture(scope="module", autouse=True)
 def fork_server_of_its_own():
     """Tests before these may have started the process's one fork server with torch in it; tests after want it so."""
+    end_kept_worlds()
     forkserver._forkserver._stop()
     forkserver.set_forkserver_preload([])
     yield
@@ -99,12 +100,11 @@ def test_the_time_limit_does_not_count_waiting(pool):
 
 
 def test_a_dead_worker_is_replaced_and_the_check_tried_again(tmp_path):
-    with RewardPool([HostileTask()], RewardConfig(workers=1, time_limit_s=10, max_retries=1)) as pool:
+    with RewardPool([HostileTask()], RewardConfig(workers=1, time_limit_s=600, max_retries=1)) as pool:
         assert judge(pool, f"fail_once:{tmp_path / 'tried'}").reward == 1.0
-        begin = time.monotonic()
+        # `judge` gives up after a minute: neither may wait for the time limit.
         assert judge(pool, "exit:1").reward is None
         assert judge(pool, "raise").error == "Unpicklable: one"
-        assert time.monotonic() - begin < 10
 
 
 def test_threads_may_submit_at_the_same_time(pool):
@@ -148,14 +148,14 @@ def test_tasks_must_not_share_a_name():
 
 
 def test_close_ends_everything_at_once():
-    pool = RewardPool([HostileTask()], RewardConfig(workers=2, time_limit_s=60, max_retries=3))
+    pool = RewardPool([HostileTask()], RewardConfig(workers=2, time_limit_s=3600, max_retries=3))
     pool.start()
     futures = [pool.submit(PROBLEM, "hang") for _ in range(3000)]
     workers = [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
     begin = time.monotonic()
     pool.close()
     pool.close()
-    assert time.monotonic() - begin < 15
+    assert time.monotonic() - begin < 300
     assert {future.result(timeout=1).reward for future in futures} == {None}
     assert "closed" in judge(pool, "reward:1").error
     assert len(workers) >= 3
@@ -189,5 +189,5 @@ def test_no_worker_outlives_a_killed_parent(tmp_path):
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    _, alive = psutil.wait_procs(family, timeout=15)
+    _, alive = psutil.wait_procs(family, timeout=60)
     assert not [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]

@@ -217,25 +217,31 @@ def test_terminal_gets_live_bars_that_leave_no_trace_between_rows():
                 return
             chunks.append(chunk)
 
+    def wait_for(shown: str) -> None:
+        deadline = time.monotonic() + 60
+        while shown not in b"".join(chunks).decode(errors="ignore"):
+            assert time.monotonic() < deadline, f"{shown} was never shown"
+            time.sleep(0.02)
+
     reader = threading.Thread(target=drain, daemon=True)
     reader.start()
     with os.fdopen(follower, "w", encoding="utf-8") as stream:
         console = Console(True, stream=stream)
         assert console.interactive
         with console.phase("rollout", total=1000, unit="tok") as outer:
-            time.sleep(0.05)
             outer.advance(500)
+            wait_for("500/1,000")
             with console.phase("judge", total=4, unit="rollout") as inner:
                 inner.advance(1)
-                time.sleep(0.6)
+                wait_for("1/4 rollout")
                 console.warn("between the bars")
             with pytest.raises(KeyError), console.phase("fails"):
                 raise KeyError
         with console.phase("train", total=3) as phase:  # a new display after the first one ended
             phase.advance(3)
-            time.sleep(0.3)
+            wait_for("3/3")
         console.step(1, 10, {"rollout/reward_mean": 0.5})
-    reader.join(2)
+    reader.join(60)
     text = b"".join(chunks).decode()
     assert "\x1b[" in text
     assert "rollout" in text and "500/1,000 tok (50 %)" in text and "to go" in text

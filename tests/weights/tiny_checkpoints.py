@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
+from distributed_helper import leave_layout
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from megatron_hdpo.model.architecture import Architecture, read_architecture
@@ -66,12 +66,12 @@ def make_checkpoint(case: str, folder: Path, **save: Any) -> PreTrainedModel:
 
 @contextmanager
 def layout(tensor: int, pipeline: int, **kwargs: Any) -> Iterator[ParallelContext]:
-    """Megatron's groups for one layout; the process group itself stays for the next."""
+    """Make Megatron's groups for one layout; the process group of all ranks stays for the next."""
     context = start(ParallelConfig(tensor=tensor, pipeline=pipeline, timeout_minutes=1.0, **kwargs), device="cpu")
     try:
         yield context
     finally:
-        parallel_state.destroy_model_parallel()
+        leave_layout()
 
 
 def build(path: Path, context: ParallelContext, dtype: str = "float32") -> tuple[torch.nn.Module, Architecture]:
