@@ -85,6 +85,23 @@ def test_a_server_that_runs_is_not_started_twice(make_server: MakeServer) -> Non
     assert server.pid == first
 
 
+def test_a_signal_that_gets_lost_is_sent_again(make_server: MakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = make_server()
+    server.start()
+    server.wait_ready()
+    assert server._supervisor is not None
+    session, send, sent = server.pid, server._supervisor.send_signal, []
+
+    def lose_the_first(number: int) -> None:
+        sent.append(number)
+        if len(sent) > 1:
+            send(number)
+
+    monkeypatch.setattr(server._supervisor, "send_signal", lose_the_first)
+    server.stop(now=True)
+    assert len(sent) == 2 and session_processes(session) == []
+
+
 def test_a_stopped_server_comes_back_at_its_url(make_server: MakeServer) -> None:
     server = make_server()
     server.start()
@@ -109,12 +126,12 @@ def test_what_ignores_a_polite_end_is_killed(make_server: MakeServer, behaviour:
 
 
 def test_stop_at_once_does_not_wait_for_a_polite_end(make_server: MakeServer) -> None:
-    server = make_server("stubborn", stop_timeout_s=60.0)
+    server = make_server("stubborn", stop_timeout_s=600.0)
     server.start()
     server.wait_ready()
     session, begin = server.pid, time.monotonic()
     server.stop(now=True)
-    assert time.monotonic() - begin < 10 and session_processes(session) == []
+    assert time.monotonic() - begin < 300 and session_processes(session) == []
 
 
 def test_the_children_of_a_killed_server_do_not_outlive_it(make_server: MakeServer) -> None:
@@ -152,7 +169,7 @@ def test_servers_end_when_their_owner_is_killed(tmp_path: Path, behaviour: str) 
     assert len(family) >= 3
     owner.kill()
     owner.wait()
-    assert wait_until(lambda: not any(process.is_running() for process in family), 5)
+    assert wait_until(lambda: not any(process.is_running() for process in family))
 
 
 def test_a_server_that_dies_while_it_starts_tells_how(make_server: MakeServer) -> None:
@@ -182,8 +199,9 @@ def test_a_server_that_never_answers_is_given_up_and_killed(make_server: MakeSer
     assert session_processes(session) == []
 
 
-def test_a_port_that_another_program_took_is_changed(make_server: MakeServer) -> None:
-    server = make_server(environment={"FAKE_LOAD_S": "0.7"})
+def test_a_port_that_another_program_took_is_changed(make_server: MakeServer, tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    server = make_server(environment={"FAKE_WAITS_FOR": str(taken)})
     server.start()
     before = server.url
     with socket.socket() as thief:
@@ -191,6 +209,7 @@ def test_a_port_that_another_program_took_is_changed(make_server: MakeServer) ->
         thief.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         thief.bind(("127.0.0.1", int(before.rpartition(":")[2])))
         thief.listen()
+        taken.touch()
         server.wait_ready()
     assert server.url != before and get_status(server) == 200
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import http.client
 import logging
@@ -24,6 +25,7 @@ LOGGER = logging.getLogger(__name__)
 POLL_S = 0.2
 KILL_TIMEOUT_S = 60.0
 """A process with work on a GPU may need this long to die."""
+SIGNAL_EVERY_S = 1.0
 LOG_LINES = 30
 PORT_TRIES = 3
 """A port is free when it is chosen; some that SGLang chooses by itself may be taken before it listens."""
@@ -119,13 +121,17 @@ class ServerProcess:
     def stop(self, now: bool = False) -> None:
         """End the server and all that it started, by itself within `stop_timeout_s` or, with `now`, by force; returns
         when no process is left. It can be started again, at the same URL. Idempotent."""
-        self.request_stop(now)
-        if self._supervisor is not None:
-            try:
-                self._supervisor.wait(self.config.stop_timeout_s + KILL_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                LOGGER.warning("processes of SGLang server %d cannot be killed; see %s", self.launch.index, self.log)
-                self._supervisor.kill()
+        if self._supervisor is None:
+            return
+        deadline = time.monotonic() + self.config.stop_timeout_s + KILL_TIMEOUT_S
+        while time.monotonic() < deadline:
+            # Again and again: Python may lose a signal that comes while the supervisor still imports.
+            self.request_stop(now)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._supervisor.wait(SIGNAL_EVERY_S)
+                return
+        LOGGER.warning("processes of SGLang server %d cannot be killed; see %s", self.launch.index, self.log)
+        self._supervisor.kill()
 
     def close(self) -> None:
         """Stop for good, also while another thread starts it, and give back the ports and the key. Idempotent."""
