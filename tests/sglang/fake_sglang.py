@@ -2,6 +2,7 @@
 
 Like the real one it has a child in its group, and listens with SO_REUSEADDR. FAKE chooses how it misbehaves:
 dies, silent (never listens), stubborn (it and its child ignore SIGTERM), escape (the child leaves the group).
+It listens when the file that FAKE_WAITS_FOR names is there, and when FAKE_MEETS stand-ins have come to its folder.
 """
 
 import http.server
@@ -26,6 +27,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 
 
+def wait_until_allowed(port):
+    """Load for as long as the test wants, however fast the machine is."""
+    awaited = os.environ.get("FAKE_WAITS_FOR")
+    while awaited and not os.path.exists(awaited):
+        time.sleep(0.02)
+    folder, _, count = os.environ.get("FAKE_MEETS", "").rpartition(":")
+    if folder:
+        open(os.path.join(folder, port), "w").close()
+        while len(os.listdir(folder)) < int(count):
+            time.sleep(0.02)
+
+
 def main():
     """Flags as the real one takes them."""
     behaviour = os.environ.get("FAKE", "")
@@ -41,7 +54,7 @@ def main():
     subprocess.Popen([sys.executable, "-c", CHILD], start_new_session=behaviour == "escape")
     if behaviour == "silent":
         time.sleep(600)
-    time.sleep(float(os.environ.get("FAKE_LOAD_S", "0")))
+    wait_until_allowed(flags["--port"])
     http.server.ThreadingHTTPServer((flags["--host"], int(flags["--port"])), Handler).serve_forever()
 
 

@@ -69,6 +69,16 @@ def delay(seconds: float) -> Fault:
     return fault
 
 
+def held(released: threading.Event) -> Fault:
+    """The request reaches the server when the test allows it."""
+
+    async def fault(request: web.Request, proxy: FaultProxy) -> None:
+        while not released.is_set():
+            await asyncio.sleep(0.02)
+
+    return fault
+
+
 def cut_off() -> Fault:
     """The connection breaks without an answer."""
 
@@ -112,7 +122,7 @@ def fault_proxy(target: str) -> Iterator[FaultProxy]:
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    assert started.wait(10)
+    assert started.wait(60)
     try:
         yield proxy
     finally:

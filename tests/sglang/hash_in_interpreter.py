@@ -3,10 +3,17 @@
 Prints one 16-digit hash per line. The tensors are those of `hashed_tensor` in test_digests.py.
 """
 
+import importlib.metadata
+import importlib.util
 import sys
 
 import torch
-from sglang.kernels.ops.memory import gpu_tensor_hash as ops
+
+# The file by itself: its package imports all of SGLang, which takes longer than the hashes do.
+path = importlib.metadata.distribution("sglang").locate_file("sglang/kernels/ops/memory/gpu_tensor_hash.py")
+spec = importlib.util.spec_from_file_location("gpu_tensor_hash", path)
+ops = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(ops)
 
 TILE, SEED, CHUNK = 8192, 0x243F6A88, 1024
 

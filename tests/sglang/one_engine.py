@@ -43,11 +43,14 @@ class Weights:
         with torch.no_grad():
             return self.model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1).numpy()
 
+    def of_sampled(self, prompt: np.ndarray, completion: Completion, version: int) -> np.ndarray:
+        """Log-probs [T] of the completion's tokens in float64."""
+        rows = self.logprobs(prompt, completion, version)
+        return rows[np.arange(len(rows)), completion.token_ids]
+
     def worst(self, prompt: np.ndarray, completion: Completion, version: int) -> float:
         """Largest difference of the sampled log-probs."""
-        rows = self.logprobs(prompt, completion, version)
-        own = rows[np.arange(len(rows)), completion.token_ids]
-        return float(np.abs(own - completion.logprobs).max())
+        return float(np.abs(self.of_sampled(prompt, completion, version) - completion.logprobs).max())
 
 
 @contextmanager
@@ -62,9 +65,9 @@ def one_engine(
     """An engine, and the push that fills it."""
     config = SGLangConfig.model_validate({"placement": "given", "urls": list(urls)} | settings)
     engine = SGLangEngine(config, urls, VOCAB, CONTEXT, servers, experts)
-    checks = Gate(kv_heads, VOCAB, "cpu", 60.0) if gate else None
+    checks = Gate(kv_heads, VOCAB, "cpu", 600.0) if gate else None
     try:
-        yield engine, WeightPush(engine, TensorTransport(60.0), checks)
+        yield engine, WeightPush(engine, TensorTransport(600.0), checks)
     finally:
         engine.close()
 

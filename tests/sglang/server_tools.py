@@ -38,7 +38,9 @@ def fake_config(folder: Path, behaviour: str = "", **settings: Any) -> ServerCon
     python.write_text(f'#!/bin/sh\n{version}\nexec "{sys.executable}" "{FAKE}" "$@"\n')
     python.chmod(0o755)
     environment = {"FAKE": behaviour} | settings.pop("environment", {})
-    return ServerConfig(python=python, environment=environment, **({"start_timeout_s": 20.0} | settings))
+    return ServerConfig(
+        python=python, environment=environment, **({"start_timeout_s": 120.0, "dtype": "float32"} | settings)
+    )
 
 
 def session_processes(session: int) -> list[psutil.Process]:
@@ -51,6 +53,11 @@ def session_processes(session: int) -> list[psutil.Process]:
         except (OSError, psutil.Error):
             continue
     return found
+
+
+def is_scheduler(process: psutil.Process) -> bool:
+    """Whether it is a scheduler of SGLang, whose children replace their command line by a title."""
+    return process.cmdline()[0].startswith("sglang::scheduler")
 
 
 def servers_under(folder: Path) -> list[psutil.Process]:
@@ -66,8 +73,8 @@ def _writes_log_under(folder: Path, process: psutil.Process) -> bool:
     return output.is_relative_to(folder) and output.name.startswith("sglang_")
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 10.0) -> bool:
-    """Whether `condition` came true in time."""
+def wait_until(condition: Callable[[], bool], timeout_s: float = 120.0) -> bool:
+    """Whether `condition` came true in time, which is long: a loaded machine must not fail."""
     deadline = time.monotonic() + timeout_s
     while not (came := condition()) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from megatron_hdpo.rollout.sglang.engine import SGLangEngine
 from megatron_hdpo.rollout.sglang.push import WeightPush
 from megatron_hdpo.rollout.sglang.server_config import ServerConfig
 from megatron_hdpo.rollout.sglang.servers import Servers
+from megatron_hdpo.rollout.types import Completion, GenerationRequest
 
 pytestmark = pytest.mark.slow
 
@@ -35,8 +38,8 @@ def engine_of_two(
     assert not [p for process in servers.processes for p in session_processes(process.pid)]
 
 
-def stop_group(servers: Servers, index: int, number: signal.Signals) -> None:
-    """All processes of a server but its supervisor."""
+def signal_group(servers: Servers, index: int, number: signal.Signals) -> None:
+    """To all processes of a server but its supervisor."""
     session = servers.processes[index].pid
     for process in session_processes(session):
         if process.pid != session:
@@ -50,24 +53,42 @@ def states(engine: SGLangEngine) -> list[str]:
     return [replica.state for replica in engine.replicas]
 
 
-@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
-def test_the_other_server_takes_over(engine_of_two: Any, sglang_model: Path, blow: signal.Signals) -> None:
-    engine, push, servers = engine_of_two
-    weights = Weights(sglang_model)
-    push.push(weights.stream(2), 2)
-    assert states(engine) == ["serving", "serving"]
-    wanted = [request(f"p{i}#0", n=4, tokens=110, prompt=(2, 3, 4 + i)) for i in range(8)]
-    engine.submit(wanted)
+def batch(name: str) -> list[GenerationRequest]:
+    """32 samples that take a while, some for each server."""
+    return [request(f"{name}{i}#0", n=4, tokens=110, prompt=(2, 3, 4 + i)) for i in range(8)]
+
+
+def submit_and_freeze(engine: SGLangEngine, servers: Servers, index: int, name: str) -> list[GenerationRequest]:
+    """Half of the samples may be half done when the server stops; of the other half it will not say anything."""
+    wanted = batch(name)
+    engine.submit(wanted[:4])
     time.sleep(0.2)
-    stop_group(servers, 0, blow)
-    samples = {r.request_id: [] for r in wanted}
+    signal_group(servers, index, signal.SIGSTOP)
+    engine.submit(wanted[4:])
+    assert wait_until(lambda: bool(engine.replicas[index].in_flight)), "it was asked"
+    return wanted
+
+
+def check_complete(engine: SGLangEngine, weights: Weights, wanted: list[GenerationRequest], version: int) -> None:
+    """No sample is lost, none is there twice, and all are of the weights' distribution."""
+    samples: dict[str, list[Completion]] = {r.request_id: [] for r in wanted}
     for result in engine.results():
         if result is not None:
             samples[result.request_id] += completions([result])
     for one in wanted:
-        assert len(samples[one.request_id]) == 4, "no sample is lost, none is there twice"
-        assert all(weights.worst(one.prompt_ids, s, 2) < 1e-5 for s in samples[one.request_id])
-    assert wait_until(lambda: states(engine) == ["stale", "serving"], 120), engine.health()
+        assert len(samples[one.request_id]) == 4
+        assert all(weights.worst(one.prompt_ids, s, version) < 1e-5 for s in samples[one.request_id])
+
+
+def test_the_other_server_takes_over_from_one_that_is_killed(engine_of_two: Any, sglang_model: Path) -> None:
+    engine, push, servers = engine_of_two
+    weights = Weights(sglang_model)
+    push.push(weights.stream(2), 2)
+    assert states(engine) == ["serving", "serving"]
+    wanted = submit_and_freeze(engine, servers, 0, "p")
+    signal_group(servers, 0, signal.SIGKILL)
+    check_complete(engine, weights, wanted, 2)
+    assert wait_until(lambda: states(engine) == ["stale", "serving"], 900), engine.health()
     assert len(completions(collect(engine, [request(n=3)]))) == 3, "a server without the run's weights is not asked"
     push.push(weights.stream(3), 3)
     assert states(engine) == ["serving", "serving"]
@@ -75,17 +96,38 @@ def test_the_other_server_takes_over(engine_of_two: Any, sglang_model: Path, blo
     assert all(weights.worst(request().prompt_ids, s, 3) < 1e-5 for s in samples)
 
 
-def test_when_all_are_lost_the_weights_must_come_again(engine_of_two: Any, sglang_model: Path) -> None:
+def test_the_other_server_takes_over_from_one_that_hangs_and_when_it_is_lost_too_the_weights_must_come_again(
+    engine_of_two: Any, sglang_model: Path
+) -> None:
+    """The other one is lost by the death of its supervisor, while the first is being replaced or has no weights yet."""
     engine, push, servers = engine_of_two
     weights = Weights(sglang_model)
     push.push(weights.stream(4), 4)
-    engine.submit([request(f"p{i}#0", n=4, tokens=110) for i in range(4)])
-    time.sleep(0.2)
-    for index in range(2):
-        stop_group(servers, index, signal.SIGKILL)
+    starts = log_of(servers, 1).count("=== server 1 started")
+    wanted = submit_and_freeze(engine, servers, 1, "r")
+    check_complete(engine, weights, wanted, 4)
+    assert states(engine) != ["serving", "serving"] and states(engine)[0] == "serving"
+
+    supervisor = servers.processes[0].pid
+    submit_and_freeze(engine, servers, 0, "s")
+    left = [process for process in session_processes(supervisor) if process.pid != supervisor]
+    os.kill(supervisor, signal.SIGKILL)
+    for process in left:
+        with suppress(psutil.NoSuchProcess):
+            process.resume()
     with pytest.raises(EngineLostWeights):
         list(engine.results())
+    assert wait_until(lambda: not any(map(is_alive, left))), "a server without its supervisor must end"
     report = push.push(weights.stream(4), 4)  # waits for both to be back
     assert report.servers == 2 and states(engine) == ["serving", "serving"]
-    (sample,) = completions(collect(engine, [request()]))
-    assert weights.worst(request().prompt_ids, sample, 4) < 1e-5
+    assert log_of(servers, 1).count("=== server 1 started") == starts + 1
+    samples = completions(collect(engine, [request(f"t{i}#0", n=2) for i in range(6)]))
+    assert all(weights.worst(request().prompt_ids, s, 4) < 1e-5 for s in samples)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def log_of(servers: Servers, index: int) -> str:
+    return servers.processes[index].log.read_text()

@@ -1,6 +1,8 @@
 """The learning test with SGLang in place of the embedded engine: same recipe, same first seed, same thresholds.
 
 One seed, and GRPO alone as the control: a CPU server needs minutes for what the embedded engine does in seconds.
+`make test-long` runs it; `make test` has one step on a server's rollouts, compared with one on any engine's
+(test_run_on_sglang.py).
 MEGATRON_HDPO_LEARNING_SEEDS="0 1 2" runs more.
 """
 
@@ -12,7 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
-from learning import SEEDS, Metrics, check_lift, last_metrics, learn, scores_of
+from learning import LONG, SEEDS, Metrics, check_lift, last_metrics, learn, scores_of
 from make_tiny_model import make_tiny_model
 
 from megatron_hdpo.rollout.sglang.command import Launch
@@ -22,7 +24,7 @@ from megatron_hdpo.rollout.sglang.servers import Servers
 VARIANTS = ("grpo", "hdpo")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_hdpo_learns_on_sglang(sglang_config: ServerConfig, warmed_up: Path, tmp_path: Path) -> None:
     """The servers start with random weights: a run's arrive by its syncs."""
@@ -35,7 +37,7 @@ def test_hdpo_learns_on_sglang(sglang_config: ServerConfig, warmed_up: Path, tmp
         results = [learn_side_by_side(servers.urls, warmed_up, tmp_path, seed) for seed in seeds]
     finally:
         servers.close()
-    check_lift(scores_of(results), ["grpo"])
+    check_lift(scores_of(LONG, results), ["grpo"])
 
 
 def learn_side_by_side(urls: list[str], warmed_up: Path, folder: Path, seed: int) -> dict[str, Metrics]:
@@ -44,7 +46,7 @@ def learn_side_by_side(urls: list[str], warmed_up: Path, folder: Path, seed: int
     common += ["rollout.sglang.servers.dtype=float32", "rollout.sglang.max_concurrency=256"]
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         runs = [
-            pool.submit(learn, warmed_up, folder, (variant,), [*common, f"rollout.sglang.urls=[{url}]"], seed)
+            pool.submit(learn, LONG, warmed_up, folder, (variant,), [*common, f"rollout.sglang.urls=[{url}]"], seed)
             for variant, url in zip(VARIANTS, urls, strict=True)
         ]
         found = {variant: metrics for run in runs for variant, metrics in run.result().items()}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from one_engine import Weights, collect, completions, one_engine, request
 from recipes import make_model
-from server_tools import LiveServer
+from server_tools import LiveServer, is_scheduler, session_processes
 from transformers import AutoModelForCausalLM
 
 from megatron_hdpo.rollout.sglang.command import Launch
@@ -78,12 +78,17 @@ def stream(case: Case, weights: Weights, version: int) -> Iterator[tuple[str, to
     return ((n, t) for n, t in weights.stream(version) if not (case.tied and n == "lm_head.weight"))
 
 
+def test_every_rank_has_a_scheduler(served: Any) -> None:
+    case, server, _ = served
+    assert sum(is_scheduler(process) for process in session_processes(server.process.pid)) == case.ranks
+
+
 def test_weights_arrive_by_each_path(served: Any, tmp_path: Path) -> None:
     case, server, weights = served
     transports = (
-        TensorTransport(60.0),
-        BroadcastTransport(60.0, torch.device("cpu")),
-        DiskTransport(60.0, tmp_path / "sync", server.model),
+        TensorTransport(600.0),
+        BroadcastTransport(600.0, torch.device("cpu")),
+        DiskTransport(600.0, tmp_path / "sync", server.model),
     )
     prompt = request().prompt_ids
     with one_engine([server.url], kv_heads=case.kv_heads) as (engine, push):
@@ -102,7 +107,7 @@ def test_weights_arrive_by_each_path(served: Any, tmp_path: Path) -> None:
 
 def test_the_gate_sees_one_number_that_is_wrong(served: Any) -> None:
     case, server, weights = served
-    transport = TensorTransport(60.0)
+    transport = TensorTransport(600.0)
     with one_engine([server.url], kv_heads=case.kv_heads) as (engine, push):
         for name in (*case.parameters, "layers.0.mlp.down_proj.weight", "layers.1.post_attention_layernorm.weight"):
 

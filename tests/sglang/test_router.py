@@ -20,11 +20,14 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def workers(sglang_config: ServerConfig, start_server: Callable[[], LiveServer]) -> list[LiveServer]:
+def workers(
+    sglang_config: ServerConfig, sglang_server: LiveServer, start_server: Callable[[], LiveServer]
+) -> list[LiveServer]:
+    """Two servers, of which the first may be killed."""
     probe = [sglang_config.interpreter, "-c", "import sglang_router"]
     if subprocess.run(probe, capture_output=True).returncode:
         pytest.skip(f"{sglang_config.interpreter} has no sglang-router")
-    return [start_server() for _ in range(2)]
+    return [start_server(), sglang_server]
 
 
 @pytest.fixture
@@ -38,7 +41,7 @@ def router(sglang_config: ServerConfig, workers: list[LiveServer]) -> Iterator[s
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{number}"
     try:
-        assert wait_until(lambda: answers(url), 60)
+        assert wait_until(lambda: answers(url))
         yield url
     finally:
         process.kill()
@@ -47,7 +50,7 @@ def router(sglang_config: ServerConfig, workers: list[LiveServer]) -> Iterator[s
 
 def answers(url: str) -> bool:
     try:
-        return urllib.request.urlopen(url + "/health", timeout=2).status == 200
+        return urllib.request.urlopen(url + "/health", timeout=10).status == 200
     except OSError:
         return False
 

@@ -5,19 +5,23 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
+import torch
 import yaml
 from commands import Ended, run_command, run_world
 from fault_proxy import cut_off, fault_proxy
+from one_engine import Weights
 from recipes import Tree, small_recipe
+from safetensors.torch import load_file
 from server_tools import LiveServer, servers_under, wait_until
 
-from megatron_hdpo.rollout.sample_log import read_groups
+from megatron_hdpo.rollout.sample_log import read_groups, write_groups
 from megatron_hdpo.rollout.sglang.server_config import ServerConfig
 from megatron_hdpo.rollout.types import Group
 from megatron_hdpo.tracking.metrics import read_metrics
@@ -25,18 +29,31 @@ from megatron_hdpo.tracking.metrics import read_metrics
 STEPS = 3
 
 
+WARMUP = {
+    "kind": "sft",
+    "steps": 40,
+    "examples_per_step": 32,
+    "optimizer": {"lr": 1e-2},
+    "plain": [{"kind": "digit_sums", "name": "short", "lengths": [2], "size": 40, "seed": 3}],
+    "privileged": [{"kind": "digit_sums", "name": "shown", "lengths": [2, 3, 4], "size": 200, "seed": 4}],
+}
+"""Lets some rollouts be right, and more of those that see the solution."""
+
+
+@pytest.fixture(scope="module")
+def warm_model(sglang_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The servers' model after WARMUP."""
+    folder = tmp_path_factory.mktemp("warm")
+    tree = small_recipe(sglang_model, folder / "run") | {"warmup": WARMUP, "self_test": {"enabled": False}}
+    del tree["data"]["evaluation"]
+    train(tree, "train.steps=0")
+    return folder / "run" / "hf"
+
+
 def recipe_on(urls: list[str], model: Path, output: Path) -> Tree:
-    """HDPO after a warm-up that lets some rollouts be right, on servers that are there."""
+    """HDPO on servers that are there."""
     tree = small_recipe(model, output)
     tree["data"]["train"][0]["lengths"] = [2, 2, 4]
-    tree["warmup"] = {
-        "kind": "sft",
-        "steps": 40,
-        "examples_per_step": 32,
-        "optimizer": {"lr": 1e-2},
-        "plain": [{"kind": "digit_sums", "name": "short", "lengths": [2], "size": 40, "seed": 3}],
-        "privileged": [{"kind": "digit_sums", "name": "shown", "lengths": [2, 3, 4], "size": 200, "seed": 4}],
-    }
     tree["rollout"] |= {
         "engine": "sglang",
         "samples_per_prompt": 8,
@@ -56,7 +73,7 @@ def train(tree: Tree, *overrides: str, ranks: int = 1, **kw: Any) -> Ended:
     return ended
 
 
-def run(tree: Tree, *overrides: str, ranks: int = 1, timeout: float = 120, **kw: Any) -> Ended:
+def run(tree: Tree, *overrides: str, ranks: int = 1, timeout: float = 300, **kw: Any) -> Ended:
     """The command, however it ends."""
     file = Path(tree["output"]).with_suffix(".yaml")
     file.write_text(yaml.safe_dump(tree, sort_keys=False))
@@ -83,9 +100,9 @@ def rows_of(folder: Path) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("layout", [{}, {"tensor": 2, "pipeline": 2}], ids=["alone", "TP2xPP2"])
 def test_a_run_on_servers_trains_and_goes_on_where_it_stopped(
-    sglang_server: LiveServer, tmp_path: Path, layout: dict[str, int]
+    sglang_server: LiveServer, warm_model: Path, tmp_path: Path, layout: dict[str, int]
 ) -> None:
-    tree = recipe_on([sglang_server.url], sglang_server.model, tmp_path / "run")
+    tree = recipe_on([sglang_server.url], warm_model, tmp_path / "run")
     tree["parallel"] = layout
     ranks = int(np.prod([*layout.values(), 1]))
     train(tree, "train.steps=2", ranks=ranks)
@@ -108,25 +125,75 @@ def test_a_run_on_servers_trains_and_goes_on_where_it_stopped(
 
 
 @pytest.mark.parametrize("swap", ["after_batch", "mid_generation"])
-def test_rollouts_ahead_are_one_step_old_at_most(sglang_server: LiveServer, tmp_path: Path, swap: str) -> None:
-    tree = recipe_on([sglang_server.url], sglang_server.model, tmp_path / "run")
+def test_rollouts_ahead_are_one_step_old_at_most(
+    sglang_server: LiveServer, warm_model: Path, tmp_path: Path, swap: str
+) -> None:
+    tree = recipe_on([sglang_server.url], warm_model, tmp_path / "run")
     tree["rollout"] |= {"ahead": 1, "swap": swap, "max_new_tokens": 64}
     tree["train"]["steps"] = 4
-    train(tree, "optimizer.lr=3e-3")  # enough to see the policy move, too little to unlearn the sums
+    tree["optimizer"]["lr"] = 3e-3  # enough to see the policy move, too little to unlearn the sums
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    ended = run_world(1, train_with_swaps_amid_groups, str(file), timeout=300)
+    assert ended.codes == [0], ended.text
     rows = rows_of(tmp_path / "run")
     assert versions_of(groups_of(tmp_path / "run", 1)) == {0}
     for step in (2, 3, 4):
-        versions = versions_of(groups_of(tmp_path / "run", step))
-        assert versions <= {step - 2, step - 1} and step - 2 in versions, (step, versions)
-        if swap == "after_batch":
-            assert versions == {step - 2}
-            assert rows[step - 1]["rollout/mixed_versions_rate"] == 0
+        assert rows[step - 1]["rollout/mixed_versions_rate"] == 0
+        for group in groups_of(tmp_path / "run", step):
+            versions = sorted(int(v) for sample in group.samples for v in set(sample.completion.weight_versions))
+            new = 0 if swap == "after_batch" else 4
+            assert versions == [step - 2] * (8 - new) + [step - 1] * new, (step, versions)
     old = [row["step"] for row in rows if trained_versions(tmp_path / "run", row["step"]) - {row["step"] - 1}]
     seen = {row["step"]: row["train/mismatch_k3"] for row in rows if "train/mismatch_k3" in row}
-    assert old or swap == "mid_generation", "the warm-up makes some groups mixed"
-    assert seen, "the warm-up makes some groups mixed"
+    moved = {row["step"] for row in rows if row.get("train/grad_norm", 0) > 0}
+    assert any(step - 1 in moved for step in old), "the warm-up makes some groups mixed"
     for step, mismatch in seen.items():
-        assert (mismatch > 1e-6) == (step in old), f"step {step}: old rollouts are not the new policy's, new ones are"
+        differs = step in old and step - 1 in moved
+        assert (mismatch > 1e-6) == differs, f"step {step}: old rollouts are not the new policy's, new ones are"
+
+
+def train_with_swaps_amid_groups(file: str) -> None:
+    """With swap=mid_generation, half of the samples of each group that is sampled ahead are over when the new weights
+    come, and half begin after that: on any machine alike."""
+    from megatron_hdpo import cli
+    from megatron_hdpo.rollout.ahead import StepRollouts
+    from megatron_hdpo.rollout.sglang.engine import SGLangEngine
+    from megatron_hdpo.rollout.sglang.push import WeightPush
+
+    tree = yaml.safe_load(Path(file).read_text())
+    if tree["rollout"]["swap"] == "mid_generation":
+        half = Half(tree["rollout"]["prompts_per_step"] * tree["rollout"]["samples_per_prompt"] // 2)
+        begin, ask, push = StepRollouts.begin, SGLangEngine._ask, WeightPush.push
+
+        def begin_half(self: Any, problems: Any, step: int, objective: Any) -> None:
+            half.version, half.over = step, 0
+            begin(self, problems, step, objective)
+
+        async def ask_half(self: Any, replica: Any, request: Any, index: int) -> Any:
+            while index % 2 and self.weight_version < half.version:
+                await asyncio.sleep(0.01)
+            answer = await ask(self, replica, request, index)
+            half.over += 1
+            return answer
+
+        def push_after_half(self: Any, stream: Any, version: int) -> Any:
+            if version == half.version:
+                assert wait_until(lambda: half.over >= half.size)
+            return push(self, stream, version)
+
+        StepRollouts.begin, SGLangEngine._ask, WeightPush.push = begin_half, ask_half, push_after_half  # type: ignore
+    cli.main(["train", file])
+
+
+@dataclass
+class Half:
+    """Of the samples of a step ahead. size: samples; version: of the weights that the others wait for; over: samples
+    that have come."""
+
+    size: int
+    version: int = -1
+    over: int = 0
 
 
 def trained_versions(folder: Path, step: int) -> set[int]:
@@ -139,7 +206,7 @@ def test_the_servers_top_log_probs_teach_as_the_trainers_do(sglang_server: LiveS
     """Cliffs of the same saved rollouts: the teacher's distribution from the server, and from the trainer."""
     tree = recipe_on([sglang_server.url], sglang_server.model, tmp_path / "server")
     tree["data"]["train"][0]["lengths"] = [4, 5]
-    tree["warmup"]["privileged_share"] = 0.7
+    tree["warmup"] = WARMUP | {"privileged_share": 0.7}
     tree["objective"]["logits_from"] = "rollout"
     tree["rollout"]["max_new_tokens"] = 10
     tree["train"]["steps"] = 1
@@ -156,10 +223,45 @@ def test_the_servers_top_log_probs_teach_as_the_trainers_do(sglang_server: LiveS
         assert server[name] == pytest.approx(trainer[name], rel=1e-4), name
 
 
-def test_a_server_that_is_away_for_a_moment_costs_no_sample(sglang_server: LiveServer, tmp_path: Path) -> None:
+def test_the_servers_rollouts_teach_what_they_would_from_any_engine(
+    sglang_server: LiveServer, warm_model: Path, tmp_path: Path
+) -> None:
+    """A step on rollouts as the server gave them, and one on the same tokens with the log-probs of `transformers`: the
+    weights afterwards are the same."""
+    tree = recipe_on([sglang_server.url], warm_model, tmp_path / "server")
+    tree["train"]["steps"] = 1
+    tree["checkpoint"] = {"every": 1}
+    train(tree)
+    weights = Weights(warm_model)
+    groups = groups_of(tmp_path / "server", 1)
+    for group in groups:
+        assert len(group.samples) == 8
+        for sample in group.samples:
+            own = weights.of_sampled(group.prompt_ids, sample.completion, 0).astype(np.float32)
+            assert (own != sample.completion.logprobs).any(), "they are of another program"
+            sample.completion = replace(sample.completion, logprobs=own)
+    write_groups(tmp_path / "scored" / "step_00000001.jsonl", groups, str)
+    tree["output"] = str(tmp_path / "scored_run")
+    tree["rollout"] |= {"engine": "embedded", "replay": str(tmp_path / "scored")}
+    train(tree)
+    (on_server,), (scored,) = rows_of(tmp_path / "server"), rows_of(tmp_path / "scored_run")
+    assert on_server["train/grad_norm"] > 1e-3
+    assert on_server["train/grad_norm"] == pytest.approx(scored["train/grad_norm"], rel=1e-4)
+    before, after, again = (
+        load_file(folder / "model.safetensors")
+        for folder in (warm_model, tmp_path / "server" / "hf", tmp_path / "scored_run" / "hf")
+    )
+    moves = torch.cat([(after[name] - before[name]).flatten() for name in before])
+    differences = torch.cat([(after[name] - again[name]).flatten() for name in before])
+    assert moves.norm() > 1e-3 and differences.norm() < 1e-2 * moves.norm()
+
+
+def test_a_server_that_is_away_for_a_moment_costs_no_sample(
+    sglang_server: LiveServer, warm_model: Path, tmp_path: Path
+) -> None:
     """Amid an evaluation, and amid a step: all its connections break."""
     with fault_proxy(sglang_server.url) as proxy:
-        tree = recipe_on([proxy.url], sglang_server.model, tmp_path / "run")
+        tree = recipe_on([proxy.url], warm_model, tmp_path / "run")
         tree["rollout"]["sglang"]["health_interval_s"] = 0.5
         tree["self_test"] = {"enabled": False}
         # One sample of the gate; 12 of the evaluation before the first step, of which the third is lost.
@@ -202,10 +304,10 @@ def test_an_error_while_rollouts_are_sampled_ahead_ends_the_run(sglang_server: L
     tree["rollout"]["ahead"] = 1
     tree["self_test"] = {"enabled": False}
     tree["evaluation"] = {"before": False}
-    del tree["data"]["evaluation"], tree["warmup"]
+    del tree["data"]["evaluation"]
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(tree))
-    ended = run_world(1, train_and_break, str(file), timeout=60)
+    ended = run_world(1, train_and_break, str(file), timeout=300)
     assert ended.codes == [1] and "RuntimeError: the trainer broke" in ended.text, f"{ended.codes}\n{ended.text}"
 
 
@@ -238,7 +340,7 @@ def train_and_lose_the_server(file: str) -> None:
 def test_a_run_starts_its_servers_and_outlives_their_death(
     sglang_config: ServerConfig, sglang_model: Path, tmp_path: Path
 ) -> None:
-    tree = recipe_on([], sglang_model, tmp_path / "run")
+    tree = recipe_on([], sglang_model, tmp_path / "run") | {"warmup": WARMUP}
     servers = yaml.safe_load(sglang_config.model_dump_json(exclude_defaults=True))
     tree["rollout"]["sglang"] = {"servers": servers, "sync": {"min_peak": 0}}
     tree["rollout"]["max_new_tokens"] = 64

@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import requests
-from server_tools import LiveServer, session_processes, wait_until
+from server_tools import LiveServer, is_scheduler, session_processes, wait_until
 
 from megatron_hdpo.rollout.sglang.command import Launch
 from megatron_hdpo.rollout.sglang.server import ServerError, ServerProcess
 from megatron_hdpo.rollout.sglang.server_config import ServerConfig
-from megatron_hdpo.rollout.sglang.servers import Servers
 
 OWNER = """
 import sys, time
 from pathlib import Path
 from megatron_hdpo.rollout.sglang.command import Launch
-from megatron_hdpo.rollout.sglang.server import ServerProcess
 from megatron_hdpo.rollout.sglang.server_config import ServerConfig
+from megatron_hdpo.rollout.sglang.servers import Servers
 
 config = ServerConfig.model_validate_json(sys.argv[1])
-server = ServerProcess(config, Launch(Path(sys.argv[2]), "cpu"), Path(sys.argv[3]))
+servers = Servers(config, [Launch(Path(sys.argv[2]), "cpu")], Path(sys.argv[3]))
+server = servers.processes[0]
 server.start()
+print(server.url, flush=True)
+sys.stdin.readline()
 server.wait_ready()
-print(server.pid, flush=True)
+print(server.url, server.pid, sep="\\n", flush=True)
+sys.stdin.readline()
+servers.restart(0)
+print(server.url, server.pid, sep="\\n", flush=True)
 time.sleep(600)
 """
 
@@ -43,11 +48,6 @@ def generate(url: str, key: str | None = None) -> dict[str, Any]:
     answer = requests.post(f"{url}/generate", json=body, headers=headers, timeout=60)
     answer.raise_for_status()
     return answer.json()
-
-
-def is_scheduler(process: psutil.Process) -> bool:
-    """SGLang's children replace their command line by a title."""
-    return process.cmdline()[0].startswith("sglang::scheduler")
 
 
 def test_a_server_serves_the_model_it_was_given(sglang_server: LiveServer) -> None:
@@ -64,9 +64,9 @@ def test_the_interpreter_tells_its_version(sglang_config: ServerConfig) -> None:
 
 @pytest.mark.slow
 def test_a_model_that_is_not_there_is_reported_with_the_servers_own_words(
-    sglang_config: ServerConfig, tmp_path: Path
+    stock_config: ServerConfig, tmp_path: Path
 ) -> None:
-    server = ServerProcess(sglang_config, Launch(tmp_path / "no-such-model", "cpu"), tmp_path)
+    server = ServerProcess(stock_config, Launch(tmp_path / "no-such-model", "cpu"), tmp_path)
     server.start()
     session = server.pid
     with pytest.raises(ServerError, match="ended while it started, exit code 1") as caught:
@@ -77,76 +77,65 @@ def test_a_model_that_is_not_there_is_reported_with_the_servers_own_words(
 
 
 @pytest.mark.slow
-def test_a_server_whose_scheduler_is_killed_is_replaced_and_one_without_supervisor_ends(
-    sglang_config: ServerConfig, sglang_model: Path, tmp_path: Path
-) -> None:
-    config = sglang_config.model_copy(update={"api_key": True})
-    servers = Servers(config, [Launch(sglang_model, "cpu")], tmp_path)
-    process = servers.processes[0]
-    try:
-        servers.start()
-        url = servers.urls[0]
+def test_the_life_of_a_server(stock_config: ServerConfig, sglang_model: Path, tmp_path: Path) -> None:
+    """Its port is lost while it loads and changed; its key keeps others out; when its scheduler is killed it ends, and
+    is replaced at its URL; and no process outlives an owner that is killed."""
+    config = stock_config.model_copy(update={"api_key": True})
+    with owner_of_a_server(config, sglang_model, tmp_path) as owner:
+        lost_url = owner.said()
+        with stolen_port(lost_url):
+            owner.go_on()
+            url, supervisor = owner.said(), int(owner.said())
+        key = (tmp_path / "sglang_0.key.yaml").read_text().removeprefix("api-key: ").strip()
+        assert url != lost_url and len(generate(url, key)["output_ids"]) == 3
         with pytest.raises(requests.HTTPError, match="401"):
             generate(url)
-        session = process.pid
-        next(p for p in session_processes(session) if is_scheduler(p)).kill()
-        assert wait_until(lambda: not process.alive(), 60), "a server without its scheduler must end"
-        assert session_processes(session) == []
-        servers.restart(0)
-        assert servers.urls == [url] and len(generate(url, process.api_key)["output_ids"]) == 3
-        session = process.pid
-        os.kill(session, signal.SIGKILL)
-        assert wait_until(lambda: session_processes(session) == []), "a server without its supervisor must end"
-    finally:
-        servers.close()
+
+        assert len(session_processes(supervisor)) >= 4
+        next(p for p in session_processes(supervisor) if is_scheduler(p)).kill()
+        assert wait_until(lambda: session_processes(supervisor) == []), "a server without its scheduler must end"
+        owner.go_on()
+        same_url, supervisor = owner.said(), int(owner.said())
+        assert same_url == url and len(generate(url, key)["output_ids"]) == 3
+
+        assert len(session_processes(supervisor)) >= 4
+        owner.process.kill()
+        assert wait_until(lambda: session_processes(supervisor) == [])
 
 
-@pytest.mark.slow
-def test_no_process_outlives_an_owner_that_is_killed(
-    sglang_config: ServerConfig, sglang_model: Path, tmp_path: Path
-) -> None:
-    owner = subprocess.Popen(
-        [sys.executable, "-c", OWNER, sglang_config.model_dump_json(), sglang_model, tmp_path],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert owner.stdout is not None
-    with owner.stdout:
-        supervisor = int(owner.stdout.readline())
-    assert len(session_processes(supervisor)) >= 4
-    owner.kill()
-    owner.wait()
-    assert wait_until(lambda: session_processes(supervisor) == [])
+@dataclass(frozen=True)
+class Owner:
+    """A process that owns a server, and talks by lines."""
+
+    process: subprocess.Popen[str]
+
+    def said(self) -> str:
+        """Return its next line, stripped."""
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def go_on(self) -> None:
+        """Let it take its next step."""
+        assert self.process.stdin is not None
+        print(file=self.process.stdin, flush=True)
 
 
-@pytest.mark.slow
-def test_a_port_lost_while_the_server_loads_is_changed(
-    sglang_config: ServerConfig, sglang_model: Path, tmp_path: Path
-) -> None:
-    server = ServerProcess(sglang_config, Launch(sglang_model, "cpu"), tmp_path)
-    server.start()
-    before = server.url
+@contextmanager
+def owner_of_a_server(config: ServerConfig, model: Path, folder: Path) -> Iterator[Owner]:
+    """Run OWNER until the end of the block."""
+    command = [sys.executable, "-c", OWNER, config.model_dump_json(), model, folder]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield Owner(process)
+        finally:
+            process.kill()
+
+
+@contextmanager
+def stolen_port(url: str) -> Iterator[None]:
+    """Listen at the port of a server that still loads."""
     with socket.socket() as thief:
         thief.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        thief.bind(("127.0.0.1", int(before.rpartition(":")[2])))
+        thief.bind(("127.0.0.1", int(url.rpartition(":")[2])))
         thief.listen()
-        server.wait_ready()
-    try:
-        assert server.url != before and len(generate(server.url)["output_ids"]) == 3
-    finally:
-        server.close()
-
-
-@pytest.mark.slow
-def test_two_tensor_parallel_ranks_serve_on_a_cpu(
-    sglang_config: ServerConfig, sglang_model: Path, tmp_path: Path
-) -> None:
-    config = sglang_config.model_copy(update={"tensor_parallel": 2})
-    server = ServerProcess(config, Launch(sglang_model, "cpu"), tmp_path)
-    try:
-        server.start()
-        server.wait_ready()
-        assert len(generate(server.url)["output_ids"]) == 3
-        assert sum(is_scheduler(p) for p in session_processes(server.pid)) == 2
-    finally:
-        server.close()
+        yield

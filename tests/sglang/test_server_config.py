@@ -55,11 +55,12 @@ def test_a_server_on_a_cpu_has_a_bounded_cache_and_no_flag_of_gpus() -> None:
 
 
 def test_a_run_that_replays_routing_has_servers_that_tell_it() -> None:
-    assert flags(ServerConfig(), routed_experts=True)["--enable-return-routed-experts"] == []
+    assert flags(ServerConfig(dtype="float32"), routed_experts=True)["--enable-return-routed-experts"] == []
 
 
 def test_settings_become_flags() -> None:
     config = ServerConfig(
+        dtype="bfloat16",
         tensor_parallel=2,
         quantization="fp8",
         context_length=4096,
@@ -71,6 +72,7 @@ def test_settings_become_flags() -> None:
     )
     got = flags(config, "cuda", first_gpu=4)
     expected = {
+        "--dtype": ["bfloat16"],
         "--tp-size": ["2"],
         "--quantization": ["fp8"],
         "--context-length": ["4096"],
@@ -88,7 +90,9 @@ def test_settings_become_flags() -> None:
 
 
 def test_every_flag_of_a_command_line_is_reserved() -> None:
-    every = ServerConfig(quantization="fp8", context_length=1, mem_fraction_static=0.5, max_total_tokens=1)
+    every = ServerConfig(
+        dtype="bfloat16", quantization="fp8", context_length=1, mem_fraction_static=0.5, max_total_tokens=1
+    )
     every = every.model_copy(update={"max_running_requests": 1, "attention_backend": "x", "memory_saver": True})
     assert {flag.removeprefix("--") for flag in flags(every, "cuda")} <= set(RESERVED_FLAGS)
 
@@ -97,6 +101,12 @@ def test_every_flag_of_a_command_line_is_reserved() -> None:
 def test_an_extra_flag_cannot_override_what_is_decided_elsewhere(flag: str) -> None:
     with pytest.raises(ValueError, match=rf"extra_args\.{flag} is "):
         ServerConfig(extra_args={flag: "1"}).check("cuda")
+
+
+def test_sglang_never_chooses_the_precision() -> None:
+    """Its own auto may be float16."""
+    with pytest.raises(ValueError, match="dtype=auto is not settled yet"):
+        flags(ServerConfig())
 
 
 def test_a_flag_that_is_not_wanted_is_left_out() -> None:
@@ -111,7 +121,7 @@ def test_what_needs_a_gpu_is_refused_on_a_cpu(setting: dict[str, Any]) -> None:
         ServerConfig(**setting).check("cpu")
 
 
-@pytest.mark.parametrize("setting", [{"dtype": "auto"}, {"port": 30000}, {"tensor_parallel": 0}])
+@pytest.mark.parametrize("setting", [{"dtype": "half"}, {"port": 30000}, {"tensor_parallel": 0}])
 def test_settings_that_make_no_sense_are_refused(setting: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         ServerConfig(**setting)

@@ -133,7 +133,7 @@ def test_servers_end_with_a_run_that_goes_wrong(tiny_model: Path, tmp_path: Path
     tree = recipe(tiny_model, tmp_path / "run", {"replicas": 2, "servers": servers})
     assert "/server_info: status 401" in refusal(train(tree))
     assert len(list(tmp_path.glob("run/logs/node0/sglang_*.log"))) == 2
-    assert wait_until(lambda: not servers_under(tmp_path), 5), servers_under(tmp_path)
+    assert wait_until(lambda: not servers_under(tmp_path)), servers_under(tmp_path)
 
 
 def train_and_die(file: str) -> None:
@@ -156,7 +156,7 @@ def test_servers_end_with_a_rank_that_is_killed(tiny_model: Path, tmp_path: Path
     ended = run_world(1, train_and_die, str(file))
     assert ended.codes == [-signal.SIGKILL], ended.text
     assert (tmp_path / "run" / "logs" / "node0" / "sglang_0.log").exists()
-    assert wait_until(lambda: not servers_under(tmp_path), 5), servers_under(tmp_path)
+    assert wait_until(lambda: not servers_under(tmp_path)), servers_under(tmp_path)
 
 
 def test_a_server_that_never_takes_weights_ends_the_run(proxy: FaultProxy, tmp_path: Path) -> None:
