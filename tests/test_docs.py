@@ -2,6 +2,7 @@
 
 import math
 import re
+import shlex
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from pydantic import Field, TypeAdapter
 
+from megatron_hdpo.config import RecipeError, load_recipe
 from megatron_hdpo.data.problem import Problem
 from megatron_hdpo.data.report import LoadReport
 from megatron_hdpo.data.tasks import DigitSumsTask
@@ -17,6 +19,7 @@ from megatron_hdpo.rollout.types import Completion, Group, Sample
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS = ("train", "evaluate", "check", "plan", "report", "doctor")
 
 
 def _sample(reward: float, length: int) -> Sample:
@@ -79,3 +82,74 @@ def test_files_that_a_document_names_exist(document):
         name for name in named if not (ROOT / name).exists() and not name.endswith(("rejection.py", "divisors.py"))
     ]
     assert not missing, f"{document.name} names {missing}"
+
+
+COMMAND = re.compile(r"(?:python|megatron_hdpo|make|torchrun|bash|sbatch|source|examples/\S+\.sh|\./\S+)(?:\s|$)")
+ASSIGNMENT = re.compile(r"[A-Z][A-Z_0-9]*=\S*")
+
+
+def commands_of(document: Path) -> list[list[str]]:
+    """Return the commands in a document's code blocks and in backticks, as words, without variables before them."""
+    text = document.read_text().replace("\\\n", " ")
+    blocks = re.findall(r"^(?: {4}|\t)(.*)$", text, re.MULTILINE)
+    blocks += "\n".join(re.findall(r"^```(?:bash|sh|console)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE)).splitlines()
+    lines = blocks + re.findall(r"`([^`\n]+)`", text)
+    found = []
+    for line in lines:
+        words = re.sub(r"\s#\s.*", "", line.strip().removeprefix("$ ")).removesuffix("&").strip()
+        while ASSIGNMENT.match(words):
+            words = words.partition(" ")[2].strip()
+        if COMMAND.match(words):
+            found.append(shlex.split(words))
+    return found
+
+
+def faults(words: list[str]) -> list[str]:
+    """Return what a command names that does not exist: files, make targets, commands of the package, recipe keys."""
+    wrong = [word for word in words if _is_own_file(word) and not (ROOT / word).exists()]
+    if words[0] == "make":
+        targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+        wrong += [f"make {word}" for word in words[1:] if "=" not in word and word not in targets]
+    arguments = words[words.index("megatron_hdpo") + 1 :] if "megatron_hdpo" in words else None
+    if arguments and arguments[0] not in COMMANDS:
+        wrong.append(f"megatron_hdpo {arguments[0]}")
+    recipes = [word for word in words if word.endswith(".yaml") and (ROOT / word).exists()]
+    overrides = [word for word in words if re.fullmatch(r"[a-z_]+(\.[a-z_0-9]+)*=.*", word)]
+    if recipes:
+        try:
+            load_recipe(ROOT / recipes[0], overrides)
+        except RecipeError as error:
+            wrong.append(str(error))
+    return wrong
+
+
+def _is_own_file(word: str) -> bool:
+    return bool(re.fullmatch(r"(?:\./)?(?:examples|tools|tests|docs)/[\w./-]+|[\w/]+\.(?:py|sh|sbatch|yaml)", word))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_of_a_document_name_what_exists(document):
+    wrong = {" ".join(words): found for words in commands_of(document) if (found := faults(words))}
+    assert not wrong, f"{document.name}: {wrong}"
+
+
+def test_the_walk_sees_the_commands_and_their_faults():
+    assert ["python", "-m", "megatron_hdpo", "doctor"] in commands_of(ROOT / "README.md")
+    assert sum(len(commands_of(document)) for document in DOCUMENTS) >= 25
+    recipe = "examples/digit_sums/hdpo.yaml"
+    assert faults(["python", "-m", "megatron_hdpo", "train", recipe, "train.steps=2"]) == []
+    assert faults(["python", "-m", "megatron_hdpo", "fly"]) == ["megatron_hdpo fly"]
+    assert faults(["python", "tools/no_such_tool.py"]) == ["tools/no_such_tool.py"]
+    assert faults(["make", "no-such-target"]) == ["make no-such-target"]
+    assert "train.stepz" in faults(["examples/cluster/one_node.sh", recipe, "train.stepz=2"])[0]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_a_document_with_commands_says_how_to_activate_the_environment(document):
+    if any(words[0] in ("python", "torchrun") or "examples/" in words[0] for words in commands_of(document)):
+        assert "source .venv/bin/activate" in document.read_text()
+
+
+def test_the_readme_activates_the_environment_right_after_its_two_commands():
+    words = [" ".join(words) for words in commands_of(ROOT / "README.md")][:3]
+    assert words == ["make quickstart", "make test", "source .venv/bin/activate"]
