@@ -6,7 +6,7 @@ positions; HDPO whose teacher is shown the solution of another problem. `make te
 `make test-long` two seeds of a larger model and sums of up to 8 digits.
 
 The last control is part of the larger task only: where the model has little to learn but the form of a solution, the
-solution of another problem shows that too (in 40 steps of the small task pass@8 was 0.38 with HDPO and 0.31 with it).
+solution of another problem shows that too.
 """
 
 from __future__ import annotations
