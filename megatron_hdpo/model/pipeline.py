@@ -79,12 +79,25 @@ def run_micro_batches(
 
 
 class StageCommunicator(P2PCommunicator):
-    """Megatron's, but that two stages can tell the shapes of activations from those of gradients.
+    """Megatron's exchange between pipeline stages, made safe in two places.
+
+    The interleaved schedule frees the storage of an output (`deallocate_pipeline_outputs`) while the output is still
+    being sent, and what is allocated next would be sent in its place. Aliases are sent instead: a send holds on to its
+    tensor until it is over, and so to the storage.
 
     Under the interleaved schedule the two ranks of a pipeline are each other's next and previous one. Megatron's
     exchange of shapes would then hand the shape of a gradient to who waits for an activation; its exchange of tensors
     (`overlap_p2p_comm`) keeps them apart, and is used for the shapes too.
     """
+
+    def _communicate(
+        self, *, tensor_send_next: Tensor | None, tensor_send_prev: Tensor | None, **options: Any
+    ) -> tuple[Tensor | None, Tensor | None, Any]:
+        return super()._communicate(
+            tensor_send_next=None if tensor_send_next is None else tensor_send_next.detach(),
+            tensor_send_prev=None if tensor_send_prev is None else tensor_send_prev.detach(),
+            **options,
+        )
 
     def _communicate_shapes(
         self, tensor_send_next: Tensor | None, tensor_send_prev: Tensor | None, recv_prev: bool, recv_next: bool
