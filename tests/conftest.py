@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from times import write_summary
+from unfinished import watch
 
 Tree = dict[str, Any]
 
@@ -33,6 +34,11 @@ LONGEST = (
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--summary", type=Path, help="write outcomes and seconds of the tests to this JSON file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # this process prints; pytest-xdist's workers run the tests
+        watch(config)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from distributed_helper import PRELOAD, end_kept_worlds
 from hostile_task import PROBLEM, HostileTask
 
 from megatron_hdpo.data.problem import Problem
@@ -22,18 +21,23 @@ from megatron_hdpo.rewards.pool import RewardConfig, RewardPool, RewardPoolError
 
 MATH = Problem(id="math/0", task="math", question="?", answer="1")
 TIME_LIMIT = 1.0
+# Of multiprocessing.forkserver: methods of its one server under the names by which the library calls them.
+FORK_SERVER_FUNCTIONS = ("ensure_running", "get_inherited_fds", "connect_to_new_process", "set_forkserver_preload")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def fork_server_of_its_own():
-    """Tests before these may have started the process's one fork server with torch in it; tests after want it so."""
-    end_kept_worlds()
-    forkserver._forkserver._stop()
-    forkserver.set_forkserver_preload([])
-    yield
-    forkserver._forkserver._stop()
-    forkserver.set_forkserver_preload(PRELOAD)
-    forkserver.ensure_running()
+    """Fork these tests' workers from a server without torch, whatever tests before these have started.
+
+    The process's own server is set aside, not stopped: that would wait for ever for ranks that other tests keep.
+    """
+    server = forkserver.ForkServer()
+    replaced = {"_forkserver": server} | {name: getattr(server, name) for name in FORK_SERVER_FUNCTIONS}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in replaced.items():
+            patch.setattr(forkserver, name, value)
+        yield
+        server._stop()
 
 
 @pytest.fixture(scope="module")
