@@ -20,7 +20,7 @@ from megatron_hdpo.planner.options import add_options as add_plan_options
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-    from megatron_hdpo.run import Run
+    from megatron_hdpo.training.run import Run
 
 USER_ERROR = 2
 _FAILED = "megatron_hdpo/failed"
@@ -62,19 +62,19 @@ def user_errors() -> tuple[type[Exception], ...]:
     """Errors whose text is meant for the user, without a traceback."""
     from megatron_hdpo.checkpoint.store import CheckpointError
     from megatron_hdpo.config import RecipeError
-    from megatron_hdpo.data.errors import DataError
+    from megatron_hdpo.costs.errors import PlanError
     from megatron_hdpo.health.findings import HealthError
+    from megatron_hdpo.health.selftest import SelfTestError
     from megatron_hdpo.model.architecture import ArchitectureError
     from megatron_hdpo.model.config import ModelError
     from megatron_hdpo.model.policy import TrainingError
     from megatron_hdpo.parallel.layout import LayoutError
-    from megatron_hdpo.planner.errors import PlanError
     from megatron_hdpo.rewards.pool import RewardPoolError
     from megatron_hdpo.rollout.build import EngineError
-    from megatron_hdpo.selftest import SelfTestError
     from megatron_hdpo.tracking.backends import BackendMissing
     from megatron_hdpo.tracking.metrics import MetricsFileError
     from megatron_hdpo.tracking.report import ReportError
+    from megatron_hdpo.types.errors import DataError
     from megatron_hdpo.weights.errors import WeightsError
 
     return (
@@ -162,7 +162,7 @@ def _recipe_command(
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from megatron_hdpo.train import train
+    from megatron_hdpo.training.loop import train
 
     with _run(arguments, resumes=True) as run:
         train(run)
@@ -172,7 +172,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from megatron_hdpo.train import evaluate_now
+    from megatron_hdpo.training.loop import evaluate_now
 
     with _run(arguments) as run:
         run.sync(0)
@@ -186,7 +186,7 @@ def _check(arguments: argparse.Namespace) -> None:
     from megatron_hdpo.config.precision import begun_in, choose_precision, resolve
     from megatron_hdpo.data.load import load
     from megatron_hdpo.model.architecture import read_architecture
-    from megatron_hdpo.run import load_tokenizer
+    from megatron_hdpo.training.run import load_tokenizer
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     world_size = int(os.environ.get("WORLD_SIZE", recipe.parallel.least_ranks))
@@ -219,7 +219,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
-    from megatron_hdpo.doctor import main
+    from megatron_hdpo.health.doctor import main
 
     main()
 
@@ -229,7 +229,7 @@ def _run(arguments: argparse.Namespace, resumes: bool = False) -> Iterator[Run]:
     """A built run inside its process group; everything is torn down at the end, also after an error."""
     from megatron_hdpo.config import load_recipe
     from megatron_hdpo.parallel.context import start, stop
-    from megatron_hdpo.run import build_run, set_threads
+    from megatron_hdpo.training.run import build_run, set_threads
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     set_threads(recipe, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

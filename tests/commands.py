@@ -15,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from distributed_helper import environment_of, forkserver
 
-from megatron_hdpo.checkpoint import results_queue
+from megatron_hdpo.parallel import results_queue
 
 KILLED = -9
 GRACE_SECONDS = 10.0

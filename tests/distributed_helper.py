@@ -37,7 +37,7 @@ PRELOAD = [
     "safetensors.torch",
     "torch.utils.tensorboard",
     "megatron_hdpo.cli",
-    "megatron_hdpo.train",
+    "megatron_hdpo.training.loop",
     "megatron_hdpo.tracking.report",
     "megatron_hdpo.rewards.math",
     "megatron_hdpo.rewards.worker",

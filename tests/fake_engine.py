@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from megatron_hdpo.rollout.engine import EngineHealth
-from megatron_hdpo.rollout.types import Completion, GenerationRequest, GenerationResult
+from megatron_hdpo.types.rollouts import Completion, GenerationRequest, GenerationResult
 
 Fails = Callable[[GenerationRequest, int], bool]
 

@@ -96,8 +96,8 @@ def _run(study: Study, variant: str, seed: int, out: Path, overrides: Sequence[s
     from megatron_hdpo.config import load_recipe
     from megatron_hdpo.parallel.context import start, stop
     from megatron_hdpo.parallel.layout import ParallelConfig
-    from megatron_hdpo.run import build_run
-    from megatron_hdpo.train import train
+    from megatron_hdpo.training.loop import train
+    from megatron_hdpo.training.run import build_run
 
     torch.set_num_threads(1)
     common = [f"output={out}", f"seed={seed}", "evaluation.every=null", "rollout.save=false"]

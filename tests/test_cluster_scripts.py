@@ -12,7 +12,7 @@ import pytest
 from recipes import ROOT
 
 from megatron_hdpo.config import load_recipe
-from megatron_hdpo.planner.cluster import cluster_of
+from megatron_hdpo.costs.cluster import cluster_of
 from megatron_hdpo.planner.from_recipe import Guesses, layout_of, rollouts_of, workload_of
 from megatron_hdpo.planner.plan import plan
 from megatron_hdpo.planner.shapes import architecture_of

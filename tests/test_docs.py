@@ -11,11 +11,11 @@ import pytest
 from pydantic import Field, TypeAdapter
 
 from megatron_hdpo.config import RecipeError, load_recipe
-from megatron_hdpo.data.problem import Problem
-from megatron_hdpo.data.report import LoadReport
 from megatron_hdpo.data.tasks import DigitSumsTask
 from megatron_hdpo.objectives.registry import ObjectiveConfig
-from megatron_hdpo.rollout.types import Completion, Group, Sample
+from megatron_hdpo.types.load_report import LoadReport
+from megatron_hdpo.types.problem import Problem
+from megatron_hdpo.types.rollouts import Completion, Group, Sample
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

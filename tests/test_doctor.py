@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hdpo import doctor
+from megatron_hdpo.health import doctor
 
 
 def lines() -> dict[str, bool]:

@@ -16,7 +16,7 @@ from resolve_platforms import Resolved, read_lock
 
 from megatron_hdpo.parallel.cores import usable_cores
 from megatron_hdpo.rewards import worker
-from megatron_hdpo.rollout.sglang.server_config import ServerConfig
+from megatron_hdpo.rollout.sglang.servers.config import ServerConfig
 
 WITHOUT = """
 import importlib.abc, os, sys
@@ -29,8 +29,8 @@ class Absent(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Absent())
 if hasattr(os, "sched_getaffinity"):
     del os.sched_getaffinity
-import megatron_hdpo.run, megatron_hdpo.train, megatron_hdpo.tracking.report, make_tiny_model
-megatron_hdpo.run.set_threads(type("R", (), {"threads_per_rank": None}), 1)
+import megatron_hdpo.training.run, megatron_hdpo.training.loop, megatron_hdpo.tracking.report, make_tiny_model
+megatron_hdpo.training.run.set_threads(type("R", (), {"threads_per_rank": None}), 1)
 print("imported")
 """
 

@@ -13,14 +13,15 @@ from commands import results_of, run_world
 from distributed_helper import run_ranks
 from recipes import Tree
 
-from megatron_hdpo import cli, doctor
+from megatron_hdpo import cli
 from megatron_hdpo.checkpoint.store import CheckpointError
 from megatron_hdpo.config import check_recipe, load_recipe, parse_recipe
 from megatron_hdpo.config.precision import begun_in, choose_precision, resolve
+from megatron_hdpo.health import doctor
 from megatron_hdpo.model import dtype_speed
 from megatron_hdpo.model.architecture import Architecture, read_architecture
 from megatron_hdpo.model.dtype_speed import Bfloat16Speed
-from megatron_hdpo.run import build_run, settle_precision
+from megatron_hdpo.training.run import build_run, settle_precision
 
 SLOW, FAST = Bfloat16Speed(23.0), Bfloat16Speed(0.5)
 
@@ -166,7 +167,7 @@ def test_a_run_in_slow_bfloat16_says_how_to_leave_it(auto: Tree, architecture: A
 def train_twice(path: str, first: Bfloat16Speed, then: Bfloat16Speed, explicit: str) -> dict[str, Any]:
     """A step on a machine where bfloat16 is `first`, a resume where it is `then`, and one in the other precision."""
     from megatron_hdpo.parallel.context import start, stop
-    from megatron_hdpo.train import train
+    from megatron_hdpo.training.loop import train
 
     found: dict[str, Any] = {"types": [], "saved": [], "states": []}
     for step, speed in enumerate((first, then), 1):

@@ -20,9 +20,9 @@ from commands import Ended, results_of, run_world
 from recipes import ROOT, Tree, make_model, small_recipe
 from transformers import AutoModelForCausalLM
 
-from megatron_hdpo.rollout.sample_log import read_groups
-from megatron_hdpo.rollout.types import Group
+from megatron_hdpo.sampling.saved import read_groups
 from megatron_hdpo.tracking.metrics import read_metrics
+from megatron_hdpo.types.rollouts import Group
 
 STEPS, UPDATES = 4, 2
 CHECKPOINT_EVERY = 2
@@ -52,21 +52,22 @@ def recipe_of(model: Path, output: Path) -> Tree:
 
 def train_and_probe(recipe: str, overrides: list[str], die: str | None, engine: bool) -> dict[str, Any]:
     """`train`, and what only the live run knows: greedy responses of its engine, the problems of its steps."""
-    from megatron_hdpo import cli, train
+    from megatron_hdpo import cli
     from megatron_hdpo.rollout.embedded import EmbeddedEngine
+    from megatron_hdpo.training import loop
 
     if die is not None:
         DEATHS[die]()
     if not engine:
         EmbeddedEngine.submit = _no_engine  # type: ignore[method-assign]
     seen: dict[str, Any] = {}
-    original = train.train
+    original = loop.train
 
     def probed(run: Any) -> None:
         original(run)
         seen.update(_probe(run) if engine else {})
 
-    train.train = probed
+    loop.train = probed
     cli.main(["train", recipe, *overrides])
     return seen
 
@@ -76,7 +77,7 @@ def _no_engine(*args: Any) -> None:
 
 
 def _probe(run: Any) -> dict[str, Any]:
-    from megatron_hdpo.rollout.types import SamplingParams
+    from megatron_hdpo.types.rollouts import SamplingParams
 
     greedy = SamplingParams(max_new_tokens=8, temperature=0.0, stop_token_ids=run.rollouts.stop_token_ids)
     groups = run.rollouts.groups(run.data.train[:6], greedy, ("probe",))
@@ -88,7 +89,7 @@ def _probe(run: Any) -> dict[str, Any]:
 
 def _die_in_step_3() -> None:
     """After step 3's rollouts were written, before anything else of it is."""
-    from megatron_hdpo.learner import Learner
+    from megatron_hdpo.training.learner import Learner
 
     calls, original = [0], Learner.learn
 

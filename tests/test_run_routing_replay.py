@@ -14,12 +14,12 @@ from commands import Ended, results_of, run_command
 from recipes import Tree, make_model, small_recipe
 from transformers import AutoModelForCausalLM
 
-from megatron_hdpo.data.errors import DataError
-from megatron_hdpo.data.problem import Problem
-from megatron_hdpo.rollout.sample_log import read_groups
-from megatron_hdpo.rollout.types import Completion, Group, Sample
-from megatron_hdpo.rollout_phase import check_experts
+from megatron_hdpo.sampling.saved import read_groups
 from megatron_hdpo.tracking.metrics import read_metrics
+from megatron_hdpo.training.rollout_phase import check_experts
+from megatron_hdpo.types.errors import DataError
+from megatron_hdpo.types.problem import Problem
+from megatron_hdpo.types.rollouts import Completion, Group, Sample
 
 LAYERS, PER_TOKEN = 2, 2
 STEP = "step_00000001.jsonl"

@@ -13,7 +13,7 @@ import pytest
 from commands import results_of, run_world
 from recipes import Tree
 
-from megatron_hdpo.rollout.types import GenerationResult
+from megatron_hdpo.types.rollouts import GenerationResult
 
 
 class Faulty:
@@ -83,12 +83,12 @@ FAULTS: dict[str, type[Faulty]] = {
 
 def all_faults(recipe: str, overrides: Sequence[str]) -> dict[str, str]:
     """Message of the self-test with each fault, on one run whose engine is made whole again in between."""
-    from megatron_hdpo import start
     from megatron_hdpo.config import load_recipe
+    from megatron_hdpo.health.selftest import SelfTestError
     from megatron_hdpo.parallel import context as parallel
     from megatron_hdpo.rollout.weight_sync import EmbeddedSync
-    from megatron_hdpo.run import build_run
-    from megatron_hdpo.selftest import SelfTestError
+    from megatron_hdpo.training import start
+    from megatron_hdpo.training.run import build_run
 
     settings = load_recipe(recipe, overrides)
     run = build_run(settings, parallel.start(settings.parallel, settings.device, settings.seed))
@@ -182,7 +182,8 @@ def test_every_fault_is_found_and_named(
 
 
 def train_with_a_fault(recipe: str) -> None:
-    from megatron_hdpo import cli, run
+    from megatron_hdpo import cli
+    from megatron_hdpo.training import run
 
     original = run.build_run
 

@@ -24,7 +24,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from megatron_hdpo.rollout.embedded import EmbeddedEngine, EmbeddedEngineConfig
-from megatron_hdpo.rollout.types import GenerationRequest, SamplingParams
+from megatron_hdpo.types.rollouts import GenerationRequest, SamplingParams
 
 
 def main() -> None:

@@ -36,17 +36,17 @@ from megatron_hdpo.parallel.context import start
 from megatron_hdpo.parallel.layout import ParallelConfig
 from megatron_hdpo.rewards.pool import RewardConfig, RewardPool
 from megatron_hdpo.rollout.config import RolloutConfig
-from megatron_hdpo.rollout.rollouts import RolloutCoordinator
-from megatron_hdpo.rollout.sampler import Sampler
-from megatron_hdpo.rollout.sglang.command import Launch
 from megatron_hdpo.rollout.sglang.config import SGLangConfig
 from megatron_hdpo.rollout.sglang.engine import SGLangEngine
-from megatron_hdpo.rollout.sglang.gate import Gate
-from megatron_hdpo.rollout.sglang.push import Transport, WeightPush
-from megatron_hdpo.rollout.sglang.server import ServerProcess
-from megatron_hdpo.rollout.sglang.server_config import ServerConfig
-from megatron_hdpo.rollout.sglang.transports import BroadcastTransport, DiskTransport, TensorTransport
-from megatron_hdpo.rollout.types import GenerationRequest, SamplingParams
+from megatron_hdpo.rollout.sglang.servers.command import Launch
+from megatron_hdpo.rollout.sglang.servers.config import ServerConfig
+from megatron_hdpo.rollout.sglang.servers.server import ServerProcess
+from megatron_hdpo.rollout.sglang.weights.gate import Gate
+from megatron_hdpo.rollout.sglang.weights.push import Transport, WeightPush
+from megatron_hdpo.rollout.sglang.weights.transports import BroadcastTransport, DiskTransport, TensorTransport
+from megatron_hdpo.sampling.coordinator import RolloutCoordinator
+from megatron_hdpo.sampling.sampler import Sampler
+from megatron_hdpo.types.rollouts import GenerationRequest, SamplingParams
 
 SIZES = {"small": {"layers": 4, "hidden": 96, "ffn": 256}, "large": {"layers": 12, "hidden": 512, "ffn": 1536}}
 

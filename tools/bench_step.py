@@ -26,8 +26,6 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from megatron_hdpo.data.problem import Problem
-from megatron_hdpo.learner import Learner
 from megatron_hdpo.model.architecture import read_architecture
 from megatron_hdpo.model.build import build_model, wrap_data_parallel
 from megatron_hdpo.model.config import DTYPES, ModelConfig
@@ -35,12 +33,14 @@ from megatron_hdpo.model.optimizer import OptimizerConfig, build_optimizer
 from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.objectives.grpo import GRPO, GRPOConfig
 from megatron_hdpo.objectives.hdpo import HDPO, HDPOConfig
-from megatron_hdpo.objectives.interface import Example, LossSpec, SurrogateConfig
 from megatron_hdpo.parallel.context import ParallelContext, start, stop
 from megatron_hdpo.parallel.layout import ParallelConfig
-from megatron_hdpo.rollout.types import Completion, Group, Sample, TopLogprobs
 from megatron_hdpo.teachers.teacher import PolicyTeacher
 from megatron_hdpo.tracking.console import Console as PhaseConsole
+from megatron_hdpo.training.learner import Learner
+from megatron_hdpo.types.learning import Example, LossSpec, SurrogateConfig
+from megatron_hdpo.types.problem import Problem
+from megatron_hdpo.types.rollouts import Completion, Group, Sample, TopLogprobs
 from megatron_hdpo.weights.load import load_hf
 
 

@@ -82,7 +82,7 @@ def _attempt(check: Callable[..., dict], arguments: argparse.Namespace, folder: 
 
 def environment(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """What the machine is."""
-    from megatron_hdpo.doctor import findings
+    from megatron_hdpo.health.doctor import findings
 
     found = list(findings())
     return {"ok": all(fine is not False for _, fine in found), "findings": [line for line, _ in found]}

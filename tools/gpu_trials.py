@@ -31,20 +31,20 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_hdpo.checkpoint.store import CheckpointStore
+from megatron_hdpo.costs.layout import Layout
+from megatron_hdpo.costs.memory import resident, training
+from megatron_hdpo.costs.micro_batch_shape import PackedShape, Repeated
 from megatron_hdpo.model.architecture import read_architecture
 from megatron_hdpo.model.build import build_model, wrap_data_parallel
 from megatron_hdpo.model.config import ModelConfig, choose_spec
 from megatron_hdpo.model.optimizer import OptimizerConfig, build_optimizer
 from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.model.precision import precision_errors, runtime_error
-from megatron_hdpo.objectives.interface import Example, LossSpec, Scoring, SurrogateConfig
 from megatron_hdpo.parallel.context import ParallelContext, start, stop
 from megatron_hdpo.parallel.layout import ParallelConfig
-from megatron_hdpo.planner.layout import Layout
-from megatron_hdpo.planner.memory import resident, training
-from megatron_hdpo.planner.shape_of_work import PackedShape, Repeated
 from megatron_hdpo.rollout.embedded import EmbeddedEngine, EmbeddedEngineConfig
-from megatron_hdpo.rollout.types import GenerationRequest, SamplingParams
+from megatron_hdpo.types.learning import Example, LossSpec, Scoring, SurrogateConfig
+from megatron_hdpo.types.rollouts import GenerationRequest, SamplingParams
 from megatron_hdpo.weights.load import load_hf
 from megatron_hdpo.weights.stream import stream_hf
 

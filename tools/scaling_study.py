@@ -17,16 +17,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import _environment  # noqa: F401
+from published import NOT_COMPARED, comparisons
+from scaling_points import Point, strong, weak
 
-from megatron_hdpo.planner.cluster import GPUS, cluster_of
-from megatron_hdpo.planner.errors import PlanError
-from megatron_hdpo.planner.layout import Layout
+from megatron_hdpo.costs.cluster import GPUS, cluster_of
+from megatron_hdpo.costs.errors import PlanError
+from megatron_hdpo.costs.layout import Layout
+from megatron_hdpo.costs.workload import Rollouts, Workload
 from megatron_hdpo.planner.plan import plan, search
-from megatron_hdpo.planner.published import NOT_COMPARED, comparisons
-from megatron_hdpo.planner.scaling import Point, strong, weak
 from megatron_hdpo.planner.shapes import SHAPES, architecture_of
 from megatron_hdpo.planner.text import describe, ranking, table
-from megatron_hdpo.planner.workload import Rollouts, Workload
 
 _COUNTS = [8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
 _WEAK_PROMPTS, _STRONG_PROMPTS = 4, 1024

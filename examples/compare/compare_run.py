@@ -14,11 +14,11 @@ import _part  # noqa: F401
 import torch
 
 from megatron_hdpo.config import Recipe
-from megatron_hdpo.objectives.interface import Objective
 from megatron_hdpo.parallel.context import start, stop
-from megatron_hdpo.rollout.types import Group
-from megatron_hdpo.run import build_run
-from megatron_hdpo.train import train
+from megatron_hdpo.training.loop import train
+from megatron_hdpo.training.run import build_run
+from megatron_hdpo.types.learning import Objective
+from megatron_hdpo.types.rollouts import Group
 
 SIGNAL = "compare/signal_rate"
 

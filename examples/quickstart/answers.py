@@ -23,10 +23,10 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 from megatron_hdpo.data.load import DataConfig
-from megatron_hdpo.data.problem import Problem
 from megatron_hdpo.data.prompts import PromptBuilder, PromptTooLong
-from megatron_hdpo.data.report import LoadReport
 from megatron_hdpo.data.tasks import Task
+from megatron_hdpo.types.load_report import LoadReport
+from megatron_hdpo.types.problem import Problem
 
 
 def main() -> None:

@@ -18,11 +18,11 @@ from megatron.core import dist_checkpointing
 from pydantic import BaseModel, ConfigDict, Field
 
 from megatron_hdpo.checkpoint.optimizer_state import load_optimizer, sharded_optimizer
-from megatron_hdpo.checkpoint.results_queue import start_results_queue
 from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.model.network import HeadlessGPTModel
 from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.parallel.context import ParallelContext
+from megatron_hdpo.parallel.results_queue import start_results_queue
 from megatron_hdpo.weights.host import HostWeights
 
 _STATE = "run_state.json"

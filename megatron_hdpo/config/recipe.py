@@ -13,13 +13,13 @@ from megatron_hdpo.data.load import DataConfig
 from megatron_hdpo.data.tasks import TaskConfig
 from megatron_hdpo.evaluation.evaluate import EvaluationConfig
 from megatron_hdpo.health.config import HealthConfig
+from megatron_hdpo.health.selftest import SelfTestConfig
 from megatron_hdpo.model.config import ModelConfig
 from megatron_hdpo.model.optimizer import OptimizerConfig
 from megatron_hdpo.objectives.registry import ObjectiveConfig
 from megatron_hdpo.parallel.layout import ParallelConfig
 from megatron_hdpo.rewards.pool import RewardConfig
 from megatron_hdpo.rollout.config import RolloutConfig
-from megatron_hdpo.selftest import SelfTestConfig
 from megatron_hdpo.teachers.config import PolicyTeacherConfig, TeacherConfig
 from megatron_hdpo.tracking.backends import TrackingConfig
 from megatron_hdpo.tracking.profile import ProfileConfig

@@ -11,17 +11,17 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from megatron_hdpo.data.errors import DataError
 from megatron_hdpo.data.leakage import LeakageConfig
 from megatron_hdpo.data.order import ProblemOrder
-from megatron_hdpo.data.problem import Problem
 from megatron_hdpo.data.prompts import Hint, PromptBuilder, PromptConfig, PromptTooLong, TokenizerLike
-from megatron_hdpo.data.report import LoadReport
 from megatron_hdpo.data.tasks import Task, TaskConfig
 from megatron_hdpo.data.tasks.files import FileTaskBase
 from megatron_hdpo.data.tasks.rows import question_key
 from megatron_hdpo.rewards.gold import GoldCache, check_golds
 from megatron_hdpo.rewards.pool import RewardConfig, RewardPool
+from megatron_hdpo.types.errors import DataError
+from megatron_hdpo.types.load_report import LoadReport
+from megatron_hdpo.types.problem import Problem
 
 ENCODED_AT_LOAD = 100
 """Problems of each task that are encoded at load, to find a tokenizer that has no tokens for the text."""

@@ -9,8 +9,8 @@ import math
 import random
 from collections.abc import Collection, Mapping, Sequence
 
-from megatron_hdpo.data.errors import DataError
-from megatron_hdpo.data.problem import Problem
+from megatron_hdpo.types.errors import DataError
+from megatron_hdpo.types.problem import Problem
 
 
 class ProblemOrder:

@@ -14,10 +14,10 @@ from typing import Any, Protocol
 import jinja2
 import numpy as np
 
-from megatron_hdpo.data.errors import DataError
-from megatron_hdpo.data.problem import Problem
 from megatron_hdpo.data.prompt_config import PromptConfig
 from megatron_hdpo.data.templates import NothingToShow, environment
+from megatron_hdpo.types.errors import DataError
+from megatron_hdpo.types.problem import Problem
 
 
 class PromptTooLong(DataError):

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_hdpo.data.errors import DataError
 from megatron_hdpo.data.order import ProblemOrder
-from megatron_hdpo.data.problem import Problem
 from megatron_hdpo.data.prompts import PromptBuilder
+from megatron_hdpo.types.errors import DataError
+from megatron_hdpo.types.problem import Problem
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from megatron_hdpo.data.problem import Problem
 from megatron_hdpo.evaluation.passk import pass_at_k
-from megatron_hdpo.rollout.rollouts import RolloutCoordinator
-from megatron_hdpo.rollout.sampler import OnProgress
-from megatron_hdpo.rollout.types import Group, SamplingParams
+from megatron_hdpo.sampling.coordinator import RolloutCoordinator
+from megatron_hdpo.sampling.sampler import OnProgress
+from megatron_hdpo.types.problem import Problem
+from megatron_hdpo.types.rollouts import Group, SamplingParams
 
 
 class EvaluationConfig(BaseModel):

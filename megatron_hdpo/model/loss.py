@@ -16,8 +16,8 @@ from torch import Tensor
 
 from megatron_hdpo.divergence import Losses, head_loss, logit_losses
 from megatron_hdpo.model.micro_batch import LossInputs, MicroBatch
-from megatron_hdpo.objectives.interface import DistillConfig, LossSpec
 from megatron_hdpo.objectives.surrogate import Surrogate, clipped_surrogate
+from megatron_hdpo.types.learning import DistillConfig, LossSpec
 
 MAXIMA = ("mismatch_max",)
 """Numbers of `micro_batch_loss` that are maxima over tokens; all others are sums."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_hdpo.apex import installed_apex
+from megatron_hdpo.model.apex import installed_apex
 from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.model.config import ModelConfig
 from megatron_hdpo.model.specs import SpecName

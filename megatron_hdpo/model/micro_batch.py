@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 from megatron_hdpo.divergence import Hidden, TopK
 from megatron_hdpo.model.packing import PackedSequences, RowLayout, pack
 from megatron_hdpo.model.routing_replay import pack_routing
-from megatron_hdpo.objectives.interface import Example, HiddenStates, Scoring
+from megatron_hdpo.types.learning import Example, HiddenStates, Scoring
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,8 @@ from megatron_hdpo.model.router import RouterStatistics
 from megatron_hdpo.model.routing_replay import replay_routing
 from megatron_hdpo.model.scoring import Answered, ScoringSettings, score_rows, settings_of
 from megatron_hdpo.model.step_metrics import TokenSums, step_metrics, sum_over_ranks
-from megatron_hdpo.objectives.interface import (
+from megatron_hdpo.parallel.context import ParallelContext
+from megatron_hdpo.types.learning import (
     Example,
     HiddenStates,
     LossSpec,
@@ -49,7 +50,6 @@ from megatron_hdpo.objectives.interface import (
     Scoring,
     ScoringKey,
 )
-from megatron_hdpo.parallel.context import ParallelContext
 
 
 class TrainingError(RuntimeError):

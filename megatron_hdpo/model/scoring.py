@@ -13,8 +13,8 @@ from torch import Tensor
 
 from megatron_hdpo.divergence import FullLogits, logit_losses, vocab_parallel_logprobs, vocab_parallel_topk
 from megatron_hdpo.model.micro_batch import MicroBatch
-from megatron_hdpo.objectives.interface import Score, Scoring, ScoringKey, Weights
-from megatron_hdpo.rollout.types import TopLogprobs
+from megatron_hdpo.types.learning import Score, Scoring, ScoringKey, Weights
+from megatron_hdpo.types.rollouts import TopLogprobs
 
 
 @dataclass(frozen=True)

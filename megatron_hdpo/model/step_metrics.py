@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_hdpo.model.loss import MAXIMA, Normalisers, merge_sums
-from megatron_hdpo.objectives.interface import LossSpec
 from megatron_hdpo.parallel.context import ParallelContext
+from megatron_hdpo.types.learning import LossSpec
 
 _SUMS = (
     "surrogate", "surrogate_tokens", "nll", "clipped", "entropy", "mismatch_k3", "mismatch_abs",

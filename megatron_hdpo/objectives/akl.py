@@ -16,11 +16,11 @@ from pydantic import Field
 
 from megatron_hdpo.objectives.distillation import Distillation, DistillationConfig
 from megatron_hdpo.objectives.grpo import group_shares
-from megatron_hdpo.objectives.interface import DistillConfig, Objective
 from megatron_hdpo.objectives.opd import SamePromptDistillation
 from megatron_hdpo.objectives.settings import Surroundings
 from megatron_hdpo.objectives.targets import Place
-from megatron_hdpo.rollout.types import Group, Sample
+from megatron_hdpo.types.learning import DistillConfig, Objective
+from megatron_hdpo.types.rollouts import Group, Sample
 
 
 class AKLConfig(DistillationConfig):

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from megatron_hdpo.objectives.interface import Score, Scoring, ScoringKey
-from megatron_hdpo.rollout.types import Group
+from megatron_hdpo.types.learning import Score, Scoring, ScoringKey
+from megatron_hdpo.types.rollouts import Group
 
 NO_TOTALS: Mapping[str, float] = MappingProxyType({})
 

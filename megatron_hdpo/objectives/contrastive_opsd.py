@@ -21,7 +21,6 @@ from pydantic import Field
 
 from megatron_hdpo.objectives.base import NO_TOTALS
 from megatron_hdpo.objectives.distillation import Distillation, DistillationConfig, student_distillation
-from megatron_hdpo.objectives.interface import DistillConfig, Example, Score, Scoring, ScoringKey
 from megatron_hdpo.objectives.settings import Surroundings
 from megatron_hdpo.objectives.siblings import (
     PairConfig,
@@ -32,7 +31,8 @@ from megatron_hdpo.objectives.siblings import (
     wrong_siblings,
 )
 from megatron_hdpo.objectives.targets import Place, own_scoring
-from megatron_hdpo.rollout.types import Group, Sample, TopLogprobs
+from megatron_hdpo.types.learning import DistillConfig, Example, Score, Scoring, ScoringKey
+from megatron_hdpo.types.rollouts import Group, Sample, TopLogprobs
 
 _SMALLEST_REST = 1e-7
 """Mass of the bucket, at least: its logarithm must be finite."""

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from megatron_hdpo.data.prompts import Hint
 from megatron_hdpo.objectives.siblings import SiblingConfig, right_siblings, sibling_hint
-from megatron_hdpo.rollout.types import Group
+from megatron_hdpo.types.rollouts import Group
 
 Source = Literal["sibling", "feedback"]
 

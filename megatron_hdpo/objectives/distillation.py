@@ -17,7 +17,10 @@ from pydantic import Field
 from megatron_hdpo.objectives.base import NO_TOTALS, BaseObjective
 from megatron_hdpo.objectives.grpo import group_shares
 from megatron_hdpo.objectives.hdpo import distillation_example
-from megatron_hdpo.objectives.interface import (
+from megatron_hdpo.objectives.settings import ANY_TEACHER, ObjectiveSettings, Surroundings, TeacherKind
+from megatron_hdpo.objectives.siblings import PrivilegedPrompts
+from megatron_hdpo.objectives.targets import Place, experts_of, own_scoring, target_of, target_scorings
+from megatron_hdpo.types.learning import (
     DistillConfig,
     Example,
     HiddenStates,
@@ -27,10 +30,7 @@ from megatron_hdpo.objectives.interface import (
     ScoringKey,
     SurrogateConfig,
 )
-from megatron_hdpo.objectives.settings import ANY_TEACHER, ObjectiveSettings, Surroundings, TeacherKind
-from megatron_hdpo.objectives.siblings import PrivilegedPrompts
-from megatron_hdpo.objectives.targets import Place, experts_of, own_scoring, target_of, target_scorings
-from megatron_hdpo.rollout.types import Group, Sample, TopLogprobs
+from megatron_hdpo.types.rollouts import Group, Sample, TopLogprobs
 
 
 class DistillationConfig(ObjectiveSettings):

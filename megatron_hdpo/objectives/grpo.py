@@ -19,7 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from megatron_hdpo.objectives.advantages import AdvantageKind, advantages
 from megatron_hdpo.objectives.base import NO_TOTALS, BaseObjective
-from megatron_hdpo.objectives.interface import (
+from megatron_hdpo.objectives.settings import ObjectiveSettings
+from megatron_hdpo.objectives.targets import Place, own_scoring
+from megatron_hdpo.types.learning import (
     Example,
     LossSpec,
     Score,
@@ -27,9 +29,7 @@ from megatron_hdpo.objectives.interface import (
     ScoringKey,
     SurrogateConfig,
 )
-from megatron_hdpo.objectives.settings import ObjectiveSettings
-from megatron_hdpo.objectives.targets import Place, own_scoring
-from megatron_hdpo.rollout.types import Group, Sample
+from megatron_hdpo.types.rollouts import Group, Sample
 
 OverlongPolicy = Literal["keep", "mask", "penalise"]
 

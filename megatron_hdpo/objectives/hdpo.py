@@ -17,7 +17,10 @@ from pydantic import Field
 from megatron_hdpo.data.leakage import LeakageConfig
 from megatron_hdpo.objectives.base import NO_TOTALS
 from megatron_hdpo.objectives.grpo import GRPO, GRPOConfig, group_shares
-from megatron_hdpo.objectives.interface import (
+from megatron_hdpo.objectives.privileged import PrivilegedFilter, PrivilegedRolloutConfig, privileged_metrics
+from megatron_hdpo.objectives.settings import OWN_TEACHERS, Surroundings, TeacherKind
+from megatron_hdpo.objectives.targets import target_of, target_scorings
+from megatron_hdpo.types.learning import (
     DistillConfig,
     Example,
     HiddenStates,
@@ -26,10 +29,7 @@ from megatron_hdpo.objectives.interface import (
     Scoring,
     ScoringKey,
 )
-from megatron_hdpo.objectives.privileged import PrivilegedFilter, PrivilegedRolloutConfig, privileged_metrics
-from megatron_hdpo.objectives.settings import OWN_TEACHERS, Surroundings, TeacherKind
-from megatron_hdpo.objectives.targets import target_of, target_scorings
-from megatron_hdpo.rollout.types import Group, Sample, TopLogprobs
+from megatron_hdpo.types.rollouts import Group, Sample, TopLogprobs
 
 
 class PrivilegedConfig(PrivilegedRolloutConfig):

@@ -22,7 +22,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from megatron_hdpo.objectives.base import NO_TOTALS, BaseObjective
 from megatron_hdpo.objectives.distillation import Distillation, DistillationConfig
 from megatron_hdpo.objectives.grpo import group_shares
-from megatron_hdpo.objectives.interface import (
+from megatron_hdpo.objectives.settings import OTHER_TEACHERS, ObjectiveSettings, Surroundings, TeacherKind
+from megatron_hdpo.objectives.targets import Place, own_scoring
+from megatron_hdpo.types.learning import (
     DistillConfig,
     Example,
     LossSpec,
@@ -32,9 +34,7 @@ from megatron_hdpo.objectives.interface import (
     ScoringKey,
     SurrogateConfig,
 )
-from megatron_hdpo.objectives.settings import OTHER_TEACHERS, ObjectiveSettings, Surroundings, TeacherKind
-from megatron_hdpo.objectives.targets import Place, own_scoring
-from megatron_hdpo.rollout.types import Group, Sample
+from megatron_hdpo.types.rollouts import Group, Sample
 
 
 class ClampConfig(BaseModel):

@@ -15,8 +15,8 @@ import numpy as np
 from pydantic import Field
 
 from megatron_hdpo.objectives.distillation import Distillation, DistillationConfig
-from megatron_hdpo.objectives.interface import DistillConfig
-from megatron_hdpo.rollout.types import Group
+from megatron_hdpo.types.learning import DistillConfig
+from megatron_hdpo.types.rollouts import Group
 
 
 class OPSDConfig(DistillationConfig):

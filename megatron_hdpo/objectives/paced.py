@@ -24,12 +24,12 @@ from megatron_hdpo.data.leakage import LeakageConfig
 from megatron_hdpo.objectives.base import NO_TOTALS
 from megatron_hdpo.objectives.distillation import Distillation, DistillationConfig, student_distillation
 from megatron_hdpo.objectives.grpo import group_shares
-from megatron_hdpo.objectives.interface import DistillConfig, Example, LossSpec, Score, Scoring, ScoringKey
 from megatron_hdpo.objectives.privileged import PrivilegedFilter, PrivilegedRolloutConfig, privileged_metrics
 from megatron_hdpo.objectives.settings import Surroundings
 from megatron_hdpo.objectives.siblings import PrivilegedPrompts
 from megatron_hdpo.objectives.targets import Place, target_of, target_scorings
-from megatron_hdpo.rollout.types import Group, Sample
+from megatron_hdpo.types.learning import DistillConfig, Example, LossSpec, Score, Scoring, ScoringKey
+from megatron_hdpo.types.rollouts import Group, Sample
 
 
 class PACEDConfig(DistillationConfig):

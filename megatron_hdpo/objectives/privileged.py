@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pydantic import BaseModel, ConfigDict, Field
 
 from megatron_hdpo.data.leakage import LeakageConfig, find_leak
-from megatron_hdpo.rollout.types import Group, Sample
+from megatron_hdpo.types.rollouts import Group, Sample
 
 RIGHT_BUT_DROPPED = ("leaked", "duplicate", "over_cap")
 

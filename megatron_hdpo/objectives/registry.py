@@ -14,7 +14,6 @@ from megatron_hdpo.objectives.akl import AKLConfig, build_akl
 from megatron_hdpo.objectives.contrastive_opsd import ContrastiveOPSD, ContrastiveOPSDConfig
 from megatron_hdpo.objectives.grpo import GRPO, GRPOConfig
 from megatron_hdpo.objectives.hdpo import HDPO, HDPOConfig
-from megatron_hdpo.objectives.interface import Objective
 from megatron_hdpo.objectives.opd import OPDConfig, build_opd
 from megatron_hdpo.objectives.opsd import OPSD, OPSDConfig
 from megatron_hdpo.objectives.paced import PACED, PACEDConfig
@@ -24,6 +23,7 @@ from megatron_hdpo.objectives.sdpo import SDPO, SDPOConfig
 from megatron_hdpo.objectives.settings import ObjectiveSettings
 from megatron_hdpo.objectives.srpo import SRPO, SRPOConfig
 from megatron_hdpo.objectives.vopd import VOPD, VOPDConfig
+from megatron_hdpo.types.learning import Objective
 
 ObjectiveConfig = Annotated[
     GRPOConfig

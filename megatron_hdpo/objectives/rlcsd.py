@@ -26,7 +26,6 @@ from pydantic import Field
 from megatron_hdpo.objectives.advantages import AdvantageKind
 from megatron_hdpo.objectives.base import NO_TOTALS
 from megatron_hdpo.objectives.grpo import GRPO, GRPOConfig, is_masked, student_example
-from megatron_hdpo.objectives.interface import Example, Score, Scoring, ScoringKey, SurrogateConfig
 from megatron_hdpo.objectives.settings import OWN_TEACHERS, Surroundings, TeacherKind
 from megatron_hdpo.objectives.siblings import (
     PairConfig,
@@ -38,7 +37,8 @@ from megatron_hdpo.objectives.siblings import (
     wrong_siblings,
 )
 from megatron_hdpo.objectives.targets import Place
-from megatron_hdpo.rollout.types import Group, Sample
+from megatron_hdpo.types.learning import Example, Score, Scoring, ScoringKey, SurrogateConfig
+from megatron_hdpo.types.rollouts import Group, Sample
 
 
 class RLCSDConfig(GRPOConfig):

@@ -24,7 +24,6 @@ from pydantic import Field
 from megatron_hdpo.objectives.advantages import AdvantageKind
 from megatron_hdpo.objectives.base import NO_TOTALS
 from megatron_hdpo.objectives.grpo import GRPO, GRPOConfig, is_masked, student_example
-from megatron_hdpo.objectives.interface import Example, Score, Scoring, ScoringKey
 from megatron_hdpo.objectives.settings import OWN_TEACHERS, TeacherKind
 from megatron_hdpo.objectives.siblings import (
     PairConfig,
@@ -36,7 +35,8 @@ from megatron_hdpo.objectives.siblings import (
     wrong_siblings,
 )
 from megatron_hdpo.objectives.targets import Place, own_scoring
-from megatron_hdpo.rollout.types import Group, Sample
+from megatron_hdpo.types.learning import Example, Score, Scoring, ScoringKey
+from megatron_hdpo.types.rollouts import Group, Sample
 
 _LARGEST_EVIDENCE = 60.0
 """exp of more overflows float32; the clip of w has long decided by then."""

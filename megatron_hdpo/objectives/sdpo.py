@@ -20,9 +20,9 @@ from pydantic import Field
 from megatron_hdpo.data.prompts import Hint
 from megatron_hdpo.objectives.demonstrations import DemonstrationConfig, demonstration
 from megatron_hdpo.objectives.distillation import Distillation, DistillationConfig
-from megatron_hdpo.objectives.interface import DistillConfig
 from megatron_hdpo.objectives.settings import OWN_TEACHERS, TeacherKind
-from megatron_hdpo.rollout.types import Group
+from megatron_hdpo.types.learning import DistillConfig
+from megatron_hdpo.types.rollouts import Group
 
 
 def sdpo_divergence() -> DistillConfig:

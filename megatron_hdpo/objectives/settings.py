@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from megatron_hdpo.objectives.interface import SurrogateConfig
+from megatron_hdpo.types.learning import SurrogateConfig
 
 TeacherKind = Literal["policy", "frozen", "snapshot", "ema", "external"]
 OWN_TEACHERS: tuple[TeacherKind, ...] = ("policy", "frozen", "snapshot", "ema")

@@ -15,10 +15,10 @@ from typing import Protocol
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from megatron_hdpo.data.problem import Problem
 from megatron_hdpo.data.prompts import Hint
 from megatron_hdpo.rewards.extraction import extract_answer, visible_text
-from megatron_hdpo.rollout.types import Group, Sample
+from megatron_hdpo.types.problem import Problem
+from megatron_hdpo.types.rollouts import Group, Sample
 
 
 class PrivilegedPrompts(Protocol):

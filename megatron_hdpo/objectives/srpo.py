@@ -25,7 +25,11 @@ from megatron_hdpo.objectives.base import NO_TOTALS
 from megatron_hdpo.objectives.demonstrations import DemonstrationConfig, demonstration
 from megatron_hdpo.objectives.distillation import student_distillation
 from megatron_hdpo.objectives.grpo import GRPO, GRPOConfig, is_masked
-from megatron_hdpo.objectives.interface import (
+from megatron_hdpo.objectives.sdpo import demonstration_shares, sdpo_divergence
+from megatron_hdpo.objectives.settings import OWN_TEACHERS, Surroundings, TeacherKind
+from megatron_hdpo.objectives.siblings import PrivilegedPrompts
+from megatron_hdpo.objectives.targets import Place, target_of, target_scorings
+from megatron_hdpo.types.learning import (
     DistillConfig,
     Example,
     LossSpec,
@@ -34,11 +38,7 @@ from megatron_hdpo.objectives.interface import (
     ScoringKey,
     SurrogateConfig,
 )
-from megatron_hdpo.objectives.sdpo import demonstration_shares, sdpo_divergence
-from megatron_hdpo.objectives.settings import OWN_TEACHERS, Surroundings, TeacherKind
-from megatron_hdpo.objectives.siblings import PrivilegedPrompts
-from megatron_hdpo.objectives.targets import Place, target_of, target_scorings
-from megatron_hdpo.rollout.types import Group, Sample
+from megatron_hdpo.types.rollouts import Group, Sample
 
 
 class SRPOConfig(GRPOConfig):

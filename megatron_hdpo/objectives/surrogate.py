@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_hdpo.objectives.interface import SurrogateConfig
+from megatron_hdpo.types.learning import SurrogateConfig
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from megatron_hdpo.objectives.interface import DistillConfig, HiddenStates, Score, Scoring, ScoringKey
-from megatron_hdpo.rollout.types import Group, Sample, TopLogprobs
+from megatron_hdpo.types.learning import DistillConfig, HiddenStates, Score, Scoring, ScoringKey
+from megatron_hdpo.types.rollouts import Group, Sample, TopLogprobs
 
 Place = tuple[int, str, int]
 """(index of the group, `student` or `privileged`, index of the sample)."""

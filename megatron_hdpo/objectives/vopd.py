@@ -18,11 +18,11 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from megatron_hdpo.objectives.interface import Score, Scoring, ScoringKey
 from megatron_hdpo.objectives.opd import SampledConfig, SampledDistillation
 from megatron_hdpo.objectives.settings import Surroundings
 from megatron_hdpo.objectives.targets import Place
-from megatron_hdpo.rollout.types import Group, Sample
+from megatron_hdpo.types.learning import Score, Scoring, ScoringKey
+from megatron_hdpo.types.rollouts import Group, Sample
 
 
 class BaselineConfig(BaseModel):

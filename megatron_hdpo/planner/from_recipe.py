@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megatron_hdpo.config import Recipe
+from megatron_hdpo.costs.errors import PlanError
+from megatron_hdpo.costs.layout import Layout, Spec
+from megatron_hdpo.costs.workload import Rollouts, Workload
 from megatron_hdpo.model.architecture import Architecture
-from megatron_hdpo.planner.errors import PlanError
-from megatron_hdpo.planner.layout import Layout, Spec
 from megatron_hdpo.planner.methods import Steps, work_of
 from megatron_hdpo.planner.shapes import architecture_of
-from megatron_hdpo.planner.workload import Rollouts, Workload
 from megatron_hdpo.teachers.config import ExternalTeacherConfig
 
 # A recipe says how long prompts and responses may be, not how long they are. Assumed means, as shares of the longest.

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_hdpo.costs.errors import PlanError
+from megatron_hdpo.costs.workload import StudentScoring, Weights
 from megatron_hdpo.objectives.akl import AKLConfig
 from megatron_hdpo.objectives.contrastive_opsd import ContrastiveOPSDConfig
 from megatron_hdpo.objectives.distillation import DistillationConfig
 from megatron_hdpo.objectives.grpo import GRPOConfig
 from megatron_hdpo.objectives.hdpo import HDPOConfig
-from megatron_hdpo.objectives.interface import DistillConfig
 from megatron_hdpo.objectives.opd import OPDConfig, SampledConfig
 from megatron_hdpo.objectives.opsd import OPSDConfig
 from megatron_hdpo.objectives.paced import PACEDConfig
@@ -20,8 +21,7 @@ from megatron_hdpo.objectives.rlsd import RLSDConfig
 from megatron_hdpo.objectives.sdpo import SDPOConfig
 from megatron_hdpo.objectives.settings import ObjectiveSettings
 from megatron_hdpo.objectives.srpo import SRPOConfig
-from megatron_hdpo.planner.errors import PlanError
-from megatron_hdpo.planner.workload import StudentScoring, Weights
+from megatron_hdpo.types.learning import DistillConfig
 
 # Which of a mixed group's rollouts are wrong, which a recipe cannot tell either: those that SRPO distils.
 WRONG_IN_MIXED = 0.5

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_hdpo.planner.cluster import Cluster
-from megatron_hdpo.planner.collectives import Collective
+from megatron_hdpo.costs.cluster import Cluster
+from megatron_hdpo.costs.collectives import Collective
 
 
 @dataclass(frozen=True)

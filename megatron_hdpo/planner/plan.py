@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
-from megatron_hdpo.model.architecture import Architecture
-from megatron_hdpo.planner.cluster import GIB, Cluster
-from megatron_hdpo.planner.errors import PlanError
-from megatron_hdpo.planner.layout import Layout, check
-from megatron_hdpo.planner.memory import (
+from megatron_hdpo.costs.cluster import GIB, Cluster
+from megatron_hdpo.costs.errors import PlanError
+from megatron_hdpo.costs.layout import Layout, check
+from megatron_hdpo.costs.memory import (
     PhaseMemory,
     by_phase,
     cache_bytes_per_token,
@@ -18,10 +17,11 @@ from megatron_hdpo.planner.memory import (
     host_bytes,
     why_not,
 )
+from megatron_hdpo.costs.workload import Rollouts, Workload
+from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.planner.phase_time import PhaseTime
 from megatron_hdpo.planner.sampling_time import Batch, sampling, sync
 from megatron_hdpo.planner.time import scoring, training
-from megatron_hdpo.planner.workload import Rollouts, Workload
 
 _MOST_STAGES = 20  # of a search; deeper pipelines of 80 layers only add bubbles
 _CONTEXT_TOKENS = 4096  # of the longest sequence on each context-parallel rank of a search, at least

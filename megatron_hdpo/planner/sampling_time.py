@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_hdpo.model.architecture import Architecture
-from megatron_hdpo.planner.cluster import (
+from megatron_hdpo.costs.cluster import (
     ATTENTION_EFFICIENCY,
     BROADCAST_SYNC_BYTES_S,
     DECODE_MATMUL_EFFICIENCY,
@@ -16,12 +15,13 @@ from megatron_hdpo.planner.cluster import (
     SHARED_SYNC_BYTES_S,
     Cluster,
 )
-from megatron_hdpo.planner.flops import attention_flops, decoding_flops, forward_flops
-from megatron_hdpo.planner.layout import Layout
-from megatron_hdpo.planner.memory import cache_bytes_per_token
-from megatron_hdpo.planner.parameters import expert_matrices, model_values, served_bytes, visited_values
+from megatron_hdpo.costs.flops import attention_flops, decoding_flops, forward_flops
+from megatron_hdpo.costs.layout import Layout
+from megatron_hdpo.costs.memory import cache_bytes_per_token
+from megatron_hdpo.costs.parameters import expert_matrices, model_values, served_bytes, visited_values
+from megatron_hdpo.costs.workload import Rollouts, Workload
+from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.planner.phase_time import PhaseTime, nothing
-from megatron_hdpo.planner.workload import Rollouts, Workload
 
 
 @dataclass(frozen=True)

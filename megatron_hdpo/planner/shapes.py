@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_hdpo.costs.errors import PlanError
 from megatron_hdpo.model.architecture import Architecture, ArchitectureError, read_architecture
-from megatron_hdpo.planner.errors import PlanError
 
 
 def _qwen(layers: int, hidden: int, ffn: int, heads: int, kv_heads: int, vocab: int, tied: bool) -> Architecture:

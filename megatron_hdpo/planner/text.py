@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from megatron_hdpo.planner.cluster import GIB
+from megatron_hdpo.costs.cluster import GIB
 from megatron_hdpo.planner.plan import Plan, Search
 
 

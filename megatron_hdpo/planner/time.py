@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from megatron_hdpo.model.architecture import Architecture
-from megatron_hdpo.planner.activations import layer_bytes
-from megatron_hdpo.planner.cluster import (
+from megatron_hdpo.costs.activations import layer_bytes
+from megatron_hdpo.costs.cluster import (
     ATTENTION_EFFICIENCY,
     EXPERT_EFFICIENCY,
     EXPERT_IMBALANCE,
@@ -27,8 +26,8 @@ from megatron_hdpo.planner.cluster import (
     Cluster,
     Gpu,
 )
-from megatron_hdpo.planner.collectives import Collective, gradient_collectives, scoring_collectives, step_collectives
-from megatron_hdpo.planner.flops import (
+from megatron_hdpo.costs.collectives import Collective, gradient_collectives, scoring_collectives, step_collectives
+from megatron_hdpo.costs.flops import (
     FORWARD_AND_BACKWARD,
     attention_flops,
     attention_product_flops,
@@ -36,12 +35,13 @@ from megatron_hdpo.planner.flops import (
     forward_flops,
     head_flops,
 )
-from megatron_hdpo.planner.layout import Layout
-from megatron_hdpo.planner.parameters import stage_parameters
+from megatron_hdpo.costs.layout import Layout
+from megatron_hdpo.costs.micro_batch_shape import PackedShape, Repeated
+from megatron_hdpo.costs.parameters import stage_parameters
+from megatron_hdpo.costs.schedule import bubble
+from megatron_hdpo.costs.workload import Weights, Workload
+from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.planner.phase_time import PhaseTime, nothing
-from megatron_hdpo.planner.schedule import bubble
-from megatron_hdpo.planner.shape_of_work import PackedShape, Repeated
-from megatron_hdpo.planner.workload import Weights, Workload
 
 # Traffic of a layer beside its matrix products: what it keeps is written once and read once forward, and read once
 # backward, where a gradient of its size is written and read.

@@ -12,11 +12,11 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from megatron_hdpo.data.problem import Problem
-from megatron_hdpo.data.tasks.base import Task
 from megatron_hdpo.rewards import worker
 from megatron_hdpo.rewards.gold import GoldVerdict
 from megatron_hdpo.rewards.killable import KillableWorkers
+from megatron_hdpo.types.problem import Problem
+from megatron_hdpo.types.task import Task
 
 S = TypeVar("S")
 T = TypeVar("T")

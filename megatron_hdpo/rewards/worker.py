@@ -18,8 +18,8 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_hdpo.data.problem import Problem
-from megatron_hdpo.data.tasks.base import Task
+from megatron_hdpo.types.problem import Problem
+from megatron_hdpo.types.task import Task
 
 LOGGER = logging.getLogger(__name__)
 MIB = 1 << 20

@@ -17,15 +17,15 @@ from megatron_hdpo.rollout.embedded import EmbeddedEngine
 from megatron_hdpo.rollout.engine import Engine
 from megatron_hdpo.rollout.sglang.answers import ExpertChoice
 from megatron_hdpo.rollout.sglang.api import ApiError
-from megatron_hdpo.rollout.sglang.command import Launch
 from megatron_hdpo.rollout.sglang.engine import SGLangEngine
-from megatron_hdpo.rollout.sglang.gate import Gate
-from megatron_hdpo.rollout.sglang.push import Transport, WeightPush
-from megatron_hdpo.rollout.sglang.same_model import check_served_models
-from megatron_hdpo.rollout.sglang.server import ServerError
-from megatron_hdpo.rollout.sglang.servers import Servers
-from megatron_hdpo.rollout.sglang.topology import Place, PlannedServer, given_urls, planned_servers
-from megatron_hdpo.rollout.sglang.transports import BroadcastTransport, DiskTransport, TensorTransport
+from megatron_hdpo.rollout.sglang.servers.command import Launch
+from megatron_hdpo.rollout.sglang.servers.fleet import Servers
+from megatron_hdpo.rollout.sglang.servers.server import ServerError
+from megatron_hdpo.rollout.sglang.servers.topology import Place, PlannedServer, given_urls, planned_servers
+from megatron_hdpo.rollout.sglang.weights.gate import Gate
+from megatron_hdpo.rollout.sglang.weights.push import Transport, WeightPush
+from megatron_hdpo.rollout.sglang.weights.same_model import check_served_models
+from megatron_hdpo.rollout.sglang.weights.transports import BroadcastTransport, DiskTransport, TensorTransport
 from megatron_hdpo.rollout.weight_sync import EmbeddedSync, ServerSync, WeightSync
 from megatron_hdpo.weights.stream import Receivers
 

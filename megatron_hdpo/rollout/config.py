@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from megatron_hdpo.rollout.embedded import EmbeddedEngineConfig
 from megatron_hdpo.rollout.sglang.config import SGLangConfig
-from megatron_hdpo.rollout.types import SamplingParams
+from megatron_hdpo.types.rollouts import SamplingParams
 
 
 class RolloutConfig(BaseModel):

@@ -28,7 +28,7 @@ from megatron_hdpo.rollout.embedded_state import PendingRequest, SequenceState
 from megatron_hdpo.rollout.engine import EngineHealth, WeightStream
 from megatron_hdpo.rollout.request_check import problem_with
 from megatron_hdpo.rollout.sampling import Draw, RowParams, row_params, sample, uniforms
-from megatron_hdpo.rollout.types import FinishReason, GenerationRequest, GenerationResult
+from megatron_hdpo.types.rollouts import FinishReason, GenerationRequest, GenerationResult
 
 OnProgress = Callable[[int, int], None]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from megatron_hdpo.rollout.types import Completion, FinishReason, GenerationRequest, GenerationResult, TopLogprobs
+from megatron_hdpo.types.rollouts import Completion, FinishReason, GenerationRequest, GenerationResult, TopLogprobs
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from megatron_hdpo.rollout.types import GenerationRequest, GenerationResult
+from megatron_hdpo.types.rollouts import GenerationRequest, GenerationResult
 
 WeightStream = Iterable[tuple[str, torch.Tensor]]
 

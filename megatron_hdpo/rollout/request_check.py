@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_hdpo.rollout.types import GenerationRequest
+from megatron_hdpo.types.rollouts import GenerationRequest
 
 
 def problem_with(request: GenerationRequest, vocab_size: int, context_length: int) -> str:

@@ -10,8 +10,8 @@ from megatron_hdpo.model.policy import TrainingError
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.rollout.embedded import EmbeddedEngine
 from megatron_hdpo.rollout.engine import WeightStream
-from megatron_hdpo.rollout.sglang.gate import GateError
-from megatron_hdpo.rollout.sglang.push import WeightPush, WeightPushError
+from megatron_hdpo.rollout.sglang.weights.gate import GateError
+from megatron_hdpo.rollout.sglang.weights.push import WeightPush, WeightPushError
 from megatron_hdpo.weights.stream import Receivers
 
 OpenStream = Callable[[Receivers], WeightStream]

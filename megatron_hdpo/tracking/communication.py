@@ -12,13 +12,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from megatron_hdpo.costs.collectives import step_collectives
+from megatron_hdpo.costs.layout import Layout
+from megatron_hdpo.costs.micro_batch_shape import PackedShape, Repeated
 from megatron_hdpo.divergence import Hidden, TopK
 from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.model.policy import Work
-from megatron_hdpo.objectives.interface import LossSpec
-from megatron_hdpo.planner.collectives import step_collectives
-from megatron_hdpo.planner.layout import Layout
-from megatron_hdpo.planner.shape_of_work import PackedShape, Repeated
+from megatron_hdpo.types.learning import LossSpec
 
 
 class TrainingTraffic:

@@ -11,7 +11,7 @@
     memory/host_rss_gib                 largest resident memory of any rank's process at the end of the step
     comm/<kind>_<group>_bytes           see communication.py; largest of any rank
 
-A "gpu" is a rank of the trainer, whatever its device. Arithmetic is counted by megatron_hdpo/planner/flops.py.
+A "gpu" is a rank of the trainer, whatever its device. Arithmetic is counted by megatron_hdpo/costs/flops.py.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from megatron_hdpo.costs.cluster import peak_flops_s
+from megatron_hdpo.costs.flops import decoding_flops, forward_flops
 from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.parallel.context import ParallelContext
-from megatron_hdpo.planner.cluster import peak_flops_s
-from megatron_hdpo.planner.flops import decoding_flops, forward_flops
-from megatron_hdpo.rollout.types import Group
 from megatron_hdpo.tracking.communication import TrainingTraffic
 from megatron_hdpo.tracking.names import STEP_SECONDS
 from megatron_hdpo.tracking.work import StepWork
+from megatron_hdpo.types.rollouts import Group
 
 _GIB = 2**30
 

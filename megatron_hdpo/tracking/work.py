@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron_hdpo.costs.flops import FORWARD_AND_BACKWARD, forward_flops
 from megatron_hdpo.model.architecture import Architecture
-from megatron_hdpo.objectives.interface import Example, Scoring
-from megatron_hdpo.planner.flops import FORWARD_AND_BACKWARD, forward_flops
+from megatron_hdpo.types.learning import Example, Scoring
 
 
 class StepWork:

@@ -19,10 +19,10 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from torch import nn
 
-from megatron_hdpo.checkpoint.results_queue import start_results_queue
 from megatron_hdpo.model.architecture import Architecture, ArchitectureError
 from megatron_hdpo.model.chunks import unwrap
 from megatron_hdpo.parallel.context import ParallelContext
+from megatron_hdpo.parallel.results_queue import start_results_queue
 from megatron_hdpo.weights.errors import WeightsError, listed
 from megatron_hdpo.weights.folder import copy_description, prepare, publish, staging_of, together
 from megatron_hdpo.weights.load import zero_padding

@@ -14,7 +14,7 @@ if __name__ == "__main__":
     import multiprocessing
     import time
     from megatron.core.dist_checkpointing.strategies import filesystem_async
-    from megatron_hdpo.checkpoint.results_queue import start_results_queue
+    from megatron_hdpo.parallel.results_queue import start_results_queue
 
     start_results_queue()
     start_results_queue()

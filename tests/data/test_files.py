@@ -8,11 +8,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megatron_hdpo.data.errors import DataError
-from megatron_hdpo.data.problem import Problem
-from megatron_hdpo.data.report import LoadReport
 from megatron_hdpo.data.tasks import HuggingFaceTask, JsonlTask, ParquetTask
 from megatron_hdpo.data.tasks.rows import question_key
+from megatron_hdpo.types.errors import DataError
+from megatron_hdpo.types.load_report import LoadReport
+from megatron_hdpo.types.problem import Problem
 
 GOOD = {"problem": "What is 2+2?", "answer": "4", "solution": "2+2 = 4", "level": 1}
 ROWS = [GOOD | {"problem": f"What is {i}+{i}?", "answer": 2 * i, "level": i % 3} for i in range(9)]

@@ -10,10 +10,10 @@ from itertools import product
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from megatron_hdpo.data.errors import DataError
-from megatron_hdpo.data.report import LoadReport
 from megatron_hdpo.data.tasks import TaskConfig
 from megatron_hdpo.data.tasks.knights_logic import draw_statements, holds, solutions
+from megatron_hdpo.types.errors import DataError
+from megatron_hdpo.types.load_report import LoadReport
 
 TASK = TypeAdapter(TaskConfig)
 ROW = {

@@ -10,9 +10,9 @@ import pyarrow.parquet
 import pytest
 from pydantic import TypeAdapter
 
-from megatron_hdpo.data.errors import DataError
-from megatron_hdpo.data.report import LoadReport
 from megatron_hdpo.data.tasks import TaskConfig
+from megatron_hdpo.types.errors import DataError
+from megatron_hdpo.types.load_report import LoadReport
 
 TASK = TypeAdapter(TaskConfig)
 GASES = ["Helium", "Neon", "Argon", "Xenon"]

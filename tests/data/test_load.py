@@ -10,9 +10,9 @@ import pytest
 from pydantic import ValidationError
 from tiny_tokenizers import byte_tokenizer
 
-from megatron_hdpo.data.errors import DataError
 from megatron_hdpo.data.load import DataConfig, load
 from megatron_hdpo.rewards.pool import RewardConfig, RewardPool
+from megatron_hdpo.types.errors import DataError
 
 TOKENIZER = byte_tokenizer()
 

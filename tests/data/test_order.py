@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_hdpo.data.errors import DataError
 from megatron_hdpo.data.order import ProblemOrder, spaced_shuffle
-from megatron_hdpo.data.problem import Problem
+from megatron_hdpo.types.errors import DataError
+from megatron_hdpo.types.problem import Problem
 
 
 def problems(**sizes):

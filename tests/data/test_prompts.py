@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from tiny_tokenizers import PROBLEM, byte_tokenizer, character_tokenizer
 
-from megatron_hdpo.data.errors import DataError
 from megatron_hdpo.data.prompts import PromptBuilder, PromptConfig, PromptTooLong
+from megatron_hdpo.types.errors import DataError
 
 BYTES = byte_tokenizer()
 

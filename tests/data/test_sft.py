@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from tiny_tokenizers import PROBLEM, byte_tokenizer, character_tokenizer
 
-from megatron_hdpo.data.errors import DataError
 from megatron_hdpo.data.prompts import PromptBuilder, PromptConfig
 from megatron_hdpo.data.sft import SupervisedData
+from megatron_hdpo.types.errors import DataError
 
 TOKENIZER = byte_tokenizer()
 PROMPTS = PromptBuilder(TOKENIZER, PromptConfig())

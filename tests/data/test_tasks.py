@@ -8,11 +8,11 @@ import re
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from megatron_hdpo.data.errors import DataError
-from megatron_hdpo.data.report import LoadReport
 from megatron_hdpo.data.tasks import TaskConfig
 from megatron_hdpo.data.tasks.reasoning_gym import derived_seed
 from megatron_hdpo.data.tasks.solutions import SOLUTION_BUILDERS, gsm_symbolic
+from megatron_hdpo.types.errors import DataError
+from megatron_hdpo.types.load_report import LoadReport
 
 TASK = TypeAdapter(TaskConfig)
 

@@ -11,10 +11,10 @@ from fake_engine import FakeEngine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_hdpo.data.problem import Problem
 from megatron_hdpo.evaluation.evaluate import EvaluationConfig, evaluate, evaluation_samples
 from megatron_hdpo.objectives.base import BaseObjective
-from megatron_hdpo.rollout.types import Completion, Group, Sample, SamplingParams
+from megatron_hdpo.types.problem import Problem
+from megatron_hdpo.types.rollouts import Completion, Group, Sample, SamplingParams
 
 Rewards = list[list[float]]
 

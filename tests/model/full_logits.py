@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from megatron_hdpo.objectives.interface import Example, LossSpec, Scoring
+from megatron_hdpo.types.learning import Example, LossSpec, Scoring
 
 
 @dataclass

@@ -26,7 +26,7 @@ from tiny_policy import (
 )
 
 from megatron_hdpo.model.policy import Policy
-from megatron_hdpo.objectives.interface import Example
+from megatron_hdpo.types.learning import Example
 
 _WIDE = {"tensor": 2, "context": 2, "pipeline": 2, "virtual_stages": 2, "sequence": True}
 # name: (world size, layout); replicas take what is left.

@@ -10,7 +10,7 @@ from tiny_policy import make_examples
 
 from megatron_hdpo.model.micro_batch import example_micro_batch, loss_inputs, response_micro_batch, scoring_micro_batch
 from megatron_hdpo.model.packing import RowLayout
-from megatron_hdpo.objectives.interface import Scoring
+from megatron_hdpo.types.learning import Scoring
 
 CPU = torch.device("cpu")
 pairs_of = st.lists(st.tuples(st.integers(1, 6), st.integers(0, 6)), max_size=5)

@@ -26,13 +26,13 @@ from tiny_policy import (
     weights_of,
 )
 
-from megatron_hdpo.learner import Learner
 from megatron_hdpo.model import build
 from megatron_hdpo.model.chunks import chunks_of
 from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.teachers.resting import FrozenTeacher, _Following
 from megatron_hdpo.teachers.teacher import PolicyTeacher
 from megatron_hdpo.tracking.console import Console
+from megatron_hdpo.training.learner import Learner
 
 # name: world size, layout (replicas take what is left), models.
 LAYOUTS: dict[str, tuple[int, dict[str, int], tuple[str, ...]]] = {

@@ -23,7 +23,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from megatron_hdpo.model.packing import RowLayout, pack
 from megatron_hdpo.model.routing_replay import pack_routing
-from megatron_hdpo.objectives.interface import Example, Scoring
+from megatron_hdpo.types.learning import Example, Scoring
 
 LAYERS, COUNT, PER_TOKEN = SIZES["num_hidden_layers"], EXPERTS["num_experts"], EXPERTS["num_experts_per_tok"]
 FULL = {"recompute": "full"}

@@ -15,7 +15,7 @@ from layout_cases import LAYOUTS
 from tiny_policy import build_policy, joined, make_checkpoint, make_scorings
 
 from megatron_hdpo.model.scoring import Answered, in_waves
-from megatron_hdpo.objectives.interface import Scoring
+from megatron_hdpo.types.learning import Scoring
 
 IDS, OTHER = np.array([3, 4], dtype=np.int32), np.array([3, 5], dtype=np.int32)
 

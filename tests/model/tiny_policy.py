@@ -19,10 +19,10 @@ from megatron_hdpo.model.chunks import chunks_of
 from megatron_hdpo.model.config import ModelConfig
 from megatron_hdpo.model.optimizer import OptimizerConfig, build_optimizer
 from megatron_hdpo.model.policy import Policy
-from megatron_hdpo.objectives.interface import DistillConfig, Example, LossSpec, Scoring, SurrogateConfig
 from megatron_hdpo.parallel.context import ParallelContext, start
 from megatron_hdpo.parallel.layout import ParallelConfig
-from megatron_hdpo.rollout.types import TopLogprobs
+from megatron_hdpo.types.learning import DistillConfig, Example, LossSpec, Scoring, SurrogateConfig
+from megatron_hdpo.types.rollouts import TopLogprobs
 from megatron_hdpo.weights.load import load_hf
 from megatron_hdpo.weights.stream import stream_hf
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_hdpo.data.problem import Problem
 from megatron_hdpo.data.prompts import Hint
-from megatron_hdpo.objectives.interface import Score, Scoring, ScoringKey
-from megatron_hdpo.rollout.types import TopLogprobs
+from megatron_hdpo.types.learning import Score, Scoring, ScoringKey
+from megatron_hdpo.types.problem import Problem
+from megatron_hdpo.types.rollouts import TopLogprobs
 
 SMALLEST_VOCAB = 299
 SUPPORT = 4

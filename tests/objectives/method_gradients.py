@@ -37,16 +37,16 @@ from tiny_policy import SIZES, VOCAB, build_policy, gradients_of, joined
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
 
-from megatron_hdpo.data.problem import Problem
-from megatron_hdpo.learner import Learner
 from megatron_hdpo.model.config import ModelConfig
 from megatron_hdpo.model.policy import Policy
-from megatron_hdpo.objectives.interface import Objective
 from megatron_hdpo.parallel.context import ParallelContext
-from megatron_hdpo.rollout.types import Completion, Group, Sample
 from megatron_hdpo.teachers.external import ExternalTeacher
 from megatron_hdpo.teachers.teacher import PolicyTeacher, Teacher
 from megatron_hdpo.tracking.console import Console
+from megatron_hdpo.training.learner import Learner
+from megatron_hdpo.types.learning import Objective
+from megatron_hdpo.types.problem import Problem
+from megatron_hdpo.types.rollouts import Completion, Group, Sample
 from megatron_hdpo.weights.load import load_hf
 
 # name: (world size, tensor, pipeline); replicas take what is left.

@@ -7,8 +7,8 @@ from itertools import count
 
 import numpy as np
 
-from megatron_hdpo.data.problem import Problem
-from megatron_hdpo.rollout.types import Completion, Group, Sample, TopLogprobs
+from megatron_hdpo.types.problem import Problem
+from megatron_hdpo.types.rollouts import Completion, Group, Sample, TopLogprobs
 
 _next_id = count(100)
 

@@ -7,7 +7,7 @@ import pytest
 from rollout_groups import group, sample
 
 from megatron_hdpo.objectives.grpo import GRPO, GRPOConfig
-from megatron_hdpo.objectives.interface import Score
+from megatron_hdpo.types.learning import Score
 
 CLIFF, SOLVED, MIXED, EMPTY = [0.0] * 4, [1.0] * 4, [1.0, 0.0, 0.0, 0.0], []
 

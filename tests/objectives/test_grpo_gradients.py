@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megatron_hdpo.objectives.grpo import GRPO, GRPOConfig
-from megatron_hdpo.rollout.types import Group, Sample
+from megatron_hdpo.types.rollouts import Group, Sample
 
 TEMPERATURE = 0.8
 CLIPS = {"clip_low": 0.1, "clip_high": 0.3, "dual_clip": 1.6, "importance_cap": 1.5}

@@ -10,7 +10,7 @@ from rollout_groups import group, sample, top
 
 from megatron_hdpo.data.leakage import LeakageConfig
 from megatron_hdpo.objectives.hdpo import HDPO, HDPOConfig
-from megatron_hdpo.objectives.interface import Score
+from megatron_hdpo.types.learning import Score
 
 CLIFF, SOLVED, MIXED = [0.0] * 3, [1.0] * 3, [1.0, 0.0, 0.0]
 

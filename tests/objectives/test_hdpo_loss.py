@@ -21,7 +21,7 @@ from rollout_groups import group, sample, top
 from megatron_hdpo.model.loss import Normalisers, micro_batch_loss
 from megatron_hdpo.model.micro_batch import example_micro_batch, loss_inputs
 from megatron_hdpo.objectives.hdpo import HDPO, HDPOConfig
-from megatron_hdpo.objectives.interface import Score
+from megatron_hdpo.types.learning import Score
 
 V, K, LAMBDA, CLIP = 11, 3, 0.3, 0.2
 RESPONSES = [[3, 10, 0], [4, 4], [9, 1, 2, 5]]  # of the mixed group, rewards 1, 0, 0

@@ -7,10 +7,10 @@ import pytest
 from rollout_groups import group, sample
 
 from megatron_hdpo.objectives.akl import AKLConfig, build_akl
-from megatron_hdpo.objectives.interface import Score, Scoring
 from megatron_hdpo.objectives.opd import OPDConfig, SampledDistillation, build_opd
 from megatron_hdpo.objectives.vopd import VOPD, VOPDConfig, renormalised_kl
-from megatron_hdpo.rollout.types import TopLogprobs
+from megatron_hdpo.types.learning import Score, Scoring
+from megatron_hdpo.types.rollouts import TopLogprobs
 
 OLD, TAUGHT = [-1.0, -2.0, -9.0], [-1.5, -0.5, -2.0]
 

@@ -21,10 +21,10 @@ from method_gradients import (
 from torch import Tensor
 
 from megatron_hdpo.objectives.akl import AKLConfig, build_akl
-from megatron_hdpo.objectives.interface import Objective
 from megatron_hdpo.objectives.opd import OPDConfig, build_opd
 from megatron_hdpo.objectives.vopd import VOPD, VOPDConfig
-from megatron_hdpo.rollout.types import Group, Sample
+from megatron_hdpo.types.learning import Objective
+from megatron_hdpo.types.rollouts import Group, Sample
 
 TEMPERATURE, K, CLIP = 0.8, 6, 0.2
 

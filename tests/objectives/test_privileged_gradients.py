@@ -28,14 +28,14 @@ from torch import Tensor
 
 from megatron_hdpo.data.prompts import Hint
 from megatron_hdpo.objectives.contrastive_opsd import ContrastiveOPSD, ContrastiveOPSDConfig
-from megatron_hdpo.objectives.interface import Objective
 from megatron_hdpo.objectives.opsd import OPSD, OPSDConfig
 from megatron_hdpo.objectives.paced import PACED, PACEDConfig
 from megatron_hdpo.objectives.rlcsd import RLCSD, RLCSDConfig
 from megatron_hdpo.objectives.rlsd import RLSD, RLSDConfig
 from megatron_hdpo.objectives.sdpo import SDPO, SDPOConfig
 from megatron_hdpo.objectives.srpo import SRPO, SRPOConfig
-from megatron_hdpo.rollout.types import Group, Sample
+from megatron_hdpo.types.learning import Objective
+from megatron_hdpo.types.rollouts import Group, Sample
 
 LENGTHS = (4, 1, 7, 3)
 REWARDS = ([1, 0, 0, 0], [1, 1, 0], [1, 1, 1], [0, 0, 0], [0, 1, 0], [1], [])

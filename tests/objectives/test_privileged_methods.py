@@ -12,18 +12,18 @@ import pytest
 import torch
 from hint_prompts import SUPPORT, StubPrompts, answers
 
-from megatron_hdpo.data.problem import Problem
 from megatron_hdpo.model.loss import Normalisers, micro_batch_loss
 from megatron_hdpo.model.micro_batch import example_micro_batch, loss_inputs
 from megatron_hdpo.objectives.contrastive_opsd import ContrastiveOPSD, ContrastiveOPSDConfig
-from megatron_hdpo.objectives.interface import Example
 from megatron_hdpo.objectives.opsd import OPSD, OPSDConfig
 from megatron_hdpo.objectives.paced import PACED, PACEDConfig
 from megatron_hdpo.objectives.rlcsd import RLCSD, RLCSDConfig
 from megatron_hdpo.objectives.rlsd import RLSD, RLSDConfig
 from megatron_hdpo.objectives.sdpo import SDPO, SDPOConfig
 from megatron_hdpo.objectives.srpo import SRPO, SRPOConfig
-from megatron_hdpo.rollout.types import Completion, Group, Sample
+from megatron_hdpo.types.learning import Example
+from megatron_hdpo.types.problem import Problem
+from megatron_hdpo.types.rollouts import Completion, Group, Sample
 
 VOCAB = 40
 TOP = {"distill": {"tail": "bucket", "top_k": SUPPORT, "coefficient": 1.0}}

@@ -11,14 +11,14 @@ from hint_prompts import StubPrompts
 from rollout_groups import group, sample, top
 
 from megatron_hdpo.objectives.contrastive_opsd import ContrastiveOPSD, ContrastiveOPSDConfig, with_rest
-from megatron_hdpo.objectives.interface import Score
 from megatron_hdpo.objectives.opsd import OPSD, OPSDConfig
 from megatron_hdpo.objectives.rlcsd import RLCSD, RLCSDConfig
 from megatron_hdpo.objectives.rlsd import RLSD, RLSDConfig
 from megatron_hdpo.objectives.sdpo import SDPO, SDPOConfig
 from megatron_hdpo.objectives.settings import Surroundings
 from megatron_hdpo.objectives.srpo import SRPO, SRPOConfig
-from megatron_hdpo.rollout.types import TopLogprobs
+from megatron_hdpo.types.learning import Score
+from megatron_hdpo.types.rollouts import TopLogprobs
 
 AROUND = Surroundings(vocab_size=1000, teacher="policy", temperature=1.0, samples_per_prompt=8)
 BOX = "so \\boxed{4}"

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rollout_groups import group, sample
 
-from megatron_hdpo.learner import Learner
+from megatron_hdpo.costs.flops import forward_flops
 from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.objectives.grpo import GRPO, GRPOConfig
-from megatron_hdpo.planner.flops import forward_flops
-from megatron_hdpo.rollout.types import Group
 from megatron_hdpo.tracking.console import Console
+from megatron_hdpo.training.learner import Learner
+from megatron_hdpo.types.rollouts import Group
 
 # Sizes of a model of 1.5 billion parameters.
 QWEN = Architecture("qwen2", 28, 1536, 8960, 12, 2, 128, 151936, 131072, 1e-6, 1e6, None, True, False, True)

@@ -9,8 +9,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megatron_hdpo.objectives.interface import SurrogateConfig
 from megatron_hdpo.objectives.surrogate import clipped_surrogate
+from megatron_hdpo.types.learning import SurrogateConfig
 
 CONFIGS = [
     SurrogateConfig(),

@@ -15,9 +15,9 @@ from megatron_hdpo.objectives.akl import AKLConfig, build_akl
 from megatron_hdpo.objectives.distillation import Distillation, DistillationConfig
 from megatron_hdpo.objectives.grpo import GRPO, GRPOConfig, KLConfig
 from megatron_hdpo.objectives.hdpo import HDPO, HDPOConfig
-from megatron_hdpo.objectives.interface import DistillConfig, Score
 from megatron_hdpo.objectives.opd import SampledConfig, SampledDistillation
-from megatron_hdpo.rollout.types import Group, Sample
+from megatron_hdpo.types.learning import DistillConfig, Score
+from megatron_hdpo.types.rollouts import Group, Sample
 
 
 def routed(made: Sample, prompt: int) -> Sample:

@@ -19,9 +19,9 @@ from megatron_hdpo.model.build import build_model, wrap_data_parallel
 from megatron_hdpo.model.config import ModelConfig
 from megatron_hdpo.model.optimizer import OptimizerConfig, build_optimizer
 from megatron_hdpo.model.policy import Policy
-from megatron_hdpo.objectives.interface import Example, HiddenStates
 from megatron_hdpo.parallel.context import ParallelContext
-from megatron_hdpo.rollout.types import TopLogprobs
+from megatron_hdpo.types.learning import Example, HiddenStates
+from megatron_hdpo.types.rollouts import TopLogprobs
 
 # Operator of c10d -> (name, which tensors of its arguments are counted).
 _KINDS = {

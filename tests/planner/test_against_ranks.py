@@ -12,16 +12,16 @@ from distributed_helper import run_ranks
 from recorded import Collectives, Kept, build, examples
 from tiny_policy import joined
 
+from megatron_hdpo.costs.activations import activation_peak, recomputed_bytes, stage_bytes
+from megatron_hdpo.costs.collectives import step_collectives
+from megatron_hdpo.costs.layout import Layout
+from megatron_hdpo.costs.micro_batch_shape import PackedShape, Repeated
+from megatron_hdpo.costs.parameters import stage_parameters
+from megatron_hdpo.costs.schedule import rounded
 from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.model.chunks import chunks_of
-from megatron_hdpo.objectives.interface import DistillConfig, LossSpec, SurrogateConfig
-from megatron_hdpo.planner.activations import activation_peak, recomputed_bytes, stage_bytes
-from megatron_hdpo.planner.collectives import step_collectives
-from megatron_hdpo.planner.layout import Layout
-from megatron_hdpo.planner.parameters import stage_parameters
-from megatron_hdpo.planner.schedule import rounded
-from megatron_hdpo.planner.shape_of_work import PackedShape, Repeated
 from megatron_hdpo.tracking.communication import TrainingTraffic
+from megatron_hdpo.types.learning import DistillConfig, LossSpec, SurrogateConfig
 
 # Small, because a product in bfloat16 is slow on most CPUs: 60 times slower than in float32 was measured.
 MODEL = Architecture("qwen2", 4, 64, 176, 8, 2, 8, 400, 4096, 1e-6, 1e4, None, True, False, False)

@@ -10,19 +10,18 @@ from pathlib import Path
 
 import pytest
 from recipes import Tree
+from scaling_points import weak
 
 from megatron_hdpo import cli
 from megatron_hdpo.config import parse_recipe
-from megatron_hdpo.objectives.settings import ObjectiveSettings
-from megatron_hdpo.planner.activations import activation_peak, head_chunk_bytes, layer_bytes, stage_bytes
-from megatron_hdpo.planner.cluster import GPUS, Cluster, cluster_of
-from megatron_hdpo.planner.collectives import Collective, step_collectives
-from megatron_hdpo.planner.errors import PlanError
-from megatron_hdpo.planner.from_recipe import Guesses, layout_of, rollouts_of, workload_of
-from megatron_hdpo.planner.layout import Layout
-from megatron_hdpo.planner.memory import by_phase, engine_weights, host_bytes, resident
-from megatron_hdpo.planner.methods import Steps, work_of
-from megatron_hdpo.planner.parameters import (
+from megatron_hdpo.costs.activations import activation_peak, head_chunk_bytes, layer_bytes, stage_bytes
+from megatron_hdpo.costs.cluster import GPUS, Cluster, cluster_of
+from megatron_hdpo.costs.collectives import Collective, step_collectives
+from megatron_hdpo.costs.errors import PlanError
+from megatron_hdpo.costs.layout import Layout
+from megatron_hdpo.costs.memory import by_phase, engine_weights, host_bytes, resident
+from megatron_hdpo.costs.micro_batch_shape import PackedShape, Repeated
+from megatron_hdpo.costs.parameters import (
     head_values,
     model_values,
     product_values,
@@ -31,12 +30,13 @@ from megatron_hdpo.planner.parameters import (
     stage_parameters,
     visited_values,
 )
+from megatron_hdpo.costs.workload import WEIGHTS, Rollouts, Workload
+from megatron_hdpo.objectives.settings import ObjectiveSettings
+from megatron_hdpo.planner.from_recipe import Guesses, layout_of, rollouts_of, workload_of
+from megatron_hdpo.planner.methods import Steps, work_of
 from megatron_hdpo.planner.plan import Plan, plan, search
-from megatron_hdpo.planner.scaling import weak
-from megatron_hdpo.planner.shape_of_work import PackedShape, Repeated
 from megatron_hdpo.planner.shapes import SHAPES, architecture_of
 from megatron_hdpo.planner.time import training
-from megatron_hdpo.planner.workload import WEIGHTS, Rollouts, Workload
 
 ROOT = Path(__file__).parents[2]
 SMALL, SEVEN, LARGE = SHAPES["qwen2.5-1.5b"], SHAPES["qwen2.5-7b"], SHAPES["qwen2.5-72b"]

@@ -9,9 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_hdpo.data.problem import Problem
-from megatron_hdpo.data.report import LoadReport
-from megatron_hdpo.data.tasks.base import TaskBase
+from megatron_hdpo.types.load_report import LoadReport
+from megatron_hdpo.types.problem import Problem
+from megatron_hdpo.types.task import TaskBase
 
 PROBLEM = Problem(id="hostile/0", task="hostile", question="?", answer="!")
 

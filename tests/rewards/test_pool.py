@@ -15,9 +15,9 @@ import psutil
 import pytest
 from hostile_task import PROBLEM, HostileTask
 
-from megatron_hdpo.data.problem import Problem
 from megatron_hdpo.data.tasks import JsonlTask
 from megatron_hdpo.rewards.pool import RewardConfig, RewardPool, RewardPoolError
+from megatron_hdpo.types.problem import Problem
 
 MATH = Problem(id="math/0", task="math", question="?", answer="1")
 TIME_LIMIT = 1.0

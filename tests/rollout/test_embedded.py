@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from megatron_hdpo.rollout.embedded import EmbeddedEngine, EmbeddedEngineConfig
-from megatron_hdpo.rollout.types import Completion, GenerationRequest, GenerationResult, SamplingParams
+from megatron_hdpo.types.rollouts import Completion, GenerationRequest, GenerationResult, SamplingParams
 
 VOCAB = 97
 SIZES = dict(

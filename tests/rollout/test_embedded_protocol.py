@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
 from megatron_hdpo.rollout.embedded import EmbeddedEngine, EmbeddedEngineConfig
-from megatron_hdpo.rollout.types import GenerationRequest, SamplingParams
+from megatron_hdpo.types.rollouts import GenerationRequest, SamplingParams
 
 VOCAB = 61
 SIZES = dict(

@@ -13,12 +13,12 @@ import pytest
 from fake_engine import Fails, FakeEngine
 from test_sampler import Judge, text_of
 
-from megatron_hdpo.data.problem import Problem
 from megatron_hdpo.objectives.base import BaseObjective
 from megatron_hdpo.rollout.config import RolloutConfig
-from megatron_hdpo.rollout.rollouts import RolloutCoordinator
-from megatron_hdpo.rollout.sampler import Sampler
-from megatron_hdpo.rollout.types import Group
+from megatron_hdpo.sampling.coordinator import RolloutCoordinator
+from megatron_hdpo.sampling.sampler import Sampler
+from megatron_hdpo.types.problem import Problem
+from megatron_hdpo.types.rollouts import Group
 
 PROBLEMS = [Problem(id=f"task/{i}", task="task", question=f"q{i}", answer=str(i)) for i in range(5)]
 

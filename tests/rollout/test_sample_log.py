@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from megatron_hdpo.data.problem import Problem
-from megatron_hdpo.rollout.sample_log import read_groups, write_groups
-from megatron_hdpo.rollout.types import Completion, Group, Sample, TopLogprobs
+from megatron_hdpo.sampling.saved import read_groups, write_groups
+from megatron_hdpo.types.problem import Problem
+from megatron_hdpo.types.rollouts import Completion, Group, Sample, TopLogprobs
 
 
 def decode(ids: np.ndarray) -> str:

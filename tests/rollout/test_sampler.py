@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 
-from megatron_hdpo.data.problem import Problem
-from megatron_hdpo.data.report import LoadReport
-from megatron_hdpo.data.tasks.base import TaskBase
 from megatron_hdpo.objectives.hdpo import HDPO, HDPOConfig
 from megatron_hdpo.rewards.pool import Judgement, RewardConfig, RewardPool
-from megatron_hdpo.rollout.sampler import RolloutRequest, Rollouts, Sampler, _attempt, rollout_seed
-from megatron_hdpo.rollout.types import GenerationRequest, GenerationResult, Group, SamplingParams
+from megatron_hdpo.sampling.sampler import RolloutRequest, Rollouts, Sampler, _attempt, rollout_seed
+from megatron_hdpo.types.load_report import LoadReport
+from megatron_hdpo.types.problem import Problem
+from megatron_hdpo.types.rollouts import GenerationRequest, GenerationResult, Group, SamplingParams
+from megatron_hdpo.types.task import TaskBase
 
 
 class Judge:

@@ -14,9 +14,9 @@ import psutil
 import pytest
 from server_tools import LiveServer, servers_under
 
-from megatron_hdpo.rollout.sglang.command import Launch
-from megatron_hdpo.rollout.sglang.server import ServerProcess
-from megatron_hdpo.rollout.sglang.server_config import ServerConfig
+from megatron_hdpo.rollout.sglang.servers.command import Launch
+from megatron_hdpo.rollout.sglang.servers.config import ServerConfig
+from megatron_hdpo.rollout.sglang.servers.server import ServerProcess
 
 ROOT = Path(__file__).parents[2]
 SHIM = ROOT / "tests" / "sglang_cpu" / "shim"

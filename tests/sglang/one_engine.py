@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 from megatron_hdpo.rollout.sglang.answers import ExpertChoice
 from megatron_hdpo.rollout.sglang.config import SGLangConfig
 from megatron_hdpo.rollout.sglang.engine import SGLangEngine
-from megatron_hdpo.rollout.sglang.gate import Gate
-from megatron_hdpo.rollout.sglang.push import WeightPush
-from megatron_hdpo.rollout.sglang.servers import Servers
-from megatron_hdpo.rollout.sglang.transports import TensorTransport
-from megatron_hdpo.rollout.types import Completion, GenerationRequest, GenerationResult, SamplingParams
+from megatron_hdpo.rollout.sglang.servers.fleet import Servers
+from megatron_hdpo.rollout.sglang.weights.gate import Gate
+from megatron_hdpo.rollout.sglang.weights.push import WeightPush
+from megatron_hdpo.rollout.sglang.weights.transports import TensorTransport
+from megatron_hdpo.types.rollouts import Completion, GenerationRequest, GenerationResult, SamplingParams
 
 VOCAB, CONTEXT, KV_HEADS = 17, 128, 2
 

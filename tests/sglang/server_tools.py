@@ -12,8 +12,8 @@ from typing import Any
 
 import psutil
 
-from megatron_hdpo.rollout.sglang.server import ServerProcess
-from megatron_hdpo.rollout.sglang.server_config import ServerConfig
+from megatron_hdpo.rollout.sglang.servers.config import ServerConfig
+from megatron_hdpo.rollout.sglang.servers.server import ServerProcess
 
 FAKE = Path(__file__).with_name("fake_sglang.py")
 

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from tiny_policy import build_policy, joined
 
-from megatron_hdpo.data.problem import Problem
 from megatron_hdpo.model.policy import Policy
-from megatron_hdpo.objectives.interface import Scoring
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.rollout.build import BuiltEngine, build_engine
 from megatron_hdpo.rollout.config import RolloutConfig
-from megatron_hdpo.rollout.types import GenerationRequest, Group, Sample, SamplingParams
+from megatron_hdpo.types.learning import Scoring
+from megatron_hdpo.types.problem import Problem
+from megatron_hdpo.types.rollouts import GenerationRequest, Group, Sample, SamplingParams
 from megatron_hdpo.weights.stream import stream_hf
 
 TOP = 3

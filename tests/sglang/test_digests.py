@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_hdpo.rollout.sglang.digests import digest
-from megatron_hdpo.rollout.sglang.server_config import ServerConfig
+from megatron_hdpo.rollout.sglang.servers.config import ServerConfig
+from megatron_hdpo.rollout.sglang.weights.digests import digest
 
 SIZES = [1, 4, 6, 1023, 32768, 32771, 70001, 300000]
 """Bytes: below a word, whole words, odd ends, one tile of 8192 words exactly, just beyond it, many tiles."""

@@ -16,10 +16,10 @@ from server_tools import LiveServer
 from megatron_hdpo.model.policy import TrainingError
 from megatron_hdpo.rollout.engine import EngineLostWeights
 from megatron_hdpo.rollout.sglang.engine import SGLangEngine
-from megatron_hdpo.rollout.sglang.gate import GateError
-from megatron_hdpo.rollout.sglang.push import WeightPush, WeightPushError
-from megatron_hdpo.rollout.types import Completion, GenerationRequest, Group, Sample
-from megatron_hdpo.rollout_phase import check_versions
+from megatron_hdpo.rollout.sglang.weights.gate import GateError
+from megatron_hdpo.rollout.sglang.weights.push import WeightPush, WeightPushError
+from megatron_hdpo.training.rollout_phase import check_versions
+from megatron_hdpo.types.rollouts import Completion, GenerationRequest, Group, Sample
 
 TOLERANCE = 1e-5
 
@@ -176,7 +176,7 @@ def test_a_version_that_was_missed_stops_the_run(proxy: FaultProxy, weights: Wei
         proxy.faults["/generate"] = [changed(older)]
         (sample,) = completions(collect(engine, [request()]))
         assert sample.weight_versions.tolist()[:3] == [4, 4, 3] and engine.mixed_versions == 1
-    from megatron_hdpo.data.problem import Problem
+    from megatron_hdpo.types.problem import Problem
 
     group = Group(Problem("p/0", "p", "q", "a"), request().prompt_ids, [Sample(sample, "", 0.0)])
     with pytest.raises(TrainingError, match=r"step 4: problem p/0 .* \[3, 4\], not 4"):

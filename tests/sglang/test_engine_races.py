@@ -18,11 +18,11 @@ from server_tools import LiveServer, wait_until
 
 from megatron_hdpo.rollout.engine import EngineLostWeights
 from megatron_hdpo.rollout.sglang.engine import SGLangEngine
-from megatron_hdpo.rollout.sglang.gate import Gate, GateError
-from megatron_hdpo.rollout.sglang.push import WeightPushError
 from megatron_hdpo.rollout.sglang.replica import Replica
-from megatron_hdpo.rollout.sglang.transports import BroadcastTransport, DiskTransport, TensorTransport
 from megatron_hdpo.rollout.sglang.watch import Watch
+from megatron_hdpo.rollout.sglang.weights.gate import Gate, GateError
+from megatron_hdpo.rollout.sglang.weights.push import WeightPushError
+from megatron_hdpo.rollout.sglang.weights.transports import BroadcastTransport, DiskTransport, TensorTransport
 
 TOLERANCE = 1e-5
 
@@ -128,7 +128,7 @@ def test_a_folder_that_cannot_be_written_costs_the_update_alone(
     sglang_server: LiveServer, weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
     """before anything, at the first file, at the index: as on a disk without room."""
-    from megatron_hdpo.rollout.sglang import transports
+    from megatron_hdpo.rollout.sglang.weights import transports
 
     def full(*args: Any, **kw: Any) -> None:
         raise OSError(28, "No space left on device")

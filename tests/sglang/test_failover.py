@@ -16,12 +16,12 @@ from one_engine import Weights, collect, completions, one_engine, request
 from server_tools import session_processes, wait_until
 
 from megatron_hdpo.rollout.engine import EngineLostWeights
-from megatron_hdpo.rollout.sglang.command import Launch
 from megatron_hdpo.rollout.sglang.engine import SGLangEngine
-from megatron_hdpo.rollout.sglang.push import WeightPush
-from megatron_hdpo.rollout.sglang.server_config import ServerConfig
-from megatron_hdpo.rollout.sglang.servers import Servers
-from megatron_hdpo.rollout.types import Completion, GenerationRequest
+from megatron_hdpo.rollout.sglang.servers.command import Launch
+from megatron_hdpo.rollout.sglang.servers.config import ServerConfig
+from megatron_hdpo.rollout.sglang.servers.fleet import Servers
+from megatron_hdpo.rollout.sglang.weights.push import WeightPush
+from megatron_hdpo.types.rollouts import Completion, GenerationRequest
 
 pytestmark = pytest.mark.slow
 

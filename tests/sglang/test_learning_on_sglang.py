@@ -17,9 +17,9 @@ import pytest
 from learning import LONG, SEEDS, Metrics, check_lift, last_metrics, learn, scores_of
 from make_tiny_model import make_tiny_model
 
-from megatron_hdpo.rollout.sglang.command import Launch
-from megatron_hdpo.rollout.sglang.server_config import ServerConfig
-from megatron_hdpo.rollout.sglang.servers import Servers
+from megatron_hdpo.rollout.sglang.servers.command import Launch
+from megatron_hdpo.rollout.sglang.servers.config import ServerConfig
+from megatron_hdpo.rollout.sglang.servers.fleet import Servers
 
 VARIANTS = ("grpo", "hdpo")
 

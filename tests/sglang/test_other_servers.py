@@ -14,11 +14,11 @@ from recipes import make_model
 from server_tools import LiveServer, is_scheduler, session_processes
 from transformers import AutoModelForCausalLM
 
-from megatron_hdpo.rollout.sglang.command import Launch
-from megatron_hdpo.rollout.sglang.gate import GateError
-from megatron_hdpo.rollout.sglang.server import ServerProcess
-from megatron_hdpo.rollout.sglang.server_config import ServerConfig
-from megatron_hdpo.rollout.sglang.transports import BroadcastTransport, DiskTransport, TensorTransport
+from megatron_hdpo.rollout.sglang.servers.command import Launch
+from megatron_hdpo.rollout.sglang.servers.config import ServerConfig
+from megatron_hdpo.rollout.sglang.servers.server import ServerProcess
+from megatron_hdpo.rollout.sglang.weights.gate import GateError
+from megatron_hdpo.rollout.sglang.weights.transports import BroadcastTransport, DiskTransport, TensorTransport
 
 pytestmark = pytest.mark.slow
 

@@ -8,7 +8,7 @@ import socket
 import pytest
 from torch.distributed import TCPStore
 
-from megatron_hdpo.rollout.sglang.ports import HeldPort, node_address
+from megatron_hdpo.rollout.sglang.servers.ports import HeldPort, node_address
 
 
 def listen(host: str, port: int) -> socket.socket:

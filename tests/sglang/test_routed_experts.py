@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 
 from megatron_hdpo.rollout.build import check_tells_experts
 from megatron_hdpo.rollout.sglang.answers import ExpertChoice
-from megatron_hdpo.rollout.sglang.command import Launch
-from megatron_hdpo.rollout.sglang.server import ServerProcess
-from megatron_hdpo.rollout.sglang.server_config import ServerConfig
-from megatron_hdpo.rollout.types import Completion
+from megatron_hdpo.rollout.sglang.servers.command import Launch
+from megatron_hdpo.rollout.sglang.servers.config import ServerConfig
+from megatron_hdpo.rollout.sglang.servers.server import ServerProcess
+from megatron_hdpo.types.rollouts import Completion
 
 pytestmark = pytest.mark.slow
 

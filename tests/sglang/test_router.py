@@ -13,8 +13,8 @@ import pytest
 from one_engine import Weights, collect, completions, one_engine, request
 from server_tools import LiveServer, session_processes, wait_until
 
-from megatron_hdpo.rollout.sglang.ports import HeldPort
-from megatron_hdpo.rollout.sglang.server_config import ServerConfig
+from megatron_hdpo.rollout.sglang.servers.config import ServerConfig
+from megatron_hdpo.rollout.sglang.servers.ports import HeldPort
 
 pytestmark = pytest.mark.slow
 

@@ -21,10 +21,10 @@ from recipes import Tree, small_recipe
 from safetensors.torch import load_file
 from server_tools import LiveServer, servers_under, wait_until
 
-from megatron_hdpo.rollout.sample_log import read_groups, write_groups
-from megatron_hdpo.rollout.sglang.server_config import ServerConfig
-from megatron_hdpo.rollout.types import Group
+from megatron_hdpo.rollout.sglang.servers.config import ServerConfig
+from megatron_hdpo.sampling.saved import read_groups, write_groups
 from megatron_hdpo.tracking.metrics import read_metrics
+from megatron_hdpo.types.rollouts import Group
 
 STEPS = 3
 
@@ -157,9 +157,9 @@ def train_with_swaps_amid_groups(file: str) -> None:
     """With swap=mid_generation, half of the samples of each group that is sampled ahead are over when the new weights
     come, and half begin after that: on any machine alike."""
     from megatron_hdpo import cli
-    from megatron_hdpo.rollout.ahead import StepRollouts
     from megatron_hdpo.rollout.sglang.engine import SGLangEngine
-    from megatron_hdpo.rollout.sglang.push import WeightPush
+    from megatron_hdpo.rollout.sglang.weights.push import WeightPush
+    from megatron_hdpo.sampling.ahead import StepRollouts
 
     tree = yaml.safe_load(Path(file).read_text())
     if tree["rollout"]["swap"] == "mid_generation":
@@ -278,9 +278,9 @@ def test_a_server_that_is_away_for_a_moment_costs_no_sample(
 def train_and_break(file: str) -> None:
     """An error of the trainer's own, while the next step's rollouts, which never come, are being sampled."""
     from megatron_hdpo import cli
-    from megatron_hdpo.learner import Learner
-    from megatron_hdpo.rollout.ahead import StepRollouts
     from megatron_hdpo.rollout.sglang.api import ServerApi
+    from megatron_hdpo.sampling.ahead import StepRollouts
+    from megatron_hdpo.training.learner import Learner
 
     begin = StepRollouts.begin
 
@@ -321,7 +321,7 @@ def kill_servers_of(folder: Path) -> None:
 def train_and_lose_the_server(file: str) -> None:
     """The only server is killed when the first of step 2's rollouts has come."""
     from megatron_hdpo import cli
-    from megatron_hdpo.rollout.sampler import Sampling
+    from megatron_hdpo.sampling.sampler import Sampling
 
     take, versions = Sampling._take, []
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_hdpo.rollout.sglang.gate import quantised
-from megatron_hdpo.rollout.sglang.served_parameters import ServedParameters, part_of
+from megatron_hdpo.rollout.sglang.weights.gate import quantised
+from megatron_hdpo.rollout.sglang.weights.served_parameters import ServedParameters, part_of
 
 HEADS, HEAD_DIM, HIDDEN, FFN, VOCAB = 8, 4, 6, 8, 70
 LAYER = "model.layers.3."

@@ -15,16 +15,16 @@ import pytest
 import requests
 from server_tools import LiveServer, is_scheduler, session_processes, wait_until
 
-from megatron_hdpo.rollout.sglang.command import Launch
-from megatron_hdpo.rollout.sglang.server import ServerError, ServerProcess
-from megatron_hdpo.rollout.sglang.server_config import ServerConfig
+from megatron_hdpo.rollout.sglang.servers.command import Launch
+from megatron_hdpo.rollout.sglang.servers.config import ServerConfig
+from megatron_hdpo.rollout.sglang.servers.server import ServerError, ServerProcess
 
 OWNER = """
 import sys, time
 from pathlib import Path
-from megatron_hdpo.rollout.sglang.command import Launch
-from megatron_hdpo.rollout.sglang.server_config import ServerConfig
-from megatron_hdpo.rollout.sglang.servers import Servers
+from megatron_hdpo.rollout.sglang.servers.command import Launch
+from megatron_hdpo.rollout.sglang.servers.config import ServerConfig
+from megatron_hdpo.rollout.sglang.servers.fleet import Servers
 
 config = ServerConfig.model_validate_json(sys.argv[1])
 servers = Servers(config, [Launch(Path(sys.argv[2]), "cpu")], Path(sys.argv[3]))

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from megatron_hdpo.rollout.sglang import supervisor
-from megatron_hdpo.rollout.sglang.command import (
+from megatron_hdpo.rollout.sglang.servers import supervisor
+from megatron_hdpo.rollout.sglang.servers.command import (
     CPU_CACHE_TOKENS,
     RESERVED_FLAGS,
     Launch,
@@ -20,7 +20,7 @@ from megatron_hdpo.rollout.sglang.command import (
     server_command,
     server_environment,
 )
-from megatron_hdpo.rollout.sglang.server_config import ServerConfig
+from megatron_hdpo.rollout.sglang.servers.config import ServerConfig
 
 MODEL = Path("/models/tiny")
 

@@ -19,8 +19,8 @@ import psutil
 import pytest
 from server_tools import fake_config, session_processes, wait_until
 
-from megatron_hdpo.rollout.sglang.command import Launch
-from megatron_hdpo.rollout.sglang.server import ServerError, ServerProcess
+from megatron_hdpo.rollout.sglang.servers.command import Launch
+from megatron_hdpo.rollout.sglang.servers.server import ServerError, ServerProcess
 
 MakeServer = Callable[..., ServerProcess]
 
@@ -28,8 +28,8 @@ OWNER = """
 import sys, time
 from pathlib import Path
 from server_tools import fake_config
-from megatron_hdpo.rollout.sglang.command import Launch
-from megatron_hdpo.rollout.sglang.server import ServerProcess
+from megatron_hdpo.rollout.sglang.servers.command import Launch
+from megatron_hdpo.rollout.sglang.servers.server import ServerProcess
 
 folder = Path(sys.argv[1])
 server = ServerProcess(fake_config(folder, sys.argv[2]), Launch(folder, "cpu"), folder)

@@ -14,10 +14,10 @@ import pytest
 from server_tools import fake_config, session_processes, wait_until
 from tenacity import wait_fixed, wait_none
 
-from megatron_hdpo.rollout.sglang import servers as servers_module
-from megatron_hdpo.rollout.sglang.command import Launch
-from megatron_hdpo.rollout.sglang.server import ServerError
-from megatron_hdpo.rollout.sglang.servers import Servers
+from megatron_hdpo.rollout.sglang.servers import fleet
+from megatron_hdpo.rollout.sglang.servers.command import Launch
+from megatron_hdpo.rollout.sglang.servers.fleet import Servers
+from megatron_hdpo.rollout.sglang.servers.server import ServerError
 
 MakeServers = Callable[..., Servers]
 
@@ -25,7 +25,7 @@ MakeServers = Callable[..., Servers]
 @pytest.fixture
 def make_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeServers]:
     """Makes two servers that end with the test; failed starts are repeated at once."""
-    monkeypatch.setattr(servers_module, "BACKOFF", wait_none())
+    monkeypatch.setattr(fleet, "BACKOFF", wait_none())
     made: list[Servers] = []
 
     def make(behaviour: str = "", **settings: Any) -> Servers:
@@ -111,7 +111,7 @@ def test_starts_that_fail_count_as_restarts(make_servers: MakeServers) -> None:
 def test_a_restart_under_way_in_a_thread_ends_with_close(
     make_servers: MakeServers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(servers_module, "BACKOFF", wait_fixed(600))
+    monkeypatch.setattr(fleet, "BACKOFF", wait_fixed(600))
     servers = make_servers()
     servers.start()
     process = servers.processes[0]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_hdpo.rollout.sglang.config import SGLangConfig
-from megatron_hdpo.rollout.sglang.topology import Place, TopologyError, given_urls, planned_servers
+from megatron_hdpo.rollout.sglang.servers.topology import Place, TopologyError, given_urls, planned_servers
 
 Owned = list[tuple[int, int, int]]
 

@@ -25,7 +25,6 @@ from tiny_policy import (
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from megatron_hdpo.checkpoint.store import CheckpointError, CheckpointStore
-from megatron_hdpo.learner import Learner
 from megatron_hdpo.model.config import ModelConfig, ModelError
 from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.objectives.base import BaseObjective
@@ -35,6 +34,7 @@ from megatron_hdpo.teachers.external import ExternalTeacher, check_same_vocabula
 from megatron_hdpo.teachers.resting import EmaTeacher, SnapshotTeacher
 from megatron_hdpo.teachers.teacher import Teacher
 from megatron_hdpo.tracking.console import Console
+from megatron_hdpo.training.learner import Learner
 from megatron_hdpo.weights.host import copy_to_host
 
 LAYOUTS = {"tp2": (2, 1), "pp2": (1, 2), "dp2": (1, 1)}

@@ -12,15 +12,15 @@ from distributed_helper import run_ranks
 from layout_cases import share
 from tiny_policy import OPTIMIZER, SPEC, VOCAB, build_policy, joined, make_checkpoint, make_examples, make_scorings
 
-from megatron_hdpo.data.problem import Problem
-from megatron_hdpo.learner import Learner
 from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.objectives.hdpo import HDPO, HDPOConfig
-from megatron_hdpo.objectives.interface import Score
-from megatron_hdpo.rollout.types import Completion, Group, Sample
 from megatron_hdpo.teachers.resting import FrozenTeacher
 from megatron_hdpo.teachers.teacher import PolicyTeacher, Teacher
 from megatron_hdpo.tracking.console import Console
+from megatron_hdpo.training.learner import Learner
+from megatron_hdpo.types.learning import Score
+from megatron_hdpo.types.problem import Problem
+from megatron_hdpo.types.rollouts import Completion, Group, Sample
 
 LAYOUTS = {"tp2": (2, 1), "pp2": (1, 2), "dp2": (1, 1)}
 

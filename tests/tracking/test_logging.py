@@ -27,8 +27,8 @@ def test_each_rank_has_its_file_and_only_rank_0_the_console(tmp_path):
     path = configure_logging(tmp_path, 3, Console(False, stream=stream))
     assert path == tmp_path / "logs" / "rank_00003.log"
     assert f"rank 3 on {socket.gethostname()}, process {os.getpid()}" in path.read_text().splitlines()[0]
-    logging.getLogger("megatron_hdpo.train").warning("lost a rollout")
-    assert "WARNING megatron_hdpo.train: lost a rollout" in path.read_text()
+    logging.getLogger("megatron_hdpo.training.loop").warning("lost a rollout")
+    assert "WARNING megatron_hdpo.training.loop: lost a rollout" in path.read_text()
     assert stream.getvalue() == ""
 
 

@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from megatron_hdpo.data.problem import Problem
-from megatron_hdpo.rollout.sample_log import write_groups
-from megatron_hdpo.rollout.types import Completion, Group, Sample
+from megatron_hdpo.sampling.saved import write_groups
 from megatron_hdpo.tracking.console import Console
 from megatron_hdpo.tracking.metrics import MetricsFileError, MetricsWriter, read_metrics
 from megatron_hdpo.tracking.names import parse_pass_at, parse_phase, step_seconds
@@ -19,6 +17,8 @@ from megatron_hdpo.tracking.plots import draw_report
 from megatron_hdpo.tracking.report import ReportError, write_report
 from megatron_hdpo.tracking.samples import pick_samples
 from megatron_hdpo.tracking.summary import summarise
+from megatron_hdpo.types.problem import Problem
+from megatron_hdpo.types.rollouts import Completion, Group, Sample
 
 STEPS = {
     0: {"eval/pass@1": 0.25, "eval/gsm/pass@4": 0.5, "time/evaluation_s": 2.0, "time/step_s": 2.0},

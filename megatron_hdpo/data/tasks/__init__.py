@@ -6,12 +6,12 @@ from typing import Annotated
 
 from pydantic import Field
 
-from megatron_hdpo.data.tasks.base import Task, TaskBase
 from megatron_hdpo.data.tasks.digit_sums import DigitSumsTask
 from megatron_hdpo.data.tasks.files import HuggingFaceTask, JsonlTask, ParquetTask
 from megatron_hdpo.data.tasks.knights_knaves import KnightsKnavesTask
 from megatron_hdpo.data.tasks.letter_choice import LetterChoiceTask
 from megatron_hdpo.data.tasks.reasoning_gym import ReasoningGymTask
+from megatron_hdpo.types.task import Task, TaskBase
 
 TaskConfig = Annotated[
     DigitSumsTask | KnightsKnavesTask | LetterChoiceTask | ReasoningGymTask | JsonlTask | ParquetTask | HuggingFaceTask,

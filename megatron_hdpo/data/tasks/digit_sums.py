@@ -12,10 +12,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from megatron_hdpo.data.errors import DataError
-from megatron_hdpo.data.problem import Problem
-from megatron_hdpo.data.report import LoadReport
-from megatron_hdpo.data.tasks.base import TaskBase
+from megatron_hdpo.types.errors import DataError
+from megatron_hdpo.types.load_report import LoadReport
+from megatron_hdpo.types.problem import Problem
+from megatron_hdpo.types.task import TaskBase
 
 ATTEMPTS_PER_PROBLEM = 50
 

@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from megatron_hdpo.data.errors import DataError
-from megatron_hdpo.data.problem import Problem
-from megatron_hdpo.data.report import LoadReport
-from megatron_hdpo.data.tasks.base import BadRowPolicy, TaskBase
 from megatron_hdpo.data.tasks.rows import BadRow, RowKeys, RowReader, question_key
 from megatron_hdpo.rewards.exact import score_exact
 from megatron_hdpo.rewards.extraction import AnswerFormat
+from megatron_hdpo.types.errors import DataError
+from megatron_hdpo.types.load_report import LoadReport
+from megatron_hdpo.types.problem import Problem
+from megatron_hdpo.types.task import BadRowPolicy, TaskBase
 
 
 class FileTaskBase(TaskBase):

@@ -15,14 +15,14 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from megatron_hdpo.data.errors import DataError
-from megatron_hdpo.data.problem import Problem
-from megatron_hdpo.data.report import LoadReport
-from megatron_hdpo.data.tasks.base import BadRowPolicy, TaskBase
 from megatron_hdpo.data.tasks.knights_logic import Statement, draw_statements, holds, in_words, violated
 from megatron_hdpo.data.tasks.row_source import RowSource
 from megatron_hdpo.data.tasks.rows import BadRow, ending_in_answer, lookup_or
 from megatron_hdpo.rewards.extraction import last_boxed, visible_text
+from megatron_hdpo.types.errors import DataError
+from megatron_hdpo.types.load_report import LoadReport
+from megatron_hdpo.types.problem import Problem
+from megatron_hdpo.types.task import BadRowPolicy, TaskBase
 
 _NAMES = (
     "Ada Alba Amos Anton Bela Boris Bruno Carla Cleo Conrad Dana Dora Edgar Elsa Emil Enzo Esther Felix Flora Greta "

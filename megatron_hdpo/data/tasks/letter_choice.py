@@ -15,14 +15,14 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from megatron_hdpo.data.errors import DataError
-from megatron_hdpo.data.problem import Problem
-from megatron_hdpo.data.report import LoadReport
-from megatron_hdpo.data.tasks.base import BadRowPolicy, TaskBase
 from megatron_hdpo.data.tasks.row_source import RowSource
 from megatron_hdpo.data.tasks.rows import BadRow, lookup_or, question_key
 from megatron_hdpo.rewards.exact import normalise
 from megatron_hdpo.rewards.extraction import AnswerFormat, extract_answer
+from megatron_hdpo.types.errors import DataError
+from megatron_hdpo.types.load_report import LoadReport
+from megatron_hdpo.types.problem import Problem
+from megatron_hdpo.types.task import BadRowPolicy, TaskBase
 
 _LETTER = re.compile(r"\(?([a-z])(?:[).:]+|(?=\s|$))\s*(.*)", re.IGNORECASE | re.DOTALL)
 

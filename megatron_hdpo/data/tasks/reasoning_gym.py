@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from megatron_hdpo.data.errors import DataError
-from megatron_hdpo.data.problem import Problem
-from megatron_hdpo.data.report import LoadReport
-from megatron_hdpo.data.tasks.base import TaskBase
 from megatron_hdpo.data.tasks.solutions import SOLUTION_BUILDERS
 from megatron_hdpo.rewards.extraction import AnswerFormat, extract_answer
+from megatron_hdpo.types.errors import DataError
+from megatron_hdpo.types.load_report import LoadReport
+from megatron_hdpo.types.problem import Problem
+from megatron_hdpo.types.task import TaskBase
 
 MAX_ROUNDS = 20
 

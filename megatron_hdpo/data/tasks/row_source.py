@@ -8,9 +8,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from megatron_hdpo.data.report import LoadReport
-from megatron_hdpo.data.tasks.base import BadRowPolicy
 from megatron_hdpo.data.tasks.files import FileTaskBase, HuggingFaceTask, JsonlTask, ParquetTask
+from megatron_hdpo.types.load_report import LoadReport
+from megatron_hdpo.types.task import BadRowPolicy
 
 
 class RowSource(BaseModel):

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_hdpo.data.problem import Problem
 from megatron_hdpo.rewards.extraction import last_boxed
+from megatron_hdpo.types.problem import Problem
 
 _MISSING = object()
 _NOT_PART_OF_A_QUESTION = re.compile(r"\s|\$|\\[,;! ]|\\left|\\right")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_hdpo.rollout.types import Completion, TopLogprobs
+from megatron_hdpo.types.rollouts import Completion, TopLogprobs
 
 UNVERSIONED = -1
 """Version of weights that the trainer has not stamped: those that a server was started with."""

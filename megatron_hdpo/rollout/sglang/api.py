@@ -12,7 +12,7 @@ import aiohttp
 import orjson
 from packaging.version import Version
 
-from megatron_hdpo.rollout.sglang.server_config import OLDEST_SGLANG
+from megatron_hdpo.rollout.sglang.servers.config import OLDEST_SGLANG
 
 
 class ApiError(RuntimeError):

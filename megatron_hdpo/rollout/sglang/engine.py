@@ -29,9 +29,9 @@ from megatron_hdpo.rollout.sglang.api import ApiError, ServerApi
 from megatron_hdpo.rollout.sglang.config import SGLangConfig
 from megatron_hdpo.rollout.sglang.loop_thread import LoopThread
 from megatron_hdpo.rollout.sglang.replica import Replica
-from megatron_hdpo.rollout.sglang.servers import Servers
+from megatron_hdpo.rollout.sglang.servers.fleet import Servers
 from megatron_hdpo.rollout.sglang.watch import Watch
-from megatron_hdpo.rollout.types import Completion, GenerationRequest, GenerationResult
+from megatron_hdpo.types.rollouts import Completion, GenerationRequest, GenerationResult
 
 LOGGER = logging.getLogger(__name__)
 POLL_S = 0.05

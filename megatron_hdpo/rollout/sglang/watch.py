@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from megatron_hdpo.rollout.sglang.api import ApiError
 from megatron_hdpo.rollout.sglang.replica import Replica
-from megatron_hdpo.rollout.sglang.server import ServerError
+from megatron_hdpo.rollout.sglang.servers.server import ServerError
 
 if TYPE_CHECKING:
     from megatron_hdpo.rollout.sglang.engine import SGLangEngine

@@ -1,0 +1,189 @@
+"""What a micro-batch's forward pass leaves in memory for the backward pass, tensor by tensor."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from megatron_hdpo.costs.layout import Layout
+from megatron_hdpo.costs.micro_batch_shape import PackedShape
+from megatron_hdpo.costs.parameters import head_values
+from megatron_hdpo.costs.schedule import held_at_most
+from megatron_hdpo.divergence.shard import _GPU_BLOCK_BYTES
+from megatron_hdpo.model.architecture import Architecture
+
+_FP32 = 4
+_INT64 = 8
+
+
+def layer_bytes(architecture: Architecture, layout: Layout, shape: PackedShape) -> int:
+    """Bytes that one decoder layer keeps of a micro-batch (rows as `PackedShape.padded` gives them)."""
+    return _norm_bytes(architecture, layout, shape.rows) + attention_bytes(architecture, layout, shape) + ffn_bytes(
+        architecture, layout, shape.rows
+    )  # fmt: skip
+
+
+def _plain(layout: Layout) -> bool:
+    return layout.spec == "torch"
+
+
+def _norm_bytes(a: Architecture, layout: Layout, rows: int) -> int:
+    """Of both norms of a layer, by row: 1 / rms and the input. The plain one computes in fp32 and keeps the normed rows
+    before their scale."""
+    own, value = rows // layout.sequence_ranks, layout.value_bytes
+    return 2 * own * (_FP32 + a.hidden_size * ((_FP32 + value) if _plain(layout) else value))
+
+
+def _input_bytes(a: Architecture, layout: Layout, rows: int, norm_apart: bool = False) -> int:
+    """Rows that QKV, or the FFN, reads: normed and scaled. norm_apart: under Transformer Engine too the norm before the
+    router is a module of its own, which can be recomputed; the others are fused into the product after them."""
+    if norm_apart and "layernorm" in layout.recomputed:
+        return 0
+    fp8 = layout.fp8 and not norm_apart
+    return rows // layout.sequence_ranks * a.hidden_size * (1 if fp8 else layout.value_bytes)
+
+
+def attention_bytes(a: Architecture, layout: Layout, shape: PackedShape) -> int:
+    """From the normed rows to the output projection's input."""
+    rows, value = shape.rows, layout.value_bytes
+    query, key_value, _ = _widths(a, layout)
+    core = "core_attn" in layout.recomputed
+    statistics = rows * a.num_heads // layout.tensor * _FP32  # log-sum-exp
+    if not _plain(layout):
+        kept = rows * (2 * query + 3 * key_value) * value + rows * query * (1 if layout.fp8 else value)
+        kept += _input_bytes(a, layout, rows)
+        return kept + (0 if core else statistics) + _head_norms(a, layout, rows)
+    rotation = 4 * rows * a.head_dim * value  # cos and sin, for query and for key
+    total = _input_bytes(a, layout, rows) + rotation + rows * query * value + _head_norms(a, layout, rows)
+    if layout.context == 1:  # the value is a view of query, key and value; the other two are rotated copies
+        total += rows * (query + 2 * key_value) * value + rows * (query + key_value) * value
+    else:  # all rows' keys and values, and their order
+        every = rows * layout.context
+        total += rows * query * value + every * (2 * key_value * value + _INT64)
+    return total + (0 if core else rows * query * value + statistics + _mask_bytes(layout, shape))
+
+
+def _mask_bytes(layout: Layout, shape: PackedShape) -> int:
+    """Plain torch under context parallelism: the mask of each chunk of queries over the keys up to its end, on average
+    over the ranks; the first chunk of a sequence needs none."""
+    if layout.context == 1:
+        return 0
+    chunks, sequences = 2 * layout.context, shape.rows * layout.context // shape.length
+    chunk = shape.length // chunks
+    seen = chunk * (chunks * (chunks + 1) // 2 - 1)
+    return sequences * chunk * seen * layout.value_bytes // layout.context
+
+
+def ffn_bytes(a: Architecture, layout: Layout, rows: int) -> int:
+    """From the normed rows to the FFN's last product."""
+    value, inputs = layout.value_bytes, _input_bytes(a, layout, rows, norm_apart=a.num_experts > 0)
+    if a.num_experts:
+        return inputs + (0 if "moe" in layout.recomputed else _experts_bytes(a, layout, rows))
+    if "mlp" in layout.recomputed:
+        return inputs
+    ffn = _widths(a, layout)[2]
+    # Plain: gate and up together, silu(gate), up + 0, their product. Fused: gate and up, the product.
+    return inputs + rows * (5 * ffn * value if _plain(layout) else ffn * (2 * value + (1 if layout.fp8 else value)))
+
+
+def _experts_bytes(a: Architecture, layout: Layout, rows: int) -> int:
+    """Router and experts, if the router is even: a rank's experts see as many rows as its own tokens have places."""
+    value, own = layout.value_bytes, rows // layout.sequence_ranks
+    places = own * a.experts_per_token * layout.expert_tensor
+    ffn = a.expert_ffn_size // layout.expert_tensor
+    if not _plain(layout):
+        fp8 = 1 if layout.fp8 else value
+        router = own * (a.num_experts * (2 * _FP32 + 1) + a.experts_per_token * (_FP32 + _INT64))
+        return router + places * (a.hidden_size * fp8 + ffn * (2 * value + fp8) + _FP32)
+    # Logits and the chosen ones in fp32, their places; with a softmax before the choice two of them.
+    per_expert, per_choice = (_FP32 + 1, 12) if a.normalised_routing else (2 * _FP32 + 1, 8)
+    router = own * (a.num_experts * per_expert + a.experts_per_token * per_choice)
+    return router + places * (a.hidden_size + 6 * ffn) * value + places * (_FP32 + _INT64)
+
+
+def _head_norms(a: Architecture, layout: Layout, rows: int) -> int:
+    if not a.qk_norm:
+        return 0
+    query, key_value, _ = _widths(a, layout)
+    heads = (a.num_heads + a.num_kv_heads) // layout.tensor
+    fp32 = _FP32 if _plain(layout) else 0
+    return rows * (heads * _FP32 + (query + key_value) * (fp32 + layout.value_bytes))
+
+
+def _widths(a: Architecture, layout: Layout) -> tuple[int, int, int]:
+    """This rank's columns of query, of key (or value), and of the FFN."""
+    return (
+        a.num_heads * a.head_dim // layout.tensor,
+        a.num_kv_heads * a.head_dim // layout.tensor,
+        a.ffn_size // layout.tensor,
+    )
+
+
+def chunk_bytes(architecture: Architecture, layout: Layout, stage: int, shape: PackedShape) -> list[int]:
+    """Bytes that one micro-batch keeps on a stage between its forward and its backward pass, by chunk of layers."""
+    a, rows = architecture, shape.rows
+    hidden = rows // layout.sequence_ranks * a.hidden_size
+    layers = a.num_layers // (layout.pipeline * layout.virtual_stages)
+    per_layer = hidden * layout.value_bytes if layout.recompute else layer_bytes(a, layout, shape)
+    sizes = [layers * per_layer] * layout.virtual_stages
+    if stage == 0:  # the tokens' ids, and which of them are another rank's
+        sizes[0] += rows * (_INT64 + (1 if layout.tensor > 1 else 0))
+    sizes[-1] += _final_norm(a, layout, stage, rows)
+    return sizes
+
+
+def stage_bytes(architecture: Architecture, layout: Layout, stage: int, shape: PackedShape) -> int:
+    """Bytes that one micro-batch keeps on a stage, over all its chunks."""
+    return sum(chunk_bytes(architecture, layout, stage, shape))
+
+
+def _final_norm(architecture: Architecture, layout: Layout, stage: int, rows: int) -> int:
+    if stage < layout.pipeline - 1:
+        return 0
+    own, fp32 = rows // layout.sequence_ranks, _FP32 if _plain(layout) else 0
+    return own * (_FP32 + architecture.hidden_size * (fp32 + layout.value_bytes))
+
+
+def recomputed_bytes(architecture: Architecture, layout: Layout, stage: int, shape: PackedShape) -> int:
+    """What recomputing adds to the peak: a layer's tensors, less those of the final norm, which are gone by then."""
+    if layout.recompute:
+        whole = layer_bytes(architecture, layout, shape)
+    elif "mlp" in layout.recomputed or "moe" in layout.recomputed:
+        whole = ffn_bytes(architecture, _kept(layout), shape.rows)
+    else:
+        return 0
+    return max(0, whole - _final_norm(architecture, layout, stage, shape.rows))
+
+
+def _kept(layout: Layout) -> Layout:
+    return replace(layout, recomputed=())
+
+
+def activation_peak(
+    architecture: Architecture, layout: Layout, stage: int, shape: PackedShape, micro_batches: int
+) -> float:
+    """Bytes that a stage's micro-batches in flight hold at their worst, what is recomputed left out."""
+    return held_at_most(layout, stage, micro_batches, chunk_bytes(architecture, layout, stage, shape))
+
+
+def pipeline_input_peak(
+    architecture: Architecture, layout: Layout, stage: int, shape: PackedShape, micro_batches: int
+) -> float:
+    """What a stage received of its micro-batches in flight, each kept until its gradient is sent back."""
+    one = shape.rows // layout.sequence_ranks * architecture.hidden_size * layout.value_bytes
+    received = [one * int(stage > 0 or chunk > 0) for chunk in range(layout.virtual_stages)]
+    return held_at_most(layout, stage, micro_batches, received)
+
+
+def head_chunk_bytes(architecture: Architecture, layout: Layout, shape: PackedShape, chunk: int) -> int:
+    """Logits of one chunk, and fp32 scratch of the sweep over them (three buffers at most, without Triton)."""
+    width = architecture.padded_vocab_size(layout.tensor) // layout.tensor
+    chunk = min(chunk, shape.responses)
+    logits = chunk * width * layout.value_bytes * (2 if shape.full else 1)
+    return logits + 3 * min(_GPU_BLOCK_BYTES, chunk * width * _FP32)
+
+
+def head_gradient_bytes(architecture: Architecture, layout: Layout, shape: PackedShape) -> int:
+    """Gradients that the head's node holds: the head's, in fp32 and once more in the model's type, and the hidden
+    states'; and the hidden states at the response rows."""
+    hidden = 2 * shape.responses * architecture.hidden_size * layout.value_bytes
+    return head_values(architecture, layout.tensor) * (_FP32 + layout.value_bytes) + hidden

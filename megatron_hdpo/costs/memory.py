@@ -1,0 +1,200 @@
+"""Bytes per GPU, by kind, in each phase of a step; the worst pipeline stage speaks for all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_hdpo.costs.activations import (
+    activation_peak,
+    head_chunk_bytes,
+    head_gradient_bytes,
+    layer_bytes,
+    pipeline_input_peak,
+    recomputed_bytes,
+)
+from megatron_hdpo.costs.cluster import FRAMEWORK_BYTES, GIB, Gpu
+from megatron_hdpo.costs.layout import Layout
+from megatron_hdpo.costs.micro_batch_shape import Repeated
+from megatron_hdpo.costs.parameters import model_values, product_values, served_bytes, stage_parameters
+from megatron_hdpo.costs.schedule import rounded
+from megatron_hdpo.costs.workload import WEIGHTS, Rollouts, Workload
+from megatron_hdpo.model.architecture import Architecture
+
+_FP32 = 4
+_SERVER_SHARE = 0.95  # of a GPU that a server of its own may fill. Assumed
+_SYNC_BUCKET_BYTES = 256 * 2**20  # rollout.sglang.sync.bucket_mib; a receiver holds about two
+
+Kinds = dict[str, float]
+
+
+@dataclass(frozen=True)
+class PhaseMemory:
+    """Bytes of one GPU by kind. `others`: what lies on it beside the trainer (engine weights, key-value cache)."""
+
+    phase: str
+    kinds: Kinds
+
+    @property
+    def total(self) -> float:
+        """All kinds."""
+        return sum(self.kinds.values())
+
+    def excess(self, gpu: Gpu) -> float:
+        """Bytes beyond the GPU's memory; 0 when it fits."""
+        return max(0.0, self.total - gpu.memory)
+
+
+def resident(architecture: Architecture, layout: Layout, stage: int) -> Kinds:
+    """What the trainer holds in every phase: the weights' and gradients' buffers, and its shard of the optimizer."""
+    parameters = stage_parameters(architecture, layout, stage)
+    padded = parameters.buffer_values(layout)
+    shard = parameters.shard_values(layout) * (1.0 - layout.offload)
+    kinds = {
+        "weights": float(padded * layout.value_bytes),
+        "gradients": float(padded * _FP32),
+        "main weights": shard * _FP32 if layout.value_bytes < _FP32 else 0.0,
+        "optimizer": shard * 2 * _FP32,
+        "framework": float(FRAMEWORK_BYTES),
+    }
+    if layout.fp8:  # a copy of every matrix, and a transposed one for the backward products
+        layers = architecture.num_layers // layout.pipeline
+        kinds["FP8 weights"] = 2.0 * layers * product_values(architecture, layout)
+    return kinds
+
+
+def training(architecture: Architecture, layout: Layout, stage: int, work: Repeated, head_chunk: int) -> Kinds:
+    """Beside what is resident, at the peak of the backward pass."""
+    shape = work.shape.padded(layout)
+    count = rounded(layout, work.count)
+    kinds = {
+        "activations": float(activation_peak(architecture, layout, stage, shape, count)),
+        "pipeline inputs": float(pipeline_input_peak(architecture, layout, stage, shape, count)),
+    }
+    if again := recomputed_bytes(architecture, layout, stage, shape):
+        kinds["recomputed layer"] = float(again)
+    if stage == layout.pipeline - 1:
+        kinds["head chunk"] = float(head_chunk_bytes(architecture, layout, shape, head_chunk))
+        kinds["head gradient"] = float(head_gradient_bytes(architecture, layout, shape))
+    return kinds
+
+
+def scoring(architecture: Architecture, layout: Layout, stage: int, work: Repeated, head_chunk: int) -> Kinds:
+    """Beside what is resident, in a forward pass: one layer's tensors (an upper bound), and the head's chunk."""
+    if not work.count:
+        return {}
+    shape = work.shape.padded(layout)
+    kinds = {"activations": float(layer_bytes(architecture, layout, shape))}
+    if stage == layout.pipeline - 1:
+        kinds["head chunk"] = float(head_chunk_bytes(architecture, layout, shape, head_chunk))
+    return kinds
+
+
+def _scoring(architecture: Architecture, layout: Layout, stage: int, workload: Workload) -> Kinds:
+    """Of the scoring that needs most; an external teacher's weights lie beside the policy's."""
+    found = []
+    for weights in WEIGHTS:
+        work, scorer = workload.scoring_work(weights, layout), workload.scorer(weights, architecture)
+        kinds = scoring(scorer, layout, stage, work, workload.head_chunk)
+        if kinds and weights == "teacher" and workload.teacher_model is not None:
+            kinds["teacher weights"] = float(stage_parameters(scorer, layout, stage).values * layout.value_bytes)
+        found.append(kinds)
+    return _fullest(found)
+
+
+def _teachers_head(architecture: Architecture, layout: Layout, stage: int, workload: Workload) -> Kinds:
+    """The copy from which targets over the whole vocabulary are made during an update."""
+    if not workload.full or stage != layout.pipeline - 1:
+        return {}
+    rows = architecture.padded_vocab_size(layout.tensor) // layout.tensor
+    width = workload.scorer("teacher", architecture).hidden_size
+    return {"teacher's head": float(rows * width * layout.value_bytes)}
+
+
+def cache_bytes_per_token(architecture: Architecture, tensor: int) -> float:
+    """Keys and values of one token on one of a server's GPUs, bfloat16."""
+    heads = max(1.0, architecture.num_kv_heads / tensor)  # beyond one head per GPU, heads are copied
+    return 2.0 * architecture.num_layers * heads * architecture.head_dim * 2
+
+
+def engine_weights(architecture: Architecture, rollouts: Rollouts) -> float:
+    """Bytes of the engine's weights on one GPU."""
+    return served_bytes(architecture, model_values(architecture), rollouts.fp8) / rollouts.tensor
+
+
+def cache_room(architecture: Architecture, layout: Layout, rollouts: Rollouts, gpu: Gpu) -> float:
+    """Bytes that a key-value cache may take on one of the engine's GPUs, at most; negative when nothing is left."""
+    weights = engine_weights(architecture, rollouts)
+    if rollouts.memory_fraction is not None:
+        return rollouts.memory_fraction * gpu.memory - weights
+    if rollouts.engine == "separate":
+        return _SERVER_SHARE * gpu.memory - weights
+    held = max(sum(resident(architecture, layout, stage).values()) for stage in layout.stages)
+    return gpu.memory - held - weights - 2.0 * _SYNC_BUCKET_BYTES
+
+
+def by_phase(
+    architecture: Architecture,
+    layout: Layout,
+    workload: Workload,
+    rollouts: Rollouts,
+    cache: float,
+) -> dict[str, PhaseMemory]:
+    """Memory of each phase on the trainer's fullest GPU. cache: bytes of key-value cache per GPU of the engine."""
+    engine = {"engine weights": engine_weights(architecture, rollouts), "key-value cache": max(0.0, cache)}
+    shared = rollouts.engine != "separate"
+    stays = shared and not (rollouts.engine == "colocated" and rollouts.saver)
+    beside: Kinds = engine if stays else {}
+    trained = workload.training_work(layout)
+    chunk = workload.head_chunk
+    extra: dict[str, list[Kinds]] = {"sampling": [], "teacher": [], "training": [], "sync": []}
+    for stage in layout.stages:
+        base = resident(architecture, layout, stage)
+        extra["sampling"].append(base | (engine if shared else {}))
+        extra["teacher"].append(base | _scoring(architecture, layout, stage, workload) | beside)
+        kept = _teachers_head(architecture, layout, stage, workload)
+        extra["training"].append(base | training(architecture, layout, stage, trained, chunk) | kept | beside)
+        buckets = {"sync buckets": 2.0 * _SYNC_BUCKET_BYTES}
+        # A server that gave its memory back takes it again before it is given weights.
+        extra["sync"].append(base | buckets | (engine if shared else {}))
+    memory = {phase: PhaseMemory(phase, _fullest(stages)) for phase, stages in extra.items()}
+    if rollouts.engine == "separate":
+        memory["server"] = PhaseMemory("server", engine)
+    return memory
+
+
+def _fullest(stages: list[Kinds]) -> Kinds:
+    return max(stages, key=lambda kinds: sum(kinds.values()))
+
+
+def host_bytes(architecture: Architecture, layout: Layout, workload: Workload) -> float:
+    """Host memory per GPU: of a teacher and a reference that rest there (while they score, the policy's weights rest
+    there too), and of what the optimizer keeps there."""
+    values = max(stage_parameters(architecture, layout, s).values for s in layout.stages)
+    copies: Mapping[str, int] = {
+        "frozen": 2 * layout.value_bytes,
+        "snapshot": 2 * layout.value_bytes,
+        "ema": _FP32 + 2 * layout.value_bytes,
+    }
+    offloaded = max(stage_parameters(architecture, layout, s).shard_values(layout) for s in layout.stages)
+    held = copies.get(workload.teacher, 0)
+    other = 0
+    if (teacher := workload.teacher_model) is not None:
+        other = max(stage_parameters(teacher, layout, s).values for s in layout.stages) * layout.value_bytes
+    if workload.scored("reference")[0] and workload.teacher != "frozen":  # who is frozen is the reference too
+        held += layout.value_bytes if held else 2 * layout.value_bytes
+    return values * held + other + layout.offload * offloaded * 3 * _FP32
+
+
+def why_not(memory: Mapping[str, PhaseMemory], gpu: Gpu) -> list[str]:
+    """One line per phase that does not fit: by how much, and its largest kinds."""
+    lines = []
+    for phase in memory.values():
+        if excess := phase.excess(gpu):
+            largest = sorted(phase.kinds.items(), key=lambda kind: -kind[1])[:3]
+            parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in largest)
+            lines.append(
+                f"{phase.phase}: {phase.total / GIB:.1f} GiB of {gpu.memory / GIB:.1f}, {excess / GIB:.1f} too many "
+                f"({parts})"
+            )
+    return lines

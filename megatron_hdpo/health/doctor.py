@@ -1,0 +1,150 @@
+"""Say what this machine has, and which installed packages will not do what their names promise.
+
+Runs on any Python, without a single package: it is what a person calls when packages are missing.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+
+from megatron_hdpo.environment import REMEDY, project_is_installed
+from megatron_hdpo.model.apex import Apex, installed_apex
+
+# What setup.py asks for.
+REQUIRED = (
+    "torch",
+    "megatron-core",
+    "psutil",
+    "einops",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "pydantic",
+    "PyYAML",
+    "jinja2",
+    "datasets",
+    "pyarrow",
+    "reasoning-gym",
+    "math-verify",
+    "pebble",
+    "aiohttp",
+    "filelock",
+    "orjson",
+    "packaging",
+    "tenacity",
+    "rich",
+    "matplotlib",
+    "tensorboard",
+)
+OPTIONAL = ("transformer-engine", "apex", "triton", "wandb", "mlflow", "sglang")
+MARKS = {True: "ok  ", False: "BAD ", None: "-   "}
+
+
+def main() -> None:
+    """Print the findings; exits with 1 when something that every run needs is missing."""
+    failed = False
+    for line, fine in findings():
+        print(f"{MARKS[fine]} {line}")
+        failed |= fine is False
+    if failed and not project_is_installed():
+        print(f"{sys.executable} is not the project's environment: {REMEDY}")
+    sys.exit(1 if failed else 0)
+
+
+def findings() -> Iterator[tuple[str, bool | None]]:
+    """Yield (sentence, whether it is fine or None for what is absent and not needed); import nothing that may break."""
+    yield f"Python {sys.version.split()[0]}, {os.cpu_count()} CPU cores", sys.version_info >= (3, 11)
+    for name in REQUIRED:
+        version = _version(name)
+        missing = f"is missing: pip install {name}" if project_is_installed() else "is missing"
+        yield f"{name} {version or missing}", version is not None
+    for name in OPTIONAL:
+        version = _version(name)
+        yield f"{name} {version or 'not installed (optional)'}", True if version else None
+    yield from _gpu()
+    yield from _precision()
+    yield _transformer_engine()
+    yield _apex()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _gpu() -> Iterator[tuple[str, bool | None]]:
+    if importlib.util.find_spec("torch") is None:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        yield "no GPU: training runs on the CPU (gloo, plain torch layers)", None
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        yield f"GPU {index}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB", True
+
+
+def _precision() -> Iterator[tuple[str, bool | None]]:
+    """Yield how fast bfloat16 is on this CPU, at the layer sizes of SmolLM2-135M; nothing on a GPU."""
+    if importlib.util.find_spec("torch") is None:
+        return
+    import torch
+
+    from megatron_hdpo.model.dtype_speed import measure_bfloat16
+
+    if torch.cuda.is_available():
+        return
+    speed = measure_bfloat16(hidden=576, channels=1536)
+    taken = "float32" if speed.slow else "bfloat16"
+    yield f"{speed} (a layer's product, 576 x 1536): dtype=auto takes {taken}", True
+
+
+def _transformer_engine() -> tuple[str, bool | None]:
+    """An installed but incomplete Transformer Engine makes `import megatron.core` itself die with a RuntimeError."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        return "Transformer Engine: not installed, plain torch layers are used", None
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except Exception as error:
+        return (
+            f"Transformer Engine is installed but does not load ({type(error).__name__}: {error}); Megatron-Core "
+            "cannot be imported beside it: complete it (transformer-engine[pytorch], for this torch and CUDA) or "
+            "uninstall it",
+            False,
+        )
+    return "Transformer Engine loads", True
+
+
+_APEX: dict[Apex, tuple[str, bool | None]] = {
+    "absent": ("Apex: not installed (not needed: Transformer Engine's or torch's optimizer is used)", None),
+    "other project": (
+        "the package apex is not NVIDIA's Apex but another project of that name, which gains nothing: "
+        "pip uninstall apex",
+        False,
+    ),
+    "without kernels": (
+        "Apex was built without its CUDA extensions, which helps nothing: rebuild with APEX_CPP_EXT=1 APEX_CUDA_EXT=1",
+        False,
+    ),
+    "without fused gradients": (
+        "Apex with multi-tensor kernels (fused Adam and norms where Transformer Engine is absent), without "
+        "fused_weight_gradient_mlp_cuda: weight gradients are not fused",
+        True,
+    ),
+    "whole": (
+        "Apex with its CUDA extensions: fused Adam and norms where Transformer Engine is absent, and weight gradients "
+        "that Transformer Engine's layers add to their sums themselves",
+        True,
+    ),
+}
+
+
+def _apex() -> tuple[str, bool | None]:
+    return _APEX[installed_apex()]

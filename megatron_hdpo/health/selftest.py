@@ -1,0 +1,167 @@
+"""The start-up self-test: silent failures of the field, caught in seconds, before any step is trained on.
+
+(a) log-probs of sampled tokens: engine and trainer agree; (b) a teacher that is given the student's own prompt teaches
+nothing: divergence 0, token by token; (c) the engine serves the weights of the version that it states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from megatron_hdpo.model.policy import Policy, share_examples
+from megatron_hdpo.objectives.targets import own_scoring
+from megatron_hdpo.types.learning import (
+    DistillConfig,
+    Example,
+    LossSpec,
+    Scoring,
+    SurrogateConfig,
+)
+from megatron_hdpo.types.rollouts import Group
+
+
+class SelfTestConfig(BaseModel):
+    """What the start-up self-test checks, and how exact it wants it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    enabled: bool = Field(True, description="Run the self-test before the first step.")
+    prompts: int = Field(4, ge=1, description="Prompts that it samples one response each of.")
+    max_new_tokens: int = Field(16, ge=1, description="Tokens per response.")
+    mean_logprob_difference: float | None = Field(
+        None, gt=0, description="Mean |engine - trainer| allowed; default 1e-3 when both are float32, else 0.05."
+    )
+    max_divergence: float = Field(1e-5, gt=0, description="Divergence of a teacher with the student's prompt, at most.")
+
+
+class SelfTestError(RuntimeError):
+    """A check of the self-test failed; the text says which and by how much."""
+
+
+@dataclass(frozen=True)
+class SelfTestResult:
+    """What was measured: mean and largest |log-prob difference|, the divergence, seconds are the caller's."""
+
+    mean_difference: float
+    max_difference: float
+    divergence: float
+    tokens: int
+
+
+def check_logprobs(policy: Policy, groups: Sequence[Group], temperature: float) -> tuple[float, float, int]:
+    """(mean, largest, tokens) of |engine's - trainer's log-prob| over the sampled tokens; the same on every rank."""
+    scorings, engine = [], {}
+    for g, group in enumerate(groups):
+        for s, sample in enumerate(group.samples):
+            engine[g, "student", s, "self-test"] = sample.completion.logprobs
+            scorings.append(own_scoring((g, "student", s), "self-test", group, sample, temperature))
+    scores = policy.score(scorings)
+    differences = [np.abs(score.logprobs_T - engine[key]) for key, score in scores.items()]
+    mine = np.concatenate(differences) if differences else np.zeros(0)
+    everyone = policy.context.gather_objects((float(mine.sum()), float(mine.max(initial=0.0)), len(mine)))
+    total = sum(part[0] for part in everyone)
+    tokens = sum(part[2] for part in everyone)
+    return total / max(tokens, 1), max(part[1] for part in everyone), tokens
+
+
+def check_alignment(policy: Policy, groups: Sequence[Group]) -> float:
+    """Mean divergence per token when the teacher's context is the student's own prompt and its weights are the
+    policy's: 0 up to rounding, unless targets and tokens are misaligned anywhere between scoring and loss. Gradients
+    are computed and thrown away; no weight changes."""
+    # The bucket keeps the teacher's distribution whole: with a renormalised top k even an equal student is not at 0.
+    distill = DistillConfig(
+        coefficient=1.0, kind="jsd", tail="bucket", top_k=min(8, policy.architecture.vocab_size - 1)
+    )
+    scorings = [
+        Scoring((g, "student", s, "self"), group.prompt_ids, sample.completion.token_ids, "policy", distill.top_k)
+        for g, group in enumerate(groups)
+        for s, sample in enumerate(group.samples)
+    ]
+    scores = policy.score(scorings)
+    examples = [_self_example(scoring, scores[scoring.key].top) for scoring in scorings] if scores else None
+    shared = share_examples(examples if policy.context.is_last_stage else None, policy.context)
+    spec = LossSpec(SurrogateConfig(), distill, temperature=1.0)
+    return policy.accumulate_gradients(shared, spec)["distill/divergence"]
+
+
+def _self_example(scoring: Scoring, top: object) -> Example:
+    length = len(scoring.response_ids)
+    zeros = np.zeros(length, dtype=np.float32)
+    return Example(
+        scoring.context_ids,
+        scoring.response_ids,
+        advantages_T=zeros,
+        surrogate_weights_T=zeros,
+        distill_weights_T=np.ones(length, dtype=np.float32),
+        distill_count=float(length),
+        target=top,  # type: ignore[arg-type]
+    )
+
+
+def run_self_test(
+    config: SelfTestConfig,
+    policy: Policy,
+    sample: Callable[[], list[Group]],
+    sync: Callable[[float], None],
+    version: int,
+    exact: bool,
+    temperature: float,
+) -> SelfTestResult:
+    """Run (a), (b) and (c); raises SelfTestError on every rank when one fails.
+
+    sample: rolls out a few prompts with the engine's present weights. sync(scale): pushes the policy's weights into
+    the engine, its final norm multiplied by `scale`. exact: engine and trainer both compute in float32.
+    """
+    limit = config.mean_logprob_difference or (1e-3 if exact else 0.05)
+    groups = sample()
+    _check_versions(groups, version)
+    mean, largest, tokens = check_logprobs(policy, groups, temperature)
+    if not mean <= limit:
+        raise SelfTestError(
+            f"self-test (a): engine and trainer disagree on the log-probs of {tokens} sampled tokens by {mean:.3g} on "
+            f"average (at most {limit:g} is allowed) and {largest:.3g} at worst: weights, prompts or precision differ"
+        )
+    divergence = check_alignment(policy, groups)
+    if not abs(divergence) <= config.max_divergence:
+        raise SelfTestError(
+            f"self-test (b): a teacher with the student's own prompt has divergence {divergence:.3g} per token, at "
+            f"most {config.max_divergence:g} is allowed: teacher and student tokens are misaligned"
+        )
+    _check_weights_arrive(policy, sample, sync, limit, temperature)
+    return SelfTestResult(mean, largest, divergence, tokens)
+
+
+def _check_versions(groups: Sequence[Group], version: int) -> None:
+    versions = {int(v) for g in groups for s in g.samples for v in np.unique(s.completion.weight_versions)}
+    if versions - {version}:
+        raise SelfTestError(f"self-test (c): the engine served weights of version {sorted(versions)}, not {version}")
+    if not versions:
+        raise SelfTestError("self-test: the engine returned no sample at all; see the logs of the ranks")
+
+
+def _check_weights_arrive(
+    policy: Policy,
+    sample: Callable[[], list[Group]],
+    sync: Callable[[float], None],
+    limit: float,
+    temperature: float,
+) -> None:
+    """Altered weights must show in the log-probs, and the true ones must come back."""
+    sync(0.5)
+    altered, _, _ = check_logprobs(policy, sample(), temperature)
+    sync(1.0)
+    restored, _, _ = check_logprobs(policy, sample(), temperature)
+    if altered <= limit:
+        raise SelfTestError(
+            f"self-test (c): the engine was given altered weights and its log-probs still agree with the trainer's "
+            f"(difference {altered:.3g}): weight updates do not arrive"
+        )
+    if not restored <= limit:
+        raise SelfTestError(
+            f"self-test (c): the engine was given the true weights again and its log-probs differ by {restored:.3g} "
+            f"(at most {limit:g}): it serves other weights than the version that it states"
+        )

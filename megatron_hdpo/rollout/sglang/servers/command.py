@@ -1,0 +1,116 @@
+"""Command line and environment of a server: pure functions of the settings and of what the run decides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_hdpo.parallel.cores import usable_cores
+
+if TYPE_CHECKING:
+    from megatron_hdpo.rollout.sglang.servers.config import ServerConfig
+
+CPU_CACHE_TOKENS = 65_536
+"""Without a bound SGLang takes most of the host's memory for the key-value cache."""
+
+_OWN_SETTINGS = (
+    "dtype quantization context-length mem-fraction-static max-total-tokens max-running-requests attention-backend "
+    "enable-memory-saver enable-weights-cpu-backup api-key host tp tp-size tensor-parallel-size"
+)
+_OF_THE_RUN = (
+    "model model-path device port nccl-port config base-gpu-id skip-server-warmup sleep-on-idle "
+    "dp dp-size data-parallel-size enable-return-routed-experts"
+)
+RESERVED_FLAGS = dict.fromkeys(_OWN_SETTINGS.split(), "a setting of its own") | dict.fromkeys(
+    _OF_THE_RUN.split(), "decided by the run"
+)
+"""Flags that `extra_args` may not name, and why."""
+
+# torchrun's own: with them the server's processes would take the trainer's store for theirs.
+_TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"}
+_TORCHRUN |= {"ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the run decides for one server: the Hugging Face folder it loads, "cuda" or "cpu", its number in the run,
+    and on a GPU the first of its `tensor_parallel` devices among those that this process sees. routed_experts: the
+    server must be able to tell which experts it used."""
+
+    model: Path
+    device: str
+    index: int = 0
+    first_gpu: int = 0
+    routed_experts: bool = False
+
+
+def server_command(
+    config: ServerConfig, launch: Launch, host: str, port: int, nccl_port: int, key_file: Path | None = None
+) -> list[str]:
+    """Arguments of the server's process. key_file: a YAML file with the key, which a command line would show to all.
+    Raises ValueError while the precision is still auto: SGLang's own auto may be float16."""
+    if config.dtype == "auto":
+        raise ValueError("SGLang servers: dtype=auto is not settled yet: name the precision of the model")
+    values: dict[str, object] = {
+        "config": key_file,
+        "model-path": launch.model,
+        "device": launch.device,
+        "host": host,
+        "port": port,
+        "nccl-port": nccl_port,
+        "dtype": config.dtype,
+        "tp-size": config.tensor_parallel,
+        "base-gpu-id": launch.first_gpu if launch.device == "cuda" else None,
+        "quantization": config.quantization,
+        "context-length": config.context_length,
+        "mem-fraction-static": config.mem_fraction_static,
+        "max-total-tokens": config.max_total_tokens or (CPU_CACHE_TOKENS if launch.device == "cpu" else None),
+        "max-running-requests": config.max_running_requests,
+        "attention-backend": config.attention_backend,
+        # An idle scheduler would otherwise keep a core busy that the trainer can use.
+        "sleep-on-idle": True,
+        # A warm-up runs on after the server answers and stands in the way of the first weight update.
+        "skip-server-warmup": True,
+        "enable-return-routed-experts": launch.routed_experts or None,
+        "enable-memory-saver": config.memory_saver or None,
+        "enable-weights-cpu-backup": config.memory_saver or None,
+    } | {flag.lstrip("-").replace("_", "-"): value for flag, value in config.extra_args.items()}
+    command = [str(config.interpreter), "-m", "sglang.launch_server"]
+    for flag, value in values.items():
+        if value is not None:
+            command += [f"--{flag}", *_words(value)]
+    return command
+
+
+def _words(value: object) -> list[str]:
+    if value is True:
+        return []
+    return [str(item) for item in value] if isinstance(value, list) else [str(value)]
+
+
+def server_environment(config: ServerConfig, device: str, base: Mapping[str, str]) -> dict[str, str]:
+    """The trainer's environment `base` without what is meant for the trainer alone, and `config.environment`."""
+    environment = {
+        name: value for name, value in base.items() if name not in _TORCHRUN and not name.startswith("TORCHELASTIC_")
+    }
+    if config.python is not None:
+        # Modules on this path were built for another interpreter.
+        environment.pop("PYTHONPATH", None)
+    if device == "cpu":
+        environment["SGLANG_USE_CPU_ENGINE"] = "1"
+        if config.tensor_parallel > 1:
+            environment["SGLANG_CPU_OMP_THREADS_BIND"] = core_groups(usable_cores(), config.tensor_parallel)
+    return environment | config.environment
+
+
+def core_groups(cores: list[int], groups: int) -> str:
+    """`cores` cut into equal consecutive groups, written as SGLang wants them: "0,1|2,3". Raises ValueError when
+    there are too few."""
+    if groups > len(cores):
+        raise ValueError(
+            f"SGLang servers: tensor_parallel={groups} on a CPU needs {groups} cores; here are {len(cores)}"
+        )
+    size = len(cores) // groups
+    return "|".join(",".join(map(str, cores[i * size : (i + 1) * size])) for i in range(groups))

@@ -1,0 +1,125 @@
+"""How SGLang servers are run: their settings, and what can be refused before one starts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from packaging.version import InvalidVersion, Version
+from pydantic import BaseModel, ConfigDict, Field
+
+from megatron_hdpo.rollout.sglang.servers.command import RESERVED_FLAGS, server_environment
+
+OLDEST_SGLANG = Version("0.5.15")
+INSTALL = "install `megatron-hdpo[sglang]` there, or name another interpreter as `python`"
+
+FlagValue = bool | int | float | str | list[str]
+
+
+class ServerConfig(BaseModel):
+    """One SGLang server; all servers of a run have the same settings."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    python: Path | None = Field(
+        None, description="Interpreter of the environment that has SGLang; the trainer's own where none is named."
+    )
+    host: str = Field(
+        "127.0.0.1",
+        description="Address the servers listen on; `node` for the node's own, where other nodes must reach them. "
+        "Whoever reaches a server can replace its weights: see `api_key`.",
+    )
+    api_key: bool = Field(False, description="Give every server a random key, without which it answers nobody.")
+    tensor_parallel: int = Field(1, ge=1, description="GPUs (on a CPU: groups of cores) that share one model.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Precision of weights, activations and key-value cache. auto: that of the model (model.dtype), so "
+        "that engine and trainer agree on log-probs; SGLang never chooses it.",
+    )
+    quantization: Literal["fp8"] | None = Field(
+        None, description="Quantise the weights as they are loaded and updated. GPUs only."
+    )
+    context_length: int | None = Field(
+        None, ge=1, description="Longest prompt plus response in tokens; the model's own limit where none is named."
+    )
+    mem_fraction_static: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Share of the GPU's memory for weights and key-value cache; SGLang's own estimate.",
+    )
+    max_total_tokens: int | None = Field(
+        None, ge=1, description="Size of the key-value cache in tokens; from the memory on a GPU, 65,536 on a CPU."
+    )
+    max_running_requests: int | None = Field(None, ge=1, description="Samples that decode together at most.")
+    attention_backend: str | None = Field(None, description="SGLang's attention kernels; its own choice by default.")
+    memory_saver: bool = Field(
+        False,
+        description="Let the server give its GPU memory to the trainer between rollouts (colocated), its weights "
+        "waiting in host memory. GPUs only.",
+    )
+    extra_args: dict[str, FlagValue] = Field(
+        default_factory=dict,
+        description="Further flags of `sglang.launch_server` without their dashes; true for a flag without a value.",
+    )
+    environment: dict[str, str] = Field(default_factory=dict, description="Environment variables of the servers.")
+    start_timeout_s: float = Field(900.0, gt=0, description="Longest wait for a server to load and answer.")
+    stop_timeout_s: float = Field(
+        30.0,
+        ge=0,
+        description="Time a server has for an end of its own before it is killed. SGLang looks for the request every "
+        "5 s and gives its schedulers 15 s to free the GPU.",
+    )
+    max_restarts: int = Field(5, ge=0, description="New starts of one server that died, in the whole run.")
+
+    @property
+    def interpreter(self) -> Path:
+        """The Python that runs the servers."""
+        return self.python or Path(sys.executable)
+
+    def check(self, device: str) -> None:
+        """Refuse what cannot work on `device` ("cuda" or "cpu"). Pure. Raises ValueError."""
+        if device == "cpu":
+            for name in ("quantization", "memory_saver", "mem_fraction_static"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"SGLang servers: {name}={getattr(self, name)!r} needs a GPU, and the run's device is the CPU; "
+                        f"leave {name} out"
+                    )
+        for flag, value in self.extra_args.items():
+            name = flag.lstrip("-").replace("_", "-")
+            if name in RESERVED_FLAGS:
+                raise ValueError(f"SGLang servers: extra_args.{flag} is {RESERVED_FLAGS[name]}; take it out")
+            if value is False:
+                raise ValueError(f"SGLang servers: extra_args.{flag} is false; a flag that is not wanted is left out")
+
+    def check_interpreter(self, device: str, base: Mapping[str, str] | None = None) -> Version:
+        """Version of the SGLang that the interpreter has, asked without importing it. Raises ValueError, saying how to
+        install it, when the interpreter, SGLang, or a version of it that can be used is missing."""
+        if sys.platform != "linux":
+            raise ValueError(
+                f"SGLang servers: the trainer starts them on Linux only, and this is {sys.platform}; take "
+                "rollout.engine=embedded, or rollout.sglang.placement=given with servers on Linux machines"
+            )
+        python = self.interpreter
+        question = "import importlib.metadata as metadata; print(metadata.version('sglang'))"
+        environment = server_environment(self, device, os.environ if base is None else base)
+        try:
+            # Last line: a sitecustomize may greet.
+            answer = subprocess.run(
+                [python, "-c", question], env=environment, capture_output=True, text=True, timeout=60, check=True
+            )
+            version = Version(answer.stdout.strip().splitlines()[-1])
+        except OSError as error:
+            raise ValueError(f"SGLang servers: {python} does not run ({error.strerror}); {INSTALL}") from error
+        except subprocess.TimeoutExpired as error:
+            raise ValueError(f"SGLang servers: {python} did not say within a minute which SGLang it has") from error
+        except (subprocess.CalledProcessError, InvalidVersion, IndexError) as error:
+            raise ValueError(f"SGLang servers: {python} has no SGLang; {INSTALL}") from error
+        if version < OLDEST_SGLANG:
+            raise ValueError(f"SGLang servers: {python} has SGLang {version}, older than {OLDEST_SGLANG}; {INSTALL}")
+        return version

@@ -1,0 +1,236 @@
+"""Weights from the trainer's ranks to the servers, bucket by bucket, and the gate that they must pass afterwards.
+
+A push is collective over the ranks of each data-parallel replica, because the stream is; servers are independent of
+each other. While one bucket is on its way to the servers the next one is gathered. The version is stamped with the last
+bucket: weights that are half new never bear it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from megatron_hdpo.rollout.engine import WeightStream
+from megatron_hdpo.rollout.sglang.api import ApiError
+from megatron_hdpo.rollout.sglang.engine import SGLangEngine
+from megatron_hdpo.rollout.sglang.replica import Replica
+from megatron_hdpo.rollout.sglang.weights.gate import Gate, GateError
+from megatron_hdpo.rollout.sglang.weights.participants import Participants
+
+Bucket = list[tuple[str, Tensor]]
+T = TypeVar("T")
+
+
+class WeightPushError(RuntimeError):
+    """No server took the weights; the text says at what version, and why."""
+
+
+@dataclass(frozen=True)
+class PushReport:
+    """What a push moved from this rank: bytes of weights (once, however many servers took them) and seconds."""
+
+    num_bytes: int
+    seconds: float
+    servers: int
+
+    def metrics(self) -> dict[str, float]:
+        """sync/gb_per_s counts every server's copy, 1e9 bytes each GB."""
+        rate = self.num_bytes * self.servers / 1e9 / max(self.seconds, 1e-9)
+        return {"sync/bytes": float(self.num_bytes), "sync/transfer_s": self.seconds, "sync/gb_per_s": rate}
+
+
+class Transport(Protocol):
+    """One way for buckets to reach servers. `prepare` runs in the caller's thread, where collectives over the trainer's
+    ranks are allowed; the coroutines run in the engine's."""
+
+    async def open(self, servers: Participants) -> None:
+        """Before the first bucket."""
+
+    def prepare(self, bucket: Bucket) -> Any:
+        """What `send` needs of a bucket; called on every rank that streams, also without servers."""
+
+    async def send(self, prepared: Any, servers: Participants, last: dict[str, Any]) -> None:
+        """Deliver a bucket. last: fields for the call that completes the weights, {} before it."""
+
+    async def close(self, servers: Participants) -> None:
+        """After the last bucket."""
+
+    async def leave(self, replicas: Sequence[Replica]) -> None:
+        """There will be no further push."""
+
+
+class WeightPush:
+    """Pushes to all servers of an engine; holds two buckets beside what its caller streams. gate: None to trust the
+    servers."""
+
+    def __init__(self, engine: SGLangEngine, transport: Transport, gate: Gate | None) -> None:
+        self.engine, self.transport, self.gate = engine, transport, gate
+        self.config = engine.config.sync
+
+    def push(self, stream: WeightStream, version: int) -> PushReport:
+        """Give the servers these weights and stamp them.
+
+        Servers that fail are taken out. Raises WeightPushError when this rank has servers and none took the weights,
+        GateError when one holds others than were sent; the stream is read to its end first.
+        """
+        run = self.engine.thread.run
+        begin = time.monotonic()
+        servers = run(self._participants())
+        try:
+            run(self._begin(servers))
+            num_bytes, gate_input = self._stream(stream, servers, version)
+            run(self._end(servers))
+            seconds = time.monotonic() - begin
+            if self.gate is not None:
+                run(self.gate.check(servers, gate_input, version))
+        except BaseException as error:
+            run(self._set_aside(servers, f"its update to version {version} failed: {error}"))
+            raise
+        finally:
+            run(self._go_on())
+        if self.engine.replicas and not servers.replicas:
+            reasons = "; ".join(f"{replica.url}: {replica.reason}" for replica in self.engine.replicas)
+            raise WeightPushError(f"no server took the weights of version {version}: {reasons}")
+        if self.gate is not None:
+            try:
+                run(self.gate.probe(servers, version))
+            except GateError as error:
+                run(self._set_aside(servers, str(error)))
+                raise
+        run(self.engine.mark_served(servers.replicas, version))
+        # A rank without servers only helped to gather.
+        return PushReport(num_bytes if servers.replicas else 0, seconds, len(servers.replicas))
+
+    def close(self) -> None:
+        """Leave what was joined for the sake of pushing. Idempotent."""
+        self.engine.thread.run(self.transport.leave([r for r in self.engine.replicas if r.state != "down"]))
+
+    def _stream(self, stream: WeightStream, servers: Participants, version: int) -> tuple[int, Any]:
+        """Bytes sent, and what the gate needs to know of them."""
+        expected = self.gate.expect(servers.replicas) if self.gate else None
+        sending: Future[None] | None = None
+        num_bytes = 0
+        try:
+            typed = _in_dtype(stream, self._served_dtype())
+            for bucket, is_last in _with_last(_buckets(typed, self.config.bucket_mib * 2**20)):
+                prepared = self.transport.prepare(bucket)
+                num_bytes += sum(_num_bytes(tensor) for _, tensor in bucket)
+                if expected is not None:
+                    expected.add(bucket)
+                if sending is not None:
+                    sending.result()
+                last = self._last(version) if is_last else {}
+                sending = self.engine.thread.start(servers.attempt(self.transport.send(prepared, servers, last)))
+        finally:
+            # Also when the stream breaks: nothing may be under way when the servers go on.
+            if sending is not None:
+                sending.result()
+        return num_bytes, expected
+
+    def _served_dtype(self) -> torch.dtype | None:
+        """The servers' type, where they all say one: what they would round the weights to is what the gate compares,
+        and travels."""
+        names = {replica.info.dtype for replica in self.engine.replicas}
+        found = getattr(torch, names.pop(), None) if len(names) == 1 else None
+        return found if isinstance(found, torch.dtype) else None
+
+    def _last(self, version: int) -> dict[str, Any]:
+        """What the prefix cache holds is of the old weights; it cannot be flushed while samples stand in it."""
+        in_use = self.config.pause == "in_place" and any(replica.in_flight for replica in self.engine.replicas)
+        return {"weight_version": str(version), "flush_cache": not in_use}
+
+    async def _participants(self) -> Participants:
+        """The servers that take part: all that answer, after those that are being started anew are up."""
+        watch = self.engine.watch
+        await watch.wait_for_servers()
+        watch.paused = True
+        return Participants([r for r in self.engine.replicas if r.state != "down"], watch)
+
+    async def _set_aside(self, servers: Participants, reason: str) -> None:
+        servers.set_all_aside(reason)
+
+    async def _begin(self, servers: Participants) -> None:
+        timeout = self.config.timeout_s
+        await servers.each(lambda replica: replica.api.pause(self.config.pause, timeout))
+        await servers.each(lambda replica: self._resume(replica, "weights"))
+        await servers.each(self._begin_session)
+        await servers.attempt(self.transport.open(servers))
+
+    async def _begin_session(self, replica: Replica) -> None:
+        if not replica.info.sessions:
+            return
+        try:
+            await replica.api.update("/begin_weight_update", {}, self.config.timeout_s)
+        except ApiError as error:
+            if error.status != 400:
+                raise
+            # An update that was broken off has left its session open.
+            await replica.api.update("/end_weight_update", {}, self.config.timeout_s)
+            await replica.api.update("/begin_weight_update", {}, self.config.timeout_s)
+
+    async def _end(self, servers: Participants) -> None:
+        await servers.attempt(self.transport.close(servers))
+        with_session = [replica for replica in servers.replicas if replica.info.sessions]
+
+        async def end(replica: Replica) -> None:
+            if replica in with_session:
+                await replica.api.update("/end_weight_update", {}, self.config.timeout_s)
+
+        await servers.each(end)
+        await servers.each(lambda replica: self._resume(replica, "kv_cache", "cuda_graph"))
+        for replica in servers.replicas:
+            replica.asleep = False
+
+    async def _resume(self, replica: Replica, *tags: str) -> None:
+        """Memory that was given to the trainer: that of the weights before they come, the rest afterwards."""
+        if replica.asleep:
+            await replica.api.post("/resume_memory_occupation", {"tags": list(tags)}, self.config.timeout_s)
+
+    async def _go_on(self) -> None:
+        """Generation goes on everywhere, also where the update failed: a paused server would never be seen again."""
+        for replica in self.engine.replicas:
+            if replica.state != "down" or replica.own is None:
+                try:
+                    await replica.api.go_on(10)
+                except ApiError as error:
+                    replica.reason = replica.reason or str(error)
+        self.engine.watch.paused = False
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.itemsize
+
+
+def _in_dtype(stream: WeightStream, dtype: torch.dtype | None) -> WeightStream:
+    return stream if dtype is None else ((name, tensor.to(dtype)) for name, tensor in stream)
+
+
+def _buckets(stream: WeightStream, limit: int) -> Iterator[Bucket]:
+    """Consecutive tensors of at most `limit` bytes together, or one that is larger."""
+    bucket: Bucket = []
+    size = 0
+    for name, tensor in stream:
+        if bucket and size + _num_bytes(tensor) > limit:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, tensor))
+        size += _num_bytes(tensor)
+    if bucket:
+        yield bucket
+
+
+def _with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
+    """Each item, and whether it is the last one."""
+    iterator = iter(items)
+    for item in iterator:
+        held = item
+        for following in iterator:
+            yield held, False
+            held = following
+        yield held, True

@@ -1,0 +1,45 @@
+"""The rollouts of each step, sampled when they are wanted, or while the step before is being learned from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from megatron_hdpo.sampling.coordinator import RolloutCoordinator, SampledShare
+from megatron_hdpo.sampling.sampler import OnProgress
+from megatron_hdpo.types.learning import Objective
+from megatron_hdpo.types.problem import Problem
+from megatron_hdpo.types.rollouts import Group
+
+
+class StepRollouts:
+    """`begin` samples a step in a thread, on every rank by itself; `take` hands it over on all ranks."""
+
+    def __init__(self, coordinator: RolloutCoordinator) -> None:
+        self.coordinator = coordinator
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollouts-ahead")
+        self._begun: tuple[int, Future[SampledShare]] | None = None
+
+    def begin(self, problems: Sequence[Problem], step: int, objective: Objective) -> None:
+        """Start sampling this step's share of this rank with the weights that the engine has now."""
+        self._begun = step, self._thread.submit(self.coordinator.sample_step, problems, step, objective)
+
+    def wait(self) -> None:
+        """Until nothing is being sampled; what went wrong is raised by `take`."""
+        if self._begun is not None:
+            self._begun[1].exception()
+
+    def take(
+        self, problems: Sequence[Problem], step: int, objective: Objective, on_progress: OnProgress | None = None
+    ) -> list[Group]:
+        """The groups of a step: those that were begun, else sampled now. Collective."""
+        if self._begun is None:
+            return self.coordinator.step(problems, step, objective, on_progress)
+        begun_step, future = self._begun
+        assert begun_step == step, f"step {begun_step} was begun, step {step} is wanted"
+        self._begun = None
+        return self.coordinator.finish_step(future.result(), objective, on_progress)
+
+    def close(self) -> None:
+        """Wait for nobody."""
+        self._thread.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,192 @@
+"""The groups of a step, on all ranks: student rollouts, and privileged ones where the objective asks for them.
+
+The ranks that sample share the problems; groups are then gathered, so that every rank holds the whole step in the same
+order, whatever the number of ranks. A group's privileged rollouts are asked for as soon as its last student rollout has
+been judged, while other groups are still being sampled.
+
+An engine that has lost the weights (its last server died) stops sampling on its rank only; all ranks then bring the
+weights back together, and it goes on with what is missing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from megatron_hdpo.data.prompts import PromptBuilder
+from megatron_hdpo.parallel.context import ParallelContext
+from megatron_hdpo.rollout.config import RolloutConfig
+from megatron_hdpo.rollout.engine import EngineLostWeights
+from megatron_hdpo.sampling.sampler import OnProgress, RolloutRequest, Rollouts, Sampler, Sampling, rollout_seed
+from megatron_hdpo.types.learning import Objective
+from megatron_hdpo.types.problem import Problem
+from megatron_hdpo.types.rollouts import Group, SamplingParams
+
+LOGGER = logging.getLogger(__name__)
+
+
+@dataclass
+class SampledShare:
+    """What one rank has sampled of a step: groups by the index of their problem. complete: privileged rollouts are
+    among them, as far as the objective asked for any. unfinished: what an engine without weights has left to do."""
+
+    step: int
+    problems: int
+    groups: dict[int, Group] = field(default_factory=dict)
+    complete: bool = True
+    unfinished: Sampling | None = None
+
+    def run(self, sampling: Sampling) -> None:
+        """Sample to the end, or until the engine has lost the weights."""
+        try:
+            sampling.run()
+            self.unfinished = None
+        except EngineLostWeights as error:
+            LOGGER.warning("sampling stopped, the engine has no weights: %s", error)
+            self.unfinished = sampling
+
+
+class RolloutCoordinator:
+    """See the module. stop_token_ids: tokens that end a response. seed: the run's. sampling_ranks: the ranks whose
+    engine takes requests, all by default. restore_weights: gives all engines the run's weights again; collective."""
+
+    def __init__(
+        self,
+        config: RolloutConfig,
+        context: ParallelContext,
+        sampler: Sampler,
+        prompts: PromptBuilder,
+        stop_token_ids: tuple[int, ...],
+        seed: int,
+        sampling_ranks: Sequence[int] | None = None,
+        restore_weights: Callable[[], object] | None = None,
+    ) -> None:
+        self.config = config
+        self.context = context
+        self.sampler = sampler
+        self.prompts = prompts
+        self.stop_token_ids = stop_token_ids
+        self.seed = seed
+        self.restore_weights = restore_weights
+        self.sampling_ranks = list(range(context.world_size) if sampling_ranks is None else sampling_ranks)
+
+    def step(
+        self, problems: Sequence[Problem], step: int, objective: Objective, on_progress: OnProgress | None = None
+    ) -> list[Group]:
+        """Groups of `samples_per_prompt` rollouts of the problems, in their order, with the privileged rollouts that
+        the objective asks for. Collective."""
+        return self.finish_step(self.sample_step(problems, step, objective, on_progress), objective, on_progress)
+
+    def sample_step(
+        self, problems: Sequence[Problem], step: int, objective: Objective, on_progress: OnProgress | None = None
+    ) -> SampledShare:
+        """This rank's share of a step. Not collective: a thread may run it while the ranks train."""
+        share = SampledShare(step, len(problems), complete=not self._bounded(len(problems), objective))
+        sampling = self.config.sampling(self.config.samples_per_prompt, self.stop_token_ids)
+        requests = self._requests(problems, sampling, ("train", step))
+        requests = [replace(request, stop_at=self.config.stop_at_reward) for request in requests]
+        share.groups = {int(r.key): Group(r.problem, r.prompt_ids, []) for r in requests}
+        share.run(self.sampler.begin(requests, on_progress, partial(self._judged, share, objective)))
+        return share
+
+    def finish_step(
+        self, share: SampledShare, objective: Objective, on_progress: OnProgress | None = None
+    ) -> list[Group]:
+        """All groups of the step on every rank, from what each rank has sampled. Collective."""
+        groups = self._gather(share)
+        if share.complete:
+            return groups
+        # The bound counts the cliffs of the whole step, so that it does not depend on which rank found which.
+        planned = {g: n for g, group in enumerate(groups) if (n := objective.privileged(group, share.step))}
+        chosen = dict(list(planned.items())[: objective.max_privileged_prompts])
+        mine = {g: n for g, n in chosen.items() if g in share.groups}
+        requests = [self._privileged(share, g, n, objective) for g, n in mine.items()]
+        share.run(self.sampler.begin(requests, on_progress, partial(self._judged, share, objective)))
+        return self._gather(share)
+
+    def groups(
+        self,
+        problems: Sequence[Problem],
+        sampling: SamplingParams,
+        purpose: tuple[object, ...],
+        on_progress: OnProgress | None = None,
+    ) -> list[Group]:
+        """Groups of the problems under any sampling, without privileged rollouts; `purpose` enters the seeds.
+        Collective."""
+        share = SampledShare(0, len(problems))
+        requests = self._requests(problems, sampling, purpose)
+        share.groups = {int(r.key): Group(r.problem, r.prompt_ids, []) for r in requests}
+
+        def then(request: RolloutRequest, rollouts: Rollouts) -> list[RolloutRequest]:
+            group = share.groups[int(request.key)]
+            group.samples, group.dropped = rollouts.samples, rollouts.dropped
+            return []
+
+        share.run(self.sampler.begin(requests, on_progress, then))
+        return self._gather(share)
+
+    def _requests(
+        self, problems: Sequence[Problem], sampling: SamplingParams, purpose: tuple[object, ...]
+    ) -> list[RolloutRequest]:
+        """Those of this rank: each sampling rank takes every so-manieth problem."""
+        ranks = self.sampling_ranks
+        if self.context.rank not in ranks:
+            return []
+        return [
+            RolloutRequest(
+                str(i),
+                problems[i],
+                self.prompts.student(problems[i]),
+                sampling,
+                rollout_seed(self.seed, *purpose, problems[i].id),
+            )
+            for i in range(ranks.index(self.context.rank), len(problems), len(ranks))
+        ]
+
+    def _judged(
+        self, share: SampledShare, objective: Objective, request: RolloutRequest, rollouts: Rollouts
+    ) -> list[RolloutRequest]:
+        """A request's rollouts are complete: put them into their group; the next request of that group, if any."""
+        index, _, privileged = request.key.partition("/")
+        group = share.groups[int(index)]
+        if privileged:
+            group.privileged = rollouts.samples
+            for reason, count in rollouts.dropped.items():
+                group.dropped[f"privileged_{reason}"] = count
+            objective.keep_privileged(group)
+            return []
+        group.samples, group.dropped = rollouts.samples, rollouts.dropped
+        count = objective.privileged(group, share.step) if share.complete else 0
+        return [self._privileged(share, int(index), count, objective)] if count else []
+
+    def _privileged(self, share: SampledShare, index: int, count: int, objective: Objective) -> RolloutRequest:
+        group = share.groups[index]
+        group.privileged_prompt_ids = self.prompts.privileged(group.problem)
+        sampling = self.config.sampling(count, self.stop_token_ids, objective.privileged_top_logprobs)
+        # They are learned from after another prompt, where the engine's experts are none to follow.
+        sampling = replace(sampling, routed_experts=False)
+        seed = rollout_seed(self.seed, "privileged", share.step, group.problem.id)
+        return RolloutRequest(f"{index}/privileged", group.problem, group.privileged_prompt_ids, sampling, seed)
+
+    def _bounded(self, problems: int, objective: Objective) -> bool:
+        """Whether the step may have more groups that want privileged rollouts than may get them."""
+        bound = objective.max_privileged_prompts
+        if self.sampler.engine.deterministic:
+            # What is asked for when a check happens to end would enter the batch, and the last bits of its log-probs.
+            return True
+        return not self.config.overlap_privileged or (bound is not None and bound < problems)
+
+    def _gather(self, share: SampledShare) -> list[Group]:
+        """The groups of all ranks, once every rank's sampling is over."""
+        while any(self.context.gather_objects(share.unfinished is not None)):
+            if self.restore_weights is None:
+                raise EngineLostWeights("the engine has lost the weights, and nothing can bring them back")
+            self.restore_weights()
+            if share.unfinished is not None:
+                share.run(share.unfinished)
+        merged: dict[int, Group] = {}
+        for part in self.context.gather_objects(share.groups):
+            merged |= part
+        return [merged[index] for index in range(share.problems)]

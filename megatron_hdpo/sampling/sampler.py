@@ -1,0 +1,222 @@
+"""Rollouts of problems: sampled by this rank's engine, judged while sampling goes on, failures retried and counted.
+
+A generation or a check that failed is never a reward: it is tried again, then dropped and counted.
+The sampler is local to a rank; `rollouts.py` shares the problems of a step over ranks and brings groups together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from megatron_hdpo.rewards.pool import Judgement, RewardPool
+from megatron_hdpo.rollout.engine import Engine
+from megatron_hdpo.types.problem import Problem
+from megatron_hdpo.types.rollouts import Completion, GenerationRequest, GenerationResult, Sample, SamplingParams
+
+OnProgress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class RolloutRequest:
+    """`sampling.n` rollouts of a problem after a prompt. `key` tells it from the others of its call.
+
+    stop_at: reward from which a judged rollout ends the sampling of the others; None samples them all.
+    """
+
+    key: str
+    problem: Problem
+    prompt_ids: np.ndarray
+    sampling: SamplingParams
+    seed: int
+    stop_at: float | None = None
+
+
+@dataclass
+class Rollouts:
+    """What came of one request: judged samples, and what was dropped, by reason."""
+
+    samples: list[Sample] = field(default_factory=list)
+    dropped: dict[str, int] = field(default_factory=dict)
+
+    def drop(self, reason: str, count: int = 1) -> None:
+        """Count rollouts that do not exist."""
+        self.dropped[reason] = self.dropped.get(reason, 0) + count
+
+
+Then = Callable[[RolloutRequest, Rollouts], Sequence[RolloutRequest]]
+
+
+def rollout_seed(*parts: object) -> int:
+    """A 63-bit seed from what identifies a request (run seed, step, problem, purpose): the same after a resume and on
+    any number of ranks."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class Sampler:
+    """decode: token ids to text, special tokens left out. max_retries: new tries of a request that failed."""
+
+    def __init__(
+        self, engine: Engine, rewards: RewardPool, decode: Callable[[np.ndarray], str], max_retries: int = 2
+    ) -> None:
+        self.engine = engine
+        self.rewards = rewards
+        self.decode = decode
+        self.max_retries = max_retries
+
+    def sample(
+        self,
+        requests: Sequence[RolloutRequest],
+        on_progress: OnProgress | None = None,
+        then: Then = lambda request, rollouts: (),
+    ) -> dict[str, Rollouts]:
+        """Judged rollouts by request key; see `begin`."""
+        sampling = self.begin(requests, on_progress, then)
+        sampling.run()
+        return sampling.done
+
+    def begin(
+        self,
+        requests: Sequence[RolloutRequest],
+        on_progress: OnProgress | None = None,
+        then: Then = lambda request, rollouts: (),
+    ) -> Sampling:
+        """A sampling of these requests, to be `run`.
+
+        then(request, rollouts) is called once for each request, when its last rollout has been judged; the requests
+        that it returns join the others at once, while those are still being sampled. on_progress gets the number of
+        samples that came with each result.
+        """
+        return Sampling(self, requests, on_progress, then)
+
+
+@dataclass
+class _Open:
+    """A request on its way. judged: outcomes in the order in which the samples came, so that an engine that is
+    deterministic gives groups in one order however long the checks take. missing: samples not sampled yet."""
+
+    request: RolloutRequest
+    missing: int
+    judged: list[Sample | None] = field(default_factory=list)
+    judging: int = 0
+    ids: list[str] = field(default_factory=list)
+    stopped: bool = False
+    rollouts: Rollouts = field(default_factory=Rollouts)
+
+
+@dataclass(frozen=True)
+class _Check:
+    key: str
+    place: int
+    completion: Completion
+    text: str
+
+
+class Sampling:
+    """Requests under way. done: judged rollouts by request key, complete when `run` has returned."""
+
+    def __init__(
+        self, sampler: Sampler, requests: Sequence[RolloutRequest], on_progress: OnProgress | None, then: Then
+    ) -> None:
+        self.sampler, self.on_progress, self.then = sampler, on_progress, then
+        self.done: dict[str, Rollouts] = {}
+        self._open = {request.key: _Open(request, request.sampling.n) for request in requests}
+        self._checks: dict[Future[Judgement], _Check] = {}
+
+    def run(self) -> None:
+        """Sample and judge to the end. Raises EngineLostWeights when the engine must be given weights first; run again
+        after that, it goes on with what is missing."""
+        self._submit([(entry, entry.missing, 0) for entry in self._open.values() if entry.missing])
+        while self._open:
+            for result in self.sampler.engine.results():
+                if result is not None:
+                    self._take(result)
+                self._collect(timeout=0.0)
+            if self._open and not self._checks:
+                raise RuntimeError(f"the engine never answered the requests {sorted(self._open)[:5]}")
+            self._collect(timeout=None)
+
+    def _submit(self, wanted: Sequence[tuple[_Open, int, int]]) -> None:
+        """So many samples of each request, at the given number of failures so far. A new try has a seed of its own:
+        with the old one it would repeat samples that succeeded."""
+        attempts = []
+        for entry, count, failures in wanted:
+            request, suffix = entry.request, f"#{failures}"
+            if request.key + suffix in entry.ids:
+                suffix += f".{len(entry.ids)}"
+            seed = request.seed if not entry.ids else rollout_seed(request.seed, "retry", suffix[1:])
+            entry.ids.append(request.key + suffix)
+            attempts.append(_attempt(request, entry.ids[-1], count, seed))
+        if attempts:
+            self.sampler.engine.submit(attempts)
+
+    def _take(self, result: GenerationResult) -> None:
+        key, _, attempt = result.request_id.rpartition("#")
+        entry = self._open[key]
+        for completion in result.completions:
+            text = self.sampler.decode(completion.token_ids)
+            future = self.sampler.rewards.submit(entry.request.problem, text)
+            self._checks[future] = _Check(key, len(entry.judged), completion, text)
+            entry.judged.append(None)
+            entry.judging += 1
+            entry.missing -= 1
+        if result.cancelled:
+            entry.missing -= result.cancelled
+            entry.rollouts.drop("stopped_early", result.cancelled)
+        if result.errors:
+            self._retry(entry, len(result.errors), int(attempt.partition(".")[0]))
+        if self.on_progress is not None and result.completions:
+            self.on_progress(len(result.completions))
+        self._close_if_done(entry)
+
+    def _retry(self, entry: _Open, failed: int, failures: int) -> None:
+        """failures: of these samples before this one."""
+        if failures >= self.sampler.max_retries or entry.stopped:
+            entry.missing -= failed
+            entry.rollouts.drop("generation_failed", failed)
+        else:
+            self._submit([(entry, failed, failures + 1)])
+
+    def _collect(self, timeout: float | None) -> None:
+        """Take the checks that have ended; wait for one of them at least with timeout None."""
+        if not self._checks:
+            return
+        ended, _ = wait(self._checks, timeout, return_when=FIRST_COMPLETED)
+        for future in ended:
+            check, judgement = self._checks.pop(future), future.result()
+            entry = self._open[check.key]
+            entry.judging -= 1
+            if judgement.reward is None:
+                entry.rollouts.drop("check_failed")
+            else:
+                entry.judged[check.place] = Sample(check.completion, check.text, judgement.reward, judgement.feedback)
+                self._stop_early(entry, judgement.reward)
+            self._close_if_done(entry)
+
+    def _stop_early(self, entry: _Open, reward: float) -> None:
+        stop_at = entry.request.stop_at
+        if stop_at is not None and reward >= stop_at and entry.missing and not entry.stopped:
+            entry.stopped = True
+            self.sampler.engine.cancel(entry.ids)
+
+    def _close_if_done(self, entry: _Open) -> None:
+        if entry.missing or entry.judging:
+            return
+        del self._open[entry.request.key]
+        entry.rollouts.samples = [sample for sample in entry.judged if sample is not None]
+        self.done[entry.request.key] = entry.rollouts
+        following = {
+            request.key: _Open(request, request.sampling.n) for request in self.then(entry.request, entry.rollouts)
+        }
+        self._open |= following
+        self._submit([(new, new.missing, 0) for new in following.values()])
+
+
+def _attempt(request: RolloutRequest, request_id: str, n: int, seed: int) -> GenerationRequest:
+    sampling = replace(request.sampling, n=n)
+    return GenerationRequest(request_id, request.prompt_ids, sampling, seed, request.problem.id)

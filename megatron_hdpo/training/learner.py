@@ -1,0 +1,182 @@
+"""One step of learning from a step's groups: plan, score, update."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from megatron_hdpo.checkpoint.store import Memory
+from megatron_hdpo.costs.flops import FORWARD, FORWARD_AND_BACKWARD, forward_flops
+from megatron_hdpo.model.packing import split_by_cost
+from megatron_hdpo.model.policy import Policy, TrainingError, share_examples
+from megatron_hdpo.model.scoring import Answered, in_waves
+from megatron_hdpo.teachers.teacher import PolicyTeacher, Teacher
+from megatron_hdpo.tracking.console import Console
+from megatron_hdpo.tracking.work import StepWork
+from megatron_hdpo.types.learning import (
+    Example,
+    HiddenStates,
+    Objective,
+    Score,
+    Scoring,
+    ScoringKey,
+    Weights,
+)
+from megatron_hdpo.types.rollouts import Group
+
+_PHASES = {"policy": "score", "teacher": "teacher", "reference": "reference"}
+Answers = dict[ScoringKey, Score]
+Heads = dict[Weights, Tensor]
+
+
+class Learner:
+    """Joins objective, teacher and policy. Every method is collective over all ranks.
+
+    reference: the model as reinforcement learning found it, for objectives with a KL penalty.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        objective: Objective,
+        teacher: Teacher,
+        console: Console,
+        updates_per_step: int = 1,
+        max_skipped_updates: int = 3,
+        reference: Teacher | None = None,
+    ) -> None:
+        self.policy = policy
+        self.objective = objective
+        self.teacher = teacher
+        self.reference = reference
+        self.console = console
+        self.updates_per_step = updates_per_step
+        self.max_skipped_updates = max_skipped_updates
+        self.work = StepWork()
+        self._skipped_in_a_row = 0
+
+    def learn(self, groups: Sequence[Group], step: int) -> dict[str, float]:
+        """Update the policy on the groups of the step (the same list on every rank); returns its metrics."""
+        self.objective.begin_step(step, groups)
+        examples, teacher_head, metrics = self._plan(self._share(groups))
+        self.work.trained(self.policy.architecture, examples)
+        updates = []
+        with self.console.phase("train", total=self._tokens(examples), unit="tok") as phase:
+            for update in range(self.updates_per_step):
+                part = examples[update :: self.updates_per_step]
+                another = update + 1 < self.updates_per_step and not self.teacher.follows_updates
+                new = self.policy.update(part, self.objective.loss, phase.advance, teacher_head, another)
+                self._stop_when_only_skipping(new)
+                if not new["train/skipped"]:
+                    self.teacher.after_update()
+                updates.append(new)
+        self.teacher.after_step()
+        return _of_step(updates) | metrics
+
+    def memory(self) -> Memory:
+        """What a checkpoint must hold of objective and teacher."""
+        state = self.teacher.state()
+        teacher = {"kind": self.teacher.kind, "values": state.values, "weights": state.weights is not None}
+        objective = {"class": type(self.objective).__name__, "state": self.objective.state()}
+        return Memory({"objective": objective, "teacher": teacher}, state.weights)
+
+    def recall(self, memory: Memory) -> None:
+        """Take back what `memory` gave. A recipe that changed its method or its kind of teacher since starts those
+        afresh: the one with no memory, the other from the weights that the policy holds now."""
+        objective, teacher = memory.values.get("objective", {}), memory.values.get("teacher", {})
+        if objective.get("class") == type(self.objective).__name__:
+            self.objective.load_state(objective["state"])
+        if teacher.get("kind") == self.teacher.kind:
+            self.teacher.load_state(teacher["values"], memory.weights)
+
+    def _stop_when_only_skipping(self, metrics: dict[str, float]) -> None:
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if metrics["train/skipped"] else 0
+        if self._skipped_in_a_row > self.max_skipped_updates:
+            raise TrainingError(
+                f"{self._skipped_in_a_row} updates in a row had a gradient that is not finite (norm "
+                f"{metrics['train/grad_norm']}): the weights are as before them. Lower optimizer.lr or "
+                "objective.distill.coefficient, or look for the first such step in metrics.jsonl"
+            )
+
+    def _share(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups of this data-parallel replica: whole groups, nearly equal arithmetic for all replicas."""
+        context = self.policy.context
+        return [groups[i] for i in split_by_cost(list(map(self._cost, groups)), context.dp_size)[context.dp_rank]]
+
+    def _cost(self, group: Group) -> float:
+        """Arithmetic that a group may ask for: its sequences scored, and trained on if it can change the policy."""
+        passes = FORWARD + (FORWARD_AND_BACKWARD if self.objective.has_signal(group) else 0)
+        sequences = [(len(group.prompt_ids) + s.length, s.length) for s in (*group.samples, *group.privileged)]
+        return passes * forward_flops(self.policy.architecture, sequences)
+
+    def _plan(self, groups: Sequence[Group]) -> tuple[list[Example], Tensor | None, dict[str, float]]:
+        """This replica's examples, the head of the teacher whose hidden states are their targets, and the objective's
+        metrics of the plan. Scores and heads that no example needs end here, before the update takes its memory."""
+        scores, heads = self._scores(self.objective.scorings(groups))
+        totals = self._totals(groups, scores)
+        context = self.policy.context
+        made = self.objective.examples(groups, scores, totals) if context.is_last_stage else None
+        examples = share_examples(made, context)
+        needed = any(isinstance(example.target, HiddenStates) for example in examples)
+        return examples, heads.get("teacher") if needed else None, self.objective.totals_metrics(totals)
+
+    def _totals(self, groups: Sequence[Group], scores: Mapping[ScoringKey, Score]) -> dict[str, float]:
+        """The objective's sums, over all replicas. One rank speaks for each replica: one that has the scores."""
+        context = self.policy.context
+        speaks = context.is_last_stage and context.groups.tp.rank() == context.groups.cp.rank() == 0
+        parts = context.gather_objects(self.objective.totals(groups, scores) if speaks else {})
+        return {name: sum(part.get(name, 0.0) for part in parts) for part in parts for name in part}
+
+    def _scores(self, scorings: Sequence[Scoring]) -> tuple[Answers, Heads]:
+        """Answers wave by wave, and the heads that kept hidden states are read by; all replicas take the same waves."""
+        waves = in_waves(scorings)
+        everywhere = sorted({wave for waves in self.policy.context.gather_objects(list(waves)) for wave in waves})
+        asked = {scoring.key: scoring for scoring in scorings}
+        scores: Answers = {}
+        heads: Heads = {}
+        for wave in everywhere:
+            answered = Answered(asked, scores, heads)
+            new, head = self._wave(waves.get(wave, []), wave[1], answered)
+            scores |= new
+            heads |= {} if head is None else {wave[1]: head}
+        return scores, heads
+
+    def _wave(self, scorings: Sequence[Scoring], weights: Weights, answered: Answered) -> tuple[Answers, Tensor | None]:
+        total = sum(len(s.context_ids) + len(s.response_ids) for s in scorings)
+        with (
+            self.console.phase(_PHASES[weights], total=total, unit="tok") as phase,
+            self._holder(weights).scorer() as scorer,
+        ):
+            scores = scorer.score(scorings, phase.advance, answered)
+            self.work.scored(scorer.architecture, scorings)
+            # A copy: the update that follows moves the policy's own head, and takes the teacher's from the device.
+            keeps = self.policy.context.is_last_stage and any(s.hidden for s in scorings)
+            return scores, scorer.head_copy(self.policy.head_rows) if keeps else None
+
+    def _holder(self, weights: Weights) -> Teacher:
+        if weights == "policy":
+            return PolicyTeacher(self.policy)
+        if weights == "teacher":
+            return self.teacher
+        if self.reference is None:
+            raise ValueError("the objective asks for scores of the reference policy, but its needs_reference is False")
+        return self.reference
+
+    @staticmethod
+    def _tokens(examples: Sequence[Example]) -> int:
+        return sum(example.num_tokens for example in examples if not example.inert)
+
+
+def _of_step(updates: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Metrics of a step from those of its updates: tokens add up, of maxima the largest, all else is the mean over
+    those that reported it."""
+    metrics: dict[str, Any] = {}
+    for name in dict.fromkeys(name for update in updates for name in update):
+        values = [update[name] for update in updates if name in update]
+        if name.endswith("_max"):
+            metrics[name] = max(values)
+        else:
+            metrics[name] = sum(values) / (1 if name.endswith("/tokens") else len(values))
+    return metrics

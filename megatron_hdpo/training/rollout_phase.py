@@ -1,0 +1,132 @@
+"""The rollouts of a step: sampled, judged, cliffs tried again with the answer, or replayed; checked and saved."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from megatron_hdpo.model.policy import TrainingError
+from megatron_hdpo.sampling.refill import refilled, with_signal
+from megatron_hdpo.sampling.saved import read_groups, write_groups
+from megatron_hdpo.training.run import Run, rollouts_file
+from megatron_hdpo.types.errors import DataError
+from megatron_hdpo.types.rollouts import Group
+
+
+def rollouts_of_step(run: Run) -> tuple[list[Group], dict[str, float]]:
+    """The judged groups that the next step learns from, privileged rollouts included, with metrics of all that were
+    sampled."""
+    rollout = run.recipe.rollout
+    file = rollouts_file(run.step + 1)
+    if rollout.replay is not None:
+        groups = _replayed(rollout.replay / file, run)
+    else:
+        groups = _sampled(run)
+        check_versions(groups, run.step, rollout.ahead)
+        if rollout.save and run.context.is_leader:
+            _save_rollouts(run.recipe.output / "rollouts" / file, groups, run)
+        run.performance.rollouts(groups)
+    metrics = rollout_metrics(groups) | run.objective.metrics(groups)
+    if rollout.refill_rounds:
+        sampled, groups = len(groups), with_signal(groups, rollout.prompts_per_step, run.objective)
+        metrics |= {"rollout/groups": float(sampled), "rollout/groups_with_signal": float(len(groups))}
+    return groups, metrics
+
+
+def _sampled(run: Run) -> list[Group]:
+    """The groups of the next step, and those that dynamic sampling adds."""
+    rollout, size = run.recipe.rollout, run.recipe.rollout.prompts_per_step
+    problems = run.data.order.batch(run.step, size)
+    with run.console.phase("rollout", total=share_of(run, size * rollout.samples_per_prompt), unit="sample") as phase:
+        groups = run.step_rollouts.take(problems, run.step, run.objective, phase.advance)
+
+        def sample_more(turn: int, count: int, leave_out: Collection[str]) -> list[Group]:
+            more = run.data.order.further(run.step, turn, count, leave_out)
+            return run.rollouts.step(more, run.step, run.objective, phase.advance)
+
+        return refilled(groups, rollout.refill_rounds, size, run.objective, sample_more)
+
+
+def _replayed(path: Path, run: Run) -> list[Group]:
+    try:
+        groups = read_groups(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"rollout.replay: {error}") from error
+    architecture = run.architecture
+    sizes = (architecture.num_layers, architecture.experts_per_token) if run.recipe.rollout.routing_replay else None
+    for group in groups:
+        check_experts(group, sizes, path)
+    return groups
+
+
+def check_experts(group: Group, sizes: tuple[int, int] | None, path: Path) -> None:
+    """Saved student rollouts must have their experts where they are replayed (sizes: layers, and experts of a token);
+    elsewhere (None) they are dropped. Raises DataError."""
+    for sample in group.samples:
+        experts = sample.completion.routed_experts
+        if sizes is None:
+            sample.completion = replace(sample.completion, routed_experts=None)
+            continue
+        wanted = (len(group.prompt_ids) + sample.length - 1, *sizes)
+        if experts is None or experts.shape != wanted:
+            has = "no experts" if experts is None else f"experts of shape {experts.shape}, not {wanted},"
+            raise DataError(f"rollout.replay: {path}: problem {group.problem.id} has {has} for rollout.routing_replay")
+
+
+def _save_rollouts(path: Path, groups: Sequence[Group], run: Run) -> None:
+    """In place of what an earlier try at this step wrote: a resumed run repeats steps whose rollouts are there."""
+    partial = path.with_suffix(".partial")
+    partial.unlink(missing_ok=True)
+    write_groups(partial, groups, run.decode)
+    partial.replace(path)
+
+
+def check_versions(groups: Sequence[Group], version: int, ahead: int = 0) -> None:
+    """Raise TrainingError when a token was sampled by weights older than those of this step by more than `ahead`, or by
+    none of this run's."""
+    for group in groups:
+        for sample in (*group.samples, *group.privileged):
+            found = sample.completion.weight_versions
+            if found.min() < max(version - ahead, 0) or found.max() > version:
+                wanted = f"{version - ahead} to {version}" if ahead else str(version)
+                raise TrainingError(
+                    f"step {version}: problem {group.problem.id} was answered by weights of version "
+                    f"{sorted(set(found.tolist()))}, not {wanted}: the engine missed a weight update"
+                )
+
+
+def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Rewards, lengths and failures of the student's rollouts; means over nothing are absent."""
+    samples = [sample for group in groups for sample in group.samples]
+    metrics = {"rollout/samples": float(len(samples))}
+    for reason in ("generation_failed", "check_failed"):
+        metrics[f"rollout/{reason}"] = float(sum(group.dropped.get(reason, 0) for group in groups))
+    if samples:
+        metrics["rollout/reward_mean"] = float(np.mean([sample.reward for sample in samples]))
+        metrics["rollout/response_tokens"] = float(np.mean([sample.length for sample in samples]))
+        truncated = [sample.completion.finish_reason == "length" for sample in samples]
+        metrics["rollout/truncated_rate"] = float(np.mean(truncated))
+        versions = [sample.completion.weight_versions for sample in samples]
+        metrics["rollout/mixed_versions_rate"] = float(np.mean([found.min() != found.max() for found in versions]))
+        metrics["rollout/nll"] = -float(np.mean(np.concatenate([s.completion.logprobs for s in samples])))
+    return metrics
+
+
+def begin_next_rollouts(run: Run) -> None:
+    """With rollouts sampled ahead: start on the next step's. Else the engine may give its memory to the trainer."""
+    rollout = run.recipe.rollout
+    if rollout.replay is not None:
+        return
+    if rollout.ahead and run.step + 1 < run.recipe.train.steps:
+        problems = run.data.order.batch(run.step + 1, rollout.prompts_per_step)
+        run.step_rollouts.begin(problems, run.step + 1, run.objective)
+    else:
+        run.engine.make_room()
+
+
+def share_of(run: Run, samples: int) -> int:
+    """About how many samples this rank's engine takes of the step's."""
+    return -(-samples // run.context.world_size)

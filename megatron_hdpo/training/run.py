@@ -1,0 +1,321 @@
+"""Everything that a run holds, built from its recipe in the order in which things can fail cheaply.
+
+Recipe and layout, then data, then the model, its engine and its optimizer: what is wrong with a recipe is said before
+any weight is read.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from megatron_hdpo.checkpoint.store import CheckpointStore
+from megatron_hdpo.config import Recipe, RecipeError, check_recipe, save_recipe
+from megatron_hdpo.config.check import DEFAULT_IMPORTANCE_CAP
+from megatron_hdpo.config.precision import begun_in, choose_precision, resolve
+from megatron_hdpo.data.load import LoadedData, load
+from megatron_hdpo.health.check import check_health
+from megatron_hdpo.health.stragglers import StragglerWatch
+from megatron_hdpo.model.architecture import Architecture, read_architecture
+from megatron_hdpo.model.build import build_model, wrap_data_parallel
+from megatron_hdpo.model.config import ModelError
+from megatron_hdpo.model.dtype_speed import Measure, measure_bfloat16
+from megatron_hdpo.model.optimizer import OptimizerConfig, build_optimizer
+from megatron_hdpo.model.policy import Policy
+from megatron_hdpo.objectives.registry import Materials, build_objective
+from megatron_hdpo.objectives.settings import surrogate_of
+from megatron_hdpo.parallel.context import ParallelContext
+from megatron_hdpo.parallel.cores import usable_cores
+from megatron_hdpo.rewards.pool import RewardPool
+from megatron_hdpo.rollout.build import build_engine
+from megatron_hdpo.rollout.engine import Engine
+from megatron_hdpo.rollout.weight_sync import WeightSync
+from megatron_hdpo.sampling.ahead import StepRollouts
+from megatron_hdpo.sampling.coordinator import RolloutCoordinator
+from megatron_hdpo.sampling.sampler import Sampler
+from megatron_hdpo.teachers.teacher import PolicyTeacher, Teacher
+from megatron_hdpo.tracking.console import Console
+from megatron_hdpo.tracking.logging import configure_logging
+from megatron_hdpo.tracking.performance import Performance
+from megatron_hdpo.tracking.profile import StepProfiler
+from megatron_hdpo.tracking.tracker import Tracker
+from megatron_hdpo.training.learner import Learner
+from megatron_hdpo.training.measurements import build_performance
+from megatron_hdpo.types.learning import Objective
+from megatron_hdpo.weights.load import load_hf
+from megatron_hdpo.weights.stream import Receivers, stream_hf
+
+
+@dataclass
+class Run:
+    """A run between its steps."""
+
+    recipe: Recipe
+    context: ParallelContext
+    architecture: Architecture
+    data: LoadedData
+    policy: Policy
+    engine: Engine
+    weight_sync: WeightSync
+    rewards: RewardPool
+    rollouts: RolloutCoordinator
+    objective: Objective
+    learner: Learner
+    checkpoints: CheckpointStore
+    tracker: Tracker
+    console: Console
+    step_rollouts: StepRollouts
+    profiler: StepProfiler
+    performance: Performance
+    health: dict[str, float]
+    stragglers: StragglerWatch
+    step: int = 0
+    lock: FileLock | None = None
+
+    def sync(self, version: int, norm_scale: float = 1.0) -> dict[str, float]:
+        """Stream the policy's weights into the engine and stamp them with `version`; metrics. norm_scale: multiplies
+        the final norm, for the self-test. Collective."""
+
+        def open_stream(to: Receivers) -> Iterator[tuple[str, Tensor]]:
+            stream = stream_hf(self.policy.model, self.architecture, self.context, to=to)
+            return scaled_final_norm(stream, norm_scale)
+
+        return self.weight_sync(open_stream, version)
+
+    def restore_weights(self) -> None:
+        """Give engines that lost them the weights of the present step again. Collective."""
+        self.sync(self.step)
+
+    def decode(self, token_ids: np.ndarray) -> str:
+        """Text of a response, special tokens left out."""
+        return self.rollouts.sampler.decode(token_ids)
+
+    def set_teacher(self, teacher: Teacher) -> None:
+        """Use this teacher from now on."""
+        self.learner.teacher = teacher
+
+    def rebuild_optimizer(self, config: OptimizerConfig, total_steps: int) -> None:
+        """A fresh optimizer and schedule for the weights that the model holds now."""
+        self.policy.optimizer, self.policy.schedule = build_optimizer(
+            config, self.policy.ddp, self.context, total_steps
+        )
+
+    def open_record(self, resume_step: int | None) -> None:
+        """Write recipe.yaml and open metrics and trackers; from here on the run folder is this run's.
+
+        Not before everything that can be wrong with the recipe is known: what is refused must leave the folder of the
+        run that it would have resumed as it was. resume_step: the step of the loaded checkpoint, None at a fresh start.
+        Collective. Raises RecipeError when another run is at work in the folder.
+        """
+        recipe, leader = self.recipe, self.context.is_leader
+        self._lock_folder()
+        self.tracker = Tracker(recipe.tracking, recipe.output, self.console, resume_step=resume_step, enabled=leader)
+        self.tracker.log_config(recipe.model_dump(mode="json"))
+        if leader:
+            save_recipe(recipe, recipe.output / "recipe.yaml")
+
+    def _lock_folder(self) -> None:
+        """Two runs in one folder would overwrite each other's checkpoints. The system lets go of a dead run's lock."""
+        taken = False
+        if self.context.is_leader:
+            self.lock = FileLock(self.recipe.output / "run.lock")
+            try:
+                self.lock.acquire(timeout=0)
+            except Timeout:
+                taken = True
+        if self.context.broadcast_object(taken):
+            raise RecipeError(
+                f"output: another run is at work in {self.recipe.output}: wait for it or name another one"
+            )
+
+    def close(self, failed: bool) -> None:
+        """Stop workers and engine, close the trackers."""
+        self.step_rollouts.close()
+        self.rewards.close()
+        self.weight_sync.close()
+        self.engine.close()
+        self.tracker.close(failed)
+        if self.lock is not None:
+            self.lock.release()
+
+
+def build_run(
+    recipe: Recipe,
+    context: ParallelContext,
+    objective: Objective | None = None,
+    resumes: bool = False,
+    measure: Measure = measure_bfloat16,
+) -> Run:
+    """Build everything but the weights' state: the model holds the recipe's checkpoint, nothing is resumed yet.
+
+    objective: in place of the recipe's, for experiments that recipes do not offer. resumes: a checkpoint in the output
+    folder will be loaded, and must fit. measure: compares bfloat16 with float32 on this CPU.
+    Raises RecipeError, DataError, LayoutError, ... with what is wrong and where.
+    """
+    console = Console(enabled=context.is_leader)
+    _open_logs(recipe, context, console)
+    architecture = read_architecture(recipe.model.path)
+    recipe = settle_precision(recipe, architecture, context, console, measure)
+    for warning in check_recipe(recipe, architecture, context.world_size):
+        console.warn(warning)
+    health = check_health(recipe.health, context, console, recipe.output, recipe.model_dump_json())
+    store = CheckpointStore(recipe.output, context, recipe.checkpoint.keep, recipe.checkpoint.reshardable)
+    if resumes and (latest := store.latest()) is not None:
+        store.check(latest, architecture, recipe.model.dtype)
+    tokenizer = load_tokenizer(recipe.model.path)
+    rewards = RewardPool(recipe.data.tasks, recipe.reward)
+    data = _load_data(recipe, context, console, tokenizer, rewards)
+    policy = _build_policy(recipe, context, console, architecture)
+    with console.phase("start engine"):
+        built = build_engine(recipe.rollout, Path(recipe.model.path), architecture, context, recipe.output)
+    engine = built.engine
+    sampler = Sampler(engine, rewards, partial(_decode, tokenizer), recipe.rollout.max_retries)
+    stops = stop_token_ids(tokenizer, recipe.model.path)
+    rollouts = RolloutCoordinator(
+        recipe.rollout, context, sampler, data.prompts, stops, recipe.seed, built.sampling_ranks
+    )
+    objective = objective or _build_objective(recipe, data)
+    tracker = Tracker(recipe.tracking, recipe.output, console, enabled=False)
+    learner = Learner(
+        policy,
+        objective,
+        PolicyTeacher(policy),
+        console,
+        recipe.train.updates_per_step,
+        recipe.train.max_skipped_updates,
+    )
+    run = Run(
+        recipe, context, architecture, data, policy, engine, built.sync, rewards, rollouts, objective, learner, store,
+        tracker, console, StepRollouts(rollouts),
+        StepProfiler(recipe.profile, recipe.output / "profile", context.rank, context.device, console),
+        build_performance(recipe, policy, learner.work), health,
+        StragglerWatch(recipe.health, context, console, policy, health.get("health/allreduce_gb_per_s")),
+    )  # fmt: skip
+    rollouts.restore_weights = run.restore_weights
+    return run
+
+
+def settle_precision(
+    recipe: Recipe,
+    architecture: Architecture,
+    context: ParallelContext,
+    console: Console,
+    measure: Measure = measure_bfloat16,
+) -> Recipe:
+    """Return the recipe without dtype=auto, and say which precision was taken and why.
+
+    Rank 0 decides for all ranks: machines may differ. Collective. Raises CheckpointError when a checkpoint in the
+    output folder cannot be read.
+    """
+    begun = begun_in(recipe.output)
+    choice = choose_precision(recipe, architecture, context.device.type, begun, measure) if context.is_leader else None
+    choice = context.broadcast_object(choice)
+    assert choice is not None
+    console.print(choice.line)
+    if choice.warning is not None:
+        console.warn(choice.warning)
+    return resolve(recipe, choice.dtype)
+
+
+def load_tokenizer(path: str | Path, key: str = "model.path") -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face folder. Raises ModelError when there is none that transformers can load."""
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{key}: {path} holds no tokenizer that transformers can load: {reason}") from error
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_path: str | Path) -> tuple[int, ...]:
+    """Tokens that end a response: the tokenizer's end of sequence and those of generation_config.json."""
+    ids = {tokenizer.eos_token_id}
+    if (Path(model_path) / "generation_config.json").is_file():
+        configured = GenerationConfig.from_pretrained(model_path).eos_token_id
+        ids |= set(configured) if isinstance(configured, list) else {configured}
+    return tuple(sorted(i for i in ids if i is not None))
+
+
+def rollouts_file(step: int) -> str:
+    """Name of the file with the rollouts that a step, counted from 1, learned from."""
+    return f"step_{step:08d}.jsonl"
+
+
+def scaled_final_norm(stream: Iterable[tuple[str, Tensor]], scale: float) -> Iterator[tuple[str, Tensor]]:
+    """The stream with its final norm multiplied: weights that every log-prob feels."""
+    for name, tensor in stream:
+        yield name, tensor * scale if name == "model.norm.weight" and scale != 1.0 else tensor
+
+
+def set_threads(recipe: Recipe, local_world_size: int) -> None:
+    """CPU threads of this rank: the recipe's, else an equal share of the cores."""
+    cores = len(usable_cores())
+    torch.set_num_threads(recipe.threads_per_rank or max(1, cores // local_world_size))
+
+
+def _open_logs(recipe: Recipe, context: ParallelContext, console: Console) -> None:
+    try:
+        configure_logging(recipe.output, context.rank, console)
+    except OSError as error:
+        raise RecipeError(f"output: the folder {recipe.output} cannot be written: {error.strerror}") from error
+    # Megatron's doing, seen through our CPU stand-in, so that Python takes them for ours: nothing to tell a person.
+    for message in ("The .grad attribute of a Tensor that is not a leaf", "Please use DTensor instead"):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, token_ids: np.ndarray) -> str:
+    return tokenizer.decode(token_ids.tolist(), skip_special_tokens=True)
+
+
+def _load_data(
+    recipe: Recipe,
+    context: ParallelContext,
+    console: Console,
+    tokenizer: PreTrainedTokenizerBase,
+    rewards: RewardPool,
+) -> LoadedData:
+    """The leader loads first and leaves its parsed answers in the cache; what it finds wrong stops every rank."""
+    privileged = recipe.objective.needs_privileged or recipe.warmup.kind == "sft"
+    hints = bool(recipe.objective.hint_shows)
+    with console.phase("load data"):
+        error, data = None, None
+        if context.is_leader:
+            try:
+                data = load(recipe.data, tokenizer, rewards, privileged, hints)
+            except Exception as problem:
+                error = problem
+        error = context.broadcast_object(error)
+        if error is not None:
+            raise error
+        if data is None:
+            data = load(recipe.data, tokenizer, rewards, privileged, hints)
+    for line in data.report.lines():
+        console.print(line)
+    return data
+
+
+def _build_policy(recipe: Recipe, context: ParallelContext, console: Console, architecture: Architecture) -> Policy:
+    with console.phase("load model"):
+        model = build_model(architecture, context, recipe.model)
+        load_hf(model, architecture, context, recipe.model.path)
+        ddp = wrap_data_parallel(model, context)
+    return Policy(architecture, context, ddp, recipe.train.micro_batch_tokens)
+
+
+def _build_objective(recipe: Recipe, data: LoadedData) -> Objective:
+    config = recipe.objective
+    surrogate = surrogate_of(config)
+    biased = recipe.rollout.filtered or recipe.rollout.ahead
+    if biased and surrogate is not None and surrogate.importance_cap is None:
+        surrogate = surrogate.model_copy(update={"importance_cap": DEFAULT_IMPORTANCE_CAP})
+        config = config.model_copy(update={"surrogate": surrogate})
+    materials = Materials(recipe.rollout.temperature, recipe.train.updates_per_step, data.prompts, recipe.data.leakage)
+    return build_objective(config, materials)

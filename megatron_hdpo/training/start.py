@@ -1,0 +1,152 @@
+"""From a built run to its first step: resume or warm up, set the teacher, fill the engine, test everything once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_hdpo.config.file import recipe_changes
+from megatron_hdpo.health.selftest import run_self_test
+from megatron_hdpo.teachers.build import build_teacher
+from megatron_hdpo.teachers.config import ExternalTeacherConfig
+from megatron_hdpo.teachers.external import check_same_vocabulary
+from megatron_hdpo.teachers.resting import FrozenTeacher
+from megatron_hdpo.training.run import Run, load_tokenizer, rollouts_file
+from megatron_hdpo.training.warmup import warm_up
+from megatron_hdpo.types.errors import DataError
+from megatron_hdpo.types.rollouts import Group
+from megatron_hdpo.weights.host import copy_to_host, load_from_host
+
+FROZEN_TEACHER = "teacher"
+WARMED_UP = "warmed_up"
+
+
+def prepare(run: Run) -> None:
+    """Bring the run to the state in which `run.step` is the next step to take."""
+    _check_tokenizers(run)
+    latest = run.checkpoints.latest()
+    if latest is None:
+        _begin(run)
+    else:
+        _resume(run, latest)
+    if run.recipe.rollout.replay is None:
+        with run.console.phase("sync"):
+            run.sync(run.step)
+        if run.recipe.self_test.enabled:
+            _self_test(run)
+
+
+def _begin(run: Run) -> None:
+    _check_replay(run)
+    run.open_record(None)
+    if run.recipe.warmup.kind == "sft":
+        _warm_up_once(run)
+    _build_optimizer(run)
+    if _keeps_start(run):
+        run.checkpoints.save_weights(FROZEN_TEACHER, run.policy.model)
+    _set_teachers(run)
+
+
+def _resume(run: Run, latest: Path) -> None:
+    """Nothing in the run folder is touched before the checkpoint has turned out to fit this recipe."""
+    _build_optimizer(run)
+    with run.console.phase("resume"):
+        run.step = run.checkpoints.load(latest, run.policy).step
+        _restore_teachers(run)
+        run.learner.recall(run.checkpoints.load_memory(latest))
+    _check_replay(run)
+    if changes := recipe_changes(run.recipe.output / "recipe.yaml", run.recipe):
+        run.console.warn("the recipe has changed since this run was last started: " + "; ".join(changes))
+    run.open_record(run.step)
+    run.console.print(f"resumed from {latest.name}")
+
+
+def _build_optimizer(run: Run) -> None:
+    run.rebuild_optimizer(run.recipe.optimizer, run.recipe.train.steps * run.recipe.train.updates_per_step)
+
+
+def _warm_up_once(run: Run) -> None:
+    """A run that was stopped before its first checkpoint does not warm up again, unless its recipe has changed."""
+    recipe = run.recipe
+    origin = "\n".join(
+        [
+            recipe.warmup.model_dump_json(),
+            recipe.model.model_dump_json(),
+            recipe.data.model_dump_json(exclude={"evaluation"}),
+            str(recipe.seed),
+        ]
+    )
+    if run.checkpoints.has_weights(WARMED_UP, origin):
+        run.checkpoints.load_weights(WARMED_UP, run.policy.model)
+    else:
+        warm_up(run, recipe.warmup)
+        run.checkpoints.save_weights(WARMED_UP, run.policy.model, origin)
+
+
+def _keeps_start(run: Run) -> bool:
+    """Whether the model as reinforcement learning found it is needed: as a frozen teacher, or as the reference."""
+    return run.recipe.teacher.kind == "frozen" or run.recipe.objective.needs_reference
+
+
+def _set_teachers(run: Run, start: FrozenTeacher | None = None) -> None:
+    """Teacher and reference. start: the model as reinforcement learning found it; default: as it is now."""
+    recipe = run.recipe
+    if _keeps_start(run):
+        start = start or FrozenTeacher(run.policy)
+    if recipe.objective.needs_reference:
+        run.learner.reference = start
+    frozen = recipe.teacher.kind == "frozen" and start is not None
+    run.set_teacher(start if frozen else build_teacher(recipe.teacher, run.policy, recipe.model))
+
+
+def _restore_teachers(run: Run) -> None:
+    """The model as reinforcement learning found it was saved then and is read back here."""
+    start = None
+    if _keeps_start(run):
+        policy = copy_to_host(run.policy.model)
+        run.checkpoints.load_weights(FROZEN_TEACHER, run.policy.model)
+        start = FrozenTeacher(run.policy)
+        load_from_host(run.policy.model, policy)
+    _set_teachers(run, start)
+
+
+def _check_tokenizers(run: Run) -> None:
+    teacher = run.recipe.teacher
+    if isinstance(teacher, ExternalTeacherConfig):
+        there, here = load_tokenizer(teacher.path, "teacher.path"), load_tokenizer(run.recipe.model.path)
+        check_same_vocabulary(there.get_vocab(), here.get_vocab(), teacher.path)
+
+
+def _check_replay(run: Run) -> None:
+    """Raise DataError, before anything is trained, when a step of this run has no saved rollouts."""
+    folder = run.recipe.rollout.replay
+    if folder is None:
+        return
+    for step in range(run.step + 1, run.recipe.train.steps + 1):
+        if not (folder / rollouts_file(step)).is_file():
+            raise DataError(
+                f"rollout.replay: {folder} has no {rollouts_file(step)}, and train.steps is {run.recipe.train.steps}: "
+                "name the rollouts folder of a run with at least as many steps"
+            )
+
+
+def _self_test(run: Run) -> None:
+    config, recipe = run.recipe.self_test, run.recipe
+    problems = run.data.order.batch(0, min(config.prompts, len(run.data.train)))
+    sampling = recipe.rollout.model_copy(update={"max_new_tokens": config.max_new_tokens}).sampling(
+        1, run.rollouts.stop_token_ids
+    )
+
+    def sample() -> list[Group]:
+        return run.rollouts.groups(problems, sampling, ("self-test",))
+
+    def sync(scale: float) -> None:
+        run.sync(run.step, scale)
+
+    exact = recipe.model.dtype == "float32" and recipe.rollout.engine_dtype == "float32"
+    with run.console.phase("self-test"):
+        result = run_self_test(config, run.policy, sample, sync, run.step, exact, recipe.rollout.temperature)
+    run.console.print(
+        f"self-test passed: engine and trainer differ by {result.mean_difference:.2g} nats per token on average, "
+        f"{result.max_difference:.2g} at most, over {result.tokens} tokens; divergence of an equal teacher "
+        f"{result.divergence:.2g}; weight updates arrive"
+    )

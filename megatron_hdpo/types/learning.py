@@ -1,0 +1,247 @@
+"""What every objective is: groups of rollouts in, per-token numbers out.
+
+An objective is pure: it sees no process group, no model and no trainer. It asks for scorings (log-probs, a teacher's
+top k) of responses under contexts, and turns groups and scores into examples. The trainer knows two losses only, a
+clipped surrogate and a divergence to a target, and nothing of methods:
+
+    L = sum_t w_t (S_t + kl_coefficient * K_t) / N_surrogate  +  coefficient * sum_t v_t D_t / N_distill
+
+with w_t = Example.surrogate_weights_T, v_t = Example.distill_weights_T, and both normalisers summed over every example
+of the optimizer step on every data-parallel replica (global token counts). K_t = (ln q - ln q_reference)^2 / 2 is there
+for examples with reference log-probs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from megatron_hdpo.types.rollouts import Group, TopLogprobs
+
+Weights = Literal["policy", "teacher", "reference"]
+
+ScoringKey = tuple[int, str, int, str]
+"""(index of the group, `student` or `privileged`, index of the sample, name given by the objective)."""
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """One forward pass that an objective asks for: `response_ids` after `context_ids`, by whose weights, for what.
+
+    weights: `policy` is the model before this step's update; `teacher` is what the recipe's teacher section says;
+    `reference` is the model as reinforcement learning found it.
+    top_k: the k largest log-probs of every position, 0 for none. at: the key of another scoring of the same response
+    with top_k > 0, whose ids' log-probs under THESE weights and context are wanted. hidden: keep the hidden states that
+    the head reads, so that a full-vocabulary target can be made of them. reverse_kl_to: the key of another scoring with
+    hidden=True; wanted is KL(these weights || those) over the full vocabulary, per token.
+    All at `temperature`. routed_experts: as in `Example`; for the policy's weights alone.
+    """
+
+    key: ScoringKey
+    context_ids: np.ndarray
+    response_ids: np.ndarray
+    weights: Weights = "teacher"
+    top_k: int = 0
+    temperature: float = 1.0
+    at: ScoringKey | None = None
+    hidden: bool = False
+    reverse_kl_to: ScoringKey | None = None
+    routed_experts: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Score:
+    """The answer to a Scoring, one row per response token: log-prob of the token and entropy, float32 [T].
+
+    at_logprobs_TK: float32 [T, K] for `Scoring.at`, at the ids of that scoring's top. hidden_TH: [T, H] on the host, in
+    the model's precision. reverse_kl_T: float32 [T].
+    """
+
+    logprobs_T: np.ndarray
+    entropy_T: np.ndarray
+    top: TopLogprobs | None = None
+    at_logprobs_TK: np.ndarray | None = None
+    hidden_TH: torch.Tensor | None = None
+    reverse_kl_T: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """A full-vocabulary target: the hidden states [T, H] that the teacher's head reads, `Score.hidden_TH` of a scoring
+    by the teacher's weights (no others: the loss has the teacher's head only). A step has targets of one type."""
+
+    hidden_TH: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Example:
+    """One response to train on, with its per-token numbers (float32 [T], response tokens only).
+
+    old_logprobs_T: denominators of the ratio; None takes the policy's own, detached (ratio 1, one update per step).
+    rollout_logprobs_T: what the engine said, for the mismatch metric and the importance cap.
+    surrogate_count and distill_count: what this response adds to the two normalisers, also where its weights are zero
+    (tokens for a token mean, 1 for a mean over sequences whose weights are 1/T).
+    reference_logprobs_T: of the reference policy, for the KL penalty.
+    routed_experts: `Completion.routed_experts` where prompt and response are what the engine sampled; the tokens go to
+    these experts. None: the router chooses.
+    """
+
+    prompt_ids: np.ndarray
+    response_ids: np.ndarray
+    advantages_T: np.ndarray
+    surrogate_weights_T: np.ndarray
+    surrogate_count: float = 0.0
+    old_logprobs_T: np.ndarray | None = None
+    rollout_logprobs_T: np.ndarray | None = None
+    distill_weights_T: np.ndarray | None = None
+    distill_count: float = 0.0
+    target: TopLogprobs | HiddenStates | None = None
+    reference_logprobs_T: np.ndarray | None = None
+    routed_experts: np.ndarray | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and response."""
+        return len(self.prompt_ids) + len(self.response_ids)
+
+    @property
+    def inert(self) -> bool:
+        """True when no token has a gradient: it counts in the normalisers and need not be run."""
+        surrogate = np.any(self.surrogate_weights_T * self.advantages_T)
+        penalty = self.reference_logprobs_T is not None and np.any(self.surrogate_weights_T)
+        distill = self.distill_weights_T is not None and np.any(self.distill_weights_T)
+        return not (surrogate or penalty or distill)
+
+
+class SurrogateConfig(BaseModel):
+    """The clipped policy-gradient surrogate (PPO's, with the asymmetric and dual clips that followed it)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    ratio: Literal["token", "sequence"] = Field(
+        "token",
+        description="What is clipped: each token's probability ratio, or for all tokens of a response the geometric "
+        "mean of their ratios (GSPO; its clips are some hundred times smaller). Where tokens weigh differently (an "
+        "importance cap), a token's weight goes with its own gradient (GSPO-token).",
+    )
+    clip_low: float = Field(0.2, gt=0, lt=1, description="The ratio is clipped below at 1 - clip_low.")
+    clip_high: float = Field(0.2, gt=0, description="The ratio is clipped above at 1 + clip_high.")
+    dual_clip: float | None = Field(None, gt=1, description="Bound c on the loss -c*A of negative advantages.")
+    importance_cap: float | None = Field(
+        None, gt=0, description="Weight tokens by min(cap, trainer probability / engine probability), detached."
+    )
+
+
+class DistillConfig(BaseModel):
+    """The divergence between a target and the policy, and its weight."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    coefficient: float = Field(0.1, ge=0, description="Weight of the divergence beside the surrogate (lambda).")
+    kind: Literal["jsd", "forward_kl", "reverse_kl", "skew_forward", "skew_reverse", "akl"] = Field(
+        "jsd", description="Which divergence."
+    )
+    beta: float = Field(0.5, ge=0, le=1, description="Weight of the teacher's leg of the JSD; the skew of skew kinds.")
+    tail: Literal["outside", "literal", "bucket", "renormalise"] = Field(
+        "outside", description="What becomes of the probability outside the teacher's top k."
+    )
+    support: Literal["teacher", "student", "full"] = Field(
+        "teacher",
+        description="Which tokens are compared: the teacher's top k, the student's top k before the update, or the "
+        "whole vocabulary (no tail then; hidden states of the teacher are kept in host memory).",
+    )
+    top_k: int = Field(64, ge=1, description="Tokens of the distribution that are kept (k).")
+    temperature: float = Field(1.0, gt=0, description="Temperature of both distributions.")
+    clip: float | None = Field(None, gt=0, description="Upper bound of every vocabulary entry's summand (OPSD).")
+    importance_cap: float | None = Field(
+        None,
+        gt=0,
+        description="Weight tokens by min(cap, probability now / probability when sampled), detached (SDPO).",
+    )
+
+    def errors(self, vocab_size: int) -> Iterator[str]:
+        """What cannot be computed, as `key below the objective's section: reason`."""
+        if self.support == "full":
+            return
+        if self.top_k > vocab_size:
+            yield f"distill.top_k: {self.top_k} exceeds the vocabulary of {vocab_size} tokens"
+        reverse = self.kind in ("reverse_kl", "akl") or (self.kind == "jsd" and self.beta == 1.0)
+        if (reverse or (self.kind == "skew_reverse" and self.beta == 0.0)) and self.tail in ("outside", "literal"):
+            yield (
+                f"distill.kind: {self.kind} is infinite where the teacher is cut to zero; set "
+                "objective.distill.tail=bucket"
+            )
+        if self.tail == "literal" and self.kind != "jsd":
+            yield f"distill.tail: literal is defined for kind=jsd only, not {self.kind}"
+        elif self.tail == "literal" and not (self.beta == 0.5 and self.clip is None):
+            yield f"distill.tail: literal is defined for beta=0.5 without clip, not beta={self.beta}, clip={self.clip}"
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """The loss of one optimizer step. temperature: sampling temperature of the surrogate's log-probs.
+
+    kl_coefficient: weight of half the squared log-ratio to the reference policy (k2).
+    """
+
+    surrogate: SurrogateConfig
+    distill: DistillConfig | None
+    temperature: float
+    kl_coefficient: float = 0.0
+
+
+class Objective(Protocol):
+    """A method. One file per method under objectives/, most of them on `BaseObjective`; docs/adding-an-objective.md."""
+
+    max_privileged_prompts: int | None
+    """Groups of a step that get privileged rollouts, at most; None for no bound."""
+    privileged_top_logprobs: int
+    """The k of the engine's top log-probs that privileged rollouts must bring along; 0 for none."""
+
+    @property
+    def loss(self) -> LossSpec:
+        """The loss of the present step."""
+
+    def privileged(self, group: Group, step: int) -> int:
+        """How many privileged rollouts this group gets at this rollout step (counted from 0), 0 for none. Called as
+        soon as the group's last student rollout has been judged, on the rank that sampled it; with rollouts sampled
+        ahead, while an earlier step is still trained on, from another thread."""
+
+    def keep_privileged(self, group: Group) -> Group:
+        """The group with those privileged samples that the objective uses; what falls is counted in `dropped`."""
+
+    def has_signal(self, group: Group) -> bool:
+        """Whether the group can change the policy; dynamic sampling replaces those that cannot."""
+
+    def begin_step(self, step: int, groups: Sequence[Group]) -> None:
+        """The step's rollouts are complete and learning begins: schedules move on, statistics are kept. Sees all
+        groups of the step, on every rank; called before the methods below."""
+
+    def scorings(self, groups: Sequence[Group]) -> list[Scoring]:
+        """The forward passes needed before the update. Sees the groups of one data-parallel replica."""
+
+    def totals(self, groups: Sequence[Group], scores: Mapping[ScoringKey, Score]) -> dict[str, float]:
+        """This replica's part of the sums over the whole step that `examples` needs (weights normalised over the batch,
+        ...). The same names on every replica, whatever its groups."""
+
+    def totals_metrics(self, totals: Mapping[str, float]) -> dict[str, float]:
+        """Metrics that only the totals over all replicas can tell; called on every rank."""
+
+    def examples(
+        self, groups: Sequence[Group], scores: Mapping[ScoringKey, Score], totals: Mapping[str, float]
+    ) -> list[Example]:
+        """What to train on, from the same groups, the answers to their scorings and the totals over all replicas."""
+
+    def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
+        """Numbers of the method itself over all groups of the step (cliff rate, ...)."""
+
+    def state(self) -> dict[str, Any]:
+        """What must be saved with a checkpoint, as JSON values; {} for a method without memory."""
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state` gave."""
