@@ -1,5 +1,7 @@
 """Packaging. The extras: quickstart (fetching its model), gpu (Transformer Engine), sglang (servers), tracking, dev."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 CORE = [
@@ -33,9 +35,26 @@ setup(
     name="megatron-hdpo",
     version="0.1.0",
     description="HDPO and on-policy self-distillation on Megatron-Core",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="The megatron_hdpo authors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["reinforcement learning", "distillation", "language models", "Megatron-Core", "SGLang"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_hdpo*"]),
-    package_data={"megatron_hdpo.tracking": ["templates/*.j2"]},
+    package_data={"megatron_hdpo": ["py.typed"], "megatron_hdpo.tracking": ["templates/*.j2"]},
     install_requires=CORE,
     extras_require={
         "quickstart": ["gguf", "accelerate"],
@@ -47,6 +66,7 @@ setup(
             "pytest-timeout",
             "pytest-xdist>=3.6",
             "hypothesis",
+            "import-linter>=2.5",
             "ruff",
             "mypy",
             "types-PyYAML",
