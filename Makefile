@@ -46,6 +46,7 @@ lint: dev-setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # Started once more, so that the seconds at the end are those of everything, set-up included.
 test:
