@@ -1,4 +1,4 @@
-"""The optimizer's part of a checkpoint: as each rank holds it, or parameter by parameter for any layout."""
+"""The optimizer's state in a checkpoint: tied to the layout as each rank holds it, or by parameter for any layout."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from megatron_hdpo.model.offload import allocate_state, set_step
 
-# By default saved and loaded in parallel without gathering, and tied to its layout (not to DP).
+# The default: saved and loaded in parallel without gathering, and tied to the layout (but not to DP).
 _TIED = {"distrib_optim_sharding_type": "dp_reshardable"}
-# Under the names that the model's weights have at any layout.
+# Stored under the names of the model's weights, which are the same at any layout.
 _RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 def sharded_optimizer(
     optimizer: ChainedOptimizer, model: dict[str, Any], reshardable: bool, loading: bool
 ) -> dict[Any, Any]:
-    """What `dist_checkpointing` is to write, or to fill. model: the model's sharded state. Collective."""
+    """Return the optimizer's sharded state for `dist_checkpointing` to write, or to fill when loading. Collective.
+
+    model: the model's sharded state dict. reshardable: store it for any layout (see `_RESHARDABLE`).
+    """
     _allocate_moments(optimizer)
     metadata = _RESHARDABLE if reshardable else _TIED
     state = optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
@@ -27,7 +30,10 @@ def sharded_optimizer(
 
 
 def load_optimizer(optimizer: ChainedOptimizer, loaded: dict[Any, Any], reshardable: bool) -> None:
-    """Take in what `sharded_optimizer` asked for. Hyper-parameters stay the recipe's, also where it changed since."""
+    """Load the filled state of `sharded_optimizer` into the optimizer.
+
+    Hyper-parameters keep the values of the current recipe, even if it has changed since the checkpoint.
+    """
     settings = _group_settings(optimizer)
     if reshardable:
         _load_from_any_layout(optimizer, loaded)
@@ -39,22 +45,24 @@ def load_optimizer(optimizer: ChainedOptimizer, loaded: dict[Any, Any], resharda
 
 
 def _of_any_layout(optimizer: ChainedOptimizer, state: dict[Any, Any]) -> dict[str, Any]:
-    """Of Megatron's sharded state what no layout and no recipe decides: moments, main weights, the step."""
+    """Select from Megatron's sharded state what depends on no layout and no recipe: moments, main weights, the step."""
     parts = [state] if len(optimizer.chained_optimizers) == 1 else list(state.values())
     step = int(parts[0]["optimizer"]["param_groups"][0].get("step", 0))
     return {"step": step, "parts": {index: part["param_state"] for index, part in enumerate(parts)}}
 
 
 def _load_from_any_layout(optimizer: ChainedOptimizer, loaded: dict[str, Any]) -> None:
-    """Take in what `_of_any_layout` left, of any layout: experts have an optimizer of their own where they are spread
-    over ranks, and none otherwise."""
+    """Load the state selected by `_of_any_layout`, written at any layout.
+
+    Experts have an optimizer of their own if they are spread over ranks, and none otherwise.
+    """
     for index, part in enumerate(optimizer.chained_optimizers):
         own = part.state_dict()["optimizer"]
         for group in own["param_groups"]:
             group["step"] = loaded["step"]
         part.load_state_dict({"optimizer": own})
         if isinstance(part.optimizer, torch.optim.Adam):
-            # Megatron would look for each parameter's step in the checkpoint; `_restore_step_counts` sets them.
+            # Otherwise Megatron looks for each parameter's step in the checkpoint. `_restore_step_counts` sets them.
             for moments in part.optimizer.state.values():
                 del moments["step"]
         part.load_parameter_state_from_fully_reshardable(loaded["parts"][index])
@@ -63,7 +71,11 @@ def _load_from_any_layout(optimizer: ChainedOptimizer, loaded: dict[str, Any]) -
 
 
 def _own_memory(optimizer: HybridDeviceOptimizer) -> None:
-    """It keeps the loaded slices themselves, which would keep what the other replicas hold in memory."""
+    """Copy the loaded slices to tensors of their own.
+
+    The optimizer keeps the slices as they are, and each would keep the whole loaded tensor, with the parts of other
+    replicas, in memory.
+    """
     for moments in optimizer.state.values():
         for name, value in moments.items():
             if isinstance(value, torch.Tensor) and value.untyped_storage().nbytes() > value.nbytes:
@@ -71,14 +83,17 @@ def _own_memory(optimizer: HybridDeviceOptimizer) -> None:
 
 
 def _group_settings(optimizer: ChainedOptimizer) -> list[dict[str, Any]]:
-    """What the recipe says of each parameter group."""
+    """Return the hyper-parameters of each parameter group that come from the recipe."""
     keys = ("max_lr", "min_lr", "betas", "eps")
     return [{key: group[key] for key in keys if key in group} for group in optimizer.param_groups]
 
 
 def _allocate_moments(optimizer: ChainedOptimizer) -> None:
-    """What an Adam would make at its first step. Before that it has no state: Megatron stops there, or leaves it out of
-    the checkpoint, and a checkpoint's moments are read into those that are there."""
+    """Allocate the state that Adam would allocate at its first step.
+
+    Without it Megatron raises or leaves the state out of the checkpoint, and on loading there is nothing to read a
+    checkpoint's moments into.
+    """
     for part in optimizer.chained_optimizers:
         if isinstance(part.optimizer, HybridDeviceOptimizer):
             allocate_state(part.optimizer)
@@ -86,14 +101,16 @@ def _allocate_moments(optimizer: ChainedOptimizer) -> None:
             continue
         for parameter in (p for group in part.optimizer.param_groups for p in group["params"]):
             moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            if isinstance(part.optimizer, torch.optim.Adam):  # Transformer Engine's counts by group
+            if isinstance(part.optimizer, torch.optim.Adam):  # Transformer Engine's Adam counts steps by group
                 moments["step"] = torch.zeros(())
             part.optimizer.state[parameter] = moments
 
 
 def _restore_step_counts(optimizer: ChainedOptimizer) -> None:
-    """Megatron leaves all parameters of torch's Adam one tensor to count steps in, which then counts once for each of
-    them. The right count is in the parameter groups."""
+    """Give each parameter of torch's Adam a step count of its own, from the count in its parameter group.
+
+    After loading, Megatron shares one count tensor between all parameters, which then increases once per parameter.
+    """
     for part in optimizer.chained_optimizers:
         if isinstance(part.optimizer, HybridDeviceOptimizer):
             set_step(part.optimizer, int(part.optimizer.param_groups[0]["step"]))

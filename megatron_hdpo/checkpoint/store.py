@@ -1,8 +1,7 @@
-"""Checkpoints of a run: model, optimizer, schedule, step, and what objective and teacher remember; complete or not
-there at all.
+"""Checkpoints of a run: model, optimizer, schedule, step, and the state of objective and teacher, written atomically.
 
 Everything else that a step needs is a pure function of the recipe and the step (data order, sampling seeds), or is
-saved once beside the checkpoints (the frozen teacher).
+saved once in the same folder as the checkpoints (the frozen teacher).
 """
 
 from __future__ import annotations
@@ -50,9 +49,9 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class Memory:
-    """What a step hands to the next beside model and optimizer.
+    """State that a step passes to the next in addition to model and optimizer.
 
-    values: JSON, of objective and teacher. weights: this rank's shard of a teacher that follows the policy.
+    values: JSON values of objective and teacher. weights: this rank's shard of a teacher that follows the policy.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -61,8 +60,11 @@ class Memory:
 
 @dataclass(frozen=True)
 class RunState:
-    """What a checkpoint says about itself. step: optimizer steps of reinforcement learning that are done. reshardable:
-    the optimizer's state fits any layout. dtype: precision of the model; None in checkpoints of older versions."""
+    """The description of a checkpoint in its `run_state.json`.
+
+    step: finished steps of reinforcement learning. memory: the values of `Memory`. reshardable: the optimizer's state
+    fits any layout. dtype: precision of the model; None in checkpoints of older versions.
+    """
 
     step: int
     tensor_parallel: int
@@ -77,7 +79,7 @@ class RunState:
 
     @property
     def layout(self) -> dict[str, int]:
-        """What the optimizer's state is tied to unless it is reshardable, by the recipe's keys."""
+        """The layout that the optimizer's state is tied to unless it is reshardable, by the recipe's keys."""
         return {
             "tensor": self.tensor_parallel,
             "pipeline": self.pipeline_parallel,
@@ -88,7 +90,10 @@ class RunState:
 
 
 class CheckpointStore:
-    """Checkpoints under `<run>/checkpoints/step_<n>`. All methods but `latest` are collective."""
+    """The checkpoints of a run, `<run>/checkpoints/step_<n>`.
+
+    All methods except `latest`, `has_weights` and `check` are collective.
+    """
 
     def __init__(self, run_dir: Path, context: ParallelContext, keep: int, reshardable: bool = False) -> None:
         self.root = run_dir / "checkpoints"
@@ -97,11 +102,11 @@ class CheckpointStore:
         self.reshardable = reshardable
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint; None when there is none. A checkpoint is complete once it has its name."""
+        """Return the newest complete checkpoint, or None. A checkpoint gets its final name only when it is complete."""
         return latest_checkpoint(self.root.parent)
 
     def save(self, step: int, policy: Policy, memory: Memory | None = None) -> Path:
-        """Write the state after `step` steps; older checkpoints beyond `keep` are removed afterwards."""
+        """Write the state after `step` steps, remove all but the `keep` newest checkpoints, and return the folder."""
         memory = memory or Memory()
         final = self.root / f"step_{step:08d}"
         layout = self.context.layout
@@ -127,10 +132,10 @@ class CheckpointStore:
         return final
 
     def check(self, path: Path, architecture: Architecture, dtype: str) -> RunState:
-        """Return what the checkpoint says of itself.
+        """Return the description of a checkpoint after checking that it can be loaded.
 
-        Raises CheckpointError when it is of another model, or when it is of another layout or precision and cannot
-        change it. dtype: precision of the model that it is to be loaded into.
+        dtype: precision of the model that it will be loaded into. Raises CheckpointError when the checkpoint is of
+        another model, or when it has another layout or precision and cannot change it.
         """
         state = read_state(path)
         _check_dtype(path, state, dtype)
@@ -152,7 +157,7 @@ class CheckpointStore:
         return state
 
     def load_memory(self, path: Path) -> Memory:
-        """What objective and teacher remembered. Raises CheckpointError when the teacher's weights cannot be read."""
+        """Load the state of objective and teacher; raises CheckpointError when the teacher's weights cannot be read."""
         values, file = read_state(path).memory, path / self._shard_name()
         if not _has_shards(values):
             return Memory(values)
@@ -164,7 +169,7 @@ class CheckpointStore:
             ) from error
 
     def _shard_name(self) -> str:
-        """The file of this rank's shard of a teacher: ranks that hold the same weights have the same."""
+        """Return the file name of this rank's shard of a teacher, the same on ranks that hold the same weights."""
         groups = self.context.groups
         name = f"teacher_tp{groups.tp.rank()}_pp{groups.pp.rank()}"
         if self.context.layout.expert_ranks > self.context.layout.pipeline:
@@ -172,25 +177,25 @@ class CheckpointStore:
         return f"{name}.pt"
 
     def _writes_shard(self) -> bool:
-        """True on the first of the ranks that hold the same weights. Collective."""
+        """Return True on the first of the ranks that hold the same weights. Collective."""
         return self.context.gather_objects(self._shard_name()).index(self._shard_name()) == self.context.rank
 
     def has_weights(self, name: str, origin: str = "") -> bool:
-        """Whether `save_weights` has written `name` completely, and from the same origin."""
+        """Return whether `save_weights` has written `name` completely, with the same origin."""
         path = self.root / name / _ORIGIN
         return path.is_file() and path.read_text() == origin
 
     def save_weights(self, name: str, model: HeadlessGPTModel, origin: str = "") -> None:
-        """Write the weights that `model` holds now as `checkpoints/<name>` (a frozen teacher's, a warm-up's).
+        """Write the current weights of `model` as `checkpoints/<name>` (of a frozen teacher, of a warm-up).
 
-        origin: text that tells what the weights were made from.
+        origin: text that identifies what the weights were made from.
         """
         with self.context.megatron_calls():
             sharded = {"model": model.sharded_state_dict()}
         self._write(self.root / name, sharded, {_ORIGIN: origin})
 
     def load_weights(self, name: str, model: HeadlessGPTModel) -> None:
-        """Read weights that `save_weights` wrote into `model`. Raises CheckpointError when they are not there."""
+        """Load weights that `save_weights` wrote into `model`; raises CheckpointError when they are missing."""
         path = self.root / name
         if not path.is_dir():
             raise CheckpointError(
@@ -209,7 +214,10 @@ class CheckpointStore:
     def _write(
         self, final: Path, sharded: dict[str, Any], texts: dict[str, str], teacher: HostWeights | None = None
     ) -> None:
-        """Into a folder of another name first: a run killed while it writes leaves no checkpoint that looks whole."""
+        """Write a folder under a temporary name and rename it, so that a killed run leaves no incomplete checkpoint.
+
+        texts: contents of more files, by name. teacher: this rank's shard of a teacher.
+        """
         partial = final.with_name(final.name + ".partial")
         if self.context.is_leader:
             shutil.rmtree(partial, ignore_errors=True)
@@ -258,7 +266,7 @@ def _dtype_of(policy: Policy) -> str:
 
 
 def _has_shards(memory: dict[str, Any]) -> bool:
-    """Whether every rank wrote its shard of a teacher's weights."""
+    """Return whether the checkpoint holds the shards of a teacher's weights."""
     return bool(memory.get("teacher", {}).get("weights"))
 
 
@@ -274,7 +282,7 @@ def _check_architecture(path: Path, state: RunState, architecture: Architecture)
 
 
 def _load(sharded: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Read a checkpoint. Raises CheckpointError on one whose files are missing or cut."""
+    """Read a checkpoint into a sharded state dict; raises CheckpointError if files are missing or damaged."""
     try:
         return dist_checkpointing.load(sharded, str(path))
     except Exception as error:  # torch, Megatron, pickle and the file system each raise their own
@@ -290,7 +298,7 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
 
 
 def read_state(path: Path) -> RunState:
-    """What the checkpoint at `path` says about itself. Raises CheckpointError when it says nothing."""
+    """Read the description of the checkpoint at `path`; raises CheckpointError if it cannot be read."""
     try:
         return RunState(**json.loads((path / _STATE).read_text()))
     except (OSError, ValueError, TypeError) as error:

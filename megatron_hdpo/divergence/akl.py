@@ -1,9 +1,10 @@
-"""AKL's head and tail over a sharded vocabulary, without sorting it or moving it between ranks.
+"""The weights of AKL over a sharded vocabulary, without sorting it or moving it between ranks (arXiv 2404.02657).
 
-The head is the teacher's most likely tokens whose cumulative mass stays within mu, the first always; tokens of one
-probability stay together. It is found by the bits of the probabilities, eight at a time from the top: each round sums
-the mass of every value of the next eight bits, over the tokens that agree so far, and picks the value in which the
-cumulative mass passes mu. The tokens of the last such value are tail, unless they are the first.
+The head is the teacher's most likely tokens whose cumulative mass stays within mu; it always contains the most likely
+token, and tokens of equal probability are either all in it or all outside. The threshold is found by a radix search
+over the bits of the probabilities, eight bits per round from the top: each round sums the mass of every value of the
+next eight bits, over the tokens whose higher bits match the prefix found so far, and picks the value at which the
+cumulative mass passes mu. Tokens with the last such value belong to the tail, unless they are the most likely ones.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from megatron_hdpo.divergence.rows import DenseRows
 
 
 def full_akl_weights(logits_TV: Tensor, rows: DenseRows, mu: float) -> tuple[Tensor, Tensor]:
-    """Weights [R, 1] of forward and reverse KL: the head's and the tail's share of sum |p - q|.
+    """Compute the weights [R, 1] of forward and reverse KL: the head's and the tail's share of sum |p - q|.
 
-    Five all-reduces (nine in float64), four of them of 256 numbers per row.
+    logits_TV: [T, V / tp]. mu: the mass of the head, in [0, 1]. Collective over the shard's group: five all-reduces
+    (nine in float64), four of them (eight) of 256 numbers per row.
     """
     least_R, everything_R = _head_key(logits_TV, rows, mu)
     gaps_R2 = rows.lse_R.new_zeros((len(rows.teacher), 2))
@@ -33,12 +35,12 @@ def full_akl_weights(logits_TV: Tensor, rows: DenseRows, mu: float) -> tuple[Ten
 
 
 def _keys(p: Tensor) -> Tensor:
-    """The bits of non-negative floats, which sort as the floats do."""
+    """Return the bits of non-negative floats as int64; they sort in the same order as the floats."""
     return p.view(torch.int64 if p.dtype == torch.float64 else torch.int32).to(torch.int64)
 
 
 def _head_key(logits_TV: Tensor, rows: DenseRows, mu: float) -> tuple[Tensor, Tensor]:
-    """The least key of the head, [R], and rows whose whole vocabulary is head, [R]."""
+    """Return the smallest key in each row's head, [R], and which rows have the whole vocabulary as head, [R]."""
     count, dtype = len(rows.teacher), rows.lse_R.dtype
     prefix_R = torch.zeros(count, dtype=torch.int64, device=rows.lse_R.device)
     above_R = torch.zeros(count, dtype=dtype, device=rows.lse_R.device)
@@ -49,16 +51,16 @@ def _head_key(logits_TV: Tensor, rows: DenseRows, mu: float) -> tuple[Tensor, Te
         down = mass.flip(-1).cumsum(-1)  # mass of the largest digits first
         passed = above_R.unsqueeze(-1) + down > mu
         if shift == bits - 8:
-            everything_R = ~passed.any(-1) | (mu >= 1.0)  # a sum to 1 may round to more
-        place_R = passed.to(torch.int8).argmax(-1)
+            everything_R = ~passed.any(-1) | (mu >= 1.0)  # rounding may take a sum of probabilities above 1
+        first_R = passed.to(torch.int8).argmax(-1)
         before = torch.cat([torch.zeros_like(down[:, :1]), down[:, :-1]], dim=-1)
-        above_R = above_R + before.gather(-1, place_R.unsqueeze(-1)).squeeze(-1)
-        prefix_R = prefix_R * 256 + (255 - place_R)
+        above_R = above_R + before.gather(-1, first_R.unsqueeze(-1)).squeeze(-1)
+        prefix_R = prefix_R * 256 + (255 - first_R)
     return torch.where(above_R > 0, prefix_R + 1, prefix_R), everything_R
 
 
 def _digit_mass(logits_TV: Tensor, rows: DenseRows, prefix_R: Tensor, shift: int) -> Tensor:
-    """[R, 256]: teacher's mass by the eight bits at `shift`, of the tokens whose higher bits are the prefix."""
+    """Sum the teacher's mass by the eight bits at `shift`, [R, 256], over tokens whose higher bits are the prefix."""
     out = rows.lse_R.new_zeros((len(rows.teacher), 256))
     for block in rows.blocks(logits_TV):
         p = rows.teacher_logprobs(block).exp()

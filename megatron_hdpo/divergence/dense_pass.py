@@ -1,12 +1,12 @@
-"""Divergences that need every token's own summand: full-vocabulary targets, and a clip on tokens outside a top-k.
+"""The pass for divergences that need the summand of every vocabulary entry: full targets, and clips outside a top-k.
 
-Two reads of the logits, because ln M needs both normalisers before its sum can start:
+It reads the logits twice, because ln M (the mixture) needs both normalisers before its sum can start:
 
     1. row statistics of student and teacher -> all-reduce MAX of [T + R] -> all-reduce SUM of O(T + R) numbers
     2. summands                              -> all-reduce SUM of O(R) numbers
 
-The backward makes the summands' derivatives again, block by block, from the saved normalisers: no communication, and no
-tensor of the logits' size but the gradient.
+The backward computes the derivatives of the summands again, block by block, from the saved normalisers: without
+communication, and without any tensor of the logits' size except the gradient.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ from megatron_hdpo.divergence.sweep import RowStats, SoftmaxTerm, local_stats, s
 
 @dataclass(frozen=True)
 class _Normalisers:
-    """Group statistics of the student for all tokens, of the teacher for its rows; local_max_T: this rank's alone."""
+    """Statistics over the whole group: of the student for all tokens, of the teacher for the target rows.
+
+    local_max_T: the largest logit of each token on this rank alone.
+    """
 
     local_max_T: Tensor
     lse_T: Tensor
@@ -38,7 +41,7 @@ class _Normalisers:
 
 
 def _teacher_stats(teacher: Teacher, shard: Shard, temperature: float, like: Tensor) -> RowStats:
-    """Row statistics of the teacher's shard, made block by block."""
+    """Compute the row statistics of the teacher's shard, block by block."""
     dtype = compute_dtype(like)
     parts = [
         local_stats(teacher.block(block).to(dtype), shard, temperature)
@@ -51,7 +54,7 @@ def _teacher_stats(teacher: Teacher, shard: Shard, temperature: float, like: Ten
 
 
 def _normalisers(logits_TV: Tensor, sampled: OwnedEntries, teacher: Teacher, options: Options) -> _Normalisers:
-    """The first read of student and teacher, and its two all-reduces."""
+    """Read student and teacher for the first time and join the ranks by two all-reduces."""
     shard, tokens = options.shard, logits_TV.shape[0]
     t_s, t_d = options.temperature, options.distill_temperature
     student = local_stats(logits_TV, shard, t_s, entropy=options.entropy)
@@ -81,7 +84,7 @@ def _normalisers(logits_TV: Tensor, sampled: OwnedEntries, teacher: Teacher, opt
 
 @dataclass(frozen=True)
 class _Terms:
-    """Per target row: the divergence, the mean of r = q dt/dq, AKL's weights [R, 1] and the diagnostics."""
+    """Per target row: the divergence, the sum of r = q dt/dq over the vocabulary, AKL's weights [R, 1], diagnostics."""
 
     value_R: Tensor
     mean_R: Tensor
@@ -94,7 +97,7 @@ def _block_weights(weights: tuple[Tensor, Tensor] | None, block: slice) -> tuple
 
 
 def _sum_summands(logits_TV: Tensor, rows: DenseRows, spec: DivergenceSpec) -> _Terms:
-    """The second read, and its all-reduce (AKL's threshold has its own, before)."""
+    """Read the logits a second time, sum the summands and all-reduce them (AKL has more all-reduces before that)."""
     weights = full_akl_weights(logits_TV, rows, spec.beta) if spec.base == "akl" else None
     sums_R6 = rows.lse_R.new_zeros((len(rows.teacher), 6))
     for block in rows.blocks(logits_TV):
@@ -105,7 +108,7 @@ def _sum_summands(logits_TV: Tensor, rows: DenseRows, spec: DivergenceSpec) -> _
         columns = [t, r, q * (lp > 0.5 * LOG_ZERO), torch.minimum(p, q), q * first, first.to(q.dtype)]
         sums_R6[block] = torch.stack([c.sum(-1) for c in columns], dim=-1)
     sums_R6 = rows.shard.all_reduce_sum([sums_R6])[0]
-    if isinstance(rows.teacher, ScatteredTopK):  # an empty support says nothing
+    if isinstance(rows.teacher, ScatteredTopK):  # a row with an empty support has no divergence
         sums_R6 = sums_R6 * rows.teacher.live_R.unsqueeze(-1)
     value_R, mean_R, mass_R, covered_R, top_R, ties_R = sums_R6.unbind(-1)
     return _Terms(value_R, mean_R, weights, (mass_R, covered_R, top_R / ties_R.clamp_min(1.0)))
@@ -113,7 +116,7 @@ def _sum_summands(logits_TV: Tensor, rows: DenseRows, spec: DivergenceSpec) -> _
 
 @dataclass(frozen=True)
 class DensePass:
-    """A pass that has been made (see options.Pass), with a target over the whole vocabulary."""
+    """A finished pass with a target over the whole vocabulary; see options.Pass."""
 
     outputs: Outputs
     options: Options
@@ -125,7 +128,7 @@ class DensePass:
 
     @classmethod
     def run(cls, logits_TV: Tensor, ids_T: Tensor | None, teacher: Teacher, options: Options) -> DensePass:
-        """ids_T: int64 [T] or None; teacher: flat."""
+        """Run the forward pass. logits_TV: [T, V / tp]; ids_T: int64 [T] or None; teacher: a flat target."""
         if ids_T is None:
             ids_T = torch.full(logits_TV.shape[:1], -1, device=logits_TV.device)
         sampled = OwnedEntries.find(ids_T.unsqueeze(-1), None, options.shard)
@@ -142,13 +145,15 @@ class DensePass:
         return cls(Outputs(logprobs_T, entropy_T, *mine), options, sampled, stats, rows, terms, ids_T)
 
     def with_teacher(self, teacher: Teacher) -> DensePass:
-        """The same pass, its gradient to be made with another source of the same teacher logits."""
+        """Return the same pass with another source of the same teacher logits for its gradient."""
         return replace(self, rows=replace(self.rows, teacher=teacher))
 
     def without_outputs(self) -> DensePass:
+        """Return the pass without its outputs; see options.Pass."""
         return replace(self, outputs=Outputs.none())
 
     def gradient(self, logits_TV: Tensor, upstream: Upstream, *, inplace: bool) -> Tensor:
+        """Compute the gradient to the logits; see options.Pass."""
         logprob_T = scale_T = slope_T = None
         if upstream.logprobs_T is not None:
             logprob_T = upstream.logprobs_T.masked_fill(self.ids_T < 0, 0.0) / self.options.temperature
@@ -177,7 +182,7 @@ class DensePass:
 
 
 class _Adder:
-    """Adds to a block of the gradient what is no multiple of a softmax: the sampled token and the divergence."""
+    """Callable that adds to a block of the gradient what no softmax term covers: sampled token and divergence."""
 
     def __init__(self, made: DensePass, logprob_T: Tensor | None, weight_R: Tensor | None) -> None:
         self.made, self.logprob_T, self.weight_R = made, logprob_T, weight_R

@@ -1,4 +1,4 @@
-"""Log-probs at given ids, and the k most likely tokens, of a softmax over a sharded vocabulary."""
+"""Log-probs at given ids, and the k most likely tokens, from a softmax over a sharded vocabulary."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ def vocab_parallel_logprobs(
     vocab_size: int | None = None,
     inplace_backward: bool = False,
 ) -> Tensor:
-    """ln softmax(logits / temperature) at global ids [...] or [..., K], in the shape of ids, differentiable.
+    """Compute ln softmax(logits / temperature) at global ids, in the shape of the ids, differentiable in the logits.
 
-    Ids may repeat. id -1 gives 0 without gradient. Raises ValueError on ids beyond the vocabulary or of another shape.
-    Arguments and types as in logit_losses.
+    logits_TV_local: [..., V / tp]. ids: [...] or [..., K]; they may repeat, and id -1 gives 0 without gradient.
+    Other arguments and dtypes as in logit_losses. Raises ValueError on a temperature that is not positive, ids beyond
+    the vocabulary, or ids of another shape.
     """
     lead, width = logits_TV_local.shape[:-1], logits_TV_local.shape[-1]
     if ids.shape != lead and ids.shape[:-1] != lead:
@@ -64,8 +65,8 @@ class _LogProbs(torch.autograd.Function):
         owned: OwnedEntries = ctx.owned
         g_TK = grads[0].masked_fill(ids_TK < 0, 0.0) / ctx.temperature
         total_T = -g_TK.sum(-1)
-        # Values at the ids are put together in full precision before the dense pass destroys the logits. Repeated
-        # ids add up: each occurrence gets the sum over its column, so that the order of the writes does not matter.
+        # The values at the ids are computed in full precision before the dense write destroys the logits. Repeated
+        # ids add up: each occurrence gets the sum over its column, so the order of the writes does not matter.
         row, col = owned.row, owned.col
         _, same = torch.unique(row * logits_TV.shape[1] + col, return_inverse=True)
         added = torch.zeros(same.numel(), dtype=lse_T.dtype, device=same.device)
@@ -86,10 +87,11 @@ def vocab_parallel_topk(
     vocab_size: int | None = None,
     temperature: float = 1.0,
 ) -> TopK:
-    """The k most likely tokens, most likely first, with log-probs of softmax(logits / temperature) over all tokens.
+    """Return the k most likely tokens, most likely first, with their log-probs in softmax(logits / temperature).
 
-    One all-gather of T (2 k + 2) numbers. The same on every rank; padding never appears. Raises ValueError if k exceeds
-    the vocabulary. Arguments as in logit_losses; no gradient.
+    The result ([..., k] ids and log-probs over the full vocabulary, without gradient) is the same on every rank and
+    never holds padding. Collective: one all-gather of T (2 k + 2) numbers. Arguments as in logit_losses. Raises
+    ValueError if k is below 1 or exceeds the vocabulary, or the temperature is not positive.
     """
     lead, width = logits_TV_local.shape[:-1], logits_TV_local.shape[-1]
     logits_TV = logits_TV_local.detach().reshape(-1, width)
@@ -101,18 +103,18 @@ def vocab_parallel_topk(
     stats = local_stats(logits_TV, shard, temperature)
     values_TK, ids_TK = _local_topk(logits_TV, min(k, width), shard)
     packed = torch.cat([values_TK, bits(ids_TK, values_TK.dtype), stats.max_T[:, None], stats.sum_T[:, None]], dim=-1)
-    packed_RTP = shard.all_gather(packed)
-    lse_T = _join_lse(packed_RTP[..., -2], packed_RTP[..., -1], temperature)
+    packed_PT = shard.all_gather(packed)  # [ranks, T, 2 n + 2]
+    lse_T = _join_lse(packed_PT[..., -2], packed_PT[..., -1], temperature)
     n = values_TK.shape[1]
-    all_values = packed_RTP[..., :n].permute(1, 0, 2).flatten(1)
-    all_ids = ints(packed_RTP[..., n : 2 * n]).permute(1, 0, 2).flatten(1)
+    all_values = packed_PT[..., :n].permute(1, 0, 2).flatten(1)
+    all_ids = ints(packed_PT[..., n : 2 * n]).permute(1, 0, 2).flatten(1)
     best_TK, where_TK = all_values.topk(k, dim=-1)
     logprobs_TK = best_TK / temperature - lse_T.unsqueeze(-1)
     return TopK(all_ids.gather(-1, where_TK).view(*lead, k), logprobs_TK.view(*lead, k))
 
 
 def _local_topk(logits_TV: Tensor, k: int, shard: Shard) -> tuple[Tensor, Tensor]:
-    """k largest logits of the shard with global ids; places that the shard cannot fill hold -inf and id -1."""
+    """Return the k largest logits of the shard with global ids; slots that it cannot fill hold -inf and id -1."""
     tokens, dtype = logits_TV.shape[0], compute_dtype(logits_TV)
     values_TK = torch.full((tokens, k), -torch.inf, dtype=dtype, device=logits_TV.device)
     ids_TK = torch.full((tokens, k), -1, dtype=torch.int64, device=logits_TV.device)
@@ -126,16 +128,17 @@ def _local_topk(logits_TV: Tensor, k: int, shard: Shard) -> tuple[Tensor, Tensor
 
 
 def bits(ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """Integers in the bits of floats, so that they travel in the same collective as floats."""
+    """Reinterpret integers as floats, so that one collective can send both; `ints` is the inverse."""
     return ids.to(torch.int64 if dtype == torch.float64 else torch.int32).view(dtype)
 
 
 def ints(floats: Tensor) -> Tensor:
-    """The integers that `bits` packed, int64."""
+    """Return the integers that `bits` packed, as int64."""
     return floats.contiguous().view(torch.int64 if floats.dtype == torch.float64 else torch.int32).to(torch.int64)
 
 
-def _join_lse(max_RT: Tensor, sum_RT: Tensor, temperature: float) -> Tensor:
-    max_T = max_RT.amax(0)
-    scale_RT = ((max_RT - max_T) / temperature).clamp_min(-1e30).exp()
-    return max_T / temperature + (sum_RT * scale_RT).sum(0).log()
+def _join_lse(max_PT: Tensor, sum_PT: Tensor, temperature: float) -> Tensor:
+    """Join the ranks' maxima and sums [ranks, T] to the log-normaliser [T]."""
+    max_T = max_PT.amax(0)
+    scale_PT = ((max_PT - max_T) / temperature).clamp_min(-1e30).exp()
+    return max_T / temperature + (sum_PT * scale_PT).sum(0).log()

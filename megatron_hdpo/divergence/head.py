@@ -1,12 +1,13 @@
-"""From hidden states to losses through the head, chunk by chunk: never a [T, V] tensor.
+"""Losses from hidden states through the head, chunk by chunk, without ever making a [T, V] tensor.
 
 A chunk of tokens goes through the head's matrix product, the pass over its logits and, in the backward, the gradient
-and its two matrix products; one buffer of [chunk, V / tp] serves them all. Two ways to the gradient:
+and its two matrix products; all chunks share one buffer of [chunk, V / tp]. There are two ways to the gradient:
 
-    head_losses   returns per-token losses for any objective. Its backward makes each chunk's logits once more (four
-                  matrix products, not three), because the objective's gradient is not known while the chunk is there.
-    head_loss     is given the objective as a function of a chunk's losses, and so takes each chunk through head, loss
-                  and gradient in one go (three products); its backward only scales.
+    head_losses   returns per-token losses for any objective. Its backward computes each chunk's logits a second time
+                  (four matrix products instead of three), because the objective's gradient is not yet known in the
+                  forward.
+    head_loss     takes the objective as a function of a chunk's losses, and therefore runs head, loss and gradient of
+                  each chunk at once (three products); its backward only scales the result.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from megatron_hdpo.divergence.options import Options, Outputs, Upstream
 from megatron_hdpo.divergence.shard import Group
 from megatron_hdpo.divergence.targets import Target
 
-# A chunk's part of the objective: (losses of the chunk's n tokens, int64 [n] places among all tokens) -> scalar.
+# A chunk's part of the objective: (losses of the chunk's n tokens, int64 [n] their indices among all tokens) -> scalar.
 ChunkObjective = Callable[[Losses, Tensor], Tensor]
 
 
@@ -48,16 +49,17 @@ def head_losses(
     vocab_size: int | None = None,
     sequence_parallel: bool = False,
 ) -> Losses:
-    """Losses as logit_losses gives them for logits hidden @ head^T, differentiable in hidden states and head weight.
+    """Compute the losses of logit_losses for logits hidden @ head^T, differentiable in hidden states and head weight.
 
-    hidden_TH: [..., H], what the head reads (after the final norm), whole on every rank of the group; or with
-    sequence_parallel this rank's contiguous part of the first dimension (all ranks hold equal parts), gathered chunk by
-    chunk. head_weight_VH: [V / tp, H], this rank's shard. sampled_ids_T: int64 [...], -1 for none, and the target: for
-    ALL tokens on every rank. chunk: tokens per chunk (rounded up to a multiple of the ranks under sequence_parallel).
+    hidden_TH: [..., H], the input of the head (after the final norm), whole on every rank of the group; or, with
+    sequence_parallel, this rank's contiguous part of the first dimension (all ranks hold equal parts), which is
+    gathered chunk by chunk. head_weight_VH: [V / tp, H], this rank's shard. sampled_ids_T (int64 [...], -1 for none)
+    and the target cover ALL tokens on every rank. chunk: tokens per chunk (under sequence_parallel rounded up to a
+    multiple of the number of ranks).
 
     The gradient of the hidden states is complete: it is summed over the group here (one all-reduce of [T, H], or, under
-    sequence_parallel, one reduce-scatter per chunk), so the hidden states must not also pass through a layer that does
-    so. The head weight's gradient is accumulated in float32 (float64). Other arguments and errors as in logit_losses.
+    sequence_parallel, one reduce-scatter per chunk), so no other layer may sum it over the group again. The gradient of
+    the head weight is accumulated in float32 (float64). Other arguments and errors as in logit_losses.
     """
     run = HeadRun.of(hidden_TH, head_weight_VH, sampled_ids_T, target, chunk, group, vocab_size, sequence_parallel)
     spec = DivergenceSpec(kind, beta, tail, clip)
@@ -85,12 +87,12 @@ def head_loss(
     vocab_size: int | None = None,
     sequence_parallel: bool = False,
 ) -> tuple[Tensor, Losses]:
-    """Sum of the objective over chunks, differentiable in hidden states and head weight, and the losses, detached.
+    """Compute the objective summed over chunks, differentiable in hidden states and head weight, and the losses.
 
-    objective(losses, places) gets a chunk's Losses (1-D; log-prob, entropy and divergence with gradient) and the places
-    of its tokens among all tokens, int64, and returns the chunk's scalar contribution, the same on every rank of the
-    group. It runs inside the forward; only gradients through the chunk's losses are taken. Other arguments as in
-    head_losses.
+    objective(losses, places) gets a chunk's Losses (1-D; log-prob, entropy and divergence with gradient) and the
+    indices of its tokens among all tokens (int64), and returns the chunk's scalar contribution, the same on every rank
+    of the group. It runs inside the forward; only gradients through the chunk's losses are used. The returned losses
+    are detached. Other arguments and errors as in head_losses; a second backward raises RuntimeError.
     """
     run = HeadRun.of(hidden_TH, head_weight_VH, sampled_ids_T, target, chunk, group, vocab_size, sequence_parallel)
     spec = DivergenceSpec(kind, beta, tail, clip)
@@ -102,7 +104,7 @@ def head_loss(
 
 
 class _Gradients:
-    """Accumulates the gradients of hidden states and head weight over chunks."""
+    """Accumulator of the gradients of hidden states and head weight over chunks."""
 
     def __init__(self, hidden_TH: Tensor, head_weight_VH: Tensor, run: HeadRun, wants: Sequence[bool]) -> None:
         self.run, self.weight_VH = run, head_weight_VH
@@ -122,7 +124,7 @@ class _Gradients:
             self.head_VH += grad_NV.t() @ hidden_NH
 
     def finish(self) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients in the types of their inputs, the hidden states' summed over the group."""
+        """Return the gradients in the dtypes of their inputs, that of the hidden states summed over the group."""
         shard = self.run.shard
         if self.hidden_TH is not None and not self.run.sequence_parallel and shard.size > 1:
             dist.all_reduce(self.hidden_TH, group=shard.group)
@@ -131,7 +133,7 @@ class _Gradients:
 
 
 class _Collected:
-    """Outputs of the chunks, put together in token order."""
+    """Outputs of the chunks, joined in token order."""
 
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
@@ -148,7 +150,7 @@ class _Collected:
 
 
 def _empty_outputs(run: HeadRun, options: Options, like: Tensor) -> tuple[Tensor | None, ...]:
-    """What a run over no tokens gives back: empty tensors where others give tokens."""
+    """Return the outputs of a run over no tokens: the same tensors as for tokens, but empty."""
     target = run.target
     logits = like.new_empty((0, run.shard.width))
     return run_pass(logits, run.ids_T, target, options).outputs.as_tuple()
@@ -179,7 +181,7 @@ class _HeadLosses(torch.autograd.Function):
         hidden_TH, head_weight_VH = ctx.saved_tensors
         run: HeadRun = ctx.run
         sums = _Gradients(hidden_TH, head_weight_VH, run, ctx.needs_input_grad)
-        # Backwards: the last chunk's logits are still in the buffer, unless a backward before this one overwrote them.
+        # In reverse order: the last chunk's logits are still in the buffer, unless an earlier backward overwrote them.
         there, buffer = ctx.buffer is not None, ctx.buffer if ctx.buffer is not None else run.buffer(hidden_TH)
         ctx.buffer = None
         for chunk, made in zip(reversed(run.chunks), reversed(ctx.passes), strict=True):
@@ -222,19 +224,19 @@ class _HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if ctx.grads is None:
-            raise RuntimeError("head_loss: its backward ran before and gave its gradients away; call head_loss again")
+            raise RuntimeError("head_loss: its backward has already run and released the gradients; call it again")
         (hidden_TH, head_VH), ctx.grads = ctx.grads, None
         scaled = (None if g is None or grads[0] is None else g.mul_(grads[0].to(g.dtype)) for g in (hidden_TH, head_VH))
         return *scaled, None, None, None, None
 
 
 def _logits(hidden_NH: Tensor, head_weight_VH: Tensor, buffer: Tensor) -> Tensor:
-    """Logits of a chunk, in the buffer that all chunks share."""
+    """Compute the logits of a chunk, in the buffer that all chunks share."""
     return torch.mm(hidden_NH, head_weight_VH.t(), out=buffer[: len(hidden_NH)])
 
 
 def _ask(objective: ChunkObjective, outputs: Outputs, places: Tensor) -> tuple[Tensor, Upstream]:
-    """The objective's value for a chunk, and its gradient with respect to the chunk's losses."""
+    """Evaluate the objective on a chunk; return its value and its gradient with respect to the chunk's losses."""
     main = [None if out is None else out.detach().requires_grad_() for out in outputs.as_tuple()[:3]]
     with torch.enable_grad():
         value = objective(Losses(*main, *outputs.as_tuple()[3:]), places)

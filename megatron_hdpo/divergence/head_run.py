@@ -1,4 +1,4 @@
-"""How the chunked head cuts tokens, target and hidden states, and how hidden states cross the ranks."""
+"""Chunks of tokens, target and hidden states for the chunked head, and the exchange of hidden states between ranks."""
 
 from __future__ import annotations
 
@@ -18,25 +18,32 @@ from megatron_hdpo.divergence.targets import FullLogits, Hidden, Target, TopK
 
 @dataclass(frozen=True)
 class Chunk:
-    """Places of a chunk's tokens: of this rank's hidden rows, and, as slices, among all tokens."""
+    """Indices of a chunk's tokens.
+
+    local: among this rank's rows of the hidden states. parts: among all tokens, one slice for each rank whose hidden
+    states the chunk joins (sequence parallelism), else one slice.
+    """
 
     local: slice
     parts: list[slice]
 
     def places(self, device: torch.device) -> Tensor:
+        """Return the indices of the chunk's tokens among all tokens, int64 [n]."""
         return torch.cat([torch.arange(p.start, p.stop, device=device) for p in self.parts])
 
     def take(self, values_T: Tensor) -> Tensor:
+        """Select the chunk's values [n, ...] from those of all tokens [T, ...]."""
         return values_T[self.parts[0]] if len(self.parts) == 1 else torch.cat([values_T[p] for p in self.parts])
 
     def put(self, values_N: Tensor, out_T: Tensor) -> None:
+        """Write the chunk's values [n, ...] to their tokens in `out_T` [T, ...]."""
         for part, piece in zip(self.parts, values_N.chunk(len(self.parts)), strict=True):
             out_T[part] = piece
 
 
 @dataclass(frozen=True)
 class HeadRun:
-    """The constant inputs of a run over chunks, flat, and how hidden states cross the ranks."""
+    """The constant inputs of a run over chunks, flattened, and the exchange of hidden states between ranks."""
 
     shard: Shard
     ids_T: Tensor
@@ -56,7 +63,7 @@ class HeadRun:
         vocab_size: int | None,
         sequence_parallel: bool,
     ) -> HeadRun:
-        """Check shapes and cut the tokens. Raises ValueError on shapes that do not fit."""
+        """Check the shapes and cut the tokens into chunks; raises ValueError on shapes that do not fit."""
         if head_weight_VH.dim() != 2 or head_weight_VH.shape[1] != hidden_TH.shape[-1]:
             raise ValueError(
                 f"the head weight is {list(head_weight_VH.shape)}, the hidden size {hidden_TH.shape[-1]}: "
@@ -76,18 +83,18 @@ class HeadRun:
         return cls(shard, ids_T, target, _cut(ids_T.shape[0], ranks, chunk), sequence_parallel)
 
     def buffer(self, like: Tensor) -> Tensor:
-        """[n, V / tp] for the logits of the largest chunk."""
+        """Allocate [n, V / tp] for the logits of the largest chunk."""
         height = max((sum(p.stop - p.start for p in chunk.parts) for chunk in self.chunks), default=0)
         return like.new_empty((height, self.shard.width))
 
     def gather(self, piece_NH: Tensor) -> Tensor:
-        """Hidden states of a whole chunk from this rank's part of it."""
+        """Return the hidden states of a whole chunk; under sequence parallelism the ranks' parts are all-gathered."""
         if not self.sequence_parallel:
             return piece_NH
         return self.shard.all_gather(piece_NH).flatten(0, 1)
 
     def scatter_sum(self, grad_NH: Tensor) -> Tensor:
-        """This rank's part of a chunk's hidden gradient, summed over the ranks (sequence parallel only)."""
+        """Sum a chunk's hidden gradient over the ranks and return this rank's part (sequence parallelism only)."""
         if self.shard.size == 1:
             return grad_NH
         if dist.get_backend(self.shard.group) == "nccl":
@@ -98,7 +105,10 @@ class HeadRun:
         return total_NH.chunk(self.shard.size)[self.shard.rank]
 
     def run_chunk(self, logits_NV: Tensor, chunk: Chunk, options: Options, *, remake: bool = False) -> Pass:
-        """The pass over a chunk. remake: its gradient makes a Hidden target's logits again rather than keep them."""
+        """Run the pass over a chunk.
+
+        remake: the pass does not keep the logits of a Hidden target; its gradient computes them again.
+        """
         target = _part_of_target(self.target, chunk)
         if not isinstance(target, Hidden):
             return run_pass(logits_NV, chunk.take(self.ids_T), target, options)
@@ -108,14 +118,14 @@ class HeadRun:
 
 
 def _cut(tokens: int, ranks: int, chunk: int) -> list[Chunk]:
-    """Chunks of all tokens; under sequence parallelism (ranks > 1) a chunk takes the same rows of every rank's part."""
+    """Cut all tokens into chunks; with sequence parallelism (ranks > 1) a chunk takes the same rows of every rank."""
     local, step = tokens // ranks, -(-chunk // ranks)
     cuts = [slice(a, min(a + step, local)) for a in range(0, local, step)]
     return [Chunk(c, [slice(r * local + c.start, r * local + c.stop) for r in range(ranks)]) for c in cuts]
 
 
 def _part_of_target(target: Target | None, chunk: Chunk) -> Target | None:
-    """The part of a flat target that belongs to a chunk's tokens."""
+    """Return the part of a flat target that belongs to a chunk's tokens."""
     if target is None:
         return None
     pick, rows = _pick_rows(target.rows, chunk)
@@ -131,7 +141,7 @@ def _part_of_target(target: Target | None, chunk: Chunk) -> Target | None:
 
 
 def _pick_rows(rows: Tensor | None, chunk: Chunk) -> tuple[Sequence[slice], Tensor | None]:
-    """Which target rows belong to a chunk, and the places of their tokens in it."""
+    """Return which target rows belong to a chunk, and the indices of their tokens in the chunk."""
     if rows is None:
         return chunk.parts, None
     edges = torch.tensor([(p.start, p.stop) for p in chunk.parts], device=rows.device)

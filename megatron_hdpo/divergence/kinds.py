@@ -4,7 +4,7 @@ For D = sum_v t(p_v, q_v) with q = softmax(z), the chain rule through the softma
 
     dD/dz_u = r_u - q_u * sum_v r_v,
 
-so t and r are all that a divergence is, over k entries, over k entries and a bucket, or over a vocabulary.
+so t and r define a divergence completely: over k entries, over k entries and a bucket, or over a whole vocabulary.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from torch import Tensor
 KINDS = ("jsd", "forward_kl", "reverse_kl", "skew_forward", "skew_reverse", "akl")
 TAILS = ("outside", "literal", "bucket", "renormalise")
 
-# Log-probability that stands for "never": finite, so that 0 * log 0 is 0; exp of it is 0 in every dtype.
+# Log-probability of an impossible token: finite, so that 0 * log 0 is 0; its exp is 0 in every dtype.
 LOG_ZERO = -1e30
 
 
 @dataclass(frozen=True)
 class DivergenceSpec:
-    """Which divergence; raises ValueError for combinations without meaning.
+    """A divergence between student q and teacher p; raises ValueError for combinations without meaning.
 
     kind: `jsd` b KL(p|M) + (1-b) KL(q|M) with M = bp + (1-b)q, the teacher weighted by b = beta, forward KL at b = 0
         and reverse KL at b = 1 (GKD, arXiv 2306.13649); `forward_kl` KL(p|q); `reverse_kl` KL(q|p);
         `skew_forward` KL(p | a p + (1-a) q), `skew_reverse` KL(q | (1-a) p + a q), a = beta (DistiLLM, 2402.03898);
         `akl` (2404.02657) forward and reverse KL mixed by their gaps on head and tail, head mass beta.
-    tail: what a TopK target says outside its support S; full targets have no tail and ignore it.
-        `outside`: the teacher is renormalised on S and 0 outside, the student is full; `literal`: the same with the
-        constant that the HDPO paper prints; `bucket`: both sides keep their mass outside S as one extra entry;
-        `renormalise`: both sides renormalised on S.
-    clip: every entry's summand is limited to this value before the sum (OPSD); its gradient is then 0.
+    tail: how a TopK target is completed outside its support S; full targets have no tail and ignore it.
+        `outside`: the teacher is renormalised on S and 0 outside, the student is over the full vocabulary; `literal`:
+        the same with the constant that the HDPO paper prints; `bucket`: both sides keep their mass outside S as one
+        extra entry; `renormalise`: both sides are renormalised on S.
+    clip: every entry's summand is limited to this value before the sum (OPSD); a limited entry has gradient 0.
     """
 
     kind: str = "jsd"
@@ -53,7 +53,7 @@ class DivergenceSpec:
             raise ValueError(f"clip is {self.clip}: it must be positive, or None for no clip")
 
     def check_topk(self) -> None:
-        """Raise ValueError if the kind and the tail have no common meaning."""
+        """Raise ValueError if kind and tail cannot be combined for a TopK target."""
         base = self.base
         if self.tail == "literal" and not (self.kind == "jsd" and self.beta == 0.5 and self.clip is None):
             raise ValueError(
@@ -68,7 +68,7 @@ class DivergenceSpec:
 
     @property
     def base(self) -> str:
-        """The kind with the ends of beta resolved: what is actually computed."""
+        """The kind that is computed: beta 0 and beta 1 become forward or reverse KL."""
         if self.kind == "jsd" and self.beta in (0.0, 1.0):
             return "forward_kl" if self.beta == 0.0 else "reverse_kl"
         if self.beta == 0.0 and self.kind in ("skew_forward", "skew_reverse"):
@@ -77,7 +77,7 @@ class DivergenceSpec:
 
     @property
     def outside_constant(self) -> float:
-        """c such that an entry with p = 0 has t = c q and dt/dq = c."""
+        """The constant c such that an entry with p = 0 has t = c q and dt/dq = c."""
         if self.tail == "literal":
             return math.log(2.0)
         if self.base == "jsd":
@@ -94,9 +94,9 @@ def summands(
     weights: tuple[Tensor, Tensor] | None = None,
     pq: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """t and r = q dt/dq of each entry, from log-probs of one shape.
+    """Compute t and r = q dt/dq of each entry from the log-probs of teacher (lp) and student (lq), of one shape.
 
-    weights: akl's, [..., 1] each. pq: the probabilities, where they are known already.
+    weights: of forward and reverse KL for `akl`, [..., 1] each. pq: the probabilities, if they are already computed.
     """
     p, q = (lp.exp(), lq.exp()) if pq is None else pq
     t, r = _raw_summands(spec, lp, lq, p, q, weights)
@@ -133,21 +133,25 @@ def _raw_summands(
 
 
 def needs_dense(spec: DivergenceSpec) -> bool:
-    """Whether a TopK target needs every token's own summand: a clip under a tail whose tokens do not vanish."""
+    """Return whether a TopK target needs the summand of every token of the vocabulary.
+
+    That is so with a clip and a tail whose entries are not 0: the clip then acts on each entry by itself.
+    """
     return spec.clip is not None and spec.tail == "outside" and spec.outside_constant > 0.0
 
 
 def akl_weights(lp: Tensor, lq: Tensor, mu: float) -> tuple[Tensor, Tensor]:
-    """AKL's weights [..., 1] of forward and reverse KL (arXiv 2404.02657), constants of the loss.
+    """Compute AKL's weights [..., 1] of forward and reverse KL (arXiv 2404.02657); they are constants of the loss.
 
-    Head: the teacher's most likely entries whose cumulative mass stays within mu, the first always; entries of one
-    probability stay together. The forward KL gets the head's share of sum |p - q|, the reverse KL the rest.
+    The head is the teacher's most likely entries whose cumulative mass stays within mu; it always contains the most
+    likely entry, and entries of equal probability are all in it or all outside. The forward KL gets the head's share of
+    sum |p - q|, the reverse KL the rest.
     """
     gap = (lp.exp() - lq.exp()).abs()
     p, order = lp.exp().sort(dim=-1, descending=True)
     last = torch.cat([p[..., 1:] != p[..., :-1], torch.ones_like(p[..., :1], dtype=torch.bool)], dim=-1)
     group_mass = p.cumsum(-1).masked_fill(~last, torch.inf).flip(-1).cummin(-1).values.flip(-1)
-    inside = (group_mass <= mu) | (p == p[..., :1]) | (mu >= 1.0)  # a sum to 1 may round to more
+    inside = (group_mass <= mu) | (p == p[..., :1]) | (mu >= 1.0)  # rounding may take a sum of probabilities above 1
     head = (gap.gather(-1, order) * inside).sum(-1, keepdim=True)
     forward = head / gap.sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
     return forward, 1.0 - forward

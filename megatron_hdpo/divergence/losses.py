@@ -1,4 +1,4 @@
-"""The losses of a step from sharded logits, in one pass: log-prob of the sampled token, entropy, divergence."""
+"""Losses from sharded logits in one pass: log-prob of the sampled token, entropy, and divergence to a target."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from megatron_hdpo.divergence.topk_pass import TopKPass
 
 @dataclass(frozen=True)
 class Losses:
-    """Per-token quantities, float32 (float64 for float64 logits), in the leading shape of the logits.
+    """Per-token losses, float32 (float64 for float64 logits), in the leading shape of the logits.
 
     Differentiable: logprobs_T, ln q of the sampled token at the sampling temperature (0 where the id is -1; None
-    without ids); entropy_T, of the same distribution, in nats (None if not asked for); divergence_T, at the
+    without ids); entropy_T, the entropy of the same distribution in nats (None if not asked for); divergence_T, at the
     distillation temperature (None without a target; 0 for tokens that have none).
     Diagnostics without gradient, 0 for tokens that have no target, at the distillation temperature:
-    student_mass_T, the student's mass on the support; covered_mass_T, sum over it of min(p^, q), with p^ the teacher
-    renormalised on the support and q the student's full softmax; teacher_top_T, q at the teacher's first choice (the
-    mean over its first choices, if a full target has several).
+    student_mass_T, the student's mass on the support; covered_mass_T, the sum over the support of min(p^, q), with p^
+    the teacher renormalised on the support and q the student's full softmax; teacher_top_T, q at the teacher's most
+    likely token (the mean over them, if a full target has several).
     """
 
     logprobs_T: Tensor | None
@@ -56,15 +56,17 @@ def logit_losses(
     vocab_size: int | None = None,
     inplace_backward: bool = False,
 ) -> Losses:
-    """Everything that a step needs from the logits, in one pass and differentiable; see Losses.
+    """Compute everything that a training step needs from the logits, in one differentiable pass; see `Losses`.
 
     logits_TV_local: [..., V / tp], this rank's contiguous shard of the vocabulary, finite. sampled_ids_T: int64 [...],
     global ids, -1 for tokens without one. target: TopK, FullLogits or Hidden; it may cover a subset of the tokens.
     kind, beta, tail, clip: see DivergenceSpec. temperature: of log-probs and entropy. distill_temperature: divides the
-    student's logits for the divergence, and the logits of a full target; a TopK must come at it already. There is no
-    factor of temperature squared. vocab_size: tokens from this id on are padding, without probability or gradient.
-    inplace_backward: the gradient overwrites the logits' storage (contiguous logits only; nobody else may need them).
-    Every rank of the group must call with the same shapes and options. Raises ValueError on input that cannot be.
+    student's logits for the divergence, and the logits of a full target; a TopK target must already be at this
+    temperature. There is no factor of temperature squared. vocab_size: tokens from this id on are padding, without
+    probability or gradient. inplace_backward: the gradient overwrites the storage of the logits (only if they are
+    contiguous); no other code may use the logits afterwards.
+    Every rank of the group must call with the same shapes and options. Raises ValueError on shapes, ids, temperatures
+    or a vocab_size that do not fit, and on a kind and tail that cannot be combined.
     """
     lead, width = logits_TV_local.shape[:-1], logits_TV_local.shape[-1]
     logits_TV = logits_TV_local.reshape(-1, width)
@@ -89,9 +91,10 @@ def divergence(
     vocab_size: int | None = None,
     inplace_backward: bool = False,
 ) -> Tensor:
-    """Divergence of every token [...] to a target, differentiable in the logits; arguments as in logit_losses.
+    """Compute the divergence of every token [...] to a target, differentiable in the logits.
 
-    temperature is that of the divergence (logit_losses' distill_temperature).
+    temperature: of the divergence (`distill_temperature` of logit_losses). Other arguments and errors as in
+    logit_losses.
     """
     losses = logit_losses(
         logits_TV_local,
@@ -119,7 +122,10 @@ def vocab_parallel_entropy(
     vocab_size: int | None = None,
     inplace_backward: bool = False,
 ) -> Tensor:
-    """Entropy in nats of softmax(logits / temperature), [...], differentiable; arguments as in logit_losses."""
+    """Compute the entropy in nats of softmax(logits / temperature), [...], differentiable in the logits.
+
+    Arguments and errors as in logit_losses.
+    """
     losses = logit_losses(
         logits_TV_local,
         None,
@@ -133,7 +139,10 @@ def vocab_parallel_entropy(
 
 
 def flat_ids(ids_T: Tensor, lead: torch.Size, vocab_size: int, device: torch.device) -> Tensor:
-    """int64 [T] on the device; raises ValueError on another shape than the tokens' or ids beyond the vocabulary."""
+    """Flatten sampled ids to int64 [T] on the device.
+
+    Raises ValueError if their shape is not `lead`, the leading shape of the logits, or an id is beyond the vocabulary.
+    """
     if ids_T.shape != lead:
         raise ValueError(f"sampled ids have shape {list(ids_T.shape)}, the logits' tokens {list(lead)}")
     flat_T = ids_T.detach().reshape(-1).to(device=device, dtype=torch.int64)
@@ -142,14 +151,17 @@ def flat_ids(ids_T: Tensor, lead: torch.Size, vocab_size: int, device: torch.dev
 
 
 def flat_target(target: Target, logits_TV: Tensor, shard: Shard) -> Target:
-    """The target as 2-D tensors that fit the logits [T, V / tp]; raises ValueError where they cannot."""
+    """Flatten the target to 2-D tensors that match the logits [T, V / tp]; raises ValueError if it does not fit."""
     if isinstance(target, TopK):
         return target.flat(logits_TV.shape[0], shard.vocab_size, logits_TV.device)
     return target.flat(logits_TV.shape[0], logits_TV.shape[1], logits_TV.device)
 
 
 def run_pass(logits_TV: Tensor, ids_T: Tensor | None, target: Target | None, options: Options) -> Pass:
-    """One forward pass over flat inputs: the way that suits the target."""
+    """Run one forward pass over flat inputs, with the implementation that suits the target.
+
+    logits_TV: [T, V / tp]; ids_T: int64 [T] or None. Raises ValueError on a kind and tail that cannot be combined.
+    """
     if target is not None and not isinstance(target, TopK):
         return DensePass.run(logits_TV, ids_T, target, options)
     if target is not None:
@@ -163,7 +175,7 @@ def run_pass(logits_TV: Tensor, ids_T: Tensor | None, target: Target | None, opt
 
 
 class _LogitLosses(torch.autograd.Function):
-    """A pass as a node of autograd."""
+    """Autograd node of one pass."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""What one pass over the logits computes, and what it gives back."""
+"""The options, inputs and outputs that all passes over the logits share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from megatron_hdpo.divergence.shard import Shard
 
 @dataclass(frozen=True)
 class Options:
-    """Everything about a pass but its tensors."""
+    """All settings of a pass that are not tensors; raises ValueError on a temperature that is not positive.
+
+    temperature: of log-probs and entropy. distill_temperature: of the divergence. logprobs, entropy: whether the pass
+    returns them.
+    """
 
     shard: Shard
     spec: DivergenceSpec
@@ -31,7 +35,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Upstream:
-    """Gradients of the objective with respect to a pass's outputs, [T] each; None where there is none."""
+    """Gradients of the objective with respect to a pass's outputs, [T] each; None for an output without gradient."""
 
     logprobs_T: Tensor | None
     entropy_T: Tensor | None
@@ -40,7 +44,7 @@ class Upstream:
 
 @dataclass(frozen=True)
 class Outputs:
-    """A pass's results, [T] each: log-probs, entropy, divergence, and the diagnostics of Losses."""
+    """Results of a pass, [T] each: log-probs, entropy, divergence, and the diagnostics described in `Losses`."""
 
     logprobs_T: Tensor | None
     entropy_T: Tensor | None
@@ -51,44 +55,57 @@ class Outputs:
 
     @classmethod
     def none(cls) -> Outputs:
+        """Return outputs that hold no tensor."""
         return cls(None, None, None)
 
     def as_tuple(self) -> tuple[Tensor | None, ...]:
+        """Return the six tensors in order: first the three with gradient, then the three diagnostics."""
         main = self.logprobs_T, self.entropy_T, self.divergence_T
         return (*main, self.student_mass_T, self.covered_mass_T, self.teacher_top_T)
 
 
 class Pass(Protocol):
-    """A forward pass that has been made: its outputs, and O(T k) numbers from which the gradient follows."""
+    """A finished forward pass: its outputs, and the O(T k) numbers from which the gradient follows."""
 
     @property
-    def outputs(self) -> Outputs: ...
+    def outputs(self) -> Outputs:
+        """Results of the pass."""
+        ...
 
     def without_outputs(self) -> Pass:
-        """The same pass for a node of autograd to keep: outputs hold the node, so the node must not hold them."""
+        """Return the same pass without its outputs, for an autograd node to keep.
+
+        The outputs refer to the node, so a node that kept them would form a reference cycle.
+        """
         ...
 
     def gradient(self, logits_TV: Tensor, upstream: Upstream, *, inplace: bool) -> Tensor:
-        """Gradient to the logits [T, V / tp], in their dtype; no communication. inplace: into their storage."""
+        """Compute the gradient to the logits, [T, V / tp] in their dtype, without communication.
+
+        inplace: write it into the storage of the logits, which are destroyed.
+        """
         ...
 
 
 def spread(values_R: Tensor, rows: Tensor | None, tokens: int) -> Tensor:
-    """[R] -> [T]: each value at its token, 0 at tokens that have none."""
+    """Scatter values [R] of target rows to all tokens [T]; tokens without a target get 0.
+
+    rows: int64 [R], the token of each target row; None if row i belongs to token i. tokens: T.
+    """
     if rows is None:
-        return values_R.detach()  # another tensor: outputs get a graph that what is kept for it must not be part of
+        return values_R.detach()  # detach: the saved tensor must not be part of the output's autograd graph
     out_T = torch.zeros(tokens, dtype=values_R.dtype, device=values_R.device)
     out_T[rows] = values_R
     return out_T
 
 
 def at_rows(values_T: Tensor, rows: Tensor | None) -> Tensor:
-    """[T] -> [R]: the values of the tokens that have a target."""
+    """Select the values of the tokens that have a target: [T] -> [R]; `rows` as in `spread`."""
     return values_T if rows is None else values_T[rows]
 
 
 def gradient_storage(logits_TV: Tensor, inplace: bool) -> Tensor:
-    """Where the gradient goes: the logits' storage if allowed and contiguous, else a new tensor."""
+    """Return the tensor to write the gradient to: the logits' storage if allowed and contiguous, else a new tensor."""
     if inplace and logits_TV.is_contiguous():
-        return logits_TV.detach()  # shares the version counter: autograd notices a second use of the logits
+        return logits_TV.detach()  # shares the version counter, so autograd detects a second use of the logits
     return torch.empty_like(logits_TV, memory_format=torch.contiguous_format)

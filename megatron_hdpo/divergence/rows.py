@@ -1,4 +1,4 @@
-"""Teachers over a shard of the vocabulary, and the paired log-probs of the rows that have a target, block by block."""
+"""Teacher and student log-probs of the rows that have a target, over a shard of the vocabulary, block by block."""
 
 from __future__ import annotations
 
@@ -14,24 +14,30 @@ from megatron_hdpo.divergence.targets import TopK
 
 
 class Teacher(Protocol):
-    """A teacher over this shard: `block(rows)` is [n, V / tp], logits or (ScatteredTopK) log-probs."""
+    """A teacher over this rank's shard of the vocabulary, read in blocks of target rows."""
 
     @property
-    def rows(self) -> Tensor | None: ...
+    def rows(self) -> Tensor | None:
+        """The token of each target row, int64 [R]; None if row i belongs to token i."""
+        ...
 
     @property
     def height(self) -> int:
-        """Rows that a block should have at least (a matrix product wants many)."""
+        """Smallest sensible number of rows of a block (a matrix product is efficient only with many)."""
         ...
 
-    def block(self, rows: slice) -> Tensor: ...
+    def block(self, rows: slice) -> Tensor:
+        """Return the logits [n, V / tp] of a slice of target rows; ScatteredTopK returns log-probs."""
+        ...
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        """Return the number of target rows."""
+        ...
 
 
 @dataclass(frozen=True)
 class ScatteredTopK:
-    """A top-k target as log-probs over the shard: renormalised on the support, LOG_ZERO elsewhere."""
+    """A top-k target as log-probs over the shard, renormalised on the support and LOG_ZERO elsewhere."""
 
     target: TopK
     logprobs_RK: Tensor
@@ -41,6 +47,7 @@ class ScatteredTopK:
 
     @classmethod
     def of(cls, target: TopK, shard: Shard, dtype: torch.dtype) -> ScatteredTopK:
+        """Normalise a flat target on its support and find the entries that this shard holds."""
         target = target.pruned()
         lp_RK = target.logprobs_TK.to(dtype).masked_fill(target.ids_TK < 0, LOG_ZERO)
         lp_RK = lp_RK - lp_RK.logsumexp(-1, keepdim=True)
@@ -48,14 +55,16 @@ class ScatteredTopK:
 
     @property
     def rows(self) -> Tensor | None:
+        """The token of each target row; see Teacher."""
         return self.target.rows
 
     @property
     def live_R(self) -> Tensor:
-        """Rows whose support is not empty."""
+        """Whether the support of each target row holds any id, bool [R]."""
         return (self.target.ids_TK >= 0).any(-1)
 
     def block(self, rows: slice) -> Tensor:
+        """Return the log-probs [n, V / tp] of a slice of target rows."""
         out = self.logprobs_RK.new_full((rows.stop - rows.start, self.shard.width), LOG_ZERO)
         part = self.entries.within([rows])[0]
         row, values = self.entries.row[part], self.entries.pick(self.logprobs_RK)[part]
@@ -68,9 +77,10 @@ class ScatteredTopK:
 
 @dataclass(frozen=True)
 class DenseRows:
-    """Log-probs of the rows that have a target; the normalisers are the group's.
+    """Log-probs of teacher and student at the rows that have a target, over this rank's shard.
 
-    lse_teacher_R is None for a teacher that gives log-probs. best_R: the teacher's largest log-prob of each row.
+    lse_R, lse_teacher_R: the log-normalisers over the whole group; lse_teacher_R is None for a teacher that returns
+    log-probs. best_R: the teacher's largest log-prob of each row.
     """
 
     teacher: Teacher
@@ -81,21 +91,24 @@ class DenseRows:
     best_R: Tensor
 
     def teacher_logprobs(self, block: slice) -> Tensor:
+        """Return the teacher's log-probs [n, valid] of a block of target rows."""
         z = self.teacher.block(block)[:, : self.shard.valid].to(self.lse_R.dtype)
         if self.lse_teacher_R is None:
             return z
         return (z / self.temperature - self.lse_teacher_R[block].unsqueeze(-1)).clamp_min(LOG_ZERO)
 
     def student_logprobs(self, z: Tensor, block: slice) -> Tensor:
+        """Return the student's log-probs of a block of target rows from their logits z [n, valid]."""
         return z.to(self.lse_R.dtype) / self.temperature - self.lse_R[block].unsqueeze(-1)
 
     def pair(self, logits_TV: Tensor, block: slice) -> tuple[Tensor, Tensor]:
-        """(teacher, student) log-probs [n, valid] of a block of target rows."""
+        """Return the (teacher, student) log-probs [n, valid] of a block of target rows."""
         rows = self.teacher.rows
         z = (logits_TV[block] if rows is None else logits_TV[rows[block]])[:, : self.shard.valid]
         return self.teacher_logprobs(block), self.student_logprobs(z, block)
 
     def blocks(self, like: Tensor) -> list[slice]:
+        """Cut the target rows into blocks; none if this shard holds padding only. like: gives device and dtype."""
         if not self.shard.valid:
             return []
         return list(row_blocks(len(self.teacher), self.shard.valid, like, at_least=self.teacher.height))

@@ -1,4 +1,4 @@
-"""Where a rank's columns lie in the vocabulary, and the three collectives that the engine uses.
+"""One rank's shard of the vocabulary, its entries at given ids, and the three collectives of this room.
 
 Vocabulary shards are contiguous and equal: rank r of `size` holds columns [r * width, (r + 1) * width).
 """
@@ -15,15 +15,15 @@ from torch import Tensor
 
 Group = dist.ProcessGroup | None
 
-# Scratch memory of one block of rows. On the CPU a block must stay in the core's cache, so that the several
-# elementwise operations of a sweep read the logits from memory once; on a GPU it must be large enough to fill it.
+# Scratch memory of one block of rows. On a CPU a block must fit the core's cache, so that the elementwise operations
+# of a pass read the logits from memory only once; on a GPU it must be large enough to use the whole device.
 _CPU_BLOCK_BYTES = 1024 * 1024
 _GPU_BLOCK_BYTES = 256 * 1024 * 1024
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One rank's part of the vocabulary: `valid` of its `width` columns, from global id `start` on, are real tokens."""
+    """One rank's part of the vocabulary: `width` columns from global id `start` on, the first `valid` of them real."""
 
     group: Group
     rank: int
@@ -33,7 +33,10 @@ class Shard:
 
     @classmethod
     def of(cls, width: int, group: Group, vocab_size: int | None) -> Shard:
-        """The shard of a rank whose logits have `width` columns. Raises ValueError if vocab_size does not fit."""
+        """Return the shard of a rank whose logits have `width` columns; raises ValueError if vocab_size does not fit.
+
+        group: the tensor-parallel ranks; None for one rank. vocab_size: default width x ranks (no padding).
+        """
         size = 1 if group is None else dist.get_world_size(group)
         rank = 0 if group is None else dist.get_rank(group)
         vocab_size = width * size if vocab_size is None else vocab_size
@@ -46,19 +49,22 @@ class Shard:
 
     @property
     def start(self) -> int:
+        """Global id of the first column."""
         return self.rank * self.width
 
     @property
     def valid(self) -> int:
+        """Number of columns that are real tokens; the rest are padding."""
         return max(0, min(self.width, self.vocab_size - self.start))
 
     def all_reduce_max_(self, tensor: Tensor) -> Tensor:
+        """Replace a tensor by its maximum over the ranks, in place, and return it."""
         if self.size > 1:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
         return tensor
 
     def all_reduce_sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Sums of several tensors of one dtype over the ranks, in one collective; the inputs stay as they are."""
+        """Return the sums over the ranks of several tensors of one dtype, in one collective; inputs are not changed."""
         if self.size == 1:
             return list(tensors)
         flat = torch.cat([t.reshape(-1) for t in tensors])
@@ -67,7 +73,7 @@ class Shard:
         return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """[...] -> [size, ...], rank by rank."""
+        """Gather a tensor [...] of every rank to [size, ...], in rank order."""
         if self.size == 1:
             return tensor.unsqueeze(0)
         out = [torch.empty_like(tensor) for _ in range(self.size)]
@@ -76,12 +82,15 @@ class Shard:
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """float64 in float64; everything else in float32."""
+    """Return the dtype to compute in: float64 for float64 tensors, float32 for all others."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def row_blocks(rows: int, width: int, tensor: Tensor, *, at_least: int = 1) -> Iterator[slice]:
-    """Slices of rows whose scratch [rows, width] in the compute dtype has the size the device likes."""
+    """Yield slices of rows whose scratch [rows, width] in the compute dtype has a size that suits the device.
+
+    at_least: the smallest number of rows of a slice (the last one may be shorter).
+    """
     budget = _CPU_BLOCK_BYTES if tensor.device.type == "cpu" else _GPU_BLOCK_BYTES
     step = max(at_least, budget // max(1, width * compute_dtype(tensor).itemsize))
     for start in range(0, rows, step):
@@ -90,10 +99,10 @@ def row_blocks(rows: int, width: int, tensor: Tensor, *, at_least: int = 1) -> I
 
 @dataclass(frozen=True)
 class OwnedEntries:
-    """The entries of an id matrix [R, K] that lie in this rank's shard, in order of token row.
+    """The entries of an id matrix [R, K] that lie in this rank's shard, ordered by token row.
 
-    row: token row of the logits; col: local column. where: (row, column) in the matrix of each entry, 1-D; or None if
-    every entry is owned, and then row is [R, 1] and col [R, K], which costs no memory beside the ids.
+    row: row of the entry in the logits; col: its local column. where: (row, column) of each entry in the id matrix,
+    1-D; or None if all entries are owned, and then row is [R, 1] and col [R, K], which needs no memory beyond the ids.
     """
 
     row: Tensor
@@ -102,22 +111,25 @@ class OwnedEntries:
 
     @classmethod
     def find(cls, ids_RK: Tensor, row_R: Tensor | None, shard: Shard) -> OwnedEntries:
-        """row_R (increasing) names the token row of each row of ids; None: row i belongs to token i."""
+        """Find the owned entries. row_R: the token of each row of ids, increasing; None if row i belongs to token i."""
         owned_RK = (ids_RK >= shard.start) & (ids_RK < shard.start + shard.valid)
         if bool(owned_RK.all()):
             if row_R is None:
                 row_R = torch.arange(ids_RK.shape[0], device=ids_RK.device)
             return cls(row_R.unsqueeze(-1), ids_RK - shard.start if shard.start else ids_RK, None)
-        target_N, slot_N = owned_RK.nonzero(as_tuple=True)
-        row_N = target_N if row_R is None else row_R[target_N]
-        return cls(row_N, ids_RK[target_N, slot_N] - shard.start, (target_N, slot_N))
+        target_O, slot_O = owned_RK.nonzero(as_tuple=True)
+        row_O = target_O if row_R is None else row_R[target_O]
+        return cls(row_O, ids_RK[target_O, slot_O] - shard.start, (target_O, slot_O))
 
     def pick(self, values_RK: Tensor) -> Tensor:
-        """The values at the entries, in the shape of col."""
+        """Select the values at the owned entries, in the shape of col."""
         return values_RK if self.where is None else values_RK[self.where]
 
     def gather(self, logits_TV: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """This rank's logits at the entries, 0 where another rank owns them: a sum over ranks completes them."""
+        """Return this rank's logits in the shape of the id matrix, 0 for entries of other ranks.
+
+        The sum over the ranks is then complete.
+        """
         found = logits_TV[self.row, self.col].to(dtype)
         if self.where is None:
             return found
@@ -126,9 +138,10 @@ class OwnedEntries:
         return out_RK
 
     def write(self, values_RK: Tensor, grad_TV: Tensor) -> None:
+        """Overwrite the gradient at the owned entries by `values_RK`."""
         grad_TV[self.row, self.col] = self.pick(values_RK).to(grad_TV.dtype)
 
     def within(self, blocks: Sequence[slice]) -> list[slice]:
-        """For each block of token rows, which entries (rows of entries, if all are owned) lie in it."""
+        """Return for each block of token rows the slice of entries (of rows of entries, if all are owned) in it."""
         edges = torch.tensor([block.start for block in blocks] + [blocks[-1].stop], device=self.row.device)
         return [slice(a, b) for a, b in pairwise(torch.searchsorted(self.row.flatten(), edges).tolist())]

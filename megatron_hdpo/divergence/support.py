@@ -1,6 +1,7 @@
-"""A divergence to a top-k target, from the student's log-probs on the support: value, gradient and diagnostics.
+"""Value, gradient and diagnostics of a divergence to a top-k target, from the student's log-probs on the support.
 
-Everything here is O(tokens x k) and local: the collectives are over once the student's normaliser is known.
+Everything here costs O(tokens x k) and is local to the rank: no collective is needed once the student's normaliser is
+known.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from megatron_hdpo.divergence.kinds import LOG_ZERO, DivergenceSpec, akl_weights, summands
 
-# Teacher log-probs are rounded, so their sum may pass 1: the tail bucket keeps at least this mass.
+# Rounded teacher probabilities may sum to more than 1: the tail bucket keeps at least this mass.
 TAIL_FLOOR = 1e-7
 
 
@@ -21,7 +22,7 @@ class SupportTerms:
     """Per target row: the divergence, its gradient to the student's logits (at temperature 1), and diagnostics.
 
     grad_RK: gradient at the k ids. outside_R: gradient at every other token u, divided by q_u.
-    mass_R: sum_S q. covered_R: sum_S min(p^, q), p^ renormalised on S. top_R: q at the teacher's first choice.
+    mass_R: sum_S q. covered_R: sum_S min(p^, q), p^ renormalised on S. top_R: q at the teacher's most likely token.
     """
 
     value_R: Tensor
@@ -33,7 +34,7 @@ class SupportTerms:
 
     @classmethod
     def joined(cls, parts: list[SupportTerms]) -> SupportTerms:
-        """The terms of successive blocks of rows, as one."""
+        """Concatenate the terms of successive blocks of rows."""
         if len(parts) == 1:
             return parts[0]
         return cls(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)))
@@ -42,9 +43,11 @@ class SupportTerms:
 def support_terms(
     spec: DivergenceSpec, lp_RK: Tensor, lq_RK: Tensor, used_RK: Tensor, rest_R: Tensor | None, vocab_size: int
 ) -> SupportTerms:
-    """lp_RK, lq_RK: log-probs over the full vocabulary; used_RK: which entries are in the support.
+    """Compute the terms of a divergence on the support.
 
-    rest_R: the student's mass outside the support, summed over those tokens (bucket only; 1 - sum_S q would be noise).
+    lp_RK, lq_RK: log-probs of teacher and student over the full vocabulary; used_RK: which entries are in the support.
+    rest_R: the student's mass outside the support, summed over those tokens (tail `bucket` only; 1 - sum_S q would be
+    rounding noise).
     """
     lp_RK = lp_RK.masked_fill(~used_RK, LOG_ZERO)
     lq_RK = lq_RK.masked_fill(~used_RK, LOG_ZERO)
@@ -80,7 +83,7 @@ def _terms(spec: DivergenceSpec, lp: Tensor, lq: Tensor) -> tuple[Tensor, Tensor
 
 
 def _outside(spec: DivergenceSpec, lp_hat_RK: Tensor, lq_RK: Tensor) -> _Terms:
-    """Teacher renormalised on S and zero outside, where every token adds c q."""
+    """Compare with the teacher renormalised on S and zero outside, where every token adds c q."""
     t_RK, r_RK = _terms(spec, lp_hat_RK, lq_RK)
     q_RK = lq_RK.exp()
     rest_R = (1.0 - q_RK.sum(-1)).clamp_min(0.0)
@@ -90,7 +93,10 @@ def _outside(spec: DivergenceSpec, lp_hat_RK: Tensor, lq_RK: Tensor) -> _Terms:
 
 
 def _bucket(spec: DivergenceSpec, lp_RK: Tensor, lq_RK: Tensor, rest_R: Tensor, whole_R: Tensor) -> _Terms:
-    """k entries and one for all other tokens. A support that is the whole vocabulary has no bucket (whole_R)."""
+    """Compare k entries and one bucket of all other tokens.
+
+    whole_R: rows whose support is the whole vocabulary; they have no bucket.
+    """
     tiny = torch.finfo(rest_R.dtype).tiny
     p_tail_R = (1.0 - lp_RK.double().exp().sum(-1)).clamp_min(TAIL_FLOOR)  # a difference: in double precision
     lp_tail_R = p_tail_R.log().to(lp_RK.dtype).masked_fill(whole_R, LOG_ZERO)
@@ -105,7 +111,7 @@ def _bucket(spec: DivergenceSpec, lp_RK: Tensor, lq_RK: Tensor, rest_R: Tensor, 
 
 
 def _renormalised(spec: DivergenceSpec, lp_hat_RK: Tensor, lq_RK: Tensor, some_R1: Tensor) -> _Terms:
-    """Both sides renormalised on S: the student's normaliser is that of S, and tokens outside get no gradient."""
+    """Compare both sides renormalised on S; tokens outside S get no gradient."""
     lq_hat_RK = lq_RK - lq_RK.logsumexp(-1, keepdim=True).masked_fill(~some_R1, 0.0)
     t_RK, r_RK = _terms(spec, lp_hat_RK, lq_hat_RK)
     grad_RK = r_RK - lq_hat_RK.exp() * r_RK.sum(-1, keepdim=True)

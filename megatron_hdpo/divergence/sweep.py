@@ -1,4 +1,4 @@
-"""One read of the logits for the row statistics from which every quantity follows; one write of the gradient."""
+"""Row statistics of the logits in one read, and the dense part of the gradient in one read and one write."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from megatron_hdpo.divergence.shard import OwnedEntries, Shard, compute_dtype, r
 
 @dataclass(frozen=True)
 class RowStats:
-    """Of one rank: max_T of the logits, and sums over its columns of e = exp((z - max) / temperature).
+    """Row statistics of one rank's shard, with e = exp((z - max_T) / temperature).
 
-    energy_T: sum of e * (z - max) / temperature, for the entropy. rest_T: sum of e outside the support.
+    max_T: the largest logit. sum_T: sum of e. energy_T: sum of e * (z - max_T) / temperature, for the entropy.
+    rest_T: sum of e outside the support.
     """
 
     max_T: Tensor
@@ -27,7 +28,10 @@ class RowStats:
 def local_stats(
     logits_TV: Tensor, shard: Shard, temperature: float, *, entropy: bool = False, holes: OwnedEntries | None = None
 ) -> RowStats:
-    """Row statistics of a shard. holes: the support's entries, left out of rest_T."""
+    """Compute the row statistics of a shard [T, V / tp].
+
+    entropy: also energy_T. holes: the entries of the support; with them also rest_T, which leaves them out.
+    """
     tokens, dtype, device = logits_TV.shape[0], compute_dtype(logits_TV), logits_TV.device
     max_T = torch.full((tokens,), -torch.inf, dtype=dtype, device=device)
     sum_T = torch.zeros(tokens, dtype=dtype, device=device)
@@ -42,41 +46,41 @@ def local_stats(
     parts = holes.within(blocks) if holes is not None else [slice(0, 0)] * len(blocks)
     for block, part in zip(blocks, parts, strict=True):
         rows = block.stop - block.start
-        e, top_N = _block_stats(logits_TV[block, : shard.valid], stats, block, temperature, scratch[:, :rows])
+        e, top_B = _block_stats(logits_TV[block, : shard.valid], stats, block, temperature, scratch[:, :rows])
         if holes is not None and rest_T is not None:
             e[holes.row[part] - block.start, holes.col[part]] = 0.0
-            torch.div(e.sum(dim=-1), top_N, out=rest_T[block])
+            torch.div(e.sum(dim=-1), top_B, out=rest_T[block])
     return stats
 
 
 def _block_stats(
     z: Tensor, stats: RowStats, block: slice, temperature: float, scratch: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Statistics of one block of rows; gives its softmax over the shard and that one's largest entries [n]."""
+    """Compute the statistics of one block of rows; return its softmax over the shard and the row maxima of that [n]."""
     e, spare = scratch[0], scratch[-1]
     torch.amax(z, dim=-1, out=stats.max_T[block]) if z.dtype == e.dtype else stats.max_T[block].copy_(z.amax(dim=-1))
     z = local_softmax(z, temperature, e, spare)
-    top_N = e.amax(dim=-1)
-    # A row that is -inf on this whole shard (a masked teacher) has a softmax of NaN here, and no mass.
-    dead_N = stats.max_T[block] == -torch.inf
-    masked = bool(dead_N.any())
+    top_B = e.amax(dim=-1)
+    # A row that is -inf on the whole shard (a masked teacher) gets a softmax of NaN here, and has no mass.
+    dead_B = stats.max_T[block] == -torch.inf
+    masked = bool(dead_B.any())
     if masked:
-        e[dead_N], top_N[dead_N] = 0.0, 1.0
-    torch.div(e.sum(dim=-1), top_N, out=stats.sum_T[block])
+        e[dead_B], top_B[dead_B] = 0.0, 1.0
+    torch.div(e.sum(dim=-1), top_B, out=stats.sum_T[block])
     if stats.energy_T is not None:
         torch.sub(z, stats.max_T[block].unsqueeze(-1) / temperature, out=spare).mul_(e)
         if masked:
-            spare[dead_N] = 0.0
-        torch.div(spare.sum(dim=-1), top_N, out=stats.energy_T[block])
-    return e, top_N
+            spare[dead_B] = 0.0
+        torch.div(spare.sum(dim=-1), top_B, out=stats.energy_T[block])
+    return e, top_B
 
 
 def local_softmax(z: Tensor, temperature: float, out: Tensor, spare: Tensor) -> Tensor:
-    """out := softmax(z / temperature) over this shard's columns; gives z / temperature in the dtype of out.
+    """Write softmax(z / temperature) over this shard's columns to `out`; return z / temperature in the dtype of out.
 
     torch's softmax reads and writes once and costs half of torch.exp, but its sum drifts on long rows (by 1e-5 at
-    150,000 columns in float32). So nobody relies on its scale: its largest entry, which ought to be exp(max - lse),
-    tells by how much it is off.
+    150,000 columns in float32). So callers must not rely on its scale: they correct it by its largest entry, which
+    should be exp(max - lse).
     """
     if z.dtype != out.dtype:
         z = spare.copy_(z)
@@ -87,8 +91,8 @@ def local_softmax(z: Tensor, temperature: float, out: Tensor, spare: Tensor) -> 
 
 
 def shift_stats(stats: RowStats, max_T: Tensor, temperature: float) -> RowStats:
-    """The same sums with respect to a larger maximum, in place."""
-    # A shard of padding alone has maximum -inf and sums 0: the clamp keeps 0 * inf away.
+    """Change the sums, in place, to refer to the larger maximum `max_T` (that of the group)."""
+    # A shard that holds only padding has maximum -inf and sums 0: the clamp avoids 0 * inf.
     gap_T = ((stats.max_T - max_T) / temperature).clamp_min(-1e30)
     scale_T = gap_T.exp()
     if stats.energy_T is not None:
@@ -101,9 +105,9 @@ def shift_stats(stats: RowStats, max_T: Tensor, temperature: float) -> RowStats:
 
 @dataclass(frozen=True)
 class SoftmaxTerm:
-    """A row-wise term of the gradient: q (scale_T + slope_T ln q) with q = softmax(z / temperature) over all ranks.
+    """A term of the gradient, row by row: q (scale_T + slope_T ln q) with q = softmax(z / temperature) over all ranks.
 
-    max_T: the largest logit of each row in this rank's shard; lse_T: the normaliser over all ranks.
+    max_T: the largest logit of each row in this rank's shard; lse_T: the log-normaliser over all ranks.
     """
 
     max_T: Tensor
@@ -112,9 +116,9 @@ class SoftmaxTerm:
     scale_T: Tensor
     slope_T: Tensor | None = None
 
-    def correction(self, local_N1: Tensor, block: slice) -> Tensor:
-        """[n, 1] factor from a softmax over this shard, whose largest entry is local_N1, to q."""
-        return (self.max_T[block] / self.temperature - self.lse_T[block]).exp().unsqueeze(-1) / local_N1
+    def correction(self, local_B1: Tensor, block: slice) -> Tensor:
+        """Return the factors [n, 1] from a softmax over this shard, with row maxima local_B1, to q."""
+        return (self.max_T[block] / self.temperature - self.lse_T[block]).exp().unsqueeze(-1) / local_B1
 
 
 def write_dense(
@@ -125,10 +129,10 @@ def write_dense(
     add: Callable[[slice, Tensor, Tensor], None] | None = None,
     at_least: int = 1,
 ) -> None:
-    """grad := sum of the terms, padding columns 0. grad may be the storage of the logits.
+    """Write the sum of the terms to grad [T, V / tp], 0 in padding columns; grad may be the storage of the logits.
 
-    add(block, z, total): adds what is no multiple of a softmax to the total of a block of rows, in the compute dtype.
-    at_least: rows of a block, for an `add` that is cheaper on many.
+    add(block, z, total): adds whatever is not a softmax term to the total of a block of rows, in the compute dtype.
+    at_least: smallest number of rows of a block, for an `add` that is cheaper on many.
     """
     tokens, dtype = logits_TV.shape[0], compute_dtype(logits_TV)
     grad_TV[:, shard.valid :] = 0.0
@@ -153,32 +157,32 @@ def write_dense(
 
 
 def _write_softmax(z: Tensor, term: SoftmaxTerm, block: slice, out: Tensor, scratch: Tensor) -> None:
-    """out := q scale."""
+    """Write q scale to `out`."""
     q = scratch[0]
     local_softmax(z, term.temperature, q, scratch[-1])
-    factor_N1 = term.correction(q.amax(dim=-1, keepdim=True), block).mul_(term.scale_T[block].unsqueeze(-1))
+    factor_B1 = term.correction(q.amax(dim=-1, keepdim=True), block).mul_(term.scale_T[block].unsqueeze(-1))
     if out.dtype == q.dtype:
-        torch.mul(q, factor_N1, out=out)
+        torch.mul(q, factor_B1, out=out)
     else:
-        out.copy_(q.mul_(factor_N1))
+        out.copy_(q.mul_(factor_B1))
 
 
 def _sum_of_terms(z: Tensor, terms: list[SoftmaxTerm], block: slice, scratch: Tensor) -> Tensor:
-    """Sum of the terms for a block of rows, in the first scratch."""
+    """Sum the terms for a block of rows, in the first scratch tensor."""
     total, lq, q = scratch
     if not terms:
         total.zero_()
     for i, term in enumerate(terms):
         out = q if i else total
         z_t = local_softmax(z, term.temperature, out, lq)
-        factor_N1 = term.correction(out.amax(dim=-1, keepdim=True), block)
-        scale_N1 = term.scale_T[block].unsqueeze(-1)
+        factor_B1 = term.correction(out.amax(dim=-1, keepdim=True), block)
+        scale_B1 = term.scale_T[block].unsqueeze(-1)
         if term.slope_T is None:
-            out.mul_(factor_N1 * scale_N1)
+            out.mul_(factor_B1 * scale_B1)
         else:
             torch.sub(z_t, term.lse_T[block].unsqueeze(-1), out=lq)
-            lq.mul_(term.slope_T[block].unsqueeze(-1)).add_(scale_N1)
-            out.mul_(lq).mul_(factor_N1)
+            lq.mul_(term.slope_T[block].unsqueeze(-1)).add_(scale_B1)
+            out.mul_(lq).mul_(factor_B1)
         if i:
             total.add_(q)
     return total

@@ -1,7 +1,7 @@
-"""What a student is compared with: a teacher's top-k, its logits, or the hidden states that its logits come from.
+"""Targets of a divergence: a teacher's top-k, its logits, or the hidden states that its logits come from.
 
-Every target may cover a subset of the tokens: `rows` holds, strictly increasing, the index (into the flattened tokens)
-that each row of the target belongs to. Tokens that no row names have no target: divergence 0, no gradient.
+Every target may cover a subset of the tokens: `rows` holds, for each row of the target, the index of its token among
+the flattened tokens, strictly increasing. Tokens that are not in `rows` have no target: divergence 0, no gradient.
 Targets are constants: no gradient flows into them.
 """
 
@@ -24,7 +24,7 @@ def _check_rows(rows: Tensor | None, length: int, tokens: int, what: str) -> Non
         return
     if rows.dtype != torch.int64 or rows.shape != (length,):
         raise ValueError(f"rows must be int64 [{length}], one per row of {what}; got {rows.dtype} {list(rows.shape)}")
-    if rows.device.type == "cpu" and length:  # a look at the values would stall a GPU
+    if rows.device.type == "cpu" and length:  # on a GPU reading the values would stall the device
         if length > 1 and not bool((rows[1:] > rows[:-1]).all()):
             raise ValueError("rows must be strictly increasing: one target per token, in token order")
         if int(rows[0]) < 0 or int(rows[-1]) >= tokens:
@@ -33,11 +33,12 @@ def _check_rows(rows: Tensor | None, length: int, tokens: int, what: str) -> Non
 
 @dataclass(frozen=True)
 class TopK:
-    """A teacher's log-probs over the FULL vocabulary at k ids per token.
+    """A teacher's log-probs at k ids per token, normalised over the FULL vocabulary.
 
     ids_TK: int64 [..., K] global token ids, distinct within a row. logprobs_TK: [..., K], at the temperature of the
-    divergence. An entry with id < 0 or log-prob -inf is padding and in no support: rows may have fewer than K entries,
-    or none (then divergence 0, no gradient). rows: int64 [R], see the module; ids and log-probs are then [R, K].
+    divergence. An entry with id < 0 or log-prob -inf is padding and not in the support: a row may have fewer than K
+    entries, or none (then divergence 0, no gradient). rows: int64 [R], see the module; ids and log-probs are then
+    [R, K].
     """
 
     ids_TK: Tensor
@@ -45,7 +46,7 @@ class TopK:
     rows: Tensor | None = None
 
     def flat(self, tokens: int, vocab_size: int, device: torch.device) -> TopK:
-        """The same target as 2-D tensors on `device`; raises ValueError on shapes or ids that cannot be."""
+        """Return the same target as 2-D tensors on `device`; raises ValueError on shapes or ids that do not fit."""
         if self.ids_TK.shape != self.logprobs_TK.shape or not self.ids_TK.shape or not self.ids_TK.shape[-1]:
             raise ValueError(
                 f"TopK ids {list(self.ids_TK.shape)} and log-probs {list(self.logprobs_TK.shape)} must have one shape, "
@@ -59,7 +60,7 @@ class TopK:
         return TopK(ids_RK, self.logprobs_TK.detach().reshape(-1, k).to(device), rows)
 
     def pruned(self) -> TopK:
-        """The same target with a negative id at every entry that is in no support."""
+        """Return the same target with id -1 at every entry that has log-prob -inf."""
         never_TK = self.logprobs_TK == -torch.inf
         if never_TK.device.type == "cpu" and not bool(never_TK.any()):
             return self
@@ -74,6 +75,10 @@ class FullLogits:
     rows: Tensor | None = None
 
     def flat(self, tokens: int, width: int, device: torch.device) -> FullLogits:
+        """Return the same target as 2-D tensors on `device`; raises ValueError on shapes that do not fit.
+
+        tokens: T. width: columns of the student's shard.
+        """
         logits_RV = self.logits_TV_local.detach()
         if logits_RV.shape[-1] != width:
             raise ValueError(
@@ -85,10 +90,11 @@ class FullLogits:
 
     @property
     def height(self) -> int:
+        """Smallest sensible number of rows of a block."""
         return 1
 
     def block(self, rows: slice) -> Tensor:
-        """[n, V / tp] logits of a slice of rows (flat targets only)."""
+        """Return the logits [n, V / tp] of a slice of rows (flat targets only)."""
         return self.logits_TV_local[rows]
 
     def __len__(self) -> int:
@@ -97,9 +103,9 @@ class FullLogits:
 
 @dataclass(frozen=True)
 class Hidden:
-    """A teacher's last hidden states [..., H] and its shard [V / tp, H] of the head: logits are made block by block.
+    """A teacher's last hidden states [..., H] and its shard [V / tp, H] of the head; logits are made block by block.
 
-    Hidden states are those that the head reads (after the final norm), whole on every rank of the group.
+    The hidden states are the input of the head (after the final norm), whole on every rank of the group.
     """
 
     hidden_TH: Tensor
@@ -107,6 +113,10 @@ class Hidden:
     rows: Tensor | None = None
 
     def flat(self, tokens: int, width: int, device: torch.device) -> Hidden:
+        """Return the same target as 2-D tensors on `device`; raises ValueError on shapes that do not fit.
+
+        tokens: T. width: columns of the student's shard.
+        """
         size = self.hidden_TH.shape[-1]
         if self.head_weight_VH.shape != (width, size):
             raise ValueError(
@@ -119,10 +129,11 @@ class Hidden:
 
     @property
     def height(self) -> int:
-        return 128  # a matrix product on fewer rows wastes the machine
+        """Smallest sensible number of rows of a block."""
+        return 128  # a matrix product with fewer rows is inefficient
 
     def block(self, rows: slice) -> Tensor:
-        """[n, V / tp] logits of a slice of rows (flat targets only)."""
+        """Return the logits [n, V / tp] of a slice of rows (flat targets only)."""
         return self.hidden_TH[rows] @ self.head_weight_VH.t()
 
     def __len__(self) -> int:
@@ -133,10 +144,14 @@ Target = TopK | FullLogits | Hidden
 
 
 def check_ids(ids: Tensor, vocab_size: int, what: str) -> None:
-    """Refuse ids beyond the vocabulary: no rank owns them, so they would silently count as logit 0."""
+    """Raise ValueError on ids beyond the vocabulary: no rank owns them, so they would silently count as logit 0.
+
+    On a GPU the error is a device-side assertion, reported at the next synchronisation. what: name of the ids in the
+    error.
+    """
     inside = ids < vocab_size
     if ids.device.type == "cpu":
         if not bool(inside.all()):
             raise ValueError(f"{what} holds id {int(ids.max())}, but the vocabulary has {vocab_size} tokens")
-    else:  # no stall: the device reports it at its next synchronisation
+    else:  # an assertion on the device does not stall it
         torch._assert_async(inside.all(), f"{what} holds an id beyond the vocabulary of {vocab_size} tokens")

@@ -1,4 +1,4 @@
-"""Log-prob, entropy and divergence to a top-k target, from one read of the logits.
+"""The pass that computes log-prob, entropy and divergence to a top-k target from one read of the logits.
 
     forward:  read the logits once -> all-reduce MAX of [T] -> all-reduce SUM of O(T + R k) numbers -> O(R k) arithmetic
     backward: no communication; read the logits once, write the gradient once
@@ -7,7 +7,8 @@ With q = softmax(z / t_s) at the sampling temperature and w = softmax(z / t_d) a
 
     g_u = (1/t_s) [ gl (1[u = y] - q_u) - gh q_u (ln q_u + H) ] + (1/t_d) gd (G_u on the support, w_u a elsewhere),
 
-a row-wise multiple of a softmax (two, if the temperatures differ) and k + 1 exceptions, which overwrite it.
+which is, in each row, a multiple of a softmax (of two, if the temperatures differ) except at the sampled token and at
+the k ids of the support, where other values overwrite it.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from megatron_hdpo.divergence.targets import TopK
 
 @dataclass(frozen=True)
 class Normalisers:
-    """The group's statistics: log-normalisers at both temperatures, and the logits that were asked for.
+    """Statistics over the whole group: log-normalisers at both temperatures, and the logits at the entries.
 
-    local_max_T: this rank's largest logit alone.
-    rest_R: the student's mass outside the support, where the tail needs it.
+    local_max_T: the largest logit of each token on this rank alone.
+    rest_R: the student's mass outside the support; None unless the tail needs it.
     """
 
     local_max_T: Tensor
@@ -43,7 +44,7 @@ class Normalisers:
 
 @dataclass(frozen=True)
 class _Entries:
-    """Which logits a pass asks for beside the row statistics."""
+    """The entries of the logits that a pass reads in addition to the row statistics."""
 
     sampled: OwnedEntries
     support: OwnedEntries | None
@@ -57,7 +58,7 @@ def _find_entries(ids_T: Tensor, target: TopK | None, options: Options) -> _Entr
 
 
 def _normalisers(logits_TV: Tensor, entries: _Entries, options: Options) -> Normalisers:
-    """Sweep the shard and join the ranks: two all-reduces, whatever is asked for."""
+    """Read the shard and join the ranks, always by two all-reduces."""
     local, local_max_T, max_T = _local_sums(logits_TV, entries, options)
     total = dict(zip(local, options.shard.all_reduce_sum(list(local.values())), strict=True))
     sum_T, other_T = total["sum"], total.get("other", total["sum"])
@@ -74,7 +75,7 @@ def _normalisers(logits_TV: Tensor, entries: _Entries, options: Options) -> Norm
 
 
 def _local_sums(logits_TV: Tensor, entries: _Entries, options: Options) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """This rank's summands of all that is summed over ranks; the largest logits on this rank and over the ranks."""
+    """Return this rank's summands of everything that is summed over ranks, and the local and the group's maxima."""
     shard, dtype, target = options.shard, compute_dtype(logits_TV), entries.target
     t_s, t_d = options.temperature, options.distill_temperature
     holes = entries.support if options.spec.tail == "bucket" else None
@@ -100,7 +101,7 @@ def _local_sums(logits_TV: Tensor, entries: _Entries, options: Options) -> tuple
 
 @dataclass(frozen=True)
 class TopKPass:
-    """A pass that has been made (see options.Pass), with or without a target."""
+    """A finished pass with or without a top-k target; see options.Pass."""
 
     outputs: Outputs
     options: Options
@@ -112,7 +113,7 @@ class TopKPass:
 
     @classmethod
     def run(cls, logits_TV: Tensor, ids_T: Tensor | None, target: TopK | None, options: Options) -> TopKPass:
-        """ids_T: int64 [T] or None; target: flat (TopK.flat)."""
+        """Run the forward pass. logits_TV: [T, V / tp]; ids_T: int64 [T] or None; target: flat (TopK.flat)."""
         if ids_T is None:
             ids_T = torch.full(logits_TV.shape[:1], -1, device=logits_TV.device)
         if target is not None:
@@ -125,13 +126,15 @@ class TopKPass:
         return cls(outputs, options, entries, stats, terms, ids_T, logprobs_T.detach())
 
     def without_outputs(self) -> TopKPass:
+        """Return the pass without its outputs; see options.Pass."""
         return replace(self, outputs=Outputs.none())
 
     def gradient(self, logits_TV: Tensor, upstream: Upstream, *, inplace: bool) -> Tensor:
+        """Compute the gradient to the logits; see options.Pass."""
         scales = _Scales.of(self, upstream)
         grad_TV = gradient_storage(logits_TV, inplace)
         write_dense(grad_TV, logits_TV, self.options.shard, scales.softmax_terms(self))
-        # The sampled token first: the support may contain it, and its values are complete.
+        # The sampled token first: if the support contains it, the support's value includes it and must win.
         if scales.logprob_T is not None:
             self.entries.sampled.write(scales.at_sampled(self).unsqueeze(-1), grad_TV)
         if scales.divergence_R is not None and self.entries.support is not None:
@@ -142,7 +145,7 @@ class TopKPass:
 def _target_terms(stats: Normalisers, target: TopK, options: Options) -> SupportTerms:
     support_RK, lse_R = stats.support_RK, at_rows(stats.lse_distill_T, target.rows)
     assert support_RK is not None
-    # Block by block: the arithmetic has some ten temporaries, and one target of 256 entries is no longer small.
+    # Block by block: the arithmetic has some ten temporaries, which are large for a target of 256 entries.
     count, k = support_RK.shape
     parts = []
     for block in row_blocks(count, 8 * k, support_RK) if count else [slice(0, 0)]:
@@ -157,7 +160,7 @@ def _outputs(
     options: Options, stats: Normalisers, logprobs_T: Tensor, terms: SupportTerms | None, target: TopK | None
 ) -> Outputs:
     shown_T = logprobs_T if options.logprobs else None
-    # Copies of references: what goes out gets a graph, what stays must not hold it.
+    # Detach: outputs join the autograd graph, the tensors saved for backward must not.
     entropy_T = None if stats.entropy_T is None else stats.entropy_T.detach()
     if terms is None or target is None:
         return Outputs(shown_T, entropy_T, None)
@@ -167,9 +170,10 @@ def _outputs(
 
 @dataclass(frozen=True)
 class _Scales:
-    """Upstream gradients turned into row-wise factors; the temperatures' 1/t is in them.
+    """Upstream gradients as factors of each row, the 1 / temperature included.
 
-    dense part at the sampling temperature: q (scale_T + slope_T ln q); away_T: factor of w away from the support.
+    The dense part at the sampling temperature is q (scale_T + slope_T ln q); away_T is the factor of w outside the
+    support.
     """
 
     logprob_T: Tensor | None
@@ -180,6 +184,7 @@ class _Scales:
 
     @classmethod
     def of(cls, made: TopKPass, upstream: Upstream) -> _Scales:
+        """Compute the factors of a pass from its upstream gradients."""
         options, target = made.options, made.entries.target
         logprob_T = scale_T = slope_T = divergence_R = away_T = None
         if upstream.logprobs_T is not None:
@@ -195,6 +200,7 @@ class _Scales:
         return cls(logprob_T, divergence_R, scale_T, slope_T, away_T)
 
     def softmax_terms(self, made: TopKPass) -> list[SoftmaxTerm]:
+        """Return the dense part of the gradient: one softmax term, or two if the temperatures differ."""
         options, stats = made.options, made.stats
         if self.away_T is not None and options.temperature == options.distill_temperature:
             scale_T = self.away_T if self.scale_T is None else self.scale_T + self.away_T
@@ -207,7 +213,7 @@ class _Scales:
         return terms
 
     def at_sampled(self, made: TopKPass) -> Tensor:
-        """Gradient at the sampled token, as if it were not in the support."""
+        """Compute the gradient [T] at the sampled token, as if it were not in the support."""
         assert self.logprob_T is not None and self.scale_T is not None
         stats, options = made.stats, made.options
         value_T = self.logprob_T + _dense_value(made.logprobs_T, self.scale_T, self.slope_T)
@@ -218,7 +224,7 @@ class _Scales:
         return value_T
 
     def at_support(self, made: TopKPass) -> Tensor:
-        """Gradient at the support's tokens, the sampled one among them or not."""
+        """Compute the gradient [R, K] at the tokens of the support, also if the sampled token is one of them."""
         stats, target = made.stats, made.entries.target
         assert target is not None and made.terms is not None and self.divergence_R is not None
         assert stats.support_RK is not None

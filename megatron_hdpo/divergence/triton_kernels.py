@@ -1,10 +1,10 @@
 """Triton kernels of the top-k pass: one read of the logits forward, one read and one write backward.
 
-One program owns one token. Every load is cast to float32 at once: arithmetic in bfloat16 would lose digits on a GPU and
-is wrong in Triton's interpreter.
+One program handles one token. Every load is cast to float32 at once: arithmetic in bfloat16 would lose digits on a GPU
+and is wrong in Triton's interpreter.
 """
 
-# Triton compiles these functions from their own types; Python annotations would say nothing.
+# Triton infers the types of these functions itself; Python annotations would have no meaning.
 # mypy: disable-error-code="no-untyped-def, attr-defined"
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Base kinds and tails as the kernels know them.
+# Codes of the base kinds and tails in the kernels.
 KIND_CODES = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2, "skew_forward": 3, "skew_reverse": 4}
 TAIL_CODES = {"outside": 0, "literal": 0, "bucket": 1, "renormalise": 2}
 
@@ -29,18 +29,18 @@ def stats_kernel(
     ENTROPY: tl.constexpr, TWO: tl.constexpr, TARGET: tl.constexpr, REST: tl.constexpr,
     K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Row statistics of a shard with respect to its own maximum, and the logits at the sampled and support ids.
+    """Compute the row statistics of a shard relative to its own maximum, and the logits at sampled and support ids.
 
-    rest: sum of e over tokens outside the support, summed by itself (the difference would be noise); it walks along the
-    sorted ids, of which a block holds one or two.
+    rest: sum of e over tokens outside the support, summed directly (a difference would be rounding noise); the loop
+    walks along the sorted ids, of which a block holds one or two.
     """
     t = tl.program_id(0).to(tl.int64)
     z_row = z_ptr + t * z_stride
     r = tl.load(row_ptr + t).to(tl.int64) if TARGET else t
     top = -float("inf")
     total, energy, other, rest = 0.0, 0.0, 0.0, 0.0
-    place = 0
-    hole = place + _NO_ID
+    slot = 0
+    hole = slot + _NO_ID
     if REST:
         hole = tl.load(sorted_ids_ptr + r * k, mask=r >= 0, other=_NO_ID)
     inv_rest = inv_d if TWO else inv_t
@@ -50,7 +50,7 @@ def stats_kernel(
         new_top = tl.maximum(top, tl.max(z, axis=0))
         d = (z - new_top) * inv_t
         e = tl.exp(d)
-        # The first block has nothing to shift: -inf minus a number, times 0, must not arise.
+        # In the first block top is -inf: the bound avoids -inf times 0.
         gap = tl.maximum(top - new_top, _LOG_ZERO)
         shift = tl.exp(gap * inv_t)
         if ENTROPY:
@@ -63,8 +63,8 @@ def stats_kernel(
         if REST:
             while hole < start + begin + BLOCK:
                 e = tl.where(cols + start == hole, 0.0, e)
-                place += 1
-                hole = tl.load(sorted_ids_ptr + r * k + place, mask=place < k, other=_NO_ID)
+                slot += 1
+                hole = tl.load(sorted_ids_ptr + r * k + slot, mask=slot < k, other=_NO_ID)
             rest = rest * tl.exp(gap * inv_rest) + tl.sum(e, axis=0)
         top = new_top
     tl.store(max_ptr + t, top)
@@ -97,7 +97,7 @@ def _clipped(t, r, clip, CLIP: tl.constexpr):
 
 @triton.jit
 def _summands(lp, lq, p, q, b, clip, KIND: tl.constexpr, CLIP: tl.constexpr):
-    """t and r = q dt/dq of entries, as in kinds.summands."""
+    """Compute t and r = q dt/dq of the entries, as kinds.summands does."""
     if KIND == 0:
         t = p * (lp - lq)
         r = -p
@@ -122,7 +122,7 @@ def _summands(lp, lq, p, q, b, clip, KIND: tl.constexpr, CLIP: tl.constexpr):
 
 @triton.jit
 def _log_sum(lp, used):
-    """ln of the sum of exp over used entries; 0 where there is none."""
+    """Compute the log-sum-exp over the used entries; 0 if there is none."""
     top = tl.max(tl.where(used, lp, _LOG_ZERO), axis=0)
     total = tl.sum(tl.where(used, tl.exp(lp - top), 0.0), axis=0)
     return tl.where(total > 0.0, top + tl.log(tl.maximum(total, _TINY)), 0.0)
@@ -137,7 +137,7 @@ def finish_kernel(
     ENTROPY: tl.constexpr, TWO: tl.constexpr, TARGET: tl.constexpr,
     KIND: tl.constexpr, TAIL: tl.constexpr, CLIP: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """What follows from the group's sums: normalisers, log-prob, entropy, divergence, its gradient on the support."""
+    """Compute normalisers, log-prob, entropy, divergence and its gradient on the support from the group's sums."""
     t = tl.program_id(0).to(tl.int64)
     top_z = tl.load(max_ptr + t)
     total = tl.load(sum_ptr + t)
@@ -212,7 +212,10 @@ def gradient_kernel(
     LOGPROB: tl.constexpr, ENTROPY: tl.constexpr, TARGET: tl.constexpr, TWO: tl.constexpr,
     K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of one row: a multiple of one or two softmaxes, then the exceptions. g may be z."""
+    """Write the gradient of one row: a multiple of one or two softmaxes, then the special entries. g may be z.
+
+    The special entries are the sampled token and the ids of the support.
+    """
     t = tl.program_id(0).to(tl.int64)
     z_row = z_ptr + t * z_stride
     g_row = g_ptr + t * g_stride
@@ -231,7 +234,7 @@ def gradient_kernel(
         gd = tl.load(gd_ptr + t) * inv_d
         away = gd * tl.load(outside_ptr + t)
         lse_d = tl.load(lse_d_ptr + t)
-    # The exceptions are put together before the row is overwritten, from what the forward gathered.
+    # The special entries are computed before the row is overwritten, from the logits that the forward gathered.
     at_sampled = 0.0
     if LOGPROB:
         lq_y = tl.load(logprob_ptr + t)
@@ -251,7 +254,7 @@ def gradient_kernel(
             g += away * tl.exp(z * inv_d - lse_d)
         g = tl.where(cols < valid, g, 0.0)
         tl.store(g_row + cols, g.to(g_ptr.dtype.element_ty), mask=cols < width)
-    # Later stores of other threads to the same columns must come later.
+    # The barriers keep the stores of different threads to the same column in program order.
     tl.debug_barrier()
     if LOGPROB:
         local = id_t - start

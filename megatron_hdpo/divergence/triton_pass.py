@@ -1,11 +1,12 @@
-"""The top-k pass on Triton kernels: what TopKPass computes, in two kernels forward and one backward.
+"""The top-k pass on Triton kernels: the same results as TopKPass, in two kernels forward and one backward.
 
     stats_kernel    one read of the logits -> row statistics, sampled and support logits of this shard
                     (over several ranks: the same two all-reduces as TopKPass)
     finish_kernel   O(T k): normalisers, log-prob, entropy, divergence, its gradient on the support
     gradient_kernel one read and one write of the logits
 
-TopKPass stays the reference, and does what these do not: float64, AKL, columns that are not adjacent in memory.
+TopKPass remains the reference, and handles what the kernels do not: float64, AKL, columns that are not adjacent in
+memory.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from megatron_hdpo.divergence.targets import TopK
 
 
 def suits(logits_TV: Tensor, target: TopK | None, options: Options) -> bool:
-    """Whether the kernels can take this pass: CUDA (or Triton's interpreter), float32 or less, not AKL."""
+    """Return whether the kernels can run this pass: on CUDA (or Triton's interpreter), float32 or narrower, not AKL."""
     if logits_TV.dtype == torch.float64 or logits_TV.stride(-1) != 1 or not logits_TV.shape[0]:
         return False
     if target is not None and (options.spec.base == "akl" or target.ids_TK.shape[-1] > 1024 or not len(target.ids_TK)):
@@ -35,14 +36,14 @@ def suits(logits_TV: Tensor, target: TopK | None, options: Options) -> bool:
 
 
 def block_and_warps(width: int) -> dict[str, int]:
-    """Columns a program takes at a time. More columns a thread than these spill registers."""
+    """Return the columns that a program reads at a time and its warps; more columns per thread spill registers."""
     block = min(8192, max(128, 1 << (width - 1).bit_length()))
     return {"BLOCK": block, "num_warps": max(1, min(16, block // 512))}
 
 
 @dataclass(frozen=True)
 class _Buffers:
-    """The kernels' float32 buffers. Without a target the support's are one element long and never touched."""
+    """Float32 buffers of the kernels; without a target the support's buffer has one element and is not used."""
 
     max_T: Tensor
     sum_T: Tensor
@@ -54,6 +55,7 @@ class _Buffers:
 
     @classmethod
     def empty(cls, tokens: int, target: TopK | None, device: torch.device) -> _Buffers:
+        """Allocate the buffers."""
         rows = torch.empty((6, tokens), dtype=torch.float32, device=device).unbind(0)
         shape = (1, 1) if target is None else target.ids_TK.shape
         support_RK = torch.empty(shape, dtype=torch.float32, device=device)
@@ -71,12 +73,13 @@ class _Modes:
 
     @classmethod
     def of(cls, target: TopK | None, options: Options) -> _Modes:
+        """Derive the choices from target and options."""
         two = target is not None and options.temperature != options.distill_temperature
         return cls(options.entropy, two, target is not None, target is not None and options.spec.tail == "bucket")
 
 
 def _row_of_token(target: TopK | None, tokens: int, device: torch.device) -> Tensor:
-    """int32 [T]: the target row of each token, -1 for none."""
+    """Return the target row of each token, int32 [T], -1 for tokens without target."""
     if target is None:
         return torch.empty(1, dtype=torch.int32, device=device)
     if target.rows is None:
@@ -111,7 +114,7 @@ def _run_stats(logits_TV: Tensor, ids_T: Tensor, row_T: Tensor, target: TopK | N
 
 
 def _join(local: _Buffers, options: Options, modes: _Modes) -> _Buffers:
-    """The group's sums with respect to the group's maximum: two all-reduces."""
+    """Join the ranks' sums, relative to the group's maximum, by two all-reduces."""
     if options.shard.size == 1:
         return local
     shard, t_s, t_d = options.shard, options.temperature, options.distill_temperature
@@ -136,7 +139,7 @@ def _join(local: _Buffers, options: Options, modes: _Modes) -> _Buffers:
 
 @dataclass(frozen=True)
 class _Finished:
-    """What finish_kernel leaves: [T] each (0 where the divergence has no target), gradient on the support [R, K]."""
+    """Outputs of finish_kernel: [T] each (0 for tokens without target), and the gradient on the support [R, K]."""
 
     lse_T: Tensor
     lse_distill_T: Tensor
@@ -175,7 +178,7 @@ def _finish(sums: _Buffers, ids_T: Tensor, row_T: Tensor, target: TopK | None, o
 
 @dataclass(frozen=True)
 class TritonPass:
-    """A pass that has been made (see options.Pass)."""
+    """A finished pass on the kernels, with or without a top-k target; see options.Pass."""
 
     outputs: Outputs
     options: Options
@@ -187,7 +190,7 @@ class TritonPass:
 
     @classmethod
     def run(cls, logits_TV: Tensor, ids_T: Tensor | None, target: TopK | None, options: Options) -> TritonPass:
-        """As TopKPass.run, for inputs that suit."""
+        """Run the forward pass, with the arguments of TopKPass.run; `suits` must hold."""
         if ids_T is None:
             ids_T = torch.full(logits_TV.shape[:1], -1, device=logits_TV.device)
         if target is not None:
@@ -205,9 +208,11 @@ class TritonPass:
         return cls(outputs, options, target, ids_T, row_T, sums, done)
 
     def without_outputs(self) -> TritonPass:
+        """Return the pass without its outputs; see options.Pass."""
         return replace(self, outputs=Outputs.none())
 
     def gradient(self, logits_TV: Tensor, upstream: Upstream, *, inplace: bool) -> Tensor:
+        """Compute the gradient to the logits; see options.Pass."""
         from megatron_hdpo.divergence.triton_kernels import gradient_kernel
 
         shard, options, done, target = self.options.shard, self.options, self.done, self.target

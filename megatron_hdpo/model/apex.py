@@ -1,6 +1,6 @@
-"""Which package called apex is installed, found without importing it.
+"""Detect which package named apex is installed, without importing it.
 
-NVIDIA's Apex comes from its repository or a container; the apex of PyPI is another project of 2013.
+NVIDIA's Apex comes from its repository or a container; the package apex on PyPI is an unrelated project of 2013.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ Apex = Literal["absent", "other project", "without kernels", "without fused grad
 
 
 def installed_apex() -> Apex:
-    """NVIDIA's is known by its folder of multi-tensor functions; what it brings, by its compiled modules: amp_C
-    (norms and copies of many tensors at once) and fused_weight_gradient_mlp_cuda (weight gradients added where they
-    accumulate)."""
+    """Return which apex is installed and which of its kernels are there.
+
+    NVIDIA's Apex is recognised by its folder of multi-tensor functions; its kernels by its compiled modules: amp_C
+    (norms and copies of many tensors at once) and fused_weight_gradient_mlp_cuda (weight gradients added to their
+    accumulator).
+    """
     spec = importlib.util.find_spec("apex")
     if spec is None:
         return "absent"

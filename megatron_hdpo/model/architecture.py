@@ -1,4 +1,4 @@
-"""What a Hugging Face `config.json` says about a decoder, in one neutral record."""
+"""The architecture of a decoder, read from a Hugging Face `config.json`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Family = Literal["llama", "qwen2", "qwen3", "qwen3_moe"]
 
 
 class ArchitectureError(ValueError):
-    """A model that this package cannot build; the text names the key of its config.json."""
+    """A model that this package cannot build; the text names the key of its config.json that is the reason."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Architecture:
 
     vocab_size is the real vocabulary; rows that a tensor-parallel layout pads onto it carry no probability.
     rope_scaling is Llama 3's factor, or None. A model with experts (num_experts > 0) has them in every layer, each with
-    expert_ffn_size channels; experts_per_token of them see a token, their softmax weights adding up to 1 where
-    normalised_routing says so.
+    expert_ffn_size channels; each token passes experts_per_token of them, and with normalised_routing their softmax
+    weights are normalised to sum to 1.
     """
 
     family: Family
@@ -49,7 +49,7 @@ class Architecture:
 
     @property
     def sizes(self) -> ModelSizes:
-        """What a parallel layout must divide."""
+        """The sizes that a parallel layout must divide."""
         return ModelSizes(
             self.num_layers,
             self.num_heads,
@@ -60,7 +60,10 @@ class Architecture:
         )
 
     def padded_vocab_size(self, tensor_parallel: int, multiple: int = 128) -> int:
-        """Rows of the embedding over all shards: the vocabulary, rounded up so that the shards are equal."""
+        """Return the rows of the embedding over all shards: the vocabulary rounded up so that all shards are equal.
+
+        Each shard is a multiple of `multiple` rows, as in Megatron.
+        """
         step = multiple * tensor_parallel
         return -(-self.vocab_size // step) * step
 
@@ -71,12 +74,12 @@ _FAMILIES: dict[str, Family] = {
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
 }
-# What Megatron's Llama 3 frequency scaling has built in.
+# Constants of Llama 3's frequency scaling that are hard-coded in Megatron.
 _LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def read_architecture(model_path: str | Path) -> Architecture:
-    """The architecture of a Hugging Face checkpoint folder. Raises ArchitectureError on what is not supported."""
+    """Read the architecture of a Hugging Face checkpoint folder; raises ArchitectureError if it is not supported."""
     path = Path(model_path) / "config.json"
     if not path.is_file():
         raise ArchitectureError(f"{path} does not exist: model.path must be a Hugging Face checkpoint folder")
@@ -93,7 +96,11 @@ def read_architecture(model_path: str | Path) -> Architecture:
 
 
 def parse_architecture(config: dict[str, Any], origin: str = "config.json") -> Architecture:
-    """An Architecture from the parsed config.json of transformers 4 or 5."""
+    """Build an Architecture from the parsed config.json of transformers 4 or 5.
+
+    origin: name of the file in errors. Raises ArchitectureError on a model that is not supported, KeyError on a key
+    that is missing.
+    """
 
     def refuse(reason: str) -> ArchitectureError:
         return ArchitectureError(f"{origin}: {reason}")
@@ -132,14 +139,14 @@ def parse_architecture(config: dict[str, Any], origin: str = "config.json") -> A
 
 
 def _experts(config: dict[str, Any], refuse: Callable[[str], ArchitectureError]) -> dict[str, Any]:
-    """The sizes of a model whose every layer has experts and nothing beside them."""
+    """Read the sizes of the experts; only models with experts in every layer, and no shared experts, are supported."""
     if config.get("decoder_sparse_step", 1) != 1:
         raise refuse(f"decoder_sparse_step={config['decoder_sparse_step']} is not supported: every layer needs experts")
     if config.get("mlp_only_layers"):
         raise refuse(f"mlp_only_layers={config['mlp_only_layers']} is not supported: every layer needs experts")
     if config.get("shared_expert_intermediate_size") or config.get("n_shared_experts"):
         raise refuse("shared experts are not supported")
-    # transformers 4 wrote num_experts, 5 writes num_local_experts; 5 reads either, 4 only the first.
+    # transformers 4 writes num_experts, 5 writes num_local_experts; 5 reads both, 4 only the first.
     count = config["num_experts"] if "num_experts" in config else config["num_local_experts"]
     chosen, normalised = config["num_experts_per_tok"], bool(config.get("norm_topk_prob", False))
     if not 0 < chosen <= count:
@@ -155,7 +162,7 @@ def _experts(config: dict[str, Any], refuse: Callable[[str], ArchitectureError])
 
 
 def _rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
-    """transformers 5 keeps everything in rope_parameters; 4 has rope_theta and rope_scaling side by side."""
+    """Return the RoPE settings: transformers 5 has all in rope_parameters, 4 has rope_theta beside rope_scaling."""
     return config.get("rope_parameters") or config.get("rope_scaling") or {}
 
 

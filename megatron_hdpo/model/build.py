@@ -1,4 +1,4 @@
-"""GPTModel from an Architecture, and its distributed data parallel wrapper."""
+"""Construction of Megatron's GPTModel from an Architecture, and of its data-parallel wrapper."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from megatron_hdpo.parallel.layout import ParallelConfig, check_layout
 
 
 def build_model(architecture: Architecture, context: ParallelContext, config: ModelConfig) -> Any:
-    """This rank's shard of the model on the run's device; its weights are undefined until they are loaded. A
-    HeadlessGPTModel, or ModelChunks of them where parallel.virtual_stages says so.
+    """Build this rank's shard of the model on the run's device; its weights are undefined until they are loaded.
 
-    Raises LayoutError when the layout does not divide the model, ModelError when its precision cannot be had here.
+    Returns a HeadlessGPTModel, or ModelChunks of them if parallel.virtual_stages > 1.
+    Raises LayoutError when the layout does not divide the model, ModelError when its precision does not run here.
     """
     layout = context.layout
     check_layout(layout, architecture.sizes, context.world_size)
@@ -71,9 +71,9 @@ def _build_chunk(
 
 
 def _mark_shards(model: HeadlessGPTModel) -> None:
-    """Mark the weights that tensor-parallel ranks share, as the initialisation that is skipped here would have done.
+    """Mark the weights that are split over tensor-parallel ranks, as Megatron's initialisation (skipped here) does.
 
-    The gradient norm takes what is not marked for a copy, and counts it on the first rank of the group alone.
+    The gradient norm treats a weight without the mark as a copy, and counts it on the first rank of the group only.
     """
     for module in model.modules():
         if not isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
@@ -84,10 +84,10 @@ def _mark_shards(model: HeadlessGPTModel) -> None:
 
 
 def _mark_experts(model: HeadlessGPTModel, layout: ParallelConfig) -> None:
-    """Have the gradients of experts added up over the ranks that hold copies of them.
+    """Have the gradients of experts reduced over all ranks that hold copies of them.
 
-    Megatron asks for that where expert-parallel ranks share them. Without these the ranks of an expert may still be
-    others than the tensor-parallel ones: it would add up too few of their gradients.
+    Megatron does that only if expert parallelism is used. Without it the expert group can still differ from the
+    tensor-parallel group; Megatron would then reduce over too few ranks.
     """
     for layer in (module for module in model.modules() if isinstance(module, MoELayer)):
         for parameter in layer.experts.parameters():
@@ -95,8 +95,10 @@ def _mark_experts(model: HeadlessGPTModel, layout: ParallelConfig) -> None:
 
 
 def wrap_data_parallel(model: nn.Module, context: ParallelContext) -> Any:
-    """Megatron's DDP with fp32 gradients, laid out for the distributed optimizer; of each chunk where there are
-    several. parallel.overlap: see model/overlap.py."""
+    """Wrap a model in Megatron's DDP with fp32 gradients, laid out for the distributed optimizer.
+
+    ModelChunks are wrapped chunk by chunk. Whether communication overlaps computation: see model/overlap.py.
+    """
     overlap = overlaps(context)
     wrapped = [_wrap_chunk(chunk, context, overlap, first=c == 0) for c, chunk in enumerate(chunks_of(model))]
     if overlap:
@@ -118,7 +120,7 @@ def _wrap_chunk(
                 check_for_nan_in_grad=False,
             ),
             module=model,
-            # Later chunks have others to compute beside: one bucket each, as Megatron's own training does.
+            # One bucket for each later chunk, as in Megatron's own training: other chunks compute meanwhile.
             disable_bucketing=not first,
             pg_collection=context.groups,
         )

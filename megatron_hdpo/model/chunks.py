@@ -1,7 +1,7 @@
 """The layers of a pipeline rank under the interleaved schedule: several chunks, each a model of its own.
 
-Chunk c of pipeline rank p is virtual stage c x (pipeline ranks) + p: stages follow one another over the ranks, and come
-back to the first one for the next chunk. Where a rank has one chunk, that chunk is its model and nothing here is used.
+Chunk c of pipeline rank p is virtual stage c x (pipeline ranks) + p: the stages go over all ranks once for each chunk.
+A rank with one chunk has that chunk as its model, without ModelChunks around it.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class ModelChunks(nn.Module):
         return self.chunks[0].config  # type: ignore[return-value]
 
     def head_weight(self) -> Tensor:
-        """This rank's shard of the head, [padded vocabulary / TP, hidden]; last pipeline rank only."""
+        """Return this rank's shard of the head, [V / tp, H]; last pipeline rank only."""
         return self.chunks[-1].head_weight()  # type: ignore[operator]
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Megatron's description of all chunks for a distributed checkpoint, under this module's parameter names."""
+        """Return Megatron's sharded state dict of all chunks, under this module's parameter names."""
         return {
             f"chunks.{c}.{name}": value
             for c, chunk in enumerate(self.chunks)
@@ -39,12 +39,12 @@ class ModelChunks(nn.Module):
 
 
 def chunks_of(model: nn.Module) -> list[Any]:
-    """The chunks that a rank's model consists of: itself where it is one."""
+    """Return the chunks of a rank's model; a model without chunks is returned as the only one."""
     return list(model.chunks) if isinstance(model, ModelChunks) else [model]
 
 
 def unwrap(model: nn.Module) -> Any:
-    """The model inside Megatron's DDP or precision wrappers, chunk by chunk; a bare model as it is."""
+    """Return the model inside Megatron's DDP and precision wrappers, chunk by chunk; a bare model is returned as is."""
     if isinstance(model, ModelChunks):
         bare = [unwrap(chunk) for chunk in model.chunks]
         return model if all(a is b for a, b in zip(bare, model.chunks, strict=True)) else ModelChunks(bare)

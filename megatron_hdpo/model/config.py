@@ -1,4 +1,4 @@
-"""The recipe's model section."""
+"""The model section of the recipe."""
 
 from __future__ import annotations
 
@@ -69,11 +69,11 @@ class ModelConfig(BaseModel):
 
 
 class ModelError(ValueError):
-    """A model section of the recipe that cannot be built here."""
+    """A model section of the recipe that cannot be built on this machine."""
 
 
 def choose_spec(config: ModelConfig, device: torch.device) -> SpecName:
-    """The layer spec of this run. Raises ModelError when Transformer Engine is asked for and cannot run."""
+    """Choose the layer spec of this run; raises ModelError if the recipe needs Transformer Engine and it cannot run."""
     available = device.type == "cuda" and transformer_engine_available()
     if config.spec == "auto":
         return "transformer_engine" if available else "torch"

@@ -1,7 +1,7 @@
-"""How bfloat16 compares with float32 on this CPU, measured on matrix products of one layer.
+"""Measurement of bfloat16 against float32 on this CPU, on matrix products of one layer.
 
-Flags of the processor do not tell: libraries have kernels for some products and not for others. Without bfloat16
-instructions a product is some 10 to 60 times slower than in float32; with them it is 2 to 5 times faster.
+The processor's flags are not enough: libraries have kernels for some products and not for others. Without bfloat16
+instructions a product is about 10 to 60 times slower than in float32; with them it is 2 to 5 times faster.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Clock = Callable[[], float]
 class Bfloat16Speed:
     """Time of bfloat16 products over time of the same float32 products on this CPU.
 
-    slowdown: above 1 where bfloat16 is slower. at_least: true where bfloat16 was stopped at the limit, so that the
+    slowdown: above 1 if bfloat16 is slower. at_least: true if bfloat16 was stopped at the time limit, so that the
     true slowdown is larger.
     """
 
@@ -48,16 +48,16 @@ class Bfloat16Speed:
 
 
 Measure = Callable[[int, int], Bfloat16Speed]
-"""Takes the hidden size and the FFN channels of a layer."""
+"""A function of a layer's hidden size and FFN channels."""
 
 
 def measure_bfloat16(hidden: int, channels: int) -> Bfloat16Speed:
-    """Compare one layer's product in both precisions, forward and backward; takes half a second at most.
+    """Compare one layer's product in both precisions, forward and backward; takes at most half a second.
 
-    hidden, channels: input and output size of the layer's product; more than 2**20 weights are cut to fewer channels.
+    hidden, channels: input and output size of the product; above 2**20 weights fewer channels are measured.
 
-    The products run on one thread and its CPU time is compared: it is the same on a busy machine, where the wall-clock
-    time of a product of microseconds is that of the scheduler, and threads wait for each other.
+    The products run on one thread and its CPU time is compared, which does not depend on how busy the machine is. The
+    wall-clock time of products of microseconds would mostly measure the scheduler and threads that wait for each other.
     """
     with _one_thread():
         return compare(
@@ -68,22 +68,23 @@ def measure_bfloat16(hidden: int, channels: int) -> Bfloat16Speed:
 def layer_products(hidden: int, channels: int, dtype: torch.dtype) -> list[Product]:
     """Return the forward product of a linear layer and the two of its backward pass, for a few rows."""
     channels = max(1, min(channels, _MOST_WEIGHTS // hidden))
-    x_RH = torch.ones(_ROWS, hidden, dtype=dtype)
-    weight_CH = torch.ones(channels, hidden, dtype=dtype)
-    gradient_RC = torch.ones(_ROWS, channels, dtype=dtype)
+    inputs = torch.ones(_ROWS, hidden, dtype=dtype)
+    weight = torch.ones(channels, hidden, dtype=dtype)
+    gradient = torch.ones(_ROWS, channels, dtype=dtype)
     return [
-        lambda: torch.mm(x_RH, weight_CH.t()),
-        lambda: torch.mm(gradient_RC, weight_CH),
-        lambda: torch.mm(gradient_RC.t(), x_RH),
+        lambda: torch.mm(inputs, weight.t()),
+        lambda: torch.mm(gradient, weight),
+        lambda: torch.mm(gradient.t(), inputs),
     ]
 
 
 def compare(
     float32: Sequence[Product], bfloat16: Sequence[Product], clock: Clock = time.thread_time, limit: float = LIMIT_S
 ) -> Bfloat16Speed:
-    """Compare the same products in two precisions. limit: seconds by `clock` after which no further product starts.
+    """Compare the same products in two precisions.
 
-    Where bfloat16 reaches the limit within its first pass, its time so far counts and the result says `at_least`.
+    limit: seconds of `clock` after which no further product starts. If bfloat16 reaches the limit within its first
+    pass, its time so far counts and the result has `at_least` set.
     """
     # The first pass of float32 is not cut: without it there is nothing to compare with.
     base = sum(_least_seconds(float32, clock, limit, cut_first_pass=False))
@@ -92,9 +93,9 @@ def compare(
 
 
 def _least_seconds(products: Sequence[Product], clock: Clock, limit: float, cut_first_pass: bool) -> list[float]:
-    """Return the least time of each product over several passes; fewer numbers where the first pass was cut.
+    """Return the shortest time of each product over several passes; fewer numbers if the first pass was cut.
 
-    The least, because the first call of a product also compiles its kernel.
+    The shortest, because the first call of a product also compiles its kernel.
     """
     start, least = clock(), []
     for number in range(_PASSES):

@@ -1,7 +1,7 @@
 """The loss of a micro-batch on the last pipeline stage: clipped surrogate, KL to a reference, divergence to a target.
 
-All are sums over tokens divided by normalisers of the whole optimizer step, so that gradients of micro-batches and
-replicas add up to the gradient of the step, whatever the packing (global token counts).
+All terms are sums over tokens, divided by the token counts of the whole optimizer step. So the gradients of
+micro-batches and replicas add up to the gradient of the step, however the sequences are packed.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from megatron_hdpo.objectives.surrogate import Surrogate, clipped_surrogate
 from megatron_hdpo.types.learning import DistillConfig, LossSpec
 
 MAXIMA = ("mismatch_max",)
-"""Numbers of `micro_batch_loss` that are maxima over tokens; all others are sums."""
+"""Names of the numbers of `micro_batch_loss` that are maxima over tokens; all others are sums."""
 
 
 @dataclass(frozen=True)
 class Normalisers:
-    """Global counts of the optimizer step; a term whose count is 0 is 0."""
+    """Global token counts of the optimizer step, by which the loss terms are divided; a term with count 0 is 0."""
 
     surrogate: float
     distill: float
@@ -42,11 +42,11 @@ def micro_batch_loss(
     vocab_size: int,
     head_chunk: int = 1024,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss (a scalar with gradient) and detached sums (and MAXIMA) over tokens, by metric name.
+    """Compute the loss (a scalar with gradient) and detached sums (and MAXIMA) over tokens, by metric name.
 
-    hidden_NH: what the head reads at the rows of the N response tokens, whole on every tensor-parallel rank; its
-    gradient comes back complete. head_weight_VH: this rank's shard of the head. Logits exist for `head_chunk` tokens
-    at a time. All ranks of the tensor- and context-parallel groups must call it together, also with N = 0.
+    hidden_NH: the input of the head for the N response tokens, whole on every tensor-parallel rank; its gradient comes
+    back complete. head_weight_VH: [V / tp, H], this rank's shard of the head. Logits exist for `head_chunk` tokens at
+    a time. All ranks of the tensor- and context-parallel groups must call it together, also with N = 0.
     """
     sums: dict[str, Tensor] = {}
     shift_N = None
@@ -81,7 +81,7 @@ def micro_batch_loss(
 
 
 def merge_sums(sums: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
-    """Add the numbers of other tokens to `sums`, in place."""
+    """Add the sums of other tokens to `sums`, in place; of MAXIMA keep the larger value."""
     for name, value in more.items():
         if name in sums:
             value = torch.maximum(sums[name], value) if name in MAXIMA else sums[name] + value
@@ -98,7 +98,7 @@ def _own_logprobs(
     vocab_size: int,
     head_chunk: int,
 ) -> Tensor:
-    """Log-probs of the sampled tokens under the weights of now: a sweep of the head over the response rows."""
+    """Compute the log-probs [N] of the sampled tokens under the current weights, chunk by chunk through the head."""
     parts = [
         logit_losses(
             F.linear(hidden, head_weight_VH),
@@ -114,7 +114,7 @@ def _own_logprobs(
 
 
 def _sequence_shift(own_N: Tensor, inputs: LossInputs, batch: MicroBatch, groups: ProcessGroupCollection) -> Tensor:
-    """What to add to a token's log-ratio to make it its response's mean log-ratio."""
+    """Return [N] the term that, added to a token's log-ratio, makes it the mean log-ratio of its response."""
     log_ratio = batch.whole(torch.where(inputs.old_N.isnan(), 0.0, own_N - inputs.old_N), groups.cp)
     parts = log_ratio.split(batch.responses)
     return batch.own(torch.cat([part.sum() / max(len(part), 1) - part for part in parts]))
@@ -123,14 +123,15 @@ def _sequence_shift(own_N: Tensor, inputs: LossInputs, batch: MicroBatch, groups
 def _chunk_loss(
     losses: Losses, inputs: LossInputs, spec: LossSpec, normalisers: Normalisers, shift_N: Tensor | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """A chunk's part of the loss, and its sums."""
+    """Compute a chunk's part of the loss, and its sums."""
     assert losses.logprobs_T is not None
     own = losses.logprobs_T.detach()
-    # Where the weight is zero, loss and gradient must be zero too: there no ratio is made, which might overflow.
+    # Where the weight is zero, loss and gradient must be zero too. So no ratio is computed there: it might overflow.
     unweighted = inputs.surrogate_weights_N == 0
     old = torch.where(inputs.old_N.isnan() | unweighted, own, inputs.old_N)
     rollout = torch.where(inputs.rollout_N.isnan() | unweighted, old, inputs.rollout_N)
-    # Both denominators move by the shift: the ratio becomes the sequence's, the importance (old to rollout) stays.
+    # The shift is subtracted from both denominators: the ratio becomes that of the sequence, while the importance
+    # weight (old to rollout) does not change.
     shift = 0.0 if shift_N is None else torch.where(unweighted, 0.0, shift_N)
     surrogate = clipped_surrogate(losses.logprobs_T, old - shift, rollout - shift, inputs.advantages_N, spec.surrogate)
     surrogate_sum = (surrogate.loss_T * inputs.surrogate_weights_N).sum()
@@ -149,8 +150,10 @@ def _chunk_loss(
 
 
 def _penalty(logprobs_N: Tensor, inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
-    """Weighted sum of k2 = (ln q - ln q_reference)^2 / 2: its gradient, ln(q / q_reference) grad ln q, is in
-    expectation over q that of KL(q || q_reference)."""
+    """Compute the weighted sum of k2 = (ln q - ln q_reference)^2 / 2 over tokens, and its metrics.
+
+    The gradient of k2, ln(q / q_reference) grad ln q, equals that of KL(q || q_reference) in expectation over q.
+    """
     there = ~inputs.reference_N.isnan() & (inputs.surrogate_weights_N != 0)
     log_ratio = torch.where(there, logprobs_N - inputs.reference_N, 0.0)
     penalty = (0.5 * log_ratio.square() * inputs.surrogate_weights_N).sum()
@@ -158,8 +161,11 @@ def _penalty(logprobs_N: Tensor, inputs: LossInputs) -> tuple[Tensor, dict[str, 
 
 
 def _sampling_weights(own_N: Tensor, inputs: LossInputs, cap: float | None) -> Tensor | float:
-    """min(cap, q / q when sampled) per token, the latter from the denominators, else from the engine; 1 without either
-    and where there is nothing to distil."""
+    """Return the importance weight min(cap, q / q_sampled) of each token [N]; 1 without a cap.
+
+    q_sampled is the probability when the token was sampled: from the denominators, else from the engine. The weight is
+    1 where neither is known, and where the token is not distilled.
+    """
     if cap is None:
         return 1.0
     sampled = torch.where(inputs.old_N.isnan(), inputs.rollout_N, inputs.old_N)
@@ -170,8 +176,11 @@ def _sampling_weights(own_N: Tensor, inputs: LossInputs, cap: float | None) -> T
 def _surrogate_sums(
     inputs: LossInputs, surrogate: Surrogate, surrogate_sum: Tensor, own_N: Tensor, mismatch_N: Tensor, losses: Losses
 ) -> dict[str, Tensor]:
-    """Sums over the tokens of the surrogate (weight not zero). mismatch_N: ln r with r = trainer / engine, the trainer
-    before the step's first update, so that its own movement does not count; k3 = r - 1 - ln r."""
+    """Compute sums over the tokens of the surrogate, those with a weight other than zero.
+
+    mismatch_N: ln r with r = trainer / engine, k3 = r - 1 - ln r. The trainer's probability is the one before the
+    step's first update, so that updates of this step do not count as mismatch.
+    """
     counted = inputs.surrogate_weights_N != 0
     log_ratio = torch.where(counted, mismatch_N, 0.0)
     return {
@@ -182,7 +191,7 @@ def _surrogate_sums(
         "entropy": torch.where(counted, losses.entropy_T.detach(), 0.0).sum(),
         "mismatch_k3": (log_ratio.exp() - 1 - log_ratio).sum(),
         "mismatch_abs": log_ratio.abs().sum(),
-        "mismatch_max": _maximum(torch.where(counted, mismatch_N, -torch.inf)),  # a log
+        "mismatch_max": _maximum(torch.where(counted, mismatch_N, -torch.inf)),  # of the log-ratio
     }
 
 
@@ -191,7 +200,7 @@ def _maximum(values_N: Tensor) -> Tensor:
 
 
 def _distill_sums(losses: Losses, inputs: LossInputs, distill_sum: Tensor) -> dict[str, Tensor]:
-    """Sums over the tokens with a target: divergence, and how much of the target the student covers."""
+    """Compute sums over the tokens with a target: divergence, and how much of the target the student covers."""
     targeted = inputs.distill_weights_N != 0
     return {
         "divergence": distill_sum.detach(),

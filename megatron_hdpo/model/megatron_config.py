@@ -18,8 +18,11 @@ from megatron_hdpo.parallel.layout import ParallelConfig
 def transformer_config(
     architecture: Architecture, layout: ParallelConfig, config: ModelConfig, spec: SpecName
 ) -> TransformerConfig:
-    """Megatron's configuration of the model. Losses are normalised by this package, so gradients are plain sums
-    over micro-batches and replicas (`calculate_per_token_loss`)."""
+    """Build Megatron's configuration of the model.
+
+    This package normalises the losses itself, so gradients are plain sums over micro-batches and replicas
+    (`calculate_per_token_loss`).
+    """
     dtype = config.torch_dtype
     return TransformerConfig(
         num_layers=architecture.num_layers,
@@ -57,11 +60,12 @@ def transformer_config(
         **_expert_settings(architecture, spec),
         **_recompute_settings(config),
         **_fp8_settings(config),
-        # Weights come from a checkpoint: initialising them would cost time and, on a CPU, the whole model per rank.
+        # Weights come from a checkpoint: initialising them would cost time and, on a CPU, memory for the whole model
+        # on every rank.
         perform_initialization=False,
         use_cpu_initialization=spec == "torch",
-        # Transformer Engine's layers can add weight gradients to their fp32 sums themselves, but Megatron refuses the
-        # switch for its own head unless Apex's kernel is there.
+        # Transformer Engine's layers can add weight gradients to the fp32 accumulator themselves, but Megatron allows
+        # the switch only if Apex's kernel is installed, which its own head needs.
         gradient_accumulation_fusion=spec == "transformer_engine" and installed_apex() == "whole",
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -77,8 +81,11 @@ def _recompute_settings(config: ModelConfig) -> dict[str, Any]:
 
 
 def _fp8_settings(config: ModelConfig) -> dict[str, Any]:
-    """Weights stay bfloat16: Transformer Engine makes their FP8 copies at the first micro-batch of every pass, so that
-    weights which were swapped or updated in between are seen."""
+    """Return the FP8 settings; none without model.fp8.
+
+    The weights stay bfloat16: Transformer Engine makes their FP8 copies at the first micro-batch of every pass, so
+    weights that were swapped or updated since the last pass take effect.
+    """
     if config.fp8 is None:
         return {}
     start, end = config.first_last_layers_bf16
@@ -92,15 +99,18 @@ def _fp8_settings(config: ModelConfig) -> dict[str, Any]:
 
 
 def _expert_settings(architecture: Architecture, spec: SpecName) -> dict[str, Any]:
-    """No token is dropped and no loss balances the load: the router is a trained one, and its gradient the task's."""
-    # Tokens go to their experts all-to-all: the only way that Megatron admits beside variable lengths.
+    """Return the settings of the experts: no token is dropped, and no auxiliary loss balances the load.
+
+    The router is already trained; its gradient comes from the task's loss only.
+    """
+    # all-to-all is the only token dispatcher that Megatron allows together with variable sequence lengths.
     settings: dict[str, Any] = {"moe_token_dispatcher_type": "alltoall"}
     if architecture.num_experts:
         settings |= {
             "num_moe_experts": architecture.num_experts,
             "moe_router_topk": architecture.experts_per_token,
             "moe_ffn_hidden_size": architecture.expert_ffn_size,
-            # A softmax over the chosen experts alone is the softmax over all of them, normalised.
+            # A softmax over the chosen experts equals the softmax over all experts, normalised on the chosen ones.
             "moe_router_pre_softmax": not architecture.normalised_routing,
             "moe_router_load_balancing_type": "none",
             "moe_router_dtype": "fp32",

@@ -1,4 +1,4 @@
-"""Micro-batches: packed examples, and for every response token the row of logits that predicts it."""
+"""Micro-batches: packed examples, and for every response token the row of the logits that predict it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ from megatron_hdpo.types.learning import Example, HiddenStates, Scoring
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """packed: prompts and responses. rows_N: the row of each response token's logits; the token itself is one row
-    further on. responses: number of tokens of each response, in order.
+    """The tokens of a micro-batch on this rank.
 
-    Under context parallelism the N tokens are those whose logits this rank has; places_N: their places among all
-    response tokens (None: they are all). `responses` counts the tokens of all ranks.
-    routed_experts_TLK: of this rank's rows, on the host (`pack_routing`); None where the routers choose.
+    packed: prompts and responses. rows_N: the row of each response token's logits; the token itself is in the next row.
+    responses: number of tokens of each response, in order.
+
+    Under context parallelism the N tokens are those whose logits this rank computes; places_N holds their indices among
+    all response tokens (None: this rank has all). `responses` counts the tokens of all ranks.
+    routed_experts_TLK: experts for the rows of this rank, on the host (`pack_routing`); None if the routers choose.
     """
 
     packed: PackedSequences
@@ -35,27 +37,29 @@ class MicroBatch:
     routed_experts_TLK: Tensor | None = None
 
     def own(self, values: Tensor) -> Tensor:
-        """Of values for all response tokens [all, ...]: those of this rank's."""
+        """Select this rank's values [N, ...] from those of all response tokens [all, ...]."""
         return values if self.places_N is None else values.index_select(0, self.places_N.to(values.device))
 
     def whole(self, values: Tensor, group: ProcessGroup) -> Tensor:
-        """Values [N, ...] of the context-parallel ranks joined to those of all response tokens, on every rank.
-        Collective over the group."""
+        """Join the values [N, ...] of the context-parallel ranks to those of all response tokens, on every rank.
+
+        Collective over the context-parallel group.
+        """
         if self.places_N is None:
             return values
         joined = values.new_zeros(sum(self.responses), *values.shape[1:])
-        joined[self.places_N] = values  # every place is one rank's: the sum is exact
+        joined[self.places_N] = values  # each token belongs to exactly one rank, so the sum is exact
         dist.all_reduce(joined, group=group)
         return joined
 
 
 @dataclass(frozen=True)
 class LossInputs:
-    """Per-token numbers of a micro-batch's N response tokens, float32 [N].
+    """Loss inputs of a micro-batch's N response tokens, float32 [N] each.
 
-    NaN in old_N and rollout_N: take the policy's own; NaN in reference_N: no penalty. moved: whether any response has
-    denominators of its own. target: the teacher's distribution at those tokens that have one (its `rows` index the N
-    tokens); None when none has.
+    old_N, rollout_N: log-probs of the ratio's denominators; NaN stands for the policy's own log-prob. reference_N: NaN
+    for no penalty. moved: whether any response has denominators of its own. target: the teacher's distribution at the
+    tokens that have one (its `rows` index the N tokens); None if no token has one.
     """
 
     advantages_N: Tensor
@@ -68,7 +72,7 @@ class LossInputs:
     target: TopK | Hidden | None
 
     def at(self, places: Tensor) -> LossInputs:
-        """The numbers of some of the tokens (int64 indices into the N), without their targets."""
+        """Return the inputs of some of the tokens (int64 indices into the N tokens), without their targets."""
         tensors = {name: value[places] for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **tensors, target=None)
 
@@ -80,9 +84,9 @@ def response_micro_batch(
     layout: RowLayout | None = None,
     routed_experts: Sequence[np.ndarray | None] = (),
 ) -> MicroBatch:
-    """Pack prompt + response pairs. The last prompt token predicts the first response token.
+    """Pack pairs of prompt and response; the last prompt token predicts the first response token.
 
-    routed_experts: by pair, the experts of its tokens (`Example.routed_experts`); empty where none has any.
+    routed_experts: for each pair, the experts of its tokens (`Example.routed_experts`); empty if no pair has any.
     """
     sequences = [np.concatenate([prompt, response]) for prompt, response in zip(prompts, responses, strict=True)]
     packed = pack(sequences, device, layout)
@@ -106,7 +110,7 @@ def response_micro_batch(
 def example_micro_batch(
     examples: Sequence[Example], device: torch.device, layout: RowLayout | None = None
 ) -> MicroBatch:
-    """The token side of a micro-batch of examples; every pipeline stage needs it."""
+    """Pack the tokens of a micro-batch of examples; every pipeline stage needs them."""
     return response_micro_batch(
         [e.prompt_ids for e in examples],
         [e.response_ids for e in examples],
@@ -119,7 +123,7 @@ def example_micro_batch(
 def scoring_micro_batch(
     scorings: Sequence[Scoring], device: torch.device, layout: RowLayout | None = None
 ) -> MicroBatch:
-    """The token side of a micro-batch of scorings."""
+    """Pack the tokens of a micro-batch of scorings."""
     return response_micro_batch(
         [s.context_ids for s in scorings],
         [s.response_ids for s in scorings],
@@ -135,10 +139,10 @@ def loss_inputs(
     teacher_head: Tensor | None = None,
     places_N: Tensor | None = None,
 ) -> LossInputs:
-    """The numbers of a micro-batch of examples; only the last pipeline stage needs them.
+    """Build the loss inputs of a micro-batch of examples; only the last pipeline stage needs them.
 
-    teacher_head: [V / tp, H], for targets that are hidden states; those stay on the host until their loss is made.
-    places_N: the response tokens that are wanted (`MicroBatch.places_N`); None: all.
+    teacher_head: [V / tp, H], for targets that are hidden states; those stay on the host until their loss is computed.
+    places_N: indices of this rank's response tokens (`MicroBatch.places_N`); None for all.
     """
     places = None if places_N is None else places_N.cpu().numpy()
 
@@ -186,7 +190,7 @@ def _target(
 
 
 def _own_rows(rows: np.ndarray, places: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Of a target's rows (among all response tokens): which of them are wanted, and their rows among the wanted."""
+    """Return which target rows (indices of response tokens) are in `places`, and their positions in `places`."""
     if places is None:
         return np.arange(len(rows)), rows
     kept = np.flatnonzero(np.isin(rows, places))

@@ -1,4 +1,4 @@
-"""Small torch modules for Megatron's extension points, where the stock ones refuse what training needs.
+"""Small torch modules for Megatron's extension points, used where the stock modules lack a feature.
 
 The stock norm refuses sequence parallelism; the stock attention refuses packed sequences and context parallelism.
 """
@@ -24,8 +24,8 @@ from megatron_hdpo.model.packing import own_rows
 class RMSNorm(torch.nn.Module):
     """RMS normalisation over the last dimension, in fp32, with a learned scale.
 
-    The scale carries Megatron's `sequence_parallel` mark: each rank sees its own part of the sequence then, and
-    `finalize_model_grads` has to add up the parts of its gradient.
+    The scale carries Megatron's `sequence_parallel` mark: with sequence parallelism each rank sees only its part of the
+    sequence, and `finalize_model_grads` must sum the ranks' parts of the gradient.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
@@ -35,7 +35,7 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., hidden] -> same shape and dtype."""
+        """Normalise x [..., hidden] to the same shape and dtype."""
         return F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).to(x.dtype) * self.weight
 
 
@@ -43,9 +43,9 @@ class PackedAttention(MegatronModule):
     """Causal attention on torch's fused SDPA, over packed or plain sequences.
 
     Packed (thd): query [T, heads, d], key and value [T, kv heads, d]; sequence i is rows cu_seqlens[i]:cu_seqlens[i+1]
-    and no token attends outside its own. Plain: [s, b, heads, d].
-    Under context parallelism (packed only) T are this rank's rows, two chunks of every sequence; keys and values of all
-    rows are gathered.
+    and no token attends outside its own sequence. Plain: [s, b, heads, d].
+    Under context parallelism (packed only) T counts this rank's rows, two chunks of every sequence; keys and values of
+    all rows are gathered.
     """
 
     def __init__(
@@ -70,7 +70,10 @@ class PackedAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """Returns [T, heads * d] when packed, [s, b, heads * d] otherwise."""
+        """Compute attention: [T, heads * d] for packed sequences, [s, b, heads * d] otherwise.
+
+        Raises NotImplementedError on an attention bias, and on plain sequences under context parallelism.
+        """
         if attention_bias is not None:
             raise NotImplementedError("PackedAttention has no attention bias")
         if packed_seq_params is None:
@@ -85,7 +88,7 @@ class PackedAttention(MegatronModule):
         return torch.cat([self._of_sequence(*part) for part in parts]).flatten(1)
 
     def _over_context_ranks(self, query: Tensor, key: Tensor, value: Tensor, boundaries: np.ndarray) -> Tensor:
-        """Each of this rank's chunks of queries against all keys of its sequence up to the chunk's end."""
+        """Attend from each of this rank's chunks of queries to all keys of its sequence up to the chunk's end."""
         ranks, rank = self.cp_group.size(), self.cp_group.rank()
         key, value = self._all_rows(torch.cat([key, value], dim=-1), boundaries).chunk(2, dim=-1)
         outputs, done = [], 0
@@ -98,21 +101,23 @@ class PackedAttention(MegatronModule):
         return torch.cat(outputs)
 
     def _all_rows(self, own: Tensor, boundaries: np.ndarray) -> Tensor:
-        """Rows of all context-parallel ranks in the order of the sequences; in the backward pass each rank gets the sum
-        over ranks of the gradients of its own rows."""
+        """Gather the rows of all context-parallel ranks in the order of the sequences.
+
+        In the backward pass each rank gets the sum over ranks of the gradients of its own rows.
+        """
         gathered = gather_from_sequence_parallel_region(own, tensor_parallel_output_grad=True, group=self.cp_group)
         ranks = self.cp_group.size()
         order = np.argsort(np.concatenate([own_rows(boundaries, ranks, rank) for rank in range(ranks)]))
         return gathered.index_select(0, torch.from_numpy(order).to(own.device))
 
     def _of_sequence(self, query_thd: Tensor, key_thd: Tensor, value_thd: Tensor) -> Tensor:
-        """Attention of the last rows of one sequence; the last query sees every key."""
+        """Attend within one sequence; the queries are its last rows, and the last query sees every key."""
         return self._causal(*(x.transpose(0, 1)[None] for x in (query_thd, key_thd, value_thd)))[0].transpose(0, 1)
 
     def _causal(self, query_bhsd: Tensor, key_bhsd: Tensor, value_bhsd: Tensor) -> Tensor:
         queries, keys = query_bhsd.shape[2], key_bhsd.shape[2]
         mask = None
-        if queries < keys:  # torch's own causal mask is for the first rows of a sequence
+        if queries < keys:  # torch's is_causal assumes that the queries are the first rows of the sequence
             mask = torch.ones(queries, keys, dtype=torch.bool, device=query_bhsd.device).tril(keys - queries)
         return F.scaled_dot_product_attention(
             query_bhsd,

@@ -1,7 +1,7 @@
-"""GPTModel that stops before its head.
+"""A GPTModel that stops before its head.
 
-The head, the log-probs and the divergence run in one sweep over the response rows only (see model/loss.py): a prompt's
-logits are never made, and the vocabulary's shards never gathered.
+Head, log-probs and divergence are computed together, over the response rows only (see model/loss.py): logits of prompts
+are never made, and the shards of the vocabulary are never gathered.
 """
 
 from __future__ import annotations
@@ -23,23 +23,29 @@ class HeadlessGPTModel(GPTModel):
         return hidden_states
 
     def head_weight(self) -> Tensor:
-        """This rank's shard of the head, [padded vocabulary / TP, hidden]; last stage only."""
+        """Return this rank's shard of the head, [V / tp, H]; last stage only."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
 
 
 def hidden_rows(model: HeadlessGPTModel, output: Tensor, rows_N: Tensor, groups: ProcessGroupCollection) -> Tensor:
-    """Hidden states [N, hidden] at the rows `rows_N` of a micro-batch, from the last stage's output, whole on every
-    tensor-parallel rank. Their gradient must come back complete and equal on every rank, as `head_loss` gives it."""
+    """Select the hidden states [N, H] at the rows `rows_N` of a micro-batch from the last stage's output.
+
+    They are whole on every tensor-parallel rank. Their gradient must come back complete and equal on every rank, as
+    that of `head_loss` is.
+    """
     if model.config.sequence_parallel:
         output = gather_from_sequence_parallel_region(output, tensor_parallel_output_grad=False, group=groups.tp)
     return output[:, 0].index_select(0, rows_N)
 
 
 def recut_head(head_weight_VH: Tensor, rows: int, group: dist.ProcessGroup) -> Tensor:
-    """A copy of this rank's shard of a head as [rows, H]: rank r's begins at token r * rows, whatever the shards of
-    `head_weight_VH` are. Rows beyond the head are zero. Collective over the group unless the shards are equal."""
+    """Copy a head cut into shards of another size: this rank's shard [rows, H], which begins at token rank * rows.
+
+    head_weight_VH: this rank's shard as it is now. Rows beyond the end of the head are zero. Collective over the group
+    unless both shards have the same number of rows.
+    """
     if rows == len(head_weight_VH):
         return head_weight_VH.clone()
     shards = [torch.empty_like(head_weight_VH) for _ in range(group.size())]

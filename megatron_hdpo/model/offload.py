@@ -1,5 +1,4 @@
-"""An optimizer of which a share rests in host memory and steps there: Megatron's HybridDeviceOptimizer, and what a
-checkpoint of it needs."""
+"""Checkpoint helpers for Megatron's HybridDeviceOptimizer, which keeps and updates a share of its state on the host."""
 
 from __future__ import annotations
 
@@ -8,8 +7,10 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
 
 def allocate_state(optimizer: HybridDeviceOptimizer) -> None:
-    """Main weights and moments as before the first step, where there is none yet: by a step at rate 0 on gradients of
-    0, which changes nothing, and back to step 0."""
+    """Allocate main weights and moments as they are before the first step, if there are none yet.
+
+    It takes one step at learning rate 0 on gradients of 0, which changes no weight, and sets the step count back to 0.
+    """
     if optimizer.state:
         return
     rates = [group["lr"] for group in optimizer.param_groups]
@@ -25,11 +26,14 @@ def allocate_state(optimizer: HybridDeviceOptimizer) -> None:
 
 
 def set_step(optimizer: HybridDeviceOptimizer, step: int) -> None:
-    """Let every part count its steps from here, each parameter by a tensor of its own (Megatron leaves one to all). A
-    count in the whole's groups, which a checkpoint leaves there, would be given to the parts before every step."""
+    """Set the step count of every sub-optimizer, in a separate tensor for each parameter (Megatron shares one).
+
+    The count is removed from the groups of the outer optimizer, where loading a checkpoint leaves it: it would be
+    copied to the sub-optimizers before every step.
+    """
     for part in optimizer.sub_optimizers:
         for group in part.param_groups:
-            if not isinstance(part, torch.optim.Adam):  # Transformer Engine's counts by group
+            if not isinstance(part, torch.optim.Adam):  # Transformer Engine's Adam counts steps by group
                 group["step"] = step
                 continue
             for parameter in group["params"]:

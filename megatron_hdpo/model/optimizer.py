@@ -1,4 +1,4 @@
-"""Megatron's distributed optimizer and learning-rate schedule."""
+"""Construction of Megatron's distributed optimizer and learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class OptimizerConfig(BaseModel):
 def build_optimizer(
     config: OptimizerConfig, ddp: nn.Module, context: ParallelContext, total_steps: int
 ) -> tuple[ChainedOptimizer, OptimizerParamScheduler]:
-    """The optimizer of this rank's shard, and the schedule over `total_steps` optimizer steps."""
+    """Build the optimizer of this rank's shard and the learning-rate schedule over `total_steps` optimizer steps."""
     model = ddp.config
     with context.megatron_calls():
         settings = MegatronOptimizerConfig(
@@ -71,9 +71,12 @@ def build_optimizer(
 
 
 def _offload_settings(config: OptimizerConfig) -> dict[str, Any]:
-    """Megatron's HybridDeviceOptimizer: the offloaded share steps on the CPU, by torch's AdamW, while gradients and new
-    weights of other parameters travel. Its precision-aware optimizer (all in fp32 here) lets main weights go with the
-    moments; without it a second copy of them stays on the GPU, and a checkpoint does not come back."""
+    """Return the settings of Megatron's HybridDeviceOptimizer; none without offload.
+
+    The offloaded share is updated on the CPU by torch's AdamW, while gradients and new weights of other parameters are
+    copied. Megatron's precision-aware optimizer (all in fp32 here) is needed to offload the main weights together with
+    the moments: without it a second copy of them stays on the GPU, and checkpoints cannot be loaded.
+    """
     if not config.offload:
         return {}
     return {

@@ -1,10 +1,12 @@
-"""Data-parallel communication beside computation: gradients are reduced bucket by bucket while the backward pass still
-runs, and an update's new weights are gathered bucket by bucket while the forward pass of the next one runs.
+"""Overlap of data-parallel communication with computation.
 
-The second is where silent errors live: after an optimizer step a rank holds the new values of its own part alone, until
-a forward pass through Megatron's DDP has gathered the others. Whoever reads weights otherwise (an engine's sync, a
-checkpoint, a teacher's copy) would read old ones. So `gather_weights` completes them, and an update ends with it unless
-its caller says that another update follows at once.
+Gradients are reduced bucket by bucket while the backward pass still runs, and the new weights of an update are gathered
+bucket by bucket during the next forward pass.
+
+The second can cause silent errors: after an optimizer step a rank holds new values only for its own part of the
+weights, until a forward pass through Megatron's DDP has gathered the others. Code that reads the weights in another way
+(a sync to the engine, a checkpoint, a teacher's copy) would read old ones. So `gather_weights` completes them, and an
+update ends with it unless its caller says that another update follows at once.
 """
 
 from __future__ import annotations
@@ -19,18 +21,19 @@ from megatron_hdpo.parallel.context import ParallelContext
 
 
 def overlaps(context: ParallelContext) -> bool:
-    """Whether this run overlaps: as parallel.overlap says; by default on GPUs with several replicas. On a CPU gloo's
-    threads would take the cores that compute."""
+    """Return whether this run overlaps, from parallel.overlap; by default on GPUs with several replicas.
+
+    On a CPU, gloo's threads would take the cores that compute.
+    """
     wanted = context.layout.overlap
     return wanted if isinstance(wanted, bool) else context.device.type == "cuda" and context.groups.dp_cp.size() > 1
 
 
 def connect(chunks: list[DistributedDataParallel]) -> None:
-    """Tell Megatron's schedules how to hold the reduction back until the last micro-batch, and let every forward pass
-    end with all weights gathered.
+    """Delay the reduction of gradients to the last micro-batch, and end every forward pass with all weights gathered.
 
-    Megatron waits for a module's weights when the module is called. The head is not: its weight is read (see
-    model/network.py), and its bucket's gathering would be started and never waited for.
+    Megatron waits for a module's weights when the module is called. The head's weight is read directly, never through a
+    module call (see model/network.py), so Megatron would start its all-gather and never wait for it.
     """
     config = chunks[0].config
     config.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
@@ -46,8 +49,10 @@ def _finish_gathering(ddp: nn.Module, *_: Any) -> None:
 
 
 def gather_weights(ddp: nn.Module) -> None:
-    """Bring every weight to the values that the last optimizer step gave it, wherever its owner is. Collective over the
-    data-parallel ranks; nothing where they are gathered already, or where nothing overlaps."""
+    """Gather the weights of the last optimizer step, so that every rank holds all new values.
+
+    Collective over the data-parallel ranks. Does nothing if the weights are gathered already or nothing overlaps.
+    """
     for chunk in chunks_of(ddp):
         if not isinstance(chunk, DistributedDataParallel) or not chunk.ddp_config.overlap_param_gather:
             continue

@@ -1,4 +1,4 @@
-"""Sequences of different lengths in one row of tokens, and their order in micro-batches."""
+"""Packing of sequences of different lengths into one row of tokens, and their distribution over micro-batches."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 @dataclass(frozen=True)
 class RowLayout:
-    """How ranks share the rows of a packed micro-batch.
+    """Distribution of the rows of a packed micro-batch over ranks.
 
-    multiple: what the rows of one context-parallel rank are a multiple of (sequence parallelism: TP). context,
-    context_rank: context-parallel ranks that share every sequence, and which of them this is.
+    multiple: the number of rows of one context-parallel rank is a multiple of this (TP under sequence parallelism).
+    context: context-parallel ranks that share every sequence. context_rank: this rank's index among them.
     """
 
     multiple: int = 1
@@ -26,25 +26,29 @@ class RowLayout:
 
     @property
     def chunks(self) -> int:
-        """Equal chunks that a sequence is cut into: each rank takes one from its beginning and one from its end, so
-        that causal attention costs all of them the same."""
+        """Number of equal chunks of a sequence.
+
+        Each context-parallel rank takes one chunk from the beginning and one from the end, so that causal attention
+        costs all ranks the same.
+        """
         return 1 if self.context == 1 else 2 * self.context
 
     def padded(self, length: int) -> int:
-        """Rows that a sequence of `length` tokens takes over all ranks."""
+        """Return the number of rows, over all ranks, of a sequence of `length` tokens."""
         return length + -length % self.chunks
 
 
 @dataclass(frozen=True)
 class PackedSequences:
-    """One micro-batch: sequences back to back in one row, padded at its end by a sequence of its own.
+    """One packed micro-batch: sequences back to back, followed by a padding sequence.
 
-    Under context parallelism each sequence is padded at its own end too, where causal attention keeps the padding from
-    being seen, and `tokens_T`, `positions_T` are the rows of this rank; everything else counts the rows of all.
+    Under context parallelism each sequence is padded at its end too, where causal attention hides the padding from the
+    real tokens. Then `tokens_T` and `positions_T` are the rows of this rank; all other fields count the rows of all
+    ranks.
 
-    tokens_T, positions_T: int64 [T]. cu_seqlens: int32 [number of sequences + 1], the padding's included.
-    starts: row at which each real sequence begins. longest: rows of the longest sequence, the padding's included.
-    num_tokens: rows of the micro-batch, padding included. own_rows_T: which of those this rank has, int64 [T].
+    tokens_T, positions_T: int64 [T]. cu_seqlens: int32 [number of sequences + 1], the padding sequence included.
+    starts: first row of each real sequence. longest: rows of the longest sequence, the padding sequence included.
+    num_tokens: rows of the micro-batch, padding included. own_rows_T: the rows of this rank among them, int64 [T].
     """
 
     tokens_T: torch.Tensor
@@ -56,9 +60,10 @@ class PackedSequences:
     own_rows_T: np.ndarray
 
     def packed_seq_params(self) -> PackedSeqParams:
-        """Megatron's description of the boundaries (thd)."""
+        """Return Megatron's description of the sequence boundaries (format thd)."""
         shared = len(self.own_rows_T) < self.num_tokens
-        # Transformer Engine wants the padded boundaries of sequences that ranks share. Padding counts as tokens here.
+        # For sequences shared by ranks, Transformer Engine needs the boundaries with padding. Padding counts as tokens
+        # here, so both are the same.
         padded = self.cu_seqlens if shared else None
         return PackedSeqParams(
             qkv_format="thd",
@@ -71,7 +76,7 @@ class PackedSequences:
         )
 
     def own(self, rows_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of some rows of the micro-batch: the places in `rows_N` of those that this rank has, and their local rows."""
+        """Return which of the micro-batch's rows `rows_N` this rank holds (indices into it), and their local rows."""
         local = np.full(self.num_tokens, -1)
         local[self.own_rows_T] = np.arange(len(self.own_rows_T))
         places = np.flatnonzero(local[rows_N] >= 0)
@@ -79,9 +84,9 @@ class PackedSequences:
 
 
 def pack(sequences: Sequence[np.ndarray], device: torch.device, rows: RowLayout | None = None) -> PackedSequences:
-    """Lay int token sequences back to back on `device`.
+    """Pack integer token sequences back to back on `device`.
 
-    No sequence at all is allowed and gives a padding of its own: a rank without work still joins every collective.
+    An empty list gives a micro-batch of padding only: a rank without work must still join every collective.
     """
     rows = rows or RowLayout()
     whole = math.lcm(rows.chunks, rows.context * rows.multiple)
@@ -107,8 +112,10 @@ def pack(sequences: Sequence[np.ndarray], device: torch.device, rows: RowLayout 
 
 
 def own_rows(boundaries: np.ndarray, context: int, rank: int) -> np.ndarray:
-    """Rows that a context-parallel rank has of sequences between `boundaries`, in its order: chunks `rank` and
-    `2 x context - 1 - rank` of each sequence, as Megatron and Transformer Engine cut them."""
+    """Return the rows of a context-parallel rank, in its order, from sequences between `boundaries`.
+
+    A rank holds chunks `rank` and `2 x context - 1 - rank` of each sequence, as in Megatron and Transformer Engine.
+    """
     if context == 1:
         return np.arange(boundaries[-1])
     parts = []
@@ -120,7 +127,7 @@ def own_rows(boundaries: np.ndarray, context: int, rank: int) -> np.ndarray:
 
 
 def bin_by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices of sequences, binned so that no bin exceeds `budget` tokens: first-fit decreasing.
+    """Bin the indices of sequences so that no bin exceeds `budget` tokens, by first-fit decreasing.
 
     Deterministic. Raises ValueError on a sequence longer than the budget.
     """
@@ -142,8 +149,10 @@ def bin_by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def split_by_cost(costs: Sequence[float], parts: int) -> list[list[int]]:
-    """Indices of items over `parts` ranks with nearly equal sums of cost: the dearest first, to the least loaded (of
-    those equally loaded to the one with the fewest)."""
+    """Distribute the indices of items over `parts` ranks with nearly equal sums of cost.
+
+    The most expensive item first, each to the rank with the smallest load (of equal loads, with the fewest items).
+    """
     loads = [(0.0, 0)] * parts
     assigned: list[list[int]] = [[] for _ in range(parts)]
     for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):

@@ -1,4 +1,4 @@
-"""Micro-batches through Megatron's pipeline schedule."""
+"""Execution of micro-batches by Megatron's pipeline schedule."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ OnProgress = Callable[[int], None]
 
 
 class HasBatch(Protocol):
-    """What the schedule needs to know of a piece of work."""
+    """A piece of work that has a micro-batch."""
 
     @property
     def batch(self) -> MicroBatch:
-        """Its tokens."""
+        """The tokens of the micro-batch."""
 
 
 WorkT = TypeVar("WorkT", bound=HasBatch)
@@ -39,11 +39,12 @@ def run_micro_batches(
     forward_only: bool,
     on_progress: OnProgress | None = None,
 ) -> None:
-    """Run every micro-batch forward and, unless `forward_only`, backward (1F1B; interleaved where a rank has several
-    chunks of layers), and reduce the gradients at the end (a bare model runs forward only).
+    """Run every micro-batch forward and, unless `forward_only`, backward, and reduce the gradients at the end.
 
-    last_stage: from a piece of work and the model's output on the last stage to a scalar loss, already normalised:
-    gradients of micro-batches and replicas are added up. Every rank must bring the same number of micro-batches.
+    The schedule is 1F1B, interleaved if a rank has several chunks of layers. A bare model can only run forward.
+    last_stage: computes a scalar loss from a piece of work and the model's output on the last stage. The loss must be
+    normalised already: gradients of micro-batches and replicas are summed. on_progress: called with the rows of each
+    micro-batch. Every rank must bring the same number of micro-batches. Collective over all ranks.
     """
 
     def forward_step(iterator: Iterator[WorkT], model: Any) -> tuple[Tensor, Any]:
@@ -85,9 +86,9 @@ class StageCommunicator(P2PCommunicator):
     being sent, and what is allocated next would be sent in its place. Aliases are sent instead: a send holds on to its
     tensor until it is over, and so to the storage.
 
-    Under the interleaved schedule the two ranks of a pipeline are each other's next and previous one. Megatron's
-    exchange of shapes would then hand the shape of a gradient to who waits for an activation; its exchange of tensors
-    (`overlap_p2p_comm`) keeps them apart, and is used for the shapes too.
+    With two ranks under the interleaved schedule, each rank is both the next and the previous one of the other.
+    Megatron's exchange of shapes would then deliver the shape of a gradient to a receive that waits for an activation.
+    Its exchange of tensors (`overlap_p2p_comm`) keeps them apart, and is used here for the shapes too.
     """
 
     def _communicate(
@@ -124,14 +125,16 @@ class StageCommunicator(P2PCommunicator):
 
 
 def finalize_without_division(model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
-    """Megatron's reduction of gradients, without its division by tokens: losses are normalised already."""
+    """Reduce gradients as Megatron does, without dividing by the number of tokens: losses are normalised already."""
     finalize_model_grads(model, None, **kwargs)
 
 
 def same_number_everywhere(bins: list[list[int]], context: ParallelContext) -> list[list[int]]:
-    """Bins, padded with empty ones to the largest number of any replica (at least one): replicas with different
-    numbers of micro-batches would wait for each other forever where they share experts. The interleaved schedule takes
-    whole rounds of the pipeline: multiples of its number of stages."""
+    """Pad bins with empty ones to the largest number of any replica, at least one.
+
+    Replicas that share experts would deadlock with different numbers of micro-batches. The interleaved schedule needs
+    a multiple of the number of pipeline stages. Collective over all ranks.
+    """
     most = max(1, *context.gather_objects(len(bins)))
     if context.layout.virtual_stages > 1:
         most += -most % context.layout.pipeline

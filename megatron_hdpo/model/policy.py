@@ -1,7 +1,7 @@
-"""The policy on its ranks: scores responses, takes optimizer steps, and hands out its weights.
+"""The policy on its ranks: it scores responses and takes optimizer steps.
 
-The trainer's two verbs are `score` (forward only) and `update` (forward, backward, optimizer step). Both take the work
-of this rank's data-parallel replica and run it through Megatron's pipeline schedule as packed micro-batches.
+The trainer calls `score` (forward only) and `update` (forward, backward, optimizer step). Both take the work of this
+rank's data-parallel replica and run it through Megatron's pipeline schedule as packed micro-batches.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ from megatron_hdpo.types.learning import (
 
 
 class TrainingError(RuntimeError):
-    """The run cannot go on; the text says what, at which rank, and what to do."""
+    """An error that stops the run; the text says what happened, on which rank, and what to do."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """One micro-batch through the schedule; `inputs` on the last stage of an update, `scorings` when scoring."""
+    """One micro-batch of the schedule; `inputs` on the last stage of an update, `scorings` when scoring."""
 
     batch: MicroBatch
     inputs: LossInputs | None = None
@@ -69,13 +69,13 @@ OnTraining = Callable[[Sequence[Work], LossSpec], None]
 
 
 class Policy:
-    """A model that scores (bare, or under Megatron's DDP), and, with an optimizer and schedule, trains (under DDP). It
-    may consist of chunks (`ModelChunks`).
+    """A model that scores (bare or under Megatron's DDP) and, with optimizer and schedule, trains (under DDP).
 
-    micro_batch_tokens: rows of a packed micro-batch, over all context-parallel ranks, at most. head_chunk: tokens that
-    have logits at a time.
-    vocab_size: tokens that have probability; default: the architecture's. A teacher whose vocabulary is padded further
-    than the student's takes the student's. on_training: told of the micro-batches of every step before they are run.
+    The model may consist of chunks (`ModelChunks`). micro_batch_tokens: largest number of rows of a packed micro-batch,
+    over all context-parallel ranks. head_chunk: number of tokens that have logits at a time.
+    vocab_size: number of tokens that have probability; default: the architecture's. A teacher whose vocabulary is
+    padded further than the student's uses the student's. on_training: called with the micro-batches of every step
+    before they run.
     """
 
     def __init__(
@@ -110,10 +110,10 @@ class Policy:
         on_progress: OnProgress | None = None,
         answered: Answered | None = None,
     ) -> dict[ScoringKey, Score]:
-        """Scores of this replica's `scorings` under the weights that the model holds now, on the last pipeline stage;
-        other stages get {}. Collective over all ranks: also replicas without work must call it.
+        """Score this replica's `scorings` with the current weights; the last pipeline stage gets the scores, others {}.
 
-        answered: what the scorings refer to; not needed when none refers to another.
+        answered: the scorings and scores that `scorings` refer to; not needed if none refers to another.
+        Collective over all ranks: replicas without work must call it too.
         """
         answered = answered or Answered({}, {}, {})
         bins = same_number_everywhere(self._scoring_bins(scorings, answered), self.context)
@@ -125,19 +125,21 @@ class Policy:
         return scores
 
     def head_copy(self, rows: int) -> Tensor:
-        """A copy of the head that the model holds now: this rank's shard [rows, H] when the vocabulary is cut into
-        shards of `rows` (a teacher's may be padded further than the student's). Last pipeline stage only; collective
-        over the tensor-parallel group."""
+        """Copy the current head, cut into shards of `rows` rows: this rank's shard [rows, H].
+
+        The vocabulary of a teacher may be padded further than the student's, so its shards may have another size. Last
+        pipeline stage only; collective over the tensor-parallel group.
+        """
         return recut_head(self.model.head_weight().detach(), rows, self.context.groups.tp)
 
     @property
     def head_rows(self) -> int:
-        """Rows of this rank's shard of the head."""
+        """Number of rows of this rank's shard of the head."""
         tensor = self.context.layout.tensor
         return self.architecture.padded_vocab_size(tensor) // tensor
 
     def _scoring_bins(self, scorings: Sequence[Scoring], answered: Answered) -> list[list[int]]:
-        """Indices of scorings that share a micro-batch: their settings are the same."""
+        """Bin the indices of scorings into micro-batches; scorings of one micro-batch have the same settings."""
         by_settings: dict[ScoringSettings, list[int]] = {}
         for i, scoring in enumerate(scorings):
             by_settings.setdefault(settings_of(scoring, answered.asked), []).append(i)
@@ -173,13 +175,14 @@ class Policy:
         teacher_head: Tensor | None = None,
         another_follows: bool = False,
     ) -> dict[str, float]:
-        """One optimizer step on this replica's examples; returns metrics of the whole step, the same on every rank.
+        """Take one optimizer step on this replica's examples; return metrics of the step, the same on every rank.
 
         teacher_head: [V / tp, H], the head of the teacher whose hidden states are targets; last stage only.
         another_follows: the next use of the weights is another update, whose forward pass may gather them (see
-        model/overlap.py); without it they are complete on every rank when this returns.
-        Collective over all ranks. Gradients are those of the loss normalised over every replica's examples. A
-        gradient that is not finite changes nothing and is counted in `train/skipped`.
+        model/overlap.py); without it they are complete on every rank when this method returns.
+        Collective over all ranks. The loss is normalised over the examples of all replicas. If the gradient is not
+        finite, the step is skipped and counted in `train/skipped`. Raises ValueError on targets of two types, or
+        hidden states without a teacher_head.
         """
         metrics = self.accumulate_gradients(examples, spec, on_progress, teacher_head)
         metrics |= self._optimizer_step()
@@ -195,7 +198,10 @@ class Policy:
         on_progress: OnProgress | None = None,
         teacher_head: Tensor | None = None,
     ) -> dict[str, float]:
-        """Forward and backward of one step, gradients reduced and left in the parameters' `main_grad`."""
+        """Run forward and backward of one step; the reduced gradients are left in the parameters' `main_grad`.
+
+        Returns the metrics of the step. Arguments and errors as in `update`. Collective over all ranks.
+        """
         _check_targets(examples, teacher_head)
         normalisers = self._normalisers(examples)
         live = [example for example in examples if not example.inert]
@@ -263,7 +269,7 @@ class Policy:
         for optimizer in self.optimizer.chained_optimizers:
             parameters = optimizer.get_parameters()
             if parameters and optimizer.config.clip_grad > 0:
-                # Where the optimizer is offloaded its gradients are not in `grad`.
+                # The gradients of an offloaded optimizer are in `decoupled_grad`, not in `grad`.
                 decoupled = optimizer.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
                 clip_grad_by_total_norm_fp32(parameters, optimizer.config.clip_grad, norm, decoupled)
 
@@ -272,31 +278,37 @@ def _check_targets(examples: Sequence[Example], teacher_head: Tensor | None) -> 
     kinds = {type(example.target) for example in examples if example.target is not None}
     if len(kinds) > 1:
         raise ValueError(
-            "a step's targets are of two types, top log-probs and hidden states: an objective must choose one"
+            "the targets of a step are of two types, top log-probs and hidden states: an objective must use only one"
         )
     if HiddenStates in kinds and teacher_head is None:
         raise ValueError(
-            "targets are hidden states, but no scoring by the teacher's weights kept them: no head is here"
+            "targets are hidden states, but no scoring by the teacher's weights kept them: there is no teacher head"
         )
 
 
 def row_layout(context: ParallelContext, alignment: int = 1) -> RowLayout:
-    """How the ranks of this run share the rows of a micro-batch. alignment: what each rank's rows are a multiple of."""
+    """Return the distribution of a micro-batch's rows over the ranks of this run.
+
+    alignment: the number of rows of each rank is a multiple of this.
+    """
     layout = context.layout
     sequence = layout.tensor if layout.sequence else 1
     return RowLayout(alignment * sequence, layout.context, context.groups.cp.rank())
 
 
 def strip(example: Example) -> Example:
-    """The example without what only the loss reads: what stages before the last need to know. Reference log-probs stay:
-    they tell whether the example is inert."""
+    """Copy an example without the fields that only the loss reads, for pipeline stages before the last.
+
+    Reference log-probs are kept: they decide whether the example is inert.
+    """
     return replace(example, target=None, old_logprobs_T=None, rollout_logprobs_T=None)
 
 
 def share_examples(examples: Sequence[Example] | None, context: ParallelContext) -> list[Example]:
-    """Examples of the replica's last stage, stripped, on the stages that have no scores to make them from.
+    """Broadcast the examples of the replica's last pipeline stage, stripped, to its other stages.
 
-    The last stage's ranks pass their examples and keep them whole; the others pass None.
+    Only the last stage has the scores that examples are made from. Its ranks pass their examples and get them back
+    whole; the other ranks pass None. Collective over the replica.
     """
     if context.groups.pp.size() == 1:
         assert examples is not None

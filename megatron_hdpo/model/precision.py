@@ -1,8 +1,8 @@
-"""FP8 by Transformer Engine: what a recipe may combine, and what it asks of shapes and devices.
+"""Rules of FP8 training with Transformer Engine: allowed combinations of recipe keys, and needs of shapes and devices.
 
-Only the matrix products of the transformer layers run in FP8. Embedding and head belong to Megatron's own modules,
-which have none; log-probs and divergences are computed here, in float32. Nothing of FP8 has run where this was written:
-the rules are those of megatron-core 0.16.1 and Transformer Engine 2.11, read in their sources.
+Only the matrix products of the transformer layers run in FP8. Embedding and head are Megatron's own modules, which have
+no FP8; log-probs and divergences are computed by this package in float32. FP8 was not run when this was written: the
+rules are those of megatron-core 0.16.1 and Transformer Engine 2.11, read in their sources.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatron_hdpo.model.config import ModelConfig
 from megatron_hdpo.model.specs import SpecName
 from megatron_hdpo.parallel.layout import ParallelConfig
 
-# Compute capability: the least that runs a recipe, and the first that does not (Transformer Engine 2.11).
+# Compute capabilities: the lowest that runs a recipe, and the first above it that does not (Transformer Engine 2.11).
 _CAPABILITIES = {
     "delayed": ((8, 9), None, "Ada or Hopper"),
     "tensorwise": ((8, 9), None, "Ada or Hopper"),
@@ -27,20 +27,20 @@ _CAPABILITIES = {
 
 
 def alignment(config: ModelConfig | TransformerConfig) -> int:
-    """What the dimensions of every FP8 matrix product must be multiples of, rows included; 1 without FP8."""
+    """Return the number that divides all dimensions of an FP8 matrix product, rows included; 1 without FP8."""
     if config.fp8 is None:
         return 1
     return 32 if config.fp8_recipe == "mxfp8" else 16
 
 
 def precision_errors(config: ModelConfig, layout: ParallelConfig, architecture: Architecture) -> Iterator[str]:
-    """Reasons why the recipe's precision cannot be, each beginning with its key."""
+    """Yield the reasons why the recipe's precision settings cannot work, each beginning with its key."""
     if config.fp8_param:
         yield (
             "model.fp8_param: weights kept in FP8 alone are not supported: Megatron would make the fp32 main weights "
-            "from what the layers were initialised with instead of the checkpoint's, teachers that rest on the host "
-            "would not come back bit for bit, and with blockwise scales it is known to give NaN beyond TP 2. Leave it "
-            "out: model.fp8 computes in FP8 from bfloat16 weights"
+            "from the layers' initial values instead of the checkpoint's, teachers kept in host memory would not be "
+            "restored bit for bit, and with blockwise scales it is known to give NaN beyond TP 2. Remove it: model.fp8 "
+            "computes in FP8 from bfloat16 weights"
         )
     yield from _recompute_errors(config, architecture)
     if config.fp8 is None:
@@ -55,7 +55,7 @@ def precision_errors(config: ModelConfig, layout: ParallelConfig, architecture: 
 def _recompute_errors(config: ModelConfig, architecture: Architecture) -> Iterator[str]:
     if config.recompute != "selective":
         if config.recompute_modules != ModelConfig.model_fields["recompute_modules"].default:
-            yield "model.recompute_modules: they count with model.recompute=selective alone"
+            yield "model.recompute_modules: only used with model.recompute=selective"
         return
     dense = not architecture.num_experts
     for name in config.recompute_modules:
@@ -66,7 +66,7 @@ def _recompute_errors(config: ModelConfig, architecture: Architecture) -> Iterat
         if name == "layernorm" and (dense or config.spec == "torch"):
             yield (
                 "model.recompute_modules: layernorm is for models with experts under Transformer Engine; in its dense "
-                "layers norms are part of the products that follow, and plain torch layers cannot"
+                "layers norms are part of the products that follow, and plain torch layers do not support it"
             )
     if config.fp8_recipe == "delayed" and config.fp8 is not None and "layernorm" in config.recompute_modules:
         yield "model.recompute_modules: layernorm cannot be recomputed with fp8_recipe=delayed"
@@ -78,7 +78,7 @@ def _fp8_errors(config: ModelConfig, layout: ParallelConfig, architecture: Archi
     if config.dtype == "float32":
         yield "model.fp8: needs model.dtype=bfloat16, not float32"
     if config.fp8_recipe == "delayed" and any(config.first_last_layers_bf16):
-        yield "model.first_last_layers_bf16: not with fp8_recipe=delayed, whose scales would miss reductions"
+        yield "model.first_last_layers_bf16: not with fp8_recipe=delayed, whose scales would not all be reduced"
     per_stage = architecture.num_layers // layout.pipeline
     if max(config.first_last_layers_bf16) > per_stage:
         yield f"model.first_last_layers_bf16: at most the {per_stage} layers of a pipeline stage at either end"
@@ -86,7 +86,7 @@ def _fp8_errors(config: ModelConfig, layout: ParallelConfig, architecture: Archi
 
 
 def size_errors(config: ModelConfig, layout: ParallelConfig, architecture: Architecture) -> Iterator[str]:
-    """Sizes of a model, the policy's or a teacher's, that FP8 matrix products do not take."""
+    """Yield an error for each size of a model (policy or teacher) that FP8 matrix products cannot have."""
     step, tensor, sizes = alignment(config), layout.tensor, architecture.sizes
     heads = architecture.num_heads + 2 * architecture.num_kv_heads
     dimensions = {
@@ -104,8 +104,7 @@ def size_errors(config: ModelConfig, layout: ParallelConfig, architecture: Archi
 
 
 def runtime_error(config: ModelConfig, spec: SpecName, device: torch.device) -> str | None:
-    """Why the recipe's precision cannot be had with the layers and on the device that this run has; None where it can
-    be."""
+    """Return why the recipe's precision does not run with this run's layers and device; None if it runs."""
     if spec == "torch" and config.recompute == "selective" and "layernorm" in config.recompute_modules:
         return "model.recompute_modules: layernorm needs Transformer Engine, and this run has plain torch layers"
     if config.fp8 is None:
@@ -124,11 +123,11 @@ def runtime_error(config: ModelConfig, spec: SpecName, device: torch.device) -> 
 
 
 def precision_warnings(config: ModelConfig) -> Iterator[str]:
-    """What deserves a word before the device is known."""
+    """Yield warnings about the recipe's precision that do not depend on the device."""
     if config.fp8 is not None and config.fp8_recipe == "mxfp8":
-        yield "model.fp8_recipe=mxfp8 runs on Blackwell alone: on H100 and H200 the run stops when it starts"
+        yield "model.fp8_recipe=mxfp8 runs on Blackwell only: on H100 and H200 the run stops at its start"
     if config.fp8 is not None and config.fp8_recipe == "delayed":
         yield (
-            "model.fp8_recipe=delayed scales by earlier updates: scores taken after an update that moved activations "
-            "are quantised by scales that are one update old; tensorwise has none"
+            "model.fp8_recipe=delayed takes scales from earlier updates: scores taken after an update that changed "
+            "activations are quantised by scales that are one update old; tensorwise has no old scales"
         )

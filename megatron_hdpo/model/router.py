@@ -1,4 +1,4 @@
-"""How evenly the routers of a model with experts share out its tokens."""
+"""Metrics of how evenly the routers of a model with experts distribute the tokens."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from megatron_hdpo.parallel.context import ParallelContext
 
 
 class RouterStatistics:
-    """Counts the tokens that each expert is given while a model trains.
+    """Counters of the tokens that each expert gets while a model trains.
 
-    Forward passes that keep no gradient are not counted: neither scoring, nor the first of the two passes of a layer
-    whose activations are recomputed. Rows that pad a micro-batch are, a few in each.
+    Forward passes without gradient are not counted: neither scoring, nor the first of the two passes of a layer with
+    activation recomputation. The few padding rows of each micro-batch are counted.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """model: bare, under Megatron's DDP, or chunks; one without experts has no statistics."""
+        """Count from now on. model: bare, under Megatron's DDP, or chunks; without experts there are no statistics."""
         self._routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
         self._counts: dict[int, Tensor] = {}
         for router in self._routers:
             router.register_forward_hook(self._count)
 
     def metrics(self, context: ParallelContext) -> dict[str, float]:
-        """Of the tokens since the last call, over all ranks; the same on every rank. Collective over all ranks.
+        """Compute the metrics of the tokens since the last call, the same on every rank. Collective over all ranks.
 
-        `router/max_load`: tokens of a layer's busiest expert, over those that each would have if all had the same;
-        `router/entropy`: entropy of the experts' shares over that of equal shares (1: all equal, 0: one has all).
-        Means over layers, and with `_worst` those of the least even layer. Empty without tokens.
+        `router/max_load`: tokens of a layer's busiest expert, divided by the number if all experts had equally many;
+        `router/entropy`: entropy of the experts' shares, divided by that of equal shares (1: all equal, 0: one expert
+        has all). They are means over layers; with `_worst` they are of the least even layer. Empty without tokens.
         """
         if not self._routers:
             return {}
@@ -60,8 +60,11 @@ class RouterStatistics:
         self._counts[layer] = self._counts[layer] + tokens_E if layer in self._counts else tokens_E
 
     def _over_ranks(self, context: ParallelContext) -> Tensor:
-        """Tokens of every layer's experts, float64 [layers, experts]. The ranks of a stage have different tokens
-        (tensor-parallel ones too: experts need sequence parallelism), those of different stages different layers."""
+        """Sum the tokens of every layer's experts over all ranks, float64 [layers, experts].
+
+        No token is counted twice: the ranks of a stage have different tokens (tensor-parallel ranks too, because
+        experts need sequence parallelism), and different stages have different layers.
+        """
         config = self._routers[0].config
         total_LE = torch.zeros(config.num_layers, config.num_moe_experts, dtype=torch.float64)
         for layer, tokens_E in self._counts.items():

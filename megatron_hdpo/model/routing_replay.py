@@ -1,11 +1,13 @@
-"""Tokens go to the experts that the engine chose when it sampled them, not to those that the trainer's router prefers.
+"""Routing replay: the trainer sends tokens to the experts that the engine chose when it sampled them.
 
-Engine and trainer round differently, and where two experts are almost equally good that tips a router: the token then
-passes other weights than those that sampled it. The choice is taken over, the probabilities of the chosen experts stay
-the trainer's own, with their gradient. Known as rollout routing replay, R3 (arXiv 2510.11370).
+Engine and trainer round differently, and if two experts have nearly equal scores their routers may choose differently:
+the token then passes other weights than those that sampled it. Only the choice is taken from the engine; the
+probabilities of the chosen experts are the trainer's own, with their gradient. Known as rollout routing replay, R3
+(arXiv 2510.11370).
 
-The experts travel with the description of a micro-batch's sequences, which every layer is called with, in a forward
-pass and when it is recomputed: whatever the pipeline's schedule, a layer finds those of the micro-batch at hand.
+The experts are part of the description of a micro-batch's sequences (PackedSeqParams), which every layer gets as an
+argument, in a forward pass and when it is recomputed. So a layer always gets the experts of the micro-batch that it
+computes, whatever the pipeline schedule.
 """
 
 from __future__ import annotations
@@ -25,19 +27,24 @@ from torch import Tensor, nn
 from megatron_hdpo.model.packing import PackedSequences
 
 NOT_CHOSEN = -1
-"""In the place of an expert: the trainer's router chooses (padding, a sequence's last token, tokens not sampled so)."""
+"""Value that lets the trainer's router choose: padding, the last token of a sequence, tokens without engine routing."""
 
 
 @dataclass
 class RoutedSeqParams(PackedSeqParams):
-    """routed_experts_TLK: int16 [T, layers of the model, experts per token], the rows of this context-parallel rank."""
+    """PackedSeqParams with the experts of the rows.
+
+    routed_experts_TLK: int16 [T, layers of the model, experts per token], for the rows of this context-parallel rank.
+    """
 
     routed_experts_TLK: Tensor | None = None
 
 
 def with_routing(params: PackedSeqParams, routed_experts_TLK: Tensor | None) -> PackedSeqParams:
-    """`params`, which name the experts of their tokens where any were chosen. Those of a step are many, so that they
-    wait on the host for their micro-batch."""
+    """Add the experts of a micro-batch, if there are any, to `params` and move them to the device.
+
+    The experts of a whole step are large, so they stay on the host until their micro-batch runs.
+    """
     if routed_experts_TLK is None:
         return params
     return RoutedSeqParams(**vars(params), routed_experts_TLK=routed_experts_TLK.to(params.cu_seqlens_q.device))
@@ -46,13 +53,16 @@ def with_routing(params: PackedSeqParams, routed_experts_TLK: Tensor | None) -> 
 def pack_routing(
     packed: PackedSequences, routed_experts: Sequence[np.ndarray | None], lengths: Sequence[int]
 ) -> Tensor | None:
-    """The experts of a micro-batch's rows on this rank, int16 [T, L, K] on the host, from those of each sequence: int
-    [length - 1, L, K] (no engine routes the last token), None for a sequence whose router chooses. Raises ValueError on
-    experts of other tokens."""
+    """Pack the experts of a micro-batch's rows on this rank, int16 [T, L, K] on the host; None if there are none.
+
+    routed_experts: for each sequence int [length - 1, L, K] (no engine routes the last token), or None if the trainer's
+    router chooses. Raises ValueError if the number of tokens, layers or choices does not fit.
+    """
     for experts, length in zip(routed_experts, lengths, strict=True):
         if experts is not None and len(experts) != length - 1:
             raise ValueError(
-                f"experts of {len(experts)} tokens for a sequence of {length}, which has them of all but one"
+                f"experts of {len(experts)} tokens for a sequence of {length} tokens: {length - 1} are needed (all but "
+                "the last token)"
             )
     sizes = {experts.shape[1:] for experts in routed_experts if experts is not None}
     if not sizes:
@@ -67,10 +77,12 @@ def pack_routing(
 
 
 class RoutingReplay:
-    """What Megatron's router asks in place of its top-k (as `router.router_replay`). Megatron's own keeps all routers
-    of a process in one list, a teacher's too, and must be told of every change from forward to backward.
+    """Replacement of the router's top-k choice, called by Megatron's router as `router.router_replay`.
 
-    chosen_TK: experts of the rows that the router sees next, int64; None: its own choice throughout.
+    Megatron's own RouterReplay keeps all routers of a process, a teacher's too, in one list, and needs a call at every
+    change between forward and backward.
+
+    chosen_TK: experts of the rows that the router sees next, int64; None: the router chooses for all rows.
     """
 
     def __init__(self) -> None:
@@ -84,7 +96,10 @@ class RoutingReplay:
         group_topk: int | None,
         default_compute_topk: Callable[..., tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, Tensor]:
-        """Scores and numbers of the experts, [T, K] each."""
+        """Return scores and indices of the chosen experts, [T, K] each.
+
+        scores_TE: the router's scores of all experts. default_compute_topk: Megatron's own choice.
+        """
         values_TK, own_TK = default_compute_topk(scores_TE, topk, num_groups=num_groups, group_topk=group_topk)
         if self.chosen_TK is None:
             return values_TK, own_TK
@@ -92,13 +107,15 @@ class RoutingReplay:
         return scores_TE.gather(1, chosen_TK), chosen_TK
 
     def take(self, chosen_TK: Tensor | None, _: Any = None) -> None:
-        """From now on these."""
+        """Use these experts from now on."""
         self.chosen_TK = chosen_TK
 
 
 def replay_routing(model: nn.Module) -> None:
-    """Let every layer of `model` with experts follow the `RoutedSeqParams` that it is called with; with any others
-    its router chooses as ever."""
+    """Make every expert layer of `model` follow the experts of the `RoutedSeqParams` that it is called with.
+
+    With other PackedSeqParams the layer's router chooses as usual.
+    """
     for layer in model.modules():
         if isinstance(layer, TransformerLayer) and isinstance(layer.mlp, MoELayer):
             replay = RoutingReplay()
@@ -121,7 +138,10 @@ def _take_rows(replay: RoutingReplay, layer: Any, args: tuple[Any, ...], kwargs:
 
 
 def _take_again_in_backward(replay: RoutingReplay, _: nn.Module, args: Any, output: tuple[Tensor, Any]) -> None:
-    """Recomputation of the experts alone does not call the layer again, and other micro-batches may have passed it
-    meanwhile. It begins when the gradient of its output is there."""
+    """Restore a micro-batch's experts before its expert block is recomputed in the backward pass.
+
+    Recomputation of the experts alone does not call the layer again, and other micro-batches may have run in between.
+    It begins when the gradient of the block's output is there, so a hook on that gradient comes in time.
+    """
     if output[0].requires_grad:
         output[0].register_hook(partial(replay.take, replay.chosen_TK))

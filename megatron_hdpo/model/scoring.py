@@ -1,4 +1,4 @@
-"""Scores of the response tokens of a micro-batch, from the last stage's hidden states."""
+"""Scores of the response tokens of a micro-batch, computed from the last stage's hidden states."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ from megatron_hdpo.types.rollouts import TopLogprobs
 
 @dataclass(frozen=True)
 class ScoringSettings:
-    """What scorings must agree on to share a micro-batch. at: how many ids of another scoring, 0 for none."""
+    """Settings that all scorings of a micro-batch have in common.
+
+    at: number of ids of another scoring at which log-probs are wanted, 0 for none. kl_to: the weights of the scoring
+    to which the reverse KL is wanted.
+    """
 
     temperature: float
     top_k: int
@@ -29,17 +33,17 @@ class ScoringSettings:
 
 
 def settings_of(scoring: Scoring, asked: Mapping[ScoringKey, Scoring]) -> ScoringSettings:
-    """The settings of a scoring. asked: every scoring of the step, those that this one refers to among them."""
+    """Return the settings of a scoring. asked: all scorings of the step, including those that this one refers to."""
     at = 0 if scoring.at is None else asked[scoring.at].top_k
     kl_to = None if scoring.reverse_kl_to is None else asked[scoring.reverse_kl_to].weights
     return ScoringSettings(scoring.temperature, scoring.top_k, at, scoring.hidden, kl_to)
 
 
 def in_waves(scorings: Sequence[Scoring]) -> dict[tuple[int, Weights], list[Scoring]]:
-    """The scorings by (wave, weights): each refers only to scorings of earlier waves.
+    """Group the scorings by (wave, weights), so that each refers only to scorings of earlier waves.
 
-    Raises ValueError when a key is used twice, or a scoring refers to one that is not there, is not of the same
-    response, does not bring what is wanted of it, or refers back.
+    Raises ValueError when a key is used twice, or a scoring refers to one that is missing, is of another response, does
+    not compute what is wanted from it, or refers back.
     """
     asked = {scoring.key: scoring for scoring in scorings}
     if len(asked) < len(scorings):
@@ -77,8 +81,11 @@ def _depth(scoring: Scoring, asked: Mapping[ScoringKey, Scoring], seen: tuple[Sc
 
 @dataclass(frozen=True)
 class Answered:
-    """What later waves may refer to: the scorings of the step, the scores so far, and heads [V / tp, H] on the device
-    of the weights whose hidden states were kept."""
+    """Results that scorings of later waves may refer to.
+
+    asked: all scorings of the step. scores: the scores so far. heads: [V / tp, H] on the device, for the weights whose
+    hidden states were kept.
+    """
 
     asked: Mapping[ScoringKey, Scoring]
     scores: Mapping[ScoringKey, Score]
@@ -95,8 +102,12 @@ def score_rows(
     vocab_size: int,
     head_chunk: int,
 ) -> dict[ScoringKey, Score]:
-    """Scores of the scorings whose responses are the N rows, in order. No more than `head_chunk` rows have logits at a
-    time. All ranks of the tensor- and context-parallel groups must call it together; all get the scores."""
+    """Compute the scores of the scorings whose responses are the N rows of a micro-batch, in order.
+
+    hidden_NH: whole on every tensor-parallel rank. head_weight_VH: [V / tp, H], this rank's shard. At most `head_chunk`
+    rows have logits at a time. All ranks of the tensor- and context-parallel groups must call it together; all get the
+    scores.
+    """
     if not scorings:
         return {}
     settings = settings_of(scorings[0], answered.asked)
@@ -114,7 +125,7 @@ def score_rows(
 
 
 class _Rows:
-    """The answers for a micro-batch, chunk of logits by chunk of logits."""
+    """Accumulator of a micro-batch's scores, filled by one chunk of logits after the other."""
 
     def __init__(
         self,
@@ -136,7 +147,7 @@ class _Rows:
             self.head_VH = answered.heads[settings.kl_to]
 
     def add(self, logits_NV: Tensor, sampled_N: Tensor, rows: slice) -> None:
-        """Answer for a chunk of rows."""
+        """Compute the scores of a chunk of rows from its logits [n, V / tp]."""
         temperature, device = self.settings.temperature, logits_NV.device
         target = None
         if self.teacher_NH is not None:

@@ -1,4 +1,4 @@
-"""The two layer specs: Transformer Engine, and plain torch."""
+"""The two layer specs of the model: Transformer Engine and plain torch."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ SpecName = Literal["transformer_engine", "torch"]
 
 
 def transformer_engine_available() -> bool:
-    """Whether Transformer Engine's torch part can be imported; found without importing it."""
+    """Return whether Transformer Engine is installed, without importing it."""
     return importlib.util.find_spec("transformer_engine") is not None
 
 
 def layer_spec(
     name: SpecName, config: TransformerConfig, chunk: int | None = None
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    """The decoder spec that GPTModel takes. chunk: of the rank's layers, under the interleaved schedule.
+    """Return the decoder spec for GPTModel. chunk: index of the rank's chunk of layers under the interleaved schedule.
 
-    The plain spec brings its final norm along: Megatron's own choice of it depends on which optional packages can be
-    imported (any package called apex breaks RMSNorm models there).
+    The plain torch spec includes the final norm: Megatron's own choice depends on which optional packages can be
+    imported (any package named apex breaks RMSNorm models there).
     """
     if name == "transformer_engine":
         return get_gpt_layer_with_transformer_engine_spec(
@@ -62,7 +62,7 @@ def _torch_layer(config: TransformerConfig) -> ModuleSpec:
     )
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     mlp = ModuleSpec(module=MLP, submodules=linears)
-    # Checkpoints hold the names of the Transformer Engine spec, so that either spec loads either's.
+    # Checkpoints use the parameter names of the Transformer Engine spec, so that each spec loads those of the other.
     engine_names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     if config.num_moe_experts:
         experts = ModuleSpec(module=SequentialMLP, submodules=linears)

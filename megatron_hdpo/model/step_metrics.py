@@ -17,11 +17,11 @@ _SUMS = (
     "surrogate", "surrogate_tokens", "nll", "clipped", "entropy", "mismatch_k3", "mismatch_abs",
     "divergence", "distill_tokens", "covered_mass", "student_mass_at_top1", "reference_kl", "reference_tokens",
 )  # fmt: skip
-_LARGEST_LOG = 700.0  # exp of more is not finite
+_LARGEST_LOG = 700.0  # exp of a larger number overflows
 
 
 class TokenSums:
-    """Sums (and maxima) over tokens by name; they stay on the device until the step is over."""
+    """Sums (and maxima) over tokens by name, kept on the device until the step is over."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -31,7 +31,7 @@ class TokenSums:
         merge_sums(self._sums, {name: value.double() for name, value in sums.items()})
 
     def values(self) -> list[float]:
-        """In the order of the standard names; 0, or of a maximum -inf, for those never added."""
+        """Return the values in the order of the standard names; 0 (-inf for a maximum) for names never added."""
         if not self._sums:
             return _nothing()
         like = next(iter(self._sums.values()))
@@ -45,7 +45,7 @@ def _nothing() -> list[float]:
 
 
 def sum_over_ranks(values: list[float], context: ParallelContext) -> list[float]:
-    """Element-wise sums over all ranks, on every rank."""
+    """Sum the values element by element over all ranks, on every rank. Collective."""
     return _over_ranks(values, dist.ReduceOp.SUM, context)
 
 
@@ -58,7 +58,10 @@ def _over_ranks(values: list[float], operation: dist.ReduceOp, context: Parallel
 def step_metrics(
     sums: TokenSums, tokens: int, normalisers: Normalisers, spec: LossSpec, context: ParallelContext
 ) -> dict[str, float]:
-    """Metrics of the step, the same on every rank. tokens: run through the model by this replica. Collective."""
+    """Compute the metrics of the step, the same on every rank. Collective over all ranks.
+
+    tokens: number of tokens that this replica ran through the model.
+    """
     holds_sums = context.is_last_stage and context.groups.tp.rank() == 0
     values = sums.values() if holds_sums else _nothing()
     mine, highest = values[: len(_SUMS)], values[len(_SUMS) :]

@@ -21,11 +21,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ParallelContext:
-    """Everything that code needs to know about the ranks; passed in, never looked up.
+    """The ranks of a run, their groups and this rank's device; passed as an argument, never read from global state.
 
     groups: Megatron's process groups (tp, cp, pp, dp, ep, embd, ...).
-    host: gloo group of all ranks, for Python objects. replica_host: gloo group of the ranks of one replica: by stage,
-    then context-parallel, then tensor-parallel rank.
+    host: gloo group of all ranks, for Python objects. replica_host: gloo group of the ranks of one replica, ordered by
+    pipeline stage, then context-parallel rank, then tensor-parallel rank.
     """
 
     layout: ParallelConfig
@@ -53,17 +53,17 @@ class ParallelContext:
 
     @property
     def is_replica_leader(self) -> bool:
-        """True on one rank of each data-parallel replica: the one that speaks for it in sums over all ranks."""
+        """True on the one rank of each data-parallel replica that adds the replica's numbers to sums over all ranks."""
         return self.rank == self.replica_ranks[0]
 
     @property
     def is_first_stage(self) -> bool:
-        """True where the embedding is."""
+        """True on the pipeline stage that holds the embedding."""
         return self.groups.pp.rank() == 0
 
     @property
     def is_last_stage(self) -> bool:
-        """True where the logits are."""
+        """True on the pipeline stage that holds the head and computes the logits."""
         return self.groups.pp.rank() == self.groups.pp.size() - 1
 
     @property
@@ -72,25 +72,28 @@ class ParallelContext:
         return dist.get_process_group_ranks(self.replica_host)
 
     def megatron_calls(self) -> AbstractContextManager[Any]:
-        """Context in which Megatron-Core runs on this device; nothing on CUDA."""
+        """Return the context in which Megatron-Core runs on this device; on CUDA it does nothing."""
         return nullcontext() if self.device.type == "cuda" else MegatronOnCpu()
 
     def gather_objects(self, value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-        """`value` of every rank of a host group (default: all ranks), in rank order, on every rank."""
+        """Gather `value` from every rank of a host group (default: all ranks), in rank order, to every rank."""
         group = group or self.host
         gathered: list[Any] = [None] * group.size()
         dist.all_gather_object(gathered, value, group=group)
         return gathered
 
     def broadcast_object(self, value: T, group: dist.ProcessGroup | None = None, source: int = 0) -> T:
-        """The value of the group's rank `source`, on every rank of the host group (default: all ranks)."""
+        """Return the value of the group's rank `source` on every rank of the host group (default: all ranks)."""
         group = group or self.host
         box = [value]
         dist.broadcast_object_list(box, src=dist.get_process_group_ranks(group)[source], group=group)
         return box[0]
 
     def barrier(self, what: str) -> None:
-        """Wait for all ranks; past the deadline all that did come raise, and rank 0 names those that did not."""
+        """Wait for all ranks; after the deadline those that arrived raise, and rank 0 names the missing ones.
+
+        Raises RuntimeError with the text `what`, which names the point that was to be reached.
+        """
         try:
             dist.monitored_barrier(
                 group=self.host, timeout=timedelta(minutes=self.layout.timeout_minutes), wait_all_ranks=True
@@ -102,7 +105,7 @@ class ParallelContext:
 def start(layout: ParallelConfig, device: str = "auto", seed: int = 0) -> ParallelContext:
     """Join the process group that torchrun describes (or a world of one) and build Megatron's groups.
 
-    device: `cuda`, `cpu` or `auto` (cuda where there is one). NCCL on CUDA, gloo on the CPU.
+    device: `cuda`, `cpu` or `auto` (cuda if there is a GPU). The backend is NCCL on CUDA and gloo on the CPU.
     Raises LayoutError when the number of ranks does not fit the layout, before any group is made.
     """
     target = _device(device)
@@ -112,7 +115,7 @@ def start(layout: ParallelConfig, device: str = "auto", seed: int = 0) -> Parall
         backend = "nccl" if target.type == "cuda" else "gloo"
         if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
-        else:  # started without torchrun: a world of one needs no port
+        else:  # started without torchrun: a single process needs no port
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
@@ -156,8 +159,10 @@ def _device(name: str) -> torch.device:
 
 
 def _replica_group(layout: ParallelConfig, timeout: timedelta) -> dist.ProcessGroup:
-    """A gloo group for this rank's replica: its tensor-, context- and pipeline-parallel ranks. new_group is
-    collective: every rank makes every group in one order."""
+    """Return a gloo group of this rank's replica: its tensor-, context- and pipeline-parallel ranks.
+
+    `new_group` is collective, so every rank makes the groups of all replicas, in the same order.
+    """
     replicas = dist.get_world_size() // layout.model_ranks
     mine, everyone = parallel_state.get_data_parallel_rank(), [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)

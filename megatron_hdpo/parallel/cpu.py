@@ -1,7 +1,7 @@
 """Run Megatron-Core unchanged on a CPU.
 
-Megatron-Core names the CUDA device in some forty places. `MegatronOnCpu` answers those calls with the CPU while it is
-entered, and restores everything on exit. It is entered only on CPU runs: a GPU run pays nothing and sees stock torch.
+Megatron-Core names the CUDA device in some forty places. While `MegatronOnCpu` is entered, those calls get the CPU
+instead; on exit everything is restored. Only CPU runs enter it: a GPU run has no overhead and sees stock torch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _ABSENT = object()
 
 
 class _Stream:
-    """The one order in which a CPU does things, as a CUDA stream or event: there is nothing to wait for."""
+    """No-op stand-in for CUDA streams and events: a CPU runs everything in order, so there is nothing to wait for."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
@@ -34,14 +34,14 @@ class _Stream:
     __hash__ = None  # type: ignore[assignment]
 
     def wait_stream(self, *_: Any) -> None:
-        """Nothing."""
+        """Return at once: there is no other stream."""
 
     def record_event(self, *_: Any) -> _Stream:
-        """An event that has happened."""
+        """Return an event that has already completed."""
         return self
 
     def synchronize(self) -> None:
-        """Nothing."""
+        """Return at once: all work is done."""
 
 
 def _names_cuda(device: object) -> bool:
@@ -51,9 +51,9 @@ def _names_cuda(device: object) -> bool:
 
 
 class MegatronOnCpu(TorchFunctionMode):
-    """Within this context `device="cuda"`, `Tensor.cuda()`, `torch.cuda.current_device()` and friends mean the CPU.
+    """Context in which `device="cuda"`, `Tensor.cuda()`, `torch.cuda.current_device()` and the like mean the CPU.
 
-    Tensor types answer as their CUDA counterparts ("torch.cuda.FloatTensor"), because Megatron's optimizer sorts
+    `Tensor.type()` returns the name of the CUDA type ("torch.cuda.FloatTensor"), because Megatron's optimizer sorts
     parameters by that string.
     """
 
@@ -62,7 +62,8 @@ class MegatronOnCpu(TorchFunctionMode):
         self._replaced: list[tuple[Any, str, Any]] = []
 
     def __enter__(self) -> MegatronOnCpu:
-        # A CPU run has no CUDA generator for activation recomputation to keep; the CPU's own is kept by its caller.
+        # Activation recomputation saves the CUDA generator's state, which a CPU run does not have. The state of the
+        # CPU generator is saved by Megatron itself.
         stand_ins: list[tuple[Any, str, Any]] = [
             (torch.cuda, "current_device", lambda: _CPU),
             (torch.cuda, "synchronize", lambda *args, **kwargs: None),
@@ -71,7 +72,7 @@ class MegatronOnCpu(TorchFunctionMode):
             (torch.cuda, "current_stream", _Stream),
             (torch.cuda, "stream", lambda stream: nullcontext()),
             *((dist, name, getattr(gloo, name)) for name in ("all_to_all_single", "all_gather", "reduce_scatter")),
-            # Without Transformer Engine the router looks up a name that Megatron does not define.
+            # Without Transformer Engine the router reads a name that Megatron does not define (a NameError).
             (moe_utils, "te_general_gemm", None),
             (megatron_random, "_get_cuda_rng_state", lambda *args, **kwargs: None),
             (megatron_random, "_set_cuda_rng_state", lambda *args, **kwargs: None),
@@ -95,7 +96,7 @@ class MegatronOnCpu(TorchFunctionMode):
     ) -> Any:
         if func is torch.Tensor.cuda:
             return args[0]
-        if not kwargs:  # nearly all calls: every attribute of every tensor comes through here
+        if not kwargs:  # the fast path: every attribute access of every tensor comes through here
             if func is torch.Tensor.type and len(args) == 1:
                 return func(*args).replace("torch.", "torch.cuda.", 1)
             return func(*args)

@@ -1,7 +1,7 @@
-"""Collectives of experts on a CPU: gloo's, where Megatron asks for what only NCCL has.
+"""Collectives of expert parallelism on gloo, where Megatron relies on features that only NCCL has.
 
-Expert parallelism moves as many tokens as the router says, other numbers on every rank. Megatron names those numbers by
-NumPy integers, which are tensors on a CPU, and lets ranks that share an expert exchange unequal parts.
+The router decides how many tokens each rank sends, so the parts differ in size between ranks. On a CPU, Megatron passes
+those sizes as integers that are no plain `int`, and ranks that share an expert exchange parts of unequal size.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ def all_to_all_single(
     input_split_sizes: Iterable[int] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """torch's, with the numbers of rows as plain integers."""
+    """Call torch's all_to_all_single with the split sizes as plain integers."""
     sizes = (None if split is None else [int(n) for n in split] for split in (output_split_sizes, input_split_sizes))
     return _all_to_all_single(output, input, *sizes, **kwargs)
 
 
 def all_gather(outputs: Sequence[Tensor], value: Tensor, group: Any = None, **kwargs: Any) -> Any:
-    """torch's; parts of different sizes travel one after the other."""
-    if _alike(outputs):
+    """Call torch's all_gather; parts of different sizes are broadcast one after the other."""
+    if _same_shapes(outputs):
         return _all_gather(outputs, value, group=group, **kwargs)
     outputs[dist.get_rank(group)].copy_(value)
-    for place, part in enumerate(outputs):
-        dist.broadcast(part, group=group, group_src=place)
+    for rank, part in enumerate(outputs):
+        dist.broadcast(part, group=group, group_src=rank)
 
 
 def reduce_scatter(output: Tensor, inputs: Sequence[Tensor], *, group: Any = None, **kwargs: Any) -> Any:
-    """torch's; parts of different sizes are added up one after the other."""
-    if _alike(inputs):
+    """Call torch's reduce_scatter; parts of different sizes are reduced one after the other."""
+    if _same_shapes(inputs):
         return _reduce_scatter(output, inputs, group=group, **kwargs)
-    for place, part in enumerate(inputs):
+    for rank, part in enumerate(inputs):
         total = part.clone()
-        dist.reduce(total, group=group, group_dst=place)
-        if place == dist.get_rank(group):
+        dist.reduce(total, group=group, group_dst=rank)
+        if rank == dist.get_rank(group):
             output.copy_(total)
 
 
-def _alike(tensors: Sequence[Tensor]) -> bool:
+def _same_shapes(tensors: Sequence[Tensor]) -> bool:
     return len({tensor.shape for tensor in tensors}) == 1

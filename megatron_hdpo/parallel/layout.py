@@ -50,12 +50,15 @@ class ParallelConfig(BaseModel):
 
 
 class LayoutError(ValueError):
-    """A layout that the model or the number of ranks does not allow. The text names the recipe's key."""
+    """A parallel layout that the model or the number of ranks does not allow; the text names the recipe's key."""
 
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """What a layout must divide. num_experts: 0 for a dense model; its ffn_size is then that of every layer."""
+    """The sizes of a model that a parallel layout must divide.
+
+    num_experts is 0 for a dense model, whose layers then all have ffn_size channels.
+    """
 
     num_layers: int
     num_heads: int
@@ -66,7 +69,7 @@ class ModelSizes:
 
 
 def check_layout(layout: ParallelConfig, sizes: ModelSizes, world_size: int) -> None:
-    """Raise LayoutError, with every reason, when the model cannot be split like this over `world_size` ranks."""
+    """Raise LayoutError with every reason why the layout cannot split the model over `world_size` ranks."""
     reasons = [*_rank_reasons(layout, world_size), *_size_reasons(layout, sizes), *_expert_reasons(layout, sizes)]
     if layout.sequence and layout.tensor == 1:
         reasons.append("parallel.sequence=true needs parallel.tensor > 1")
@@ -77,7 +80,7 @@ def check_layout(layout: ParallelConfig, sizes: ModelSizes, world_size: int) -> 
 
 
 def check_ranks(layout: ParallelConfig, world_size: int) -> None:
-    """Raise LayoutError when the layout does not fit `world_size` ranks, whatever the model."""
+    """Raise LayoutError when no model can use this layout on `world_size` ranks."""
     if reasons := list(_rank_reasons(layout, world_size)):
         raise LayoutError("; ".join(reasons))
 

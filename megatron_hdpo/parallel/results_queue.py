@@ -1,7 +1,7 @@
-"""The queue through which Megatron's checkpoint writers report, in a process that ends with its rank.
+"""The queue through which Megatron's checkpoint writers report, in a process that ends together with its rank.
 
-Megatron starts that process at a rank's first checkpoint and stops it when the rank ends by itself. Of a rank that is
-killed, as torchrun kills all when one fails, it would stay for ever.
+Megatron starts that process at a rank's first checkpoint and stops it when the rank exits normally. When a rank is
+killed (torchrun kills all ranks when one fails), Megatron's process would run on forever.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ _LOOK_S = 1.0
 
 
 def start_results_queue() -> None:
-    """Start it in Megatron's place, once per rank."""
-    # Here, as the queue's process imports this module and needs nothing of Megatron.
+    """Start the results queue before Megatron does, once per rank."""
+    # Imported here because the queue's process imports this module too and does not need Megatron.
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     if filesystem_async._results_queue is None:
@@ -28,7 +28,7 @@ def start_results_queue() -> None:
 
 
 def _end_with(owner: int) -> None:
-    """End this process soon after its owner: by then it has another parent."""
+    """Exit this process soon after its parent `owner` (a process id) has died, which gives it another parent."""
 
     def watch() -> None:
         while os.getppid() == owner:

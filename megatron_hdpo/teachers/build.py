@@ -1,4 +1,4 @@
-"""The teacher of a recipe."""
+"""Construction of a recipe's teacher."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_hdpo.teachers.teacher import PolicyTeacher, Teacher
 
 
 def build_teacher(config: TeacherConfig, policy: Policy, model: ModelConfig) -> Teacher:
-    """The teacher, from the weights that the policy holds now (or from its own checkpoint).
+    """Build the teacher from the policy's current weights (an external teacher from its own checkpoint).
 
     Raises ModelError, ArchitectureError, LayoutError or WeightsError when an external checkpoint does not fit.
     """

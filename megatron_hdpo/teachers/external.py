@@ -20,7 +20,8 @@ from megatron_hdpo.weights.load import load_hf
 class ExternalTeacher:
     """The checkpoint at `path`, for a policy of the same vocabulary; `model` is the recipe's model section.
 
-    On a GPU its weights lie in host memory but while it scores.
+    On a GPU run its weights are on the GPU only while it scores, otherwise in host memory. Raises ModelError when the
+    sizes of teacher and policy do not fit.
     """
 
     kind = "external"
@@ -47,7 +48,7 @@ class ExternalTeacher:
 
     @contextmanager
     def scorer(self) -> Iterator[Policy]:
-        """The teacher's own model, on the device until the context ends."""
+        """Yield the teacher's own model, which stays on the device until the context ends."""
         if self.on_device:
             device = self.policy.context.device
             for name, parameter in self.policy.model.named_parameters():
@@ -63,21 +64,21 @@ class ExternalTeacher:
                 parameter.data = self.resting[name]
 
     def after_update(self) -> None:
-        """Nothing: it stays."""
+        """Do nothing: the weights never change."""
 
     def after_step(self) -> None:
-        """Nothing: it stays."""
+        """Do nothing: the weights never change."""
 
     def state(self) -> TeacherState:
-        """Nothing: its checkpoint is its memory."""
+        """Return an empty state: the weights are read from the teacher's own checkpoint."""
         return TeacherState()
 
     def load_state(self, values: Mapping[str, Any], weights: HostWeights | None) -> None:
-        """Nothing."""
+        """Do nothing: there is no state."""
 
 
 def check_same_vocabulary(teacher: Mapping[str, int], student: Mapping[str, int], path: str) -> None:
-    """Raise ModelError, naming a token, unless both tokenizers give every token the same id."""
+    """Raise ModelError, with a token as example, unless both tokenizers give every token the same id."""
     if teacher == student:
         return
     token = min((t for t in teacher.keys() | student.keys() if teacher.get(t) != student.get(t)), key=_by_id(student))

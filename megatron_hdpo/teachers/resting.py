@@ -1,4 +1,4 @@
-"""Teachers that are the policy at another age: copies of its weights that rest in host memory."""
+"""Teachers that are copies of the policy's weights, kept in host memory: frozen, snapshot, moving average."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ from megatron_hdpo.weights.host import HostWeights, copy_to_host, load_from_host
 
 
 class FrozenTeacher:
-    """A copy of this rank's shard taken at construction; swapped in for scoring and out again, bit for bit."""
+    """A copy of this rank's shard taken at construction; it replaces the policy's weights during scoring.
+
+    Afterwards the policy's weights are restored bit for bit.
+    """
 
     kind = "frozen"
     clock: str | None = None
 
     @property
     def follows_updates(self) -> bool:
-        """Whether an optimizer step moves it."""
+        """True if `after_update` reads the policy's weights."""
         return self.clock == "optimizer_step"
 
     def __init__(self, policy: Policy) -> None:
@@ -33,8 +36,8 @@ class FrozenTeacher:
 
     @contextmanager
     def scorer(self) -> Iterator[Policy]:
-        """The policy with the copy in place of its weights, which come back also after an error."""
-        # Host memory is made and pinned at the first scoring, and used again at every later one.
+        """Yield the policy with the copy as its weights; restore its own at the end, also after an error."""
+        # Host memory is allocated and pinned at the first scoring, and reused at every later one.
         self._own = copy_to_host(self.policy.model, into=self._own)
         load_from_host(self.policy.model, self.weights())
         try:
@@ -43,25 +46,25 @@ class FrozenTeacher:
             load_from_host(self.policy.model, self._own)
 
     def weights(self) -> HostWeights:
-        """What is swapped in."""
+        """Return the weights that replace the policy's, in the policy's types."""
         return self.copy
 
     def after_update(self) -> None:
-        """Nothing: it stays."""
+        """Do nothing: the copy never changes."""
 
     def after_step(self) -> None:
-        """Nothing: it stays."""
+        """Do nothing: the copy never changes."""
 
     def state(self) -> TeacherState:
-        """Nothing: its weights are saved once, beside the checkpoints."""
+        """Return an empty state: the weights are saved once, in the same folder as the checkpoints."""
         return TeacherState()
 
     def load_state(self, values: Mapping[str, Any], weights: HostWeights | None) -> None:
-        """Nothing."""
+        """Do nothing: there is no state."""
 
 
 class _Following(FrozenTeacher):
-    """A copy that follows the policy by a clock, of which `ticks` is the time."""
+    """A copy that follows the policy; `ticks` counts the steps of its clock (rollout or optimizer steps)."""
 
     def __init__(self, policy: Policy, clock: str) -> None:
         super().__init__(policy)
@@ -69,12 +72,12 @@ class _Following(FrozenTeacher):
         self.ticks = 0
 
     def after_update(self) -> None:
-        """A tick of the optimizer's clock."""
+        """Advance the clock if it counts optimizer steps."""
         if self.clock == "optimizer_step":
             self._tick()
 
     def after_step(self) -> None:
-        """A tick of the rollouts' clock."""
+        """Advance the clock if it counts rollout steps."""
         if self.clock == "rollout_step":
             self._tick()
 
@@ -86,11 +89,11 @@ class _Following(FrozenTeacher):
         raise NotImplementedError
 
     def state(self) -> TeacherState:
-        """The clock and the copy."""
+        """Return the clock's ticks and the copy."""
         return TeacherState({"ticks": self.ticks}, self.copy)
 
     def load_state(self, values: Mapping[str, Any], weights: HostWeights | None) -> None:
-        """Go on from there."""
+        """Restore the clock's ticks and the copy; raises WeightsError when the weights are missing or do not fit."""
         if weights is None:
             raise WeightsError(f"the checkpoint holds no weights of a teacher of kind {self.kind}")
         _copy_into(self.copy, weights)
@@ -112,8 +115,11 @@ class SnapshotTeacher(_Following):
 
 
 class EmaTeacher(_Following):
-    """copy <- decay * copy + (1 - decay) * policy at every tick, in float32 whatever the policy's type: in bfloat16 the
-    small steps of an average would round to none."""
+    """An exponential moving average: copy <- decay * copy + (1 - decay) * policy at every tick of the clock.
+
+    It is kept in float32 for every type of the policy: in bfloat16 the small changes of an average would be rounded
+    away.
+    """
 
     kind = "ema"
 
@@ -123,7 +129,7 @@ class EmaTeacher(_Following):
         self.copy = {name: values.float() for name, values in self.copy.items()}
 
     def weights(self) -> HostWeights:
-        """The average in the policy's types."""
+        """Return the average in the policy's types."""
         types = {name: parameter.dtype for name, parameter in self.policy.model.named_parameters()}
         return {name: values.to(types[name]) for name, values in self.copy.items()}
 

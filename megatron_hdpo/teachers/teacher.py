@@ -1,4 +1,4 @@
-"""What a teacher is to the learner: something that scores, and that may follow the policy."""
+"""The interface of a teacher: it scores, and it may follow the policy."""
 
 from __future__ import annotations
 
@@ -13,43 +13,43 @@ from megatron_hdpo.weights.host import HostWeights
 
 @dataclass(frozen=True)
 class TeacherState:
-    """What a teacher must have back at a resume: JSON values, and this rank's shard of its weights."""
+    """State that a teacher needs at a resume: JSON values, and this rank's shard of its weights."""
 
     values: dict[str, Any] = field(default_factory=dict)
     weights: HostWeights | None = None
 
 
 class Teacher(Protocol):
-    """Holds or finds the teacher's weights. Every method is called on every rank."""
+    """A source of the teacher's weights; every method is called on every rank."""
 
     kind: str
 
     @property
     def follows_updates(self) -> bool:
-        """Whether `after_update` reads the policy's weights."""
+        """True if `after_update` reads the policy's weights, which must be gathered then."""
 
     @contextmanager
     def scorer(self) -> Iterator[Policy]:
-        """Within this context the policy that is handed out holds the teacher's weights: it scores and shows its head.
+        """Yield a policy that holds the teacher's weights until the context ends; use it to score and to copy its head.
 
-        It may be the trained policy itself with other weights in it, so nobody may train meanwhile.
+        It may be the trained policy itself with other weights in it, so no training may run inside the context.
         """
 
     def after_update(self) -> None:
-        """An optimizer step was taken (not one that was skipped)."""
+        """Follow the policy after an optimizer step; not called for a step that was skipped."""
 
     def after_step(self) -> None:
-        """A rollout step has been learned from."""
+        """Follow the policy after all updates of a rollout step."""
 
     def state(self) -> TeacherState:
-        """What a checkpoint must hold."""
+        """Return the state that a checkpoint must hold."""
 
     def load_state(self, values: Mapping[str, Any], weights: HostWeights | None) -> None:
-        """Take back what `state` gave. Raises WeightsError when the weights are of another model or layout."""
+        """Restore the result of `state`; raises WeightsError when the weights are of another model or layout."""
 
 
 class PolicyTeacher:
-    """The drifting teacher: the policy's own weights at this step."""
+    """A teacher that is the policy itself, with its own weights at this step."""
 
     kind = "policy"
     follows_updates = False
@@ -59,18 +59,18 @@ class PolicyTeacher:
 
     @contextmanager
     def scorer(self) -> Iterator[Policy]:
-        """The policy as it is."""
+        """Yield the policy unchanged."""
         yield self.policy
 
     def after_update(self) -> None:
-        """Nothing: it is the policy."""
+        """Do nothing: the teacher is the policy."""
 
     def after_step(self) -> None:
-        """Nothing."""
+        """Do nothing: the teacher is the policy."""
 
     def state(self) -> TeacherState:
-        """Nothing."""
+        """Return an empty state."""
         return TeacherState()
 
     def load_state(self, values: Mapping[str, Any], weights: HostWeights | None) -> None:
-        """Nothing."""
+        """Do nothing: there is no state."""

@@ -1,4 +1,4 @@
-"""Conversion of checkpoints: Hugging Face and Megatron folders, in either direction, at any layout."""
+"""Conversion of checkpoints between Hugging Face and Megatron folders, in both directions, at any layout."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ DtypeName = Literal["auto", "float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a folder holds. description: the folder with its config.json and tokenizer files."""
+    """A recognised checkpoint folder. description: the folder with its config.json and tokenizer files."""
 
     path: Path
     format: Format
@@ -44,8 +44,8 @@ class Checkpoint:
 def inspect(path: str | Path, config: str | Path | None = None) -> Checkpoint:
     """Recognise a checkpoint folder.
 
-    config: a Hugging Face folder with the model's config and tokenizer, for a Megatron checkpoint that has none
-    beside it (one of a training run). Raises WeightsError on what is neither, and when the two are of two models.
+    config: a Hugging Face folder with the model's config and tokenizer, for a Megatron checkpoint without them (one of
+    a training run). Raises WeightsError on a folder of neither format, and when `config` is of another model.
     """
     path = Path(path)
     if is_megatron_checkpoint(path):
@@ -62,8 +62,11 @@ def inspect(path: str | Path, config: str | Path | None = None) -> Checkpoint:
 
 
 def open_model(checkpoint: Checkpoint, context: ParallelContext, dtype: DtypeName = "auto") -> GPTModel:
-    """The checkpoint's model on the run's layout, loaded. `auto` keeps the stored type, the wider one where two are
-    stored. Collective. Raises WeightsError on what does not fit."""
+    """Build the checkpoint's model on the run's layout and load its weights.
+
+    dtype: `auto` keeps the stored type, or the wider one if two are stored. Collective over all ranks. Raises
+    WeightsError on weights that do not fit.
+    """
     name = _stored_dtype_name(checkpoint) if dtype == "auto" else dtype
     config = ModelConfig(path=str(checkpoint.description), dtype=name)
     model = build_model(checkpoint.architecture, context, config)
@@ -82,10 +85,10 @@ def convert(
     config: str | Path | None = None,
     overwrite: bool = False,
 ) -> Checkpoint:
-    """Write checkpoint `source` as `out` in format `to`, through a model on the run's layout; returns what was read.
+    """Write checkpoint `source` as `out` in format `to`, through a model on the run's layout; return the source.
 
-    Collective over all ranks; each holds its own shard of the model. Raises WeightsError on anything that does not
-    fit or cannot be written.
+    Collective over all ranks; each holds its own shard of the model. Raises WeightsError on weights that do not fit
+    and on a folder that cannot be written.
     """
     checkpoint = inspect(source, config)
     model = open_model(checkpoint, context, dtype)
@@ -105,6 +108,6 @@ def _stored_dtype_name(checkpoint: Checkpoint) -> str:
     if foreign or not stored:
         kinds = ", ".join(sorted(map(str, foreign))) or "no floating-point type"
         raise WeightsError(
-            f"{checkpoint.path} stores {kinds}, which no model here has: choose --dtype {'|'.join(DTYPES)}"
+            f"{checkpoint.path} stores {kinds}, which is not supported: choose --dtype {'|'.join(DTYPES)}"
         )
     return names[torch.float32 if torch.float32 in stored else stored.pop()]

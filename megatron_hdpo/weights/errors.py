@@ -1,4 +1,4 @@
-"""The error of this room."""
+"""The error class of this room, and the layout of its lists."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Iterable
 
 
 class WeightsError(ValueError):
-    """Weights that do not fit: the text lists every name and says what to do."""
+    """Weights that do not fit a model; the text lists every name and says what to do."""
 
 
 def listed(title: str, lines: Iterable[str], limit: int = 20) -> list[str]:
-    """`title` with its lines below it, the first `limit` in full and the count of the rest; nothing for no lines."""
+    """Return `title` with its lines below it: the first `limit` and the count of the rest; [] if there are no lines."""
     lines = list(lines)
     if not lines:
         return []

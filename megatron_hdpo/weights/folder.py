@@ -1,4 +1,4 @@
-"""A checkpoint folder that appears complete or not at all, written by the leader while the other ranks wait."""
+"""Atomic writing of a checkpoint folder by the leader, while the other ranks wait."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _DESCRIPTION = (
     "*.tiktoken",
     "LICENSE*",
 )
-"""What describes a model and its tokenizer, not its weights; the rest of a source folder stays behind."""
+"""Files that describe a model and its tokenizer, without its weights; no other files of a source folder are copied."""
 
 
 def together(context: ParallelContext, write: Callable[[], object]) -> None:
-    """Run `write` on the leader; its failure is raised on every rank, so that none waits for a rank that gave up."""
+    """Run `write` on the leader and raise its failure on every rank as WeightsError, so that no rank waits forever."""
     problem = None
     if context.is_leader:
         try:
@@ -43,12 +43,12 @@ def together(context: ParallelContext, write: Callable[[], object]) -> None:
 
 
 def staging_of(out: Path) -> Path:
-    """The folder beside `out` that is written first and renamed at the end."""
+    """Return the folder beside `out` that is written first and renamed at the end."""
     return out.with_name(f".{out.name}.partial")
 
 
 def prepare(out: Path, source: Path, overwrite: bool) -> None:
-    """Make an empty staging folder. Raises WeightsError when `out` exists (or is the source) and must not go."""
+    """Make an empty staging folder; raises WeightsError when `out` is the source, or exists without `overwrite`."""
     if out.resolve() == source.resolve():
         raise WeightsError(f"{out} is the folder that the model came from: choose another")
     if out.exists() and not overwrite:
@@ -58,7 +58,10 @@ def prepare(out: Path, source: Path, overwrite: bool) -> None:
 
 
 def copy_description(source: Path, target: Path, dtype: torch.dtype) -> None:
-    """Copy config and tokenizer files of a Hugging Face folder; the copied config names `dtype`."""
+    """Copy the config and tokenizer files of a Hugging Face folder; the copied config names `dtype`.
+
+    Raises WeightsError when the source has no config.json.
+    """
     if not (source / "config.json").is_file():
         raise WeightsError(f"{source / 'config.json'} does not exist: the config and tokenizer are copied from there")
     target.mkdir(exist_ok=True)
@@ -66,14 +69,14 @@ def copy_description(source: Path, target: Path, dtype: torch.dtype) -> None:
         copy = shutil.copytree if file.is_dir() else shutil.copyfile
         copy(file, target / file.name)
     config = json.loads((target / "config.json").read_text())
-    # transformers 4 wrote torch_dtype, 5 writes dtype; 5 reads either, 4 only the first.
+    # transformers 4 writes torch_dtype, 5 writes dtype; 5 reads both, 4 only the first.
     key = "dtype" if "dtype" in config else "torch_dtype"
     config[key] = str(dtype).removeprefix("torch.")
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def publish(out: Path) -> None:
-    """Give the staging folder its name, in place of an older one."""
+    """Rename the staging folder to `out`, in place of an older one."""
     staging = staging_of(out)
     for file in staging.rglob("*"):
         _to_disk(file)
@@ -86,7 +89,7 @@ def publish(out: Path) -> None:
 
 
 def _to_disk(path: Path) -> None:
-    """Bytes must be on the disk before the rename is, or a power cut leaves a complete-looking folder."""
+    """Flush a file to the disk; else a power cut after the rename could leave a folder that only looks complete."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""Reading a Hugging Face folder's safetensors, one slice at a time."""
+"""Reader of a Hugging Face folder's safetensors, one slice at a time."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _IGNORED_SUFFIX = "rotary_emb.inv_freq"
-"""Old exports hold this buffer; it follows from the configuration."""
+"""Name of a buffer in old exports; it follows from the configuration."""
 
 
 class HfWeights:
     """The tensors of one Hugging Face folder, a single file or shards with an index; use it as a context manager.
 
-    Files are memory-mapped: only what is sliced is read. Raises WeightsError on a folder without safetensors, a shard
-    that is missing or damaged, and an index that names a tensor its shard lacks.
+    Files are memory-mapped: only the slices that are used are read. Entering raises WeightsError on a folder without
+    safetensors, a shard that is missing or damaged, and an index that names a tensor which its shard lacks.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -50,24 +50,27 @@ class HfWeights:
 
     @property
     def names(self) -> list[str]:
-        """Names of all tensors but those that are known to carry nothing."""
+        """Names of all tensors, without buffers that follow from the configuration."""
         return [name for name in self._file_of if not name.endswith(_IGNORED_SUFFIX)]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Full shape of a tensor."""
+        """Return the full shape of a tensor."""
         return tuple(self._file_of[name].get_slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
-        """The file's own name of a tensor's type, such as BF16."""
+        """Return the file's name for a tensor's type, such as BF16."""
         return self._file_of[name].get_slice(name).get_dtype()
 
     def read(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
-        """Rows (dim 0) or columns (dim 1) start:stop of a tensor, on the CPU, in the file's type."""
+        """Read rows (dim 0) or columns (dim 1) start:stop of a tensor to the CPU, in the file's type."""
         view = self._file_of[name].get_slice(name)
         return view[start:stop] if dim == 0 else view[:, start:stop]
 
     def mismatches(self, expected: Iterable[HfTensor], optional: Iterable[str] = ()) -> list[str]:
-        """Lines that list tensors that are missing, unexpected, of a wrong shape or of no floating-point type."""
+        """List, as lines of text, tensors that are missing, unexpected, of a wrong shape or not of a float type.
+
+        optional: names that may be there without being expected.
+        """
         shapes = {tensor.name: tensor.shape for tensor in expected}
         present = self.names
         both = [name for name in shapes if name in self._file_of]
@@ -83,7 +86,7 @@ class HfWeights:
         ]
 
     def _files(self) -> dict[Path, list[str] | None]:
-        """Shards with the names that the index gives them (None: whatever is inside)."""
+        """Return the shards with the names that the index gives them (None: all names inside)."""
         index = self.path / INDEX_FILE
         if not index.is_file():
             if not (self.path / SINGLE_FILE).is_file():

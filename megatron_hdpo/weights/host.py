@@ -1,4 +1,4 @@
-"""This rank's shard of a model in host memory and back: where frozen and snapshot teachers rest."""
+"""Copies of this rank's shard of a model to host memory and back; frozen and snapshot teachers are kept there."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ HostWeights = dict[str, Tensor]
 
 
 def copy_to_host(model: nn.Module, into: HostWeights | None = None) -> HostWeights:
-    """A snapshot of this rank's parameters; bare or DDP-wrapped model. Not collective.
+    """Copy this rank's parameters to host memory; the model may be bare or wrapped in DDP. Not collective.
 
-    into: an older snapshot of the same model whose memory is used again (pinning is slow).
+    into: an older copy of the same model whose memory is reused (pinning is slow).
     Raises WeightsError when `into` belongs to a different model.
     """
     parameters = dict(unwrap(model).named_parameters())
@@ -33,9 +33,9 @@ def copy_to_host(model: nn.Module, into: HostWeights | None = None) -> HostWeigh
 
 
 def load_from_host(model: nn.Module, state: HostWeights) -> None:
-    """Write a snapshot back into the parameters, in place. Main weights of an optimizer are not touched.
+    """Write a host copy back into the parameters, in place. The main weights of an optimizer are not changed.
 
-    Raises WeightsError, before anything is written, when the snapshot's names, shapes or types are not the model's.
+    Raises WeightsError, before anything is written, when names, shapes or types of the copy are not the model's.
     """
     parameters = dict(unwrap(model).named_parameters())
     _check(parameters, state)

@@ -1,4 +1,4 @@
-"""Hugging Face safetensors into a Megatron model on any TP x PP layout."""
+"""Loading of Hugging Face safetensors into a Megatron model on any TP x PP layout."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def load_hf(model: nn.Module, architecture: Architecture, context: ParallelConte
     """Fill this rank's parameters from the Hugging Face folder `path`; padded vocabulary rows become zero.
 
     model: a bare GPTModel or one inside Megatron's DDP; parameters are written in place, cast to their own type. An
-    optimizer that keeps main weights of its own must be built afterwards or told to reload.
-    Each rank opens every file and reads its own slices alone, one tensor at a time. Not collective.
-    Raises WeightsError that lists every parameter and tensor that is missing, unexpected or of a wrong shape; nothing
-    has been written then. A stored `lm_head.weight` beside tied embeddings is accepted only if it equals them.
+    optimizer with main weights of its own must be built afterwards, or reload them.
+    Each rank opens every file and reads only its own slices, one tensor at a time. Not collective.
+    Raises WeightsError that lists every parameter and tensor that is missing, unexpected or of a wrong shape, before
+    anything is written. A stored `lm_head.weight` beside tied embeddings is accepted only if it equals them.
     """
     bound = bind(model, architecture, context)
     with HfWeights(path) as weights, torch.no_grad():
@@ -41,7 +41,7 @@ def load_hf(model: nn.Module, architecture: Architecture, context: ParallelConte
 
 
 def zero_padding(model: nn.Module, architecture: Architecture, context: ParallelContext) -> None:
-    """Zero the vocabulary rows behind the last token, in the embedding and the output layer of this rank."""
+    """Zero the vocabulary rows after the last token, in the embedding and the output layer of this rank."""
     with torch.no_grad():
         for parameter, shard in bind(model, architecture, context).values():
             if shard.padding:

@@ -1,4 +1,4 @@
-"""Log-probs over the whole vocabulary, for comparisons with a reference; training never makes them."""
+"""Log-probs over the whole vocabulary, for comparisons with a reference; training never computes them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_hdpo.parallel.context import ParallelContext
 def packed_logprobs(
     model: nn.Module, architecture: Architecture, context: ParallelContext, sequences: Sequence[np.ndarray]
 ) -> list[Tensor]:
-    """log_softmax of the next token at every position: fp32 [length, vocabulary] for each sequence, on the CPU.
+    """Compute log_softmax of the next token at every position: fp32 [length, vocabulary] per sequence, on the CPU.
 
     The sequences go through the model as one packed row. Collective within a replica, and over the ranks that share
     its experts; the replica's first rank gets the result, the others an empty list.
@@ -40,7 +40,7 @@ def packed_logprobs(
 
 
 def _forward(model: nn.Module, architecture: Architecture, context: ParallelContext, packed: PackedSequences) -> Tensor:
-    """The packed row through all pipeline stages, one after the other; returns the output of this rank's last one."""
+    """Run the packed row through all pipeline stages in turn; return the output of this rank's last stage."""
     pp, chunks = context.groups.pp, chunks_of(unwrap(model))
     rows = len(packed.tokens_T) // (context.layout.tensor if context.layout.sequence else 1)
     for number, chunk in enumerate(chunks):
@@ -62,7 +62,7 @@ def _forward(model: nn.Module, architecture: Architecture, context: ParallelCont
 
 
 def _gather_logits(model: nn.Module, hidden: Tensor, context: ParallelContext, packed: PackedSequences) -> Tensor:
-    """[rows of all context-parallel ranks, padded vocabulary], on every rank of the last stage."""
+    """Gather the logits [rows of all context-parallel ranks, padded vocabulary] on every rank of the last stage."""
     bare, tp, cp = unwrap(model), context.groups.tp, context.groups.cp
     own_rows_T = torch.from_numpy(packed.own_rows_T).to(context.device)
     hidden_TH = hidden_rows(bare, hidden, torch.arange(len(own_rows_T), device=context.device), context.groups)
@@ -82,7 +82,7 @@ def _gathered(values: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
 def _to_first_stage(
     logits_TV: Tensor | None, architecture: Architecture, context: ParallelContext, rows: int
 ) -> Tensor | None:
-    """The last stage's logits on the replica's first rank; None elsewhere."""
+    """Send the last stage's logits to the replica's first rank; the others get None."""
     pp = context.groups.pp
     if context.groups.tp.rank() != 0 or context.groups.cp.rank() != 0:
         return None

@@ -1,7 +1,7 @@
-"""The parameters of a model: the rows of its architecture's table, for every layer and expert that a rank has.
+"""The parameters of a model and their shards: the rows of its architecture's table, for every layer and expert.
 
-How a parameter is split over the ranks that share it is said once, as an ordered list of pieces of its Hugging Face
-tensors (`shard_of`); loading reads these pieces, streaming puts them back.
+`shard_of` is the only place that defines how a parameter is split over the ranks that share it: as an ordered list of
+pieces of its Hugging Face tensors. Loading reads these pieces, streaming writes them back.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatron_hdpo.weights.tables import EMBEDDING, FINAL, LAYER_TABLES, OUTPUT,
 
 @dataclass(frozen=True)
 class HfTensor:
-    """A Hugging Face tensor of one model: name and full shape."""
+    """Name and full shape of a Hugging Face tensor of one model."""
 
     name: str
     shape: tuple[int, ...]
@@ -27,10 +27,11 @@ class HfTensor:
 class Slot:
     """One Megatron parameter of one model.
 
-    names: under the plain-torch and the Transformer Engine spec, counted within its stage.
+    names: under the plain-torch and the Transformer Engine spec, with layers counted within the stage.
     duplicate: the last stage's second copy of a tied embedding; it is loaded, but never exported.
-    expert_ranks: 0 for what tensor-parallel ranks share. Otherwise the parameter has this name on every
-    expert-parallel rank, for another expert on each: their number, and `sources` has the tensors of all, rank by rank.
+    expert_ranks: 0 for a parameter that tensor-parallel ranks share. Otherwise the number of expert-parallel ranks: the
+    parameter has the same name on each of them but belongs to another expert, and `sources` lists the tensors of all,
+    rank by rank.
     """
 
     names: tuple[str, str]
@@ -42,7 +43,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Piece:
-    """Range start:stop, along the shard's dimension, of the slot's Hugging Face tensor number `source`."""
+    """The range start:stop, along the shard's dimension, of the slot's Hugging Face tensor number `source`."""
 
     source: int
     start: int
@@ -54,7 +55,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Shard:
-    """A rank's part of a parameter: pieces joined along `dim`, then `padding` rows of zeros."""
+    """One rank's part of a parameter: pieces joined along `dim`, then `padding` rows of zeros."""
 
     dim: int
     pieces: tuple[Piece, ...]
@@ -63,21 +64,21 @@ class Shard:
 
     @property
     def numel(self) -> int:
-        """Elements of the shard, the padding's included."""
+        """Number of elements of the shard, padding included."""
         return math.prod(self.shape)
 
 
 def layers_of_stage(architecture: Architecture, stages: int, stage: int) -> range:
-    """Global indices of the decoder layers that a stage holds (equal stages)."""
+    """Return the global indices of the decoder layers of a stage; all stages have equally many."""
     count = architecture.num_layers // stages
     return range(stage * count, (stage + 1) * count)
 
 
 def stage_slots(architecture: Architecture, stages: int, stage: int, expert_ranks: int = 1) -> Iterator[Slot]:
-    """The parameters of one stage on `expert_ranks` expert-parallel ranks, in the order in which they are streamed.
+    """Yield the parameters of one stage on `expert_ranks` expert-parallel ranks, in the order of streaming.
 
-    Stages follow one another as tokens pass them: of S pipeline ranks with C chunks each, chunk c of rank r is stage
-    c * S + r out of C * S.
+    Stages are numbered in the order in which tokens pass them: with S pipeline ranks of C chunks each, chunk c of rank
+    r is stage c * S + r out of C * S.
     """
     last = stage == stages - 1
     if stage == 0:
@@ -100,21 +101,23 @@ def stage_slots(architecture: Architecture, stages: int, stage: int, expert_rank
 
 
 def all_slots(architecture: Architecture, stages: int, expert_ranks: int = 1) -> list[tuple[int, Slot]]:
-    """(stage, slot) of everything that is exported, each Hugging Face tensor once, in stream order."""
+    """Return (stage, slot) of all exported parameters, each Hugging Face tensor once, in stream order."""
     slots = ((n, slot) for n in range(stages) for slot in stage_slots(architecture, stages, n, expert_ranks))
     return [(stage, slot) for stage, slot in slots if not slot.duplicate]
 
 
 def tensors(architecture: Architecture) -> list[HfTensor]:
-    """Every tensor of the Hugging Face checkpoint, in stream order; only the order of a layer's experts depends on the
-    layout."""
+    """Return all tensors of the Hugging Face checkpoint, in stream order for one rank.
+
+    On other layouts only the order of a layer's experts differs.
+    """
     return [tensor for _, slot in all_slots(architecture, 1) for tensor in slot.sources]
 
 
 def shard_of(architecture: Architecture, slot: Slot, ranks: int, rank: int) -> Shard:
-    """The part of a slot that rank `rank` of the `ranks` that share it holds: of the tensor-parallel ranks, or of the
-    expert-parallel ranks times those that share an expert, these counted first.
+    """Return the part of a slot on rank `rank` of the `ranks` ranks that share it.
 
+    These are the tensor-parallel ranks; for the slots of experts `ranks` = EP x ETP, with ETP varying fastest.
     The layout was checked against the architecture when the model was built (`check_layout`).
     """
     shape = slot.sources[0].shape
@@ -136,7 +139,7 @@ def shard_of(architecture: Architecture, slot: Slot, ranks: int, rank: int) -> S
 
 
 def _equal_ranges(slot: Slot, length: int, ranks: int, rank: int) -> Iterator[Piece]:
-    """The rank's range of every source; of experts only of those that its expert-parallel rank has."""
+    """Yield the rank's range of every source; for experts only of the sources of its expert-parallel rank."""
     owners = max(slot.expert_ranks, 1)
     owner, part = divmod(rank, ranks // owners)
     share, count = length // (ranks // owners), len(slot.sources) // owners
@@ -145,7 +148,7 @@ def _equal_ranges(slot: Slot, length: int, ranks: int, rank: int) -> Iterator[Pi
 
 
 def _grouped_heads(architecture: Architecture, tensor_parallel: int, rank: int) -> Iterator[Piece]:
-    """Megatron's order of linear_qkv: for each key-value group its query heads, its key head, its value head."""
+    """Yield the pieces in Megatron's order of linear_qkv: per key-value group its query heads, key head, value head."""
     head = architecture.head_dim
     query = head * (architecture.num_heads // architecture.num_kv_heads)
     groups = architecture.num_kv_heads // tensor_parallel
@@ -162,7 +165,7 @@ def _slot(architecture: Architecture, rule: Rule, prefix: str = "", layer: int |
 
 
 def _expert_slots(architecture: Architecture, rule: Rule, prefix: str, layer: int, expert_ranks: int) -> Iterator[Slot]:
-    """A slot for each expert that a rank has: expert i of rank r is the layer's number r x (experts per rank) + i."""
+    """Yield a slot for each expert of a rank; expert i of rank r is the layer's expert r x (experts per rank) + i."""
     per_rank = architecture.num_experts // expert_ranks
     for own in range(per_rank):
         names = tuple(prefix + name.format(expert=own) for name in (rule.torch_name, rule.engine_name))

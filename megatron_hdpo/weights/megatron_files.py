@@ -1,7 +1,7 @@
-"""Megatron's distributed checkpoints (torch_dist): weights of a model in a folder that knows no layout.
+"""Megatron's distributed checkpoints (torch_dist): weights of a model in a folder that does not depend on a layout.
 
-A tensor is stored under its global shape, with the offset of every piece; a run at any TP x PP reads what it needs.
-`model.json` beside them names the architecture, `hugging_face/` holds the config and tokenizer files.
+A tensor is stored with its global shape and the offset of every piece; a run at any TP x PP reads what it needs.
+`model.json` in the same folder describes the architecture, `hugging_face/` holds the config and tokenizer files.
 """
 
 from __future__ import annotations
@@ -29,21 +29,20 @@ from megatron_hdpo.weights.load import zero_padding
 
 DESCRIPTION = "hugging_face"
 _RECORD = "model.json"
-_TRAINING_RECORD = "run_state.json"  # what a checkpoint of a training run says about itself
+_TRAINING_RECORD = "run_state.json"  # the description in a checkpoint of a training run
 _MARKER = "metadata.json"  # Megatron's own, written last
 _VERSION = 1
 _NOT_WEIGHTS = re.compile(r"(chained_\d+\.)?optimizer\.")
-"""Start of the keys of a training checkpoint that are the optimizer's; experts and chunks have optimizers of their own,
-which are numbered."""
+"""Start of the optimizer's keys in a training checkpoint; experts and chunks have numbered optimizers of their own."""
 
 
 def is_megatron_checkpoint(path: Path) -> bool:
-    """Whether a folder holds a complete distributed checkpoint."""
+    """Return whether a folder holds a complete distributed checkpoint."""
     return (path / _MARKER).is_file()
 
 
 def read_record(path: Path) -> Architecture:
-    """The architecture that a Megatron checkpoint names. Raises WeightsError when it names none that is known."""
+    """Read the architecture of a Megatron checkpoint; raises WeightsError when it is missing or not known."""
     record = next((path / name for name in (_RECORD, _TRAINING_RECORD) if (path / name).is_file()), None)
     if record is None:
         raise WeightsError(f"{path} has neither {_RECORD} nor {_TRAINING_RECORD}: its architecture is unknown")
@@ -54,7 +53,7 @@ def read_record(path: Path) -> Architecture:
 
 
 def stored_dtype(path: Path) -> torch.dtype:
-    """Type of the stored weights."""
+    """Return the type of the stored weights."""
     return dist_checkpointing.load_tensors_metadata(str(path))["embedding.word_embeddings.weight"].dtype
 
 
@@ -69,8 +68,8 @@ def save_megatron(
 ) -> None:
     """Write the model's weights as a distributed checkpoint, each rank its own shard; config from `source_path`.
 
-    Collective over all ranks. Atomic like `save_hf`, with the same errors. The script that calls this needs a
-    `__main__` guard: Megatron writes from a process of its own.
+    Collective over all ranks. Atomic like `save_hf`, with the same errors. The calling script needs a `__main__` guard,
+    because Megatron writes from a separate process.
     """
     source, out = Path(source_path), Path(out_path)
     dtype = next(model.parameters()).dtype
@@ -87,8 +86,8 @@ def save_megatron(
 def load_megatron(model: nn.Module, architecture: Architecture, context: ParallelContext, path: str | Path) -> None:
     """Fill this rank's parameters from a distributed checkpoint written at any layout; padded rows become zero.
 
-    Collective over all ranks. Raises WeightsError that lists every tensor that is missing, unknown or of a wrong
-    shape. An optimizer's state in the checkpoint is ignored.
+    Collective over all ranks. An optimizer's state in the checkpoint is ignored. Raises WeightsError that lists every
+    tensor that is missing, unexpected or of a wrong shape.
     """
     with context.megatron_calls(), torch.no_grad():
         sharded = _sharded(model)
@@ -103,8 +102,10 @@ def load_megatron(model: nn.Module, architecture: Architecture, context: Paralle
 
 
 def _sharded(model: nn.Module) -> dict[str, Any]:
-    """Megatron's sharded state dict without Transformer Engine's extra states: they are no weights, and a plain-torch
-    model has none to offer or to take."""
+    """Return Megatron's sharded state dict without Transformer Engine's extra states.
+
+    They are no weights, and a plain-torch model has none.
+    """
     state = unwrap(model).sharded_state_dict()  # type: ignore[operator]
     return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
 
@@ -115,10 +116,10 @@ def _mismatches(sharded: dict[str, Any], context: ParallelContext, path: str | P
     wrong = [
         f"{key}: {tuple(stored[key].global_shape)}, expected {tuple(tensor.global_shape)}"
         for key, tensor in wanted.items()
-        # The padded vocabulary depends on the layout; what is behind the last token is dropped.
+        # The padded vocabulary depends on the layout; rows after the last token are dropped.
         if key in stored and not tensor.allow_shape_mismatch and stored[key].global_shape != tensor.global_shape
     ]
-    # Every rank raises what any of them found: one that went on alone would wait for the others forever.
+    # Every rank raises what any rank found: a rank that went on alone would wait for the others forever.
     gathered = context.gather_objects((sorted(wanted), wrong))
     known = {key for keys, _ in gathered for key in keys}
     wrong = sorted({line for _, lines in gathered for line in lines})

@@ -1,4 +1,4 @@
-"""A model's own parameters, matched with the slots of its architecture's table."""
+"""Matching of a model's parameters with the slots of its architecture's table."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Bound = dict[Slot, tuple[nn.Parameter, Shard]]
 
 
 def bind(model: nn.Module, architecture: Architecture, context: ParallelContext) -> Bound:
-    """Every parameter of this rank with its slot and its part of it, in stream order.
+    """Match every parameter of this rank with its slot, and return it with its shard, in stream order.
 
-    Raises WeightsError when a parameter has no slot, a slot no parameter, or their shapes differ.
+    Raises WeightsError when a parameter has no slot, a slot has no parameter, or their shapes differ.
     """
     bound: Bound = {}
     problems = _Problems()
@@ -35,23 +35,23 @@ def bind(model: nn.Module, architecture: Architecture, context: ParallelContext)
 
 
 def sharing_group(slot: Slot, context: ParallelContext) -> dist.ProcessGroup:
-    """The ranks of this rank's stage that hold one copy of the slot between them."""
+    """Return the group of ranks, of this rank's stage, that together hold one copy of the slot."""
     return context.groups.tp_ep if slot.expert_ranks else context.groups.tp
 
 
 @dataclass
 class _Problems:
-    """What a model and its table disagree on."""
+    """Differences between a model and its table."""
 
     missing: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
-        """All of it, as text."""
+        """Return all differences as lines of text."""
         return [
             *listed("the table expects, the model lacks", self.missing),
-            *listed("the model has, the table does not know", self.unknown),
+            *listed("the model has, the table lacks", self.unknown),
             *listed("different in the model", self.wrong),
         ]
 
@@ -77,6 +77,6 @@ def _bind_chunk(
 
 
 def _layer_mismatch(model: nn.Module, expected: range) -> list[str]:
-    """The table counts layers in equal stages; a model that was split otherwise must not be loaded by it."""
+    """Report a model whose stages are not equal: the table assumes equal stages and must not be used for it."""
     numbers = [layer.layer_number - 1 for layer in model.decoder.layers]  # type: ignore[union-attr]
     return [] if numbers == list(expected) else [f"decoder layers: {numbers}, the table says {list(expected)}"]

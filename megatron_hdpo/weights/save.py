@@ -1,4 +1,4 @@
-"""A Megatron model as a Hugging Face folder, written shard by shard."""
+"""Export of a Megatron model to a Hugging Face folder, shard by shard."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def save_hf(
     max_shard_bytes: int = 4 * 2**30,
     overwrite: bool = False,
 ) -> None:
-    """Write `out_path`: safetensors, and config and tokenizer files from `source_path`. `transformers` loads it.
+    """Write `out_path`: safetensors, with the config and tokenizer files of `source_path`; `transformers` can load it.
 
-    Collective over all ranks; rank 0 writes. It holds one shard of at most `max_shard_bytes` in
-    host memory. dtype: type of the stored weights (default: the model's); the config names it. Atomic: the folder
-    appears complete or not at all; an existing one is replaced only with `overwrite`.
+    Collective over all ranks; rank 0 writes. It holds one shard of at most `max_shard_bytes` in host memory. dtype:
+    type of the stored weights (default: the model's); the config names it. Atomic: the folder appears complete or not
+    at all; an existing one is replaced only with `overwrite`.
     Raises WeightsError, on every rank, when the folder exists or cannot be written.
     """
     source, out = Path(source_path), Path(out_path)
@@ -56,7 +56,7 @@ def save_hf(
 
 
 def _plan(buckets: list[Bucket], limit: int) -> list[list[Bucket]]:
-    """Buckets per file, in stream order; a file has at most `limit` elements, or one bucket that has more."""
+    """Distribute buckets over files, in stream order, at most `limit` elements or one larger bucket per file."""
     shards: list[list[Bucket]] = []
     size = limit
     for bucket in buckets:

@@ -1,4 +1,4 @@
-"""A Megatron model's weights as a stream of full Hugging Face tensors, gathered a bounded bucket at a time."""
+"""Stream of a Megatron model's weights as full Hugging Face tensors, gathered one bucket of bounded size at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_hdpo.weights.mapping import Shard, Slot, all_slots, shard_of
 from megatron_hdpo.weights.parameters import Bound, bind, sharing_group
 
 Receivers = Literal["all", "leader", "first"]
-"""Every rank; the first rank of every data-parallel replica; the run's first rank alone."""
+"""all: every rank; leader: the first rank of every data-parallel replica; first: only the first rank of the run."""
 
 
 def stream_hf(
@@ -29,21 +29,22 @@ def stream_hf(
     to: Receivers = "all",
     bucket_bytes: int = 32 * 2**20,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield (Hugging Face name, full tensor) for every tensor of the checkpoint, once, in one order on every layout (a
-    layer's experts come in an order that depends on the number of expert-parallel ranks).
+    """Yield (Hugging Face name, full tensor) for every tensor of the checkpoint, each once.
 
-    Collective within a data-parallel replica: each of its ranks must iterate to the end, also those that are given
-    nothing. Replicas are independent of each other, unless they share experts (expert x expert_tensor ranks beyond
-    tensor x context): then all replicas that do must stream together. The values are the parameters' exact bits, in
-    their type, on the run's device; the tensors are the receiver's own. Padded vocabulary rows and a tied head are not
-    exported.
+    The order is the same on every layout, except that the order of a layer's experts depends on the number of
+    expert-parallel ranks. Padded vocabulary rows and a tied head are not exported. The values are the exact bits of the
+    parameters, in their type, on the run's device; the receiver may keep the tensors.
 
-    to: "all" gives every rank everything (an engine on each rank); "leader" only the replica's first rank; "first"
-    only rank 0, and then every rank of the run must iterate.
-    bucket_bytes: tensors are exchanged in buckets of at most this size; a larger tensor goes alone, and so does an
-    expert with those of the same place on the other expert-parallel ranks. A receiver holds about two buckets beside
-    its own shard.
-    Raises WeightsError where ranks that must hold the same values (norms over TP, tied embeddings over PP) do not.
+    Collective within a data-parallel replica: each of its ranks must iterate to the end, also those that receive
+    nothing. Replicas are independent of each other unless they share experts (expert x expert_tensor ranks beyond
+    tensor x context); replicas that share experts must stream together.
+
+    to: "all" gives every rank everything (an engine on each rank); "leader" only the first rank of each replica;
+    "first" only rank 0, and then every rank of the run must iterate.
+    bucket_bytes: tensors are exchanged in buckets of at most this size. A larger parameter is exchanged alone; for
+    experts that means together with the parameters of the same name on the other expert-parallel ranks. A receiver
+    holds about two buckets in addition to its own shard.
+    Raises WeightsError if ranks that must hold the same values (norms over TP, tied embeddings over PP) do not.
     """
     gatherer = WeightGatherer(model, architecture, context, to=to, bucket_bytes=bucket_bytes)
     for bucket in gatherer.buckets:
@@ -52,24 +53,26 @@ def stream_hf(
 
 @dataclass(frozen=True)
 class Bucket:
-    """Consecutive parameters of one stage (of a pipeline rank's chunk, where it has several) that are exchanged
-    together."""
+    """Consecutive parameters of one stage that are exchanged together.
+
+    If a pipeline rank has several chunks of layers, each chunk is a stage.
+    """
 
     stage: int
     slots: tuple[Slot, ...]
 
     @property
     def numel(self) -> int:
-        """Elements of its full Hugging Face tensors."""
+        """Number of elements of its full Hugging Face tensors."""
         return sum(math.prod(source.shape) for slot in self.slots for source in slot.sources)
 
     def goes_with(self, other: Bucket) -> bool:
-        """Whether the same ranks share the parameters of both."""
+        """Return whether the parameters of both buckets are shared by the same ranks."""
         return (self.stage, self.slots[0].expert_ranks) == (other.stage, other.slots[0].expert_ranks)
 
 
 class WeightGatherer:
-    """The steps of `stream_hf`, for callers that must act between buckets on every rank; same contract."""
+    """The steps of `stream_hf`, for callers that must act on every rank between buckets; same rules and errors."""
 
     def __init__(
         self,
@@ -88,7 +91,7 @@ class WeightGatherer:
         self.buckets = plan_buckets(all_slots(architecture, stages, context.layout.expert), limit)
 
     def gather(self, bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
-        """Exchange one bucket now; the result yields its (name, full tensor) pairs, or nothing on a non-receiver."""
+        """Exchange one bucket now; return an iterator over its (name, full tensor) pairs, empty on non-receivers."""
         owner = bucket.stage % self.context.groups.pp.size()
         group = sharing_group(bucket.slots[0], self.context)
         places = _receiving_places(group, self.context, self.to)
@@ -104,7 +107,7 @@ class WeightGatherer:
         return iter(()) if gathered is None else _assemble(self.architecture, bucket, gathered)
 
     def _local_shards(self, bucket: Bucket, owner: int, group: dist.ProcessGroup) -> Tensor:
-        """The bucket's shards back to back, [their elements]: values on the stage that owns them, room elsewhere."""
+        """Return the bucket's shards in one flat tensor: filled on the owning stage, uninitialised elsewhere."""
         sizes = [shard_of(self.architecture, slot, group.size(), group.rank()).numel for slot in bucket.slots]
         flat = torch.empty(sum(sizes), dtype=self.dtype, device=self.context.device)
         if self.context.groups.pp.rank() == owner:
@@ -113,9 +116,9 @@ class WeightGatherer:
         return flat
 
     def _check_tied_copy(self, bucket: Bucket, flat: Tensor) -> None:
-        """The embedding that passes by must be the last stage's own copy of it."""
+        """Raise WeightsError if the streamed embedding differs from the last stage's copy of it."""
         for copy, (parameter, _) in self.bound.items():
-            # The embedding opens the first bucket.
+            # The embedding is the first parameter of the first bucket.
             if not copy.duplicate or bucket.slots[0].sources != copy.sources:
                 continue
             if not same_bits(flat[: parameter.numel()], parameter.detach().view(-1)):
@@ -126,8 +129,11 @@ class WeightGatherer:
 
 
 def plan_buckets(slots: Iterable[tuple[int, Slot]], limit: int) -> list[Bucket]:
-    """Buckets of (stage, slot) pairs in their order: each at most `limit` elements in full, or one parameter that has
-    more; the same ranks share all of a bucket."""
+    """Group (stage, slot) pairs into buckets, in their order.
+
+    A bucket has at most `limit` elements in full, or one parameter with more; all its parameters are shared by the same
+    ranks.
+    """
     buckets: list[Bucket] = []
     for stage, slot in slots:
         alone = Bucket(stage, (slot,))
@@ -139,7 +145,7 @@ def plan_buckets(slots: Iterable[tuple[int, Slot]], limit: int) -> list[Bucket]:
 
 
 def _receiving_places(group: dist.ProcessGroup, context: ParallelContext, to: Receivers) -> list[int]:
-    """Places in the group, of whatever stage, whose ranks are to receive (on the first stage, unless all are)."""
+    """Return the group ranks of the receivers (on the first stage only, unless all ranks receive)."""
     per_stage = context.world_size // context.groups.pp.size()
     step = {"all": 1, "leader": context.groups.tp.size() * context.groups.cp.size(), "first": per_stage}[to]
     ranks = dist.get_process_group_ranks(group)
@@ -159,7 +165,7 @@ def _to_all_stages(flat: Tensor, owner: int, context: ParallelContext) -> None:
 
 
 def _to_first_stage(flat: Tensor, owner: int, context: ParallelContext) -> bool:
-    """Whether this rank is of the first stage, which has the values then."""
+    """Send the values to the first stage; return whether this rank belongs to it."""
     pp = context.groups.pp
     if owner > 0 and pp.rank() == owner:
         dist.send(flat, group=pp, group_dst=0)
@@ -169,7 +175,7 @@ def _to_first_stage(flat: Tensor, owner: int, context: ParallelContext) -> bool:
 
 
 def _join(flat: Tensor, group: dist.ProcessGroup, places: Sequence[int]) -> Tensor | None:
-    """Shards of all ranks of the group, [ranks, elements], on those at `places`; None elsewhere."""
+    """Gather the shards of all ranks of the group, [ranks, elements], on the group ranks `places`; None elsewhere."""
     if group.size() == 1:
         return flat[None]
     gathered = flat.new_empty(group.size(), len(flat)) if group.rank() in places else None
@@ -207,5 +213,5 @@ def _full_tensors(slot: Slot, shards: list[Shard], parts: list[Tensor]) -> list[
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equality that takes a NaN for equal to the same NaN: broken weights are to be found by who looks for them."""
+    """Return whether two tensors are bitwise equal (NaN equals the same NaN); checking for NaN is the caller's job."""
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))

@@ -1,7 +1,7 @@
-"""The tables: which Hugging Face tensors a Megatron parameter is made of, one table per architecture.
+"""Tables of the Hugging Face tensors that make up each Megatron parameter, one table per architecture.
 
-They name a parameter twice where the two layer specs do: Transformer Engine fuses a norm into the linear layer that
-follows it, and keeps the experts of a rank in one module.
+A parameter has two names if the two layer specs name it differently: Transformer Engine fuses a norm into the linear
+layer that follows it, and keeps the experts of a rank in one module.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ from megatron_hdpo.model.architecture import Family
 
 Split = Literal["copy", "rows", "columns", "vocabulary", "qkv", "gate_up"]
 """copy: every tensor-parallel rank holds the whole; rows, columns: equal ranges of dimension 0 or 1; vocabulary: rows,
-with rows of zeros behind the last token; qkv: per key-value group its query heads, key head, value head; gate_up: the
-rank's rows of the gate, then its rows of the up projection. Of a parameter of experts, the ranks that count are those
-that share one expert."""
+with rows of zeros after the last token; qkv: per key-value group its query heads, key head, value head; gate_up: the
+rank's rows of the gate, then its rows of the up projection. Parameters of experts are split over the ranks that share
+one expert."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A Hugging Face tensor: its name, with `{layer}` and `{expert}` where it has them, and its shape in terms of the
-    architecture."""
+    """A Hugging Face tensor of a table: its name, with `{layer}` and `{expert}` if it has them, and its dimensions.
+
+    dims: names of sizes of the architecture (see `_tensors` in mapping.py).
+    """
 
     name: str
     dims: tuple[str, ...]
@@ -29,10 +31,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Rule:
-    """One row of a table: the parameter's name under both layer specs, its split, and what it is made of.
+    """One row of a table: the parameter's name under both layer specs, its split, and its source tensors.
 
-    of_experts: the rows repeat for every expert of a rank; `{expert}` counts the rank's own in the parameter's names,
-    and all of the layer's in the sources'.
+    of_experts: the row repeats for every expert of a rank; `{expert}` is the local index in Megatron names and the
+    global index in Hugging Face names.
     """
 
     torch_name: str

@@ -1,4 +1,4 @@
-"""Proof of a conversion: every tensor accounted for, bits that survive the round trip, log-probs of `transformers`."""
+"""Verification of a conversion: complete tensors, a bit-equal round trip, and log-probs equal to `transformers`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _RANDOM_LENGTHS = (3, 41, 96)
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the proof. details: names and reasons when it failed."""
+    """One result of the verification. details: names and reasons if it failed."""
 
     name: str
     passed: bool
@@ -46,7 +46,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Differences of log-probs (natural logarithm, fp32, whole vocabulary) that pass."""
+    """Largest allowed differences of log-probs (natural logarithm, fp32, whole vocabulary)."""
 
     max: float = 1e-3
     mean: float = 1e-4
@@ -61,12 +61,12 @@ def verify(
     tolerance: Tolerance | None = None,
     scratch: str | Path | None = None,
 ) -> list[Check]:
-    """Check on the run's layout that checkpoint `second` is a conversion of `first`, or, alone, that `first` survives
-    one. Collective; every rank gets the checks, in order, up to the first stage that failed.
+    """Check on the run's layout that `second` is a conversion of `first`; without `second`, that `first` survives one.
 
-    The leader holds the `transformers` model beside its shard, in fp32. There must be Hugging Face weights to compare
-    with: of Megatron folders alone, `first` is exported to a temporary folder under `scratch`, which all ranks see.
-    Raises WeightsError where there is nothing to check: a folder that is no checkpoint, or two architectures.
+    Collective over all ranks; every rank gets the checks, in order, up to the first stage that failed.
+    The leader holds the `transformers` model in fp32 in addition to its shard. If no folder has Hugging Face weights,
+    `first` is exported to a temporary folder under `scratch`, which all ranks must see.
+    Raises WeightsError if a folder is no checkpoint, or the two have different architectures.
     """
     checkpoints = [inspect(path, config) for path in (first, second) if path is not None]
     if len({checkpoint.architecture for checkpoint in checkpoints}) > 1:
@@ -89,7 +89,7 @@ def verify(
 
 
 def print_checks(checks: list[Check], console: Console) -> None:
-    """A table of the checks, and below it the details of those that failed."""
+    """Print a table of the checks, and below it the details of those that failed."""
     table = Table("check", "result", "what was found")
     for check in checks:
         result = Text("passed", "green") if check.passed else Text("FAILED", "red")
@@ -100,7 +100,7 @@ def print_checks(checks: list[Check], console: Console) -> None:
 
 
 def _agreed(context: ParallelContext, action: Callable[[], T]) -> tuple[T | None, tuple[str, ...]]:
-    """Result of `action`, or the problems that any rank had with it: all go on, or none."""
+    """Run `action` on every rank; return its result, or None and the problems of all ranks if any rank failed."""
     result, problem = None, None
     try:
         result = action()
@@ -122,7 +122,7 @@ def _export(checkpoint: Checkpoint, folder: Path, context: ParallelContext) -> t
 
 
 def _check_tensors(checkpoint: Checkpoint, reference: Checkpoint, context: ParallelContext) -> list[Check]:
-    """Load on the layout, stream back, compare with the files of `reference`."""
+    """Load a checkpoint on the layout, stream it back, and compare with the files of `reference`."""
     layout = f"TP {context.layout.tensor} x PP {context.layout.pipeline} x EP {context.layout.expert}"
     loads = f"{checkpoint.path.name}: every tensor accounted for"
     model, problems = _agreed(context, lambda: open_model(checkpoint, context))
@@ -141,7 +141,7 @@ def _check_tensors(checkpoint: Checkpoint, reference: Checkpoint, context: Paral
 def _compare(
     model: GPTModel, checkpoint: Checkpoint, reference: Checkpoint, context: ParallelContext
 ) -> tuple[int, int, list[str]]:
-    """Tensors, their elements, and the names of those that differ from the reference's files; on the leader."""
+    """Return the number of tensors, of elements, and the names that differ from the reference's files; leader only."""
     count, numel, differing = 0, 0, []
     with HfWeights(reference.path) as weights:
         for name, value in stream_hf(model, checkpoint.architecture, context, to="first"):
@@ -181,7 +181,7 @@ def _check_logprobs(tested: Checkpoint, reference: Checkpoint, tolerance: Tolera
 
 
 def _sequences(reference: Checkpoint) -> list[np.ndarray]:
-    """Token ids of random prompts and, where the folder has a tokenizer, of real ones."""
+    """Return token ids of random prompts and, if the folder has a tokenizer, of real ones."""
     generator = np.random.default_rng(0)
     sequences = [generator.integers(0, reference.architecture.vocab_size, length) for length in _RANDOM_LENGTHS]
     if any(reference.path.glob("tokenizer*")):
@@ -194,7 +194,7 @@ def _sequences(reference: Checkpoint) -> list[np.ndarray]:
 def _differences(
     ours: list[torch.Tensor], sequences: list[np.ndarray], reference: Checkpoint
 ) -> list[tuple[float, float]]:
-    """(largest, mean) absolute difference of each prompt's log-probs over positions and vocabulary."""
+    """Compute the (largest, mean) absolute difference of each prompt's log-probs over positions and vocabulary."""
     model = AutoModelForCausalLM.from_pretrained(reference.path, dtype=torch.float32).eval()
     found = []
     for logprobs_TV, ids in zip(ours, sequences, strict=True):

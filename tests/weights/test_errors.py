@@ -122,7 +122,7 @@ def _wrong_models(plain: Path, context: Any) -> None:
     snapshot = copy_to_host(model)
     other = replace(architecture, family="llama", qkv_bias=False, ffn_size=98)
     with pytest.raises(
-        WeightsError, match=r"(?s)does not know.*linear_qkv\.bias.*linear_fc1\.weight.*the table says \(196"
+        WeightsError, match=r"(?s)the table lacks.*linear_qkv\.bias.*linear_fc1\.weight.*the table says \(196"
     ):
         load_hf(model, other, context, plain)
     model.decoder.layers[0].layer_number = 3
