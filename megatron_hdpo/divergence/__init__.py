@@ -1,4 +1,8 @@
-"""Divergences between a student and a teacher over a sharded vocabulary, exact in value and gradient; torch alone."""
+"""Divergences between a student and a teacher over a sharded vocabulary, exact in value and gradient.
+
+Imports no other room, and only torch (Triton where it is installed). Start with `kinds.py` (the formulas), then
+`losses.py` (the functions on logits) and `head.py` (the same from hidden states); docs/divergence.md has the proofs.
+"""
 
 from megatron_hdpo.divergence.gather import vocab_parallel_logprobs, vocab_parallel_topk
 from megatron_hdpo.divergence.head import head_loss, head_losses
