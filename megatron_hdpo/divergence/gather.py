@@ -103,11 +103,11 @@ def vocab_parallel_topk(
     stats = local_stats(logits_TV, shard, temperature)
     values_TK, ids_TK = _local_topk(logits_TV, min(k, width), shard)
     packed = torch.cat([values_TK, bits(ids_TK, values_TK.dtype), stats.max_T[:, None], stats.sum_T[:, None]], dim=-1)
-    packed_PT = shard.all_gather(packed)  # [ranks, T, 2 n + 2]
-    lse_T = _join_lse(packed_PT[..., -2], packed_PT[..., -1], temperature)
+    packed_DT = shard.all_gather(packed)  # [ranks, T, 2 n + 2]
+    lse_T = _join_lse(packed_DT[..., -2], packed_DT[..., -1], temperature)
     n = values_TK.shape[1]
-    all_values = packed_PT[..., :n].permute(1, 0, 2).flatten(1)
-    all_ids = ints(packed_PT[..., n : 2 * n]).permute(1, 0, 2).flatten(1)
+    all_values = packed_DT[..., :n].permute(1, 0, 2).flatten(1)
+    all_ids = ints(packed_DT[..., n : 2 * n]).permute(1, 0, 2).flatten(1)
     best_TK, where_TK = all_values.topk(k, dim=-1)
     logprobs_TK = best_TK / temperature - lse_T.unsqueeze(-1)
     return TopK(all_ids.gather(-1, where_TK).view(*lead, k), logprobs_TK.view(*lead, k))
@@ -137,8 +137,8 @@ def ints(floats: Tensor) -> Tensor:
     return floats.contiguous().view(torch.int64 if floats.dtype == torch.float64 else torch.int32).to(torch.int64)
 
 
-def _join_lse(max_PT: Tensor, sum_PT: Tensor, temperature: float) -> Tensor:
+def _join_lse(max_DT: Tensor, sum_DT: Tensor, temperature: float) -> Tensor:
     """Join the ranks' maxima and sums [ranks, T] to the log-normaliser [T]."""
-    max_T = max_PT.amax(0)
-    scale_PT = ((max_PT - max_T) / temperature).clamp_min(-1e30).exp()
-    return max_T / temperature + (sum_PT * scale_PT).sum(0).log()
+    max_T = max_DT.amax(0)
+    scale_DT = ((max_DT - max_T) / temperature).clamp_min(-1e30).exp()
+    return max_T / temperature + (sum_DT * scale_DT).sum(0).log()

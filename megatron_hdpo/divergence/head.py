@@ -112,16 +112,16 @@ class _Gradients:
         self.hidden_TH = torch.empty_like(hidden_TH) if wants[0] else None
         self.head_VH = torch.zeros(head_weight_VH.shape, dtype=wide, device=hidden_TH.device) if wants[1] else None
 
-    def add(self, chunk: Chunk, grad_NV: Tensor, hidden_NH: Tensor) -> None:
+    def add(self, chunk: Chunk, grad_CV: Tensor, hidden_CH: Tensor) -> None:
         if self.hidden_TH is not None:
-            piece = grad_NV @ self.weight_VH
+            piece = grad_CV @ self.weight_VH
             self.hidden_TH[chunk.local] = self.run.scatter_sum(piece) if self.run.sequence_parallel else piece
         if self.head_VH is None:
             return
-        if self.head_VH.dtype == grad_NV.dtype:
-            self.head_VH.addmm_(grad_NV.t(), hidden_NH)
+        if self.head_VH.dtype == grad_CV.dtype:
+            self.head_VH.addmm_(grad_CV.t(), hidden_CH)
         else:
-            self.head_VH += grad_NV.t() @ hidden_NH
+            self.head_VH += grad_CV.t() @ hidden_CH
 
     def finish(self) -> tuple[Tensor | None, Tensor | None]:
         """Return the gradients in the dtypes of their inputs, that of the hidden states summed over the group."""
@@ -165,8 +165,8 @@ class _HeadLosses(torch.autograd.Function):
         collected, ctx.passes = _Collected(run.ids_T.shape[0]), []
         buffer = run.buffer(hidden_TH)
         for chunk in run.chunks:
-            logits_NV = _logits(run.gather(hidden_TH[chunk.local]), head_weight_VH, buffer)
-            made = run.run_chunk(logits_NV, chunk, options, remake=True)
+            logits_CV = _logits(run.gather(hidden_TH[chunk.local]), head_weight_VH, buffer)
+            made = run.run_chunk(logits_CV, chunk, options, remake=True)
             collected.add(chunk, made.outputs)
             ctx.passes.append(made.without_outputs())
         ctx.run, ctx.buffer = run, buffer
@@ -185,11 +185,11 @@ class _HeadLosses(torch.autograd.Function):
         there, buffer = ctx.buffer is not None, ctx.buffer if ctx.buffer is not None else run.buffer(hidden_TH)
         ctx.buffer = None
         for chunk, made in zip(reversed(run.chunks), reversed(ctx.passes), strict=True):
-            hidden_NH = run.gather(hidden_TH[chunk.local])
-            logits_NV = buffer[: len(hidden_NH)] if there else _logits(hidden_NH, head_weight_VH, buffer)
+            hidden_CH = run.gather(hidden_TH[chunk.local])
+            logits_CV = buffer[: len(hidden_CH)] if there else _logits(hidden_CH, head_weight_VH, buffer)
             there = False
             upstream = Upstream(*(None if g is None else chunk.take(g) for g in grads[:3]))
-            sums.add(chunk, made.gradient(logits_NV, upstream, inplace=True), hidden_NH)
+            sums.add(chunk, made.gradient(logits_CV, upstream, inplace=True), hidden_CH)
         return *sums.finish(), None, None
 
 
@@ -207,14 +207,14 @@ class _HeadLoss(torch.autograd.Function):
         sums, collected = _Gradients(hidden_TH, head_weight_VH, run, wants), _Collected(run.ids_T.shape[0])
         total, buffer = None, run.buffer(hidden_TH)
         for chunk in run.chunks:
-            hidden_NH = run.gather(hidden_TH[chunk.local])
-            logits_NV = _logits(hidden_NH, head_weight_VH, buffer)
-            made = run.run_chunk(logits_NV, chunk, options)
+            hidden_CH = run.gather(hidden_TH[chunk.local])
+            logits_CV = _logits(hidden_CH, head_weight_VH, buffer)
+            made = run.run_chunk(logits_CV, chunk, options)
             value, upstream = _ask(objective, made.outputs, chunk.places(hidden_TH.device))
             total = value if total is None else total + value
             collected.add(chunk, made.outputs)
             if any(wants):
-                sums.add(chunk, made.gradient(logits_NV, upstream, inplace=True), hidden_NH)
+                sums.add(chunk, made.gradient(logits_CV, upstream, inplace=True), hidden_CH)
         ctx.grads = sums.finish()
         outputs = tuple(collected.outputs) if run.chunks else _empty_outputs(run, options, hidden_TH)
         ctx.mark_non_differentiable(*(out for out in outputs if out is not None))
@@ -230,9 +230,9 @@ class _HeadLoss(torch.autograd.Function):
         return *scaled, None, None, None, None
 
 
-def _logits(hidden_NH: Tensor, head_weight_VH: Tensor, buffer: Tensor) -> Tensor:
+def _logits(hidden_CH: Tensor, head_weight_VH: Tensor, buffer: Tensor) -> Tensor:
     """Compute the logits of a chunk, in the buffer that all chunks share."""
-    return torch.mm(hidden_NH, head_weight_VH.t(), out=buffer[: len(hidden_NH)])
+    return torch.mm(hidden_CH, head_weight_VH.t(), out=buffer[: len(hidden_CH)])
 
 
 def _ask(objective: ChunkObjective, outputs: Outputs, places: Tensor) -> tuple[Tensor, Upstream]:

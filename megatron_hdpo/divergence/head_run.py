@@ -35,9 +35,9 @@ class Chunk:
         """Select the chunk's values [n, ...] from those of all tokens [T, ...]."""
         return values_T[self.parts[0]] if len(self.parts) == 1 else torch.cat([values_T[p] for p in self.parts])
 
-    def put(self, values_N: Tensor, out_T: Tensor) -> None:
+    def put(self, values_C: Tensor, out_T: Tensor) -> None:
         """Write the chunk's values [n, ...] to their tokens in `out_T` [T, ...]."""
-        for part, piece in zip(self.parts, values_N.chunk(len(self.parts)), strict=True):
+        for part, piece in zip(self.parts, values_C.chunk(len(self.parts)), strict=True):
             out_T[part] = piece
 
 
@@ -87,33 +87,33 @@ class HeadRun:
         height = max((sum(p.stop - p.start for p in chunk.parts) for chunk in self.chunks), default=0)
         return like.new_empty((height, self.shard.width))
 
-    def gather(self, piece_NH: Tensor) -> Tensor:
+    def gather(self, piece_CH: Tensor) -> Tensor:
         """Return the hidden states of a whole chunk; under sequence parallelism the ranks' parts are all-gathered."""
         if not self.sequence_parallel:
-            return piece_NH
-        return self.shard.all_gather(piece_NH).flatten(0, 1)
+            return piece_CH
+        return self.shard.all_gather(piece_CH).flatten(0, 1)
 
-    def scatter_sum(self, grad_NH: Tensor) -> Tensor:
+    def scatter_sum(self, grad_CH: Tensor) -> Tensor:
         """Sum a chunk's hidden gradient over the ranks and return this rank's part (sequence parallelism only)."""
         if self.shard.size == 1:
-            return grad_NH
+            return grad_CH
         if dist.get_backend(self.shard.group) == "nccl":
-            out = grad_NH.new_empty(grad_NH.shape[0] // self.shard.size, grad_NH.shape[1])
-            dist.reduce_scatter_tensor(out, grad_NH.contiguous(), group=self.shard.group)
+            out = grad_CH.new_empty(grad_CH.shape[0] // self.shard.size, grad_CH.shape[1])
+            dist.reduce_scatter_tensor(out, grad_CH.contiguous(), group=self.shard.group)
             return out
-        (total_NH,) = self.shard.all_reduce_sum([grad_NH])  # gloo has no reduce-scatter
-        return total_NH.chunk(self.shard.size)[self.shard.rank]
+        (total_CH,) = self.shard.all_reduce_sum([grad_CH])  # gloo has no reduce-scatter
+        return total_CH.chunk(self.shard.size)[self.shard.rank]
 
-    def run_chunk(self, logits_NV: Tensor, chunk: Chunk, options: Options, *, remake: bool = False) -> Pass:
+    def run_chunk(self, logits_CV: Tensor, chunk: Chunk, options: Options, *, remake: bool = False) -> Pass:
         """Run the pass over a chunk.
 
         remake: the pass does not keep the logits of a Hidden target; its gradient computes them again.
         """
         target = _part_of_target(self.target, chunk)
         if not isinstance(target, Hidden):
-            return run_pass(logits_NV, chunk.take(self.ids_T), target, options)
+            return run_pass(logits_CV, chunk.take(self.ids_T), target, options)
         logits = FullLogits(target.hidden_TH @ target.head_weight_VH.t(), target.rows)
-        made = DensePass.run(logits_NV, chunk.take(self.ids_T), logits, options)
+        made = DensePass.run(logits_CV, chunk.take(self.ids_T), logits, options)
         return made.with_teacher(target) if remake else made
 
 

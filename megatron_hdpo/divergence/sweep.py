@@ -46,10 +46,10 @@ def local_stats(
     parts = holes.within(blocks) if holes is not None else [slice(0, 0)] * len(blocks)
     for block, part in zip(blocks, parts, strict=True):
         rows = block.stop - block.start
-        e, top_B = _block_stats(logits_TV[block, : shard.valid], stats, block, temperature, scratch[:, :rows])
+        e, top_C = _block_stats(logits_TV[block, : shard.valid], stats, block, temperature, scratch[:, :rows])
         if holes is not None and rest_T is not None:
             e[holes.row[part] - block.start, holes.col[part]] = 0.0
-            torch.div(e.sum(dim=-1), top_B, out=rest_T[block])
+            torch.div(e.sum(dim=-1), top_C, out=rest_T[block])
     return stats
 
 
@@ -60,19 +60,19 @@ def _block_stats(
     e, spare = scratch[0], scratch[-1]
     torch.amax(z, dim=-1, out=stats.max_T[block]) if z.dtype == e.dtype else stats.max_T[block].copy_(z.amax(dim=-1))
     z = local_softmax(z, temperature, e, spare)
-    top_B = e.amax(dim=-1)
+    top_C = e.amax(dim=-1)
     # A row that is -inf on the whole shard (a masked teacher) gets a softmax of NaN here, and has no mass.
-    dead_B = stats.max_T[block] == -torch.inf
-    masked = bool(dead_B.any())
+    dead_C = stats.max_T[block] == -torch.inf
+    masked = bool(dead_C.any())
     if masked:
-        e[dead_B], top_B[dead_B] = 0.0, 1.0
-    torch.div(e.sum(dim=-1), top_B, out=stats.sum_T[block])
+        e[dead_C], top_C[dead_C] = 0.0, 1.0
+    torch.div(e.sum(dim=-1), top_C, out=stats.sum_T[block])
     if stats.energy_T is not None:
         torch.sub(z, stats.max_T[block].unsqueeze(-1) / temperature, out=spare).mul_(e)
         if masked:
-            spare[dead_B] = 0.0
-        torch.div(spare.sum(dim=-1), top_B, out=stats.energy_T[block])
-    return e, top_B
+            spare[dead_C] = 0.0
+        torch.div(spare.sum(dim=-1), top_C, out=stats.energy_T[block])
+    return e, top_C
 
 
 def local_softmax(z: Tensor, temperature: float, out: Tensor, spare: Tensor) -> Tensor:
@@ -116,9 +116,9 @@ class SoftmaxTerm:
     scale_T: Tensor
     slope_T: Tensor | None = None
 
-    def correction(self, local_B1: Tensor, block: slice) -> Tensor:
-        """Return the factors [n, 1] from a softmax over this shard, with row maxima local_B1, to q."""
-        return (self.max_T[block] / self.temperature - self.lse_T[block]).exp().unsqueeze(-1) / local_B1
+    def correction(self, local_C1: Tensor, block: slice) -> Tensor:
+        """Return the factors [n, 1] from a softmax over this shard, with row maxima local_C1, to q."""
+        return (self.max_T[block] / self.temperature - self.lse_T[block]).exp().unsqueeze(-1) / local_C1
 
 
 def write_dense(
@@ -160,11 +160,11 @@ def _write_softmax(z: Tensor, term: SoftmaxTerm, block: slice, out: Tensor, scra
     """Write q scale to `out`."""
     q = scratch[0]
     local_softmax(z, term.temperature, q, scratch[-1])
-    factor_B1 = term.correction(q.amax(dim=-1, keepdim=True), block).mul_(term.scale_T[block].unsqueeze(-1))
+    factor_C1 = term.correction(q.amax(dim=-1, keepdim=True), block).mul_(term.scale_T[block].unsqueeze(-1))
     if out.dtype == q.dtype:
-        torch.mul(q, factor_B1, out=out)
+        torch.mul(q, factor_C1, out=out)
     else:
-        out.copy_(q.mul_(factor_B1))
+        out.copy_(q.mul_(factor_C1))
 
 
 def _sum_of_terms(z: Tensor, terms: list[SoftmaxTerm], block: slice, scratch: Tensor) -> Tensor:
@@ -175,14 +175,14 @@ def _sum_of_terms(z: Tensor, terms: list[SoftmaxTerm], block: slice, scratch: Te
     for i, term in enumerate(terms):
         out = q if i else total
         z_t = local_softmax(z, term.temperature, out, lq)
-        factor_B1 = term.correction(out.amax(dim=-1, keepdim=True), block)
-        scale_B1 = term.scale_T[block].unsqueeze(-1)
+        factor_C1 = term.correction(out.amax(dim=-1, keepdim=True), block)
+        scale_C1 = term.scale_T[block].unsqueeze(-1)
         if term.slope_T is None:
-            out.mul_(factor_B1 * scale_B1)
+            out.mul_(factor_C1 * scale_C1)
         else:
             torch.sub(z_t, term.lse_T[block].unsqueeze(-1), out=lq)
-            lq.mul_(term.slope_T[block].unsqueeze(-1)).add_(scale_B1)
-            out.mul_(lq).mul_(factor_B1)
+            lq.mul_(term.slope_T[block].unsqueeze(-1)).add_(scale_C1)
+            out.mul_(lq).mul_(factor_C1)
         if i:
             total.add_(q)
     return total

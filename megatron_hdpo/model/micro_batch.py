@@ -26,7 +26,7 @@ class MicroBatch:
 
     Under context parallelism the N tokens are those whose logits this rank computes; places_N holds their indices among
     all response tokens (None: this rank has all). `responses` counts the tokens of all ranks.
-    routed_experts_TLK: experts for the rows of this rank, on the host (`pack_routing`); None if the routers choose.
+    routed_experts_MLK: experts for the rows of this rank, on the host (`pack_routing`); None if the routers choose.
     """
 
     packed: PackedSequences
@@ -34,7 +34,7 @@ class MicroBatch:
     sampled_ids_N: Tensor
     responses: tuple[int, ...]
     places_N: Tensor | None = None
-    routed_experts_TLK: Tensor | None = None
+    routed_experts_MLK: Tensor | None = None
 
     def own(self, values: Tensor) -> Tensor:
         """Select this rank's values [N, ...] from those of all response tokens [all, ...]."""

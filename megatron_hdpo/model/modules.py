@@ -42,9 +42,9 @@ class RMSNorm(torch.nn.Module):
 class PackedAttention(MegatronModule):
     """Causal attention on torch's fused SDPA, over packed or plain sequences.
 
-    Packed (thd): query [T, heads, d], key and value [T, kv heads, d]; sequence i is rows cu_seqlens[i]:cu_seqlens[i+1]
+    Packed (thd): query [M, heads, d], key and value [M, kv heads, d]; sequence i is rows cu_seqlens[i]:cu_seqlens[i+1]
     and no token attends outside its own sequence. Plain: [s, b, heads, d].
-    Under context parallelism (packed only) T counts this rank's rows, two chunks of every sequence; keys and values of
+    Under context parallelism (packed only) M counts this rank's rows, two chunks of every sequence; keys and values of
     all rows are gathered.
     """
 
@@ -70,7 +70,7 @@ class PackedAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """Compute attention: [T, heads * d] for packed sequences, [s, b, heads * d] otherwise.
+        """Compute attention: [M, heads * d] for packed sequences, [s, b, heads * d] otherwise.
 
         Raises NotImplementedError on an attention bias, and on plain sequences under context parallelism.
         """

@@ -43,25 +43,25 @@ class PackedSequences:
     """One packed micro-batch: sequences back to back, followed by a padding sequence.
 
     Under context parallelism each sequence is padded at its end too, where causal attention hides the padding from the
-    real tokens. Then `tokens_T` and `positions_T` are the rows of this rank; all other fields count the rows of all
+    real tokens. Then `tokens_M` and `positions_M` are the rows of this rank; all other fields count the rows of all
     ranks.
 
-    tokens_T, positions_T: int64 [T]. cu_seqlens: int32 [number of sequences + 1], the padding sequence included.
+    tokens_M, positions_M: int64 [M]. cu_seqlens: int32 [number of sequences + 1], the padding sequence included.
     starts: first row of each real sequence. longest: rows of the longest sequence, the padding sequence included.
-    num_tokens: rows of the micro-batch, padding included. own_rows_T: the rows of this rank among them, int64 [T].
+    num_tokens: rows of the micro-batch, padding included. own_rows_M: the rows of this rank among them, int64 [M].
     """
 
-    tokens_T: torch.Tensor
-    positions_T: torch.Tensor
+    tokens_M: torch.Tensor
+    positions_M: torch.Tensor
     cu_seqlens: torch.Tensor
     starts: tuple[int, ...]
     longest: int
     num_tokens: int
-    own_rows_T: np.ndarray
+    own_rows_M: np.ndarray
 
     def packed_seq_params(self) -> PackedSeqParams:
         """Return Megatron's description of the sequence boundaries (format thd)."""
-        shared = len(self.own_rows_T) < self.num_tokens
+        shared = len(self.own_rows_M) < self.num_tokens
         # For sequences shared by ranks, Transformer Engine needs the boundaries with padding. Padding counts as tokens
         # here, so both are the same.
         padded = self.cu_seqlens if shared else None
@@ -78,7 +78,7 @@ class PackedSequences:
     def own(self, rows_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return which of the micro-batch's rows `rows_N` this rank holds (indices into it), and their local rows."""
         local = np.full(self.num_tokens, -1)
-        local[self.own_rows_T] = np.arange(len(self.own_rows_T))
+        local[self.own_rows_M] = np.arange(len(self.own_rows_M))
         places = np.flatnonzero(local[rows_N] >= 0)
         return places, local[rows_N[places]]
 
@@ -101,13 +101,13 @@ def pack(sequences: Sequence[np.ndarray], device: torch.device, rows: RowLayout 
     positions = np.concatenate([np.arange(length) for length in all_lengths])
     own = own_rows(boundaries, rows.context, rows.context_rank)
     return PackedSequences(
-        tokens_T=torch.from_numpy(tokens[own]).to(device),
-        positions_T=torch.from_numpy(positions[own]).to(device),
+        tokens_M=torch.from_numpy(tokens[own]).to(device),
+        positions_M=torch.from_numpy(positions[own]).to(device),
         cu_seqlens=torch.from_numpy(boundaries.astype(np.int32)).to(device),
         starts=tuple(int(start) for start in boundaries[: len(lengths)]),
         longest=max(all_lengths),
         num_tokens=int(boundaries[-1]),
-        own_rows_T=own,
+        own_rows_M=own,
     )
 
 

@@ -51,10 +51,10 @@ def run_micro_batches(
         item = next(iterator)
         packed = item.batch.packed
         output = model(
-            input_ids=packed.tokens_T[None],
-            position_ids=packed.positions_T[None],
+            input_ids=packed.tokens_M[None],
+            position_ids=packed.positions_M[None],
             attention_mask=None,
-            packed_seq_params=with_routing(packed.packed_seq_params(), item.batch.routed_experts_TLK),
+            packed_seq_params=with_routing(packed.packed_seq_params(), item.batch.routed_experts_MLK),
         )
         if on_progress is not None and model is chunks[-1]:
             on_progress(packed.num_tokens)

@@ -34,26 +34,26 @@ NOT_CHOSEN = -1
 class RoutedSeqParams(PackedSeqParams):
     """PackedSeqParams with the experts of the rows.
 
-    routed_experts_TLK: int16 [T, layers of the model, experts per token], for the rows of this context-parallel rank.
+    routed_experts_MLK: int16 [M, layers of the model, experts per token], for the rows of this context-parallel rank.
     """
 
-    routed_experts_TLK: Tensor | None = None
+    routed_experts_MLK: Tensor | None = None
 
 
-def with_routing(params: PackedSeqParams, routed_experts_TLK: Tensor | None) -> PackedSeqParams:
+def with_routing(params: PackedSeqParams, routed_experts_MLK: Tensor | None) -> PackedSeqParams:
     """Add the experts of a micro-batch, if there are any, to `params` and move them to the device.
 
     The experts of a whole step are large, so they stay on the host until their micro-batch runs.
     """
-    if routed_experts_TLK is None:
+    if routed_experts_MLK is None:
         return params
-    return RoutedSeqParams(**vars(params), routed_experts_TLK=routed_experts_TLK.to(params.cu_seqlens_q.device))
+    return RoutedSeqParams(**vars(params), routed_experts_MLK=routed_experts_MLK.to(params.cu_seqlens_q.device))
 
 
 def pack_routing(
     packed: PackedSequences, routed_experts: Sequence[np.ndarray | None], lengths: Sequence[int]
 ) -> Tensor | None:
-    """Pack the experts of a micro-batch's rows on this rank, int16 [T, L, K] on the host; None if there are none.
+    """Pack the experts of a micro-batch's rows on this rank, int16 [M, L, K] on the host; None if there are none.
 
     routed_experts: for each sequence int [length - 1, L, K] (no engine routes the last token), or None if the trainer's
     router chooses. Raises ValueError if the number of tokens, layers or choices does not fit.
@@ -69,11 +69,11 @@ def pack_routing(
         return None
     if len(sizes) > 1:
         raise ValueError(f"sequences of one micro-batch have experts of different layers x choices: {sorted(sizes)}")
-    experts_TLK = np.full((packed.num_tokens, *sizes.pop()), NOT_CHOSEN, dtype=np.int16)
+    experts_MLK = np.full((packed.num_tokens, *sizes.pop()), NOT_CHOSEN, dtype=np.int16)
     for start, experts in zip(packed.starts, routed_experts, strict=True):
         if experts is not None:
-            experts_TLK[start : start + len(experts)] = experts
-    return torch.from_numpy(experts_TLK[packed.own_rows_T])
+            experts_MLK[start : start + len(experts)] = experts
+    return torch.from_numpy(experts_MLK[packed.own_rows_M])
 
 
 class RoutingReplay:
@@ -82,33 +82,33 @@ class RoutingReplay:
     Megatron's own RouterReplay keeps all routers of a process, a teacher's too, in one list, and needs a call at every
     change between forward and backward.
 
-    chosen_TK: experts of the rows that the router sees next, int64; None: the router chooses for all rows.
+    chosen_MK: experts of the rows that the router sees next, int64; None: the router chooses for all rows.
     """
 
     def __init__(self) -> None:
-        self.chosen_TK: Tensor | None = None
+        self.chosen_MK: Tensor | None = None
 
     def get_replay_topk(
         self,
-        scores_TE: Tensor,
+        scores_ME: Tensor,
         topk: int,
         num_groups: int | None,
         group_topk: int | None,
         default_compute_topk: Callable[..., tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, Tensor]:
-        """Return scores and indices of the chosen experts, [T, K] each.
+        """Return scores and indices of the chosen experts, [M, K] each.
 
-        scores_TE: the router's scores of all experts. default_compute_topk: Megatron's own choice.
+        scores_ME: the router's scores of all experts. default_compute_topk: Megatron's own choice.
         """
-        values_TK, own_TK = default_compute_topk(scores_TE, topk, num_groups=num_groups, group_topk=group_topk)
-        if self.chosen_TK is None:
-            return values_TK, own_TK
-        chosen_TK = torch.where(self.chosen_TK == NOT_CHOSEN, own_TK, self.chosen_TK)
-        return scores_TE.gather(1, chosen_TK), chosen_TK
+        values_MK, own_MK = default_compute_topk(scores_ME, topk, num_groups=num_groups, group_topk=group_topk)
+        if self.chosen_MK is None:
+            return values_MK, own_MK
+        chosen_MK = torch.where(self.chosen_MK == NOT_CHOSEN, own_MK, self.chosen_MK)
+        return scores_ME.gather(1, chosen_MK), chosen_MK
 
-    def take(self, chosen_TK: Tensor | None, _: Any = None) -> None:
+    def take(self, chosen_MK: Tensor | None, _: Any = None) -> None:
         """Use these experts from now on."""
-        self.chosen_TK = chosen_TK
+        self.chosen_MK = chosen_MK
 
 
 def replay_routing(model: nn.Module) -> None:
@@ -126,15 +126,15 @@ def replay_routing(model: nn.Module) -> None:
 
 
 def _take_rows(replay: RoutingReplay, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    experts_TLK = getattr(kwargs.get("packed_seq_params"), "routed_experts_TLK", None)
-    if experts_TLK is None:
+    experts_MLK = getattr(kwargs.get("packed_seq_params"), "routed_experts_MLK", None)
+    if experts_MLK is None:
         replay.take(None)
         return
-    experts_TK = experts_TLK[:, layer.layer_number - 1]
+    experts_MK = experts_MLK[:, layer.layer_number - 1]
     if layer.config.sequence_parallel:
         group = layer.mlp.router.tp_group
-        experts_TK = experts_TK.chunk(group.size())[group.rank()]
-    replay.take(experts_TK.long())
+        experts_MK = experts_MK.chunk(group.size())[group.rank()]
+    replay.take(experts_MK.long())
 
 
 def _take_again_in_backward(replay: RoutingReplay, _: nn.Module, args: Any, output: tuple[Tensor, Any]) -> None:
@@ -144,4 +144,4 @@ def _take_again_in_backward(replay: RoutingReplay, _: nn.Module, args: Any, outp
     It begins when the gradient of the block's output is there, so a hook on that gradient comes in time.
     """
     if output[0].requires_grad:
-        output[0].register_hook(partial(replay.take, replay.chosen_TK))
+        output[0].register_hook(partial(replay.take, replay.chosen_MK))

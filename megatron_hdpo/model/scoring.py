@@ -146,15 +146,15 @@ class _Rows:
             self.teacher_NH = batch.own(torch.cat([answered.scores[s.reverse_kl_to].hidden_TH for s in scorings]))
             self.head_VH = answered.heads[settings.kl_to]
 
-    def add(self, logits_NV: Tensor, sampled_N: Tensor, rows: slice) -> None:
+    def add(self, logits_CV: Tensor, sampled_C: Tensor, rows: slice) -> None:
         """Compute the scores of a chunk of rows from its logits [n, V / tp]."""
-        temperature, device = self.settings.temperature, logits_NV.device
+        temperature, device = self.settings.temperature, logits_CV.device
         target = None
         if self.teacher_NH is not None:
             target = FullLogits(F.linear(self.teacher_NH[rows].to(device), self.head_VH))
         losses = logit_losses(
-            logits_NV,
-            sampled_N,
+            logits_CV,
+            sampled_C,
             target,
             kind="reverse_kl",
             temperature=temperature,
@@ -165,11 +165,11 @@ class _Rows:
         if target is not None:
             self._put(reverse_kl=losses.divergence_T)
         if self.settings.top_k:
-            found = vocab_parallel_topk(logits_NV, self.settings.top_k, temperature=temperature, **self.shard)
+            found = vocab_parallel_topk(logits_CV, self.settings.top_k, temperature=temperature, **self.shard)
             self._put(ids=found.ids_TK.to(torch.int32), top=found.logprobs_TK)
         if self.at_ids_NK is not None:
-            ids_NK = self.at_ids_NK[rows].to(device)
-            self._put(at=vocab_parallel_logprobs(logits_NV, ids_NK, temperature, **self.shard))
+            ids_CK = self.at_ids_NK[rows].to(device)
+            self._put(at=vocab_parallel_logprobs(logits_CV, ids_CK, temperature, **self.shard))
 
     def _put(self, **values: Tensor) -> None:
         for name, value in values.items():

@@ -48,7 +48,7 @@ def _shape(work: Work, spec: LossSpec) -> PackedShape:
     targets = 0 if target is None or target.rows is None else len(target.rows)
     distill = spec.distill
     return PackedShape(
-        rows=len(work.batch.packed.tokens_T),
+        rows=len(work.batch.packed.tokens_M),
         length=work.batch.packed.longest,
         responses=len(work.batch.rows_N),
         targets=targets,

@@ -29,20 +29,20 @@ def packed_logprobs(
     packed = pack(sequences, context.device, RowLayout(multiple, cp.size(), cp.rank()))
     with context.megatron_calls():
         hidden = _forward(model, architecture, context, packed)
-        logits_TV = _gather_logits(model, hidden, context, packed) if context.is_last_stage else None
-    logits_TV = _to_first_stage(logits_TV, architecture, context, packed.num_tokens)
-    if logits_TV is None:
+        logits_MV = _gather_logits(model, hidden, context, packed) if context.is_last_stage else None
+    logits_MV = _to_first_stage(logits_MV, architecture, context, packed.num_tokens)
+    if logits_MV is None:
         return []
-    logprobs_TV = torch.log_softmax(logits_TV[:, : architecture.vocab_size].float().cpu(), dim=-1)
+    logprobs_MV = torch.log_softmax(logits_MV[:, : architecture.vocab_size].float().cpu(), dim=-1)
     return [
-        logprobs_TV[start : start + len(sequence)] for start, sequence in zip(packed.starts, sequences, strict=True)
+        logprobs_MV[start : start + len(sequence)] for start, sequence in zip(packed.starts, sequences, strict=True)
     ]
 
 
 def _forward(model: nn.Module, architecture: Architecture, context: ParallelContext, packed: PackedSequences) -> Tensor:
     """Run the packed row through all pipeline stages in turn; return the output of this rank's last stage."""
     pp, chunks = context.groups.pp, chunks_of(unwrap(model))
-    rows = len(packed.tokens_T) // (context.layout.tensor if context.layout.sequence else 1)
+    rows = len(packed.tokens_M) // (context.layout.tensor if context.layout.sequence else 1)
     for number, chunk in enumerate(chunks):
         if number > 0 or not context.is_first_stage:
             received = torch.empty(
@@ -51,8 +51,8 @@ def _forward(model: nn.Module, architecture: Architecture, context: ParallelCont
             dist.recv(received, group=pp, group_src=(pp.rank() - 1) % pp.size())
             chunk.set_input_tensor([received])
         hidden = chunk(
-            input_ids=packed.tokens_T[None],
-            position_ids=packed.positions_T[None],
+            input_ids=packed.tokens_M[None],
+            position_ids=packed.positions_M[None],
             attention_mask=None,
             packed_seq_params=packed.packed_seq_params(),
         )
@@ -64,13 +64,13 @@ def _forward(model: nn.Module, architecture: Architecture, context: ParallelCont
 def _gather_logits(model: nn.Module, hidden: Tensor, context: ParallelContext, packed: PackedSequences) -> Tensor:
     """Gather the logits [rows of all context-parallel ranks, padded vocabulary] on every rank of the last stage."""
     bare, tp, cp = unwrap(model), context.groups.tp, context.groups.cp
-    own_rows_T = torch.from_numpy(packed.own_rows_T).to(context.device)
-    hidden_TH = hidden_rows(bare, hidden, torch.arange(len(own_rows_T), device=context.device), context.groups)
-    own_TV = torch.cat(_gathered(torch.nn.functional.linear(hidden_TH, bare.head_weight()), tp), dim=-1)
-    logits_TV = own_TV.new_empty(packed.num_tokens, own_TV.shape[1])
-    for rows_T, part_TV in zip(_gathered(own_rows_T, cp), _gathered(own_TV, cp), strict=True):
-        logits_TV[rows_T] = part_TV
-    return logits_TV
+    own_rows_M = torch.from_numpy(packed.own_rows_M).to(context.device)
+    hidden_MH = hidden_rows(bare, hidden, torch.arange(len(own_rows_M), device=context.device), context.groups)
+    own_MV = torch.cat(_gathered(torch.nn.functional.linear(hidden_MH, bare.head_weight()), tp), dim=-1)
+    logits_MV = own_MV.new_empty(packed.num_tokens, own_MV.shape[1])
+    for rows_M, part_MV in zip(_gathered(own_rows_M, cp), _gathered(own_MV, cp), strict=True):
+        logits_MV[rows_M] = part_MV
+    return logits_MV
 
 
 def _gathered(values: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
@@ -80,16 +80,16 @@ def _gathered(values: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
 
 
 def _to_first_stage(
-    logits_TV: Tensor | None, architecture: Architecture, context: ParallelContext, rows: int
+    logits_MV: Tensor | None, architecture: Architecture, context: ParallelContext, rows: int
 ) -> Tensor | None:
     """Send the last stage's logits to the replica's first rank; the others get None."""
     pp = context.groups.pp
     if context.groups.tp.rank() != 0 or context.groups.cp.rank() != 0:
         return None
     if pp.size() == 1:
-        return logits_TV
-    if logits_TV is not None:
-        dist.send(logits_TV.float(), group=pp, group_dst=0)
+        return logits_MV
+    if logits_MV is not None:
+        dist.send(logits_MV.float(), group=pp, group_dst=0)
     if not context.is_first_stage:
         return None
     shape = (rows, architecture.padded_vocab_size(context.layout.tensor))

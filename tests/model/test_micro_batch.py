@@ -29,9 +29,9 @@ def test_every_row_predicts_its_token(lengths: list[tuple[int, int]], multiple: 
     for start, prompt, response in zip(packed.starts, prompts, responses, strict=True):
         for t, token in enumerate(response.tolist()):
             row = int(batch.rows_N[n])
-            seen = packed.tokens_T[start : row + 1].tolist()
+            seen = packed.tokens_M[start : row + 1].tolist()
             assert seen == [*prompt.tolist(), *response[:t].tolist()]
-            assert int(packed.tokens_T[row + 1]) == token == int(batch.sampled_ids_N[n])
+            assert int(packed.tokens_M[row + 1]) == token == int(batch.sampled_ids_N[n])
             n += 1
     assert len(batch.rows_N) == len(batch.sampled_ids_N) == n
 
@@ -40,7 +40,7 @@ def test_scorings_and_examples_pack_alike() -> None:
     examples = make_examples()
     scorings = [Scoring((0, "", i, ""), e.prompt_ids, e.response_ids) for i, e in enumerate(examples)]
     first, second = example_micro_batch(examples, CPU, RowLayout(2)), scoring_micro_batch(scorings, CPU, RowLayout(2))
-    assert torch.equal(first.packed.tokens_T, second.packed.tokens_T)
+    assert torch.equal(first.packed.tokens_M, second.packed.tokens_M)
     assert torch.equal(first.rows_N, second.rows_N)
 
 

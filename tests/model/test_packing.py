@@ -22,11 +22,11 @@ lengths_of = st.lists(st.integers(1, 40), max_size=30)
 def test_sequences_lie_back_to_back_with_padding_behind(sequences: list[list[int]], multiple: int) -> None:
     packed = pack([np.array(ids, dtype=np.int32) for ids in sequences], CPU, RowLayout(multiple))
     total = sum(map(len, sequences))
-    assert packed.tokens_T.dtype == packed.positions_T.dtype == torch.int64
+    assert packed.tokens_M.dtype == packed.positions_M.dtype == torch.int64
     assert packed.cu_seqlens.dtype == torch.int32
     assert packed.num_tokens % multiple == 0 and packed.num_tokens > 0
     assert total <= packed.num_tokens < total + multiple or (total == 0 and packed.num_tokens == multiple)
-    assert packed.tokens_T.tolist() == [i for ids in sequences for i in ids] + [0] * (packed.num_tokens - total)
+    assert packed.tokens_M.tolist() == [i for ids in sequences for i in ids] + [0] * (packed.num_tokens - total)
     boundaries = packed.cu_seqlens.tolist()
     assert boundaries[0] == 0 and boundaries[-1] == packed.num_tokens
     assert boundaries[: len(packed.starts)] == list(packed.starts)
@@ -34,7 +34,7 @@ def test_sequences_lie_back_to_back_with_padding_behind(sequences: list[list[int
     ranges = list(pairwise(boundaries))
     assert [stop - start for start, stop in ranges][: len(sequences)] == [len(ids) for ids in sequences]
     assert len(ranges) == len(sequences) + (packed.num_tokens > total)
-    assert packed.positions_T.tolist() == [i for start, stop in ranges for i in range(stop - start)]
+    assert packed.positions_M.tolist() == [i for start, stop in ranges for i in range(stop - start)]
     params = packed.packed_seq_params()
     assert params.qkv_format == "thd" and params.max_seqlen_q == max(stop - start for start, stop in ranges)
 

@@ -207,7 +207,7 @@ def test_context_ranks_have_the_experts_of_their_rows() -> None:
     for rank in range(2):
         rows, packed = _packed([5, 7], experts, context=2, context_rank=rank)
         real = rows.numpy()[..., 0, 0] >= 0
-        assert (rows.numpy()[real] == whole.numpy()[packed.own_rows_T][real]).all()
+        assert (rows.numpy()[real] == whole.numpy()[packed.own_rows_M][real]).all()
         assert real.sum() in range(4, 7)
 
 

@@ -139,8 +139,8 @@ def _measure(case: Case) -> dict[str, Any]:
             packed = policy._training_work(own[:2], head).batch.packed
             with context.megatron_calls(), kept.watching():
                 output = policy.model(
-                    input_ids=packed.tokens_T[None],
-                    position_ids=packed.positions_T[None],
+                    input_ids=packed.tokens_M[None],
+                    position_ids=packed.positions_M[None],
                     attention_mask=None,
                     packed_seq_params=packed.packed_seq_params(),
                 )
