@@ -111,16 +111,16 @@ class CheckpointStore:
         final = self.root / f"step_{step:08d}"
         layout = self.context.layout
         state = RunState(
-            step,
-            layout.tensor,
-            layout.pipeline,
-            dict(vars(policy.architecture)),
-            memory.values,
-            layout.virtual_stages,
-            layout.expert,
-            layout.expert_tensor,
-            self.reshardable,
-            _dtype_of(policy),
+            step=step,
+            tensor_parallel=layout.tensor,
+            pipeline_parallel=layout.pipeline,
+            architecture=dict(vars(policy.architecture)),
+            memory=memory.values,
+            virtual_stages=layout.virtual_stages,
+            expert_parallel=layout.expert,
+            expert_tensor_parallel=layout.expert_tensor,
+            reshardable=self.reshardable,
+            dtype=_dtype_of(policy),
         )
         self._write(
             final, self._sharded(policy, self.reshardable), {_STATE: json.dumps(vars(state), indent=1)}, memory.weights

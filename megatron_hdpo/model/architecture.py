@@ -51,12 +51,12 @@ class Architecture:
     def sizes(self) -> ModelSizes:
         """The sizes that a parallel layout must divide."""
         return ModelSizes(
-            self.num_layers,
-            self.num_heads,
-            self.num_kv_heads,
-            self.ffn_size,
-            self.num_experts,
-            self.expert_ffn_size,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            ffn_size=self.ffn_size,
+            num_experts=self.num_experts,
+            expert_ffn_size=self.expert_ffn_size,
         )
 
     def padded_vocab_size(self, tensor_parallel: int, multiple: int = 128) -> int:

@@ -51,7 +51,15 @@ def micro_batch_loss(
     sums: dict[str, Tensor] = {}
     shift_N = None
     if spec.surrogate.ratio == "sequence" and inputs.moved:
-        own_N = _own_logprobs(hidden_NH, head_weight_VH, batch, spec.temperature, groups, vocab_size, head_chunk)
+        own_N = _own_logprobs(
+            hidden_NH,
+            head_weight_VH,
+            batch.sampled_ids_N,
+            temperature=spec.temperature,
+            groups=groups,
+            vocab_size=vocab_size,
+            head_chunk=head_chunk,
+        )
         shift_N = _sequence_shift(own_N, inputs, batch, groups)
 
     def objective(losses: Losses, places: Tensor) -> Tensor:
@@ -92,7 +100,8 @@ def merge_sums(sums: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
 def _own_logprobs(
     hidden_NH: Tensor,
     head_weight_VH: Tensor,
-    batch: MicroBatch,
+    sampled_ids_N: Tensor,
+    *,
     temperature: float,
     groups: ProcessGroupCollection,
     vocab_size: int,
@@ -108,7 +117,7 @@ def _own_logprobs(
             group=groups.tp,
             vocab_size=vocab_size,
         ).logprobs_T
-        for hidden, sampled in zip(hidden_NH.split(head_chunk), batch.sampled_ids_N.split(head_chunk), strict=True)
+        for hidden, sampled in zip(hidden_NH.split(head_chunk), sampled_ids_N.split(head_chunk), strict=True)
     ]
     return torch.cat(parts)
 
@@ -136,7 +145,7 @@ def _chunk_loss(
     surrogate = clipped_surrogate(losses.logprobs_T, old - shift, rollout - shift, inputs.advantages_N, spec.surrogate)
     surrogate_sum = (surrogate.loss_T * inputs.surrogate_weights_N).sum()
     total = surrogate_sum / normalisers.surrogate if normalisers.surrogate else surrogate_sum * 0.0
-    sums = _surrogate_sums(inputs, surrogate, surrogate_sum, own, old - rollout, losses)
+    sums = _surrogate_sums(inputs, surrogate, losses, surrogate_sum=surrogate_sum, own_N=own, mismatch_N=old - rollout)
     if spec.kl_coefficient and normalisers.surrogate:
         penalty_sum, kl_sums = _penalty(losses.logprobs_T, inputs)
         total = total + spec.kl_coefficient * penalty_sum / normalisers.surrogate
@@ -174,7 +183,13 @@ def _sampling_weights(own_N: Tensor, inputs: LossInputs, cap: float | None) -> T
 
 
 def _surrogate_sums(
-    inputs: LossInputs, surrogate: Surrogate, surrogate_sum: Tensor, own_N: Tensor, mismatch_N: Tensor, losses: Losses
+    inputs: LossInputs,
+    surrogate: Surrogate,
+    losses: Losses,
+    *,
+    surrogate_sum: Tensor,
+    own_N: Tensor,
+    mismatch_N: Tensor,
 ) -> dict[str, Tensor]:
     """Compute sums over the tokens of the surrogate, those with a weight other than zero.
 

@@ -97,13 +97,14 @@ def response_micro_batch(
     places, own = packed.own(_concatenate(rows, np.int64))
     sampled = _concatenate(responses, np.int64)[places]
     shared = layout is not None and layout.context > 1
+    experts = pack_routing(packed, routed_experts, [len(ids) for ids in sequences]) if routed_experts else None
     return MicroBatch(
-        packed,
-        torch.from_numpy(own).to(device),
-        torch.from_numpy(sampled).to(device),
-        tuple(len(response) for response in responses),
-        torch.from_numpy(places).to(device) if shared else None,
-        pack_routing(packed, routed_experts, [len(ids) for ids in sequences]) if routed_experts else None,
+        packed=packed,
+        rows_N=torch.from_numpy(own).to(device),
+        sampled_ids_N=torch.from_numpy(sampled).to(device),
+        responses=tuple(len(response) for response in responses),
+        places_N=torch.from_numpy(places).to(device) if shared else None,
+        routed_experts_MLK=experts,
     )
 
 

@@ -158,12 +158,12 @@ class Policy:
         scores |= score_rows(
             hidden_NH,
             self.model.head_weight(),
-            work.batch,
-            work.scorings,
-            answered,
-            self.context.groups,
-            self.vocab_size,
-            self.head_chunk,
+            batch=work.batch,
+            scorings=work.scorings,
+            answered=answered,
+            groups=self.context.groups,
+            vocab_size=self.vocab_size,
+            head_chunk=self.head_chunk,
         )
         return output.sum() * 0.0
 
@@ -236,13 +236,13 @@ class Policy:
         loss, batch_sums = micro_batch_loss(
             hidden_rows(self.model, output, work.batch.rows_N, groups),
             self.model.head_weight(),
-            work.batch,
-            work.inputs,
-            spec,
-            normalisers,
-            groups,
-            self.vocab_size,
-            self.head_chunk,
+            batch=work.batch,
+            inputs=work.inputs,
+            spec=spec,
+            normalisers=normalisers,
+            groups=groups,
+            vocab_size=self.vocab_size,
+            head_chunk=self.head_chunk,
         )
         sums.add(batch_sums)
         return loss

@@ -26,7 +26,8 @@ def bind(model: nn.Module, architecture: Architecture, context: ParallelContext)
     chunks = chunks_of(unwrap(model))
     for number, chunk in enumerate(chunks):
         stage = number * context.groups.pp.size() + context.groups.pp.rank()
-        bound |= _bind_chunk(chunk, architecture, context, len(chunks) * context.groups.pp.size(), stage, problems)
+        stages = len(chunks) * context.groups.pp.size()
+        bound |= _bind_chunk(chunk, architecture, context, stages=stages, stage=stage, problems=problems)
     if lines := problems.lines():
         tp, pp = context.groups.tp, context.groups.pp
         where = f"rank {context.rank} (TP {tp.rank()} of {tp.size()}, PP {pp.rank()} of {pp.size()})"
@@ -57,7 +58,13 @@ class _Problems:
 
 
 def _bind_chunk(
-    chunk: nn.Module, architecture: Architecture, context: ParallelContext, stages: int, stage: int, problems: _Problems
+    chunk: nn.Module,
+    architecture: Architecture,
+    context: ParallelContext,
+    *,
+    stages: int,
+    stage: int,
+    problems: _Problems,
 ) -> Bound:
     bound: Bound = {}
     parameters = dict(chunk.named_parameters())

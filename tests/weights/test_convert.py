@@ -154,7 +154,7 @@ def _training_checkpoint(folder: Path) -> None:
                     parameter.main_grad.fill_(0.1)
                 optimizer.step()
         store = CheckpointStore(folder / "run", context, keep=1)
-        path = store.save(2, Policy(architecture, context, ddp, 256, optimizer, schedule))
+        path = store.save(2, Policy(architecture, context, ddp, 256, optimizer=optimizer, schedule=schedule))
         trained = dict(stream_hf(ddp, architecture, context))
     with layout(1, 2) as context:
         with pytest.raises(WeightsError, match="--config"):

@@ -127,7 +127,7 @@ def _training_checkpoint(source: Path, out: Path) -> None:
                 parameter.main_grad.fill_(0.1)
             optimizer.step()
         path = CheckpointStore(out / "run", context, keep=1).save(
-            1, Policy(architecture, context, ddp, 256, optimizer, schedule)
+            1, Policy(architecture, context, ddp, 256, optimizer=optimizer, schedule=schedule)
         )
         trained = dict(stream_hf(ddp, architecture, context))
     with layout(1, 2, virtual_stages=2) as context:

@@ -23,7 +23,7 @@ def _saves(source: Path, out: Path, tensor: int, pipeline: int) -> None:
         load_hf(model, architecture, context, source)
         save_hf(model, architecture, context, source, out / "whole")
         save_hf(model, architecture, context, source, out / "sharded", max_shard_bytes=100_000)
-        save_hf(model, architecture, context, source, out / "half", torch.bfloat16)
+        save_hf(model, architecture, context, source, out / "half", dtype=torch.bfloat16)
         before = copy_to_host(model)
         load_hf(model, architecture, context, out / "sharded")
         assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
