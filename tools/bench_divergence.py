@@ -37,7 +37,16 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from megatron_hdpo.divergence import FullLogits, TopK, divergence, head_loss, head_losses, logit_losses
+from megatron_hdpo.divergence import (
+    JSD,
+    DivergenceSpec,
+    FullLogits,
+    TopK,
+    divergence,
+    head_loss,
+    head_losses,
+    logit_losses,
+)
 from megatron_hdpo.divergence import vocab_parallel_topk as topk_of
 
 Contender = Callable[[Tensor], Tensor]
@@ -85,8 +94,8 @@ def contenders(setting: Setting, full: bool) -> tuple[Tensor, dict[str, Contende
     group = setting.group
     runs, missing = _cross_entropies(ids), {}
 
-    def ours(**options: Any) -> Contender:
-        return lambda z: divergence(z, topk, group=group, inplace_backward=True, **options).sum()
+    def ours(spec: DivergenceSpec = JSD) -> Contender:
+        return lambda z: divergence(z, topk, spec, group=group, inplace_backward=True).sum()
 
     def everything(z: Tensor) -> Tensor:
         losses = logit_losses(z, ids, topk, group=group, inplace_backward=True)
@@ -95,16 +104,16 @@ def contenders(setting: Setting, full: bool) -> tuple[Tensor, dict[str, Contende
 
     runs["top-k JSD, outside"] = ours()
     runs["top-k JSD, outside, new gradient"] = lambda z: divergence(z, topk, group=group).sum()
-    runs["top-k JSD, bucket"] = ours(tail="bucket")
-    runs["top-k forward KL, outside"] = ours(kind="forward_kl")
-    runs["top-k reverse KL, bucket"] = ours(kind="reverse_kl", tail="bucket")
-    runs["top-k JSD, renormalise"] = ours(tail="renormalise")
+    runs["top-k JSD, bucket"] = ours(DivergenceSpec(tail="bucket"))
+    runs["top-k forward KL, outside"] = ours(DivergenceSpec("forward_kl"))
+    runs["top-k reverse KL, bucket"] = ours(DivergenceSpec("reverse_kl", tail="bucket"))
+    runs["top-k JSD, renormalise"] = ours(DivergenceSpec(tail="renormalise"))
     runs["log-prob + entropy + top-k JSD"] = everything
     if full:
         target = FullLogits(teacher)
         for kind in ("jsd", "forward_kl", "reverse_kl", "skew_forward", "skew_reverse"):
             runs[f"full {kind}"] = lambda z, kind=kind: divergence(
-                z, target, kind, group=group, inplace_backward=True
+                z, target, DivergenceSpec(kind), group=group, inplace_backward=True
             ).sum()
         if setting.tp == 1:
             runs["plain torch full JSD"] = lambda z: _plain_jsd(z, teacher)
@@ -306,7 +315,8 @@ def check_kernels() -> dict[str, float]:
                 triton_pass.suits = suits if use else (lambda *_: False)  # type: ignore[assignment]
                 try:
                     z = logits.clone().requires_grad_()
-                    losses = logit_losses(z, ids, topk, kind=kind, tail=tail, temperature=0.8, vocab_size=50_257)
+                    spec = DivergenceSpec(kind, tail=tail)
+                    losses = logit_losses(z, ids, topk, spec=spec, temperature=0.8, vocab_size=50_257)
                     (losses.logprobs_T + losses.entropy_T + losses.divergence_T).sum().backward()  # type: ignore[operator]
                 finally:
                     triton_pass.suits = suits

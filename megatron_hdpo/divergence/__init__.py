@@ -6,11 +6,12 @@ Imports no other room, and only torch (Triton where it is installed). Start with
 
 from megatron_hdpo.divergence.gather import vocab_parallel_logprobs, vocab_parallel_topk
 from megatron_hdpo.divergence.head import head_loss, head_losses
-from megatron_hdpo.divergence.kinds import KINDS, TAILS, DivergenceSpec
+from megatron_hdpo.divergence.kinds import JSD, KINDS, TAILS, DivergenceSpec
 from megatron_hdpo.divergence.losses import Losses, divergence, logit_losses, vocab_parallel_entropy
 from megatron_hdpo.divergence.targets import FullLogits, Hidden, Target, TopK
 
 __all__ = [
+    "JSD",
     "KINDS",
     "TAILS",
     "DivergenceSpec",

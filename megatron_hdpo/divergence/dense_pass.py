@@ -79,7 +79,15 @@ def _normalisers(logits_TV: Tensor, sampled: OwnedEntries, teacher: Teacher, opt
         best_R = max_R / t_d - lse_teacher_R
     entropy_T = total["sum"].log() - total["energy"] / total["sum"] if "energy" in total else None
     lse_T, lse_d_T = max_T / t_s + total["sum"].log(), max_T / t_d + total["other"].log()
-    return _Normalisers(local_max_T, lse_T, lse_d_T, entropy_T, total["sampled"], lse_teacher_R, best_R)
+    return _Normalisers(
+        local_max_T=local_max_T,
+        lse_T=lse_T,
+        lse_distill_T=lse_d_T,
+        entropy_T=entropy_T,
+        sampled_T=total["sampled"],
+        lse_teacher_R=lse_teacher_R,
+        best_R=best_R,
+    )
 
 
 @dataclass(frozen=True)
@@ -134,7 +142,14 @@ class DensePass:
         sampled = OwnedEntries.find(ids_T.unsqueeze(-1), None, options.shard)
         stats = _normalisers(logits_TV, sampled, teacher, options)
         lse_R = at_rows(stats.lse_distill_T, teacher.rows)
-        rows = DenseRows(teacher, options.shard, options.distill_temperature, lse_R, stats.lse_teacher_R, stats.best_R)
+        rows = DenseRows(
+            teacher=teacher,
+            shard=options.shard,
+            temperature=options.distill_temperature,
+            lse_R=lse_R,
+            lse_teacher_R=stats.lse_teacher_R,
+            best_R=stats.best_R,
+        )
         terms = _sum_summands(logits_TV, rows, options.spec)
         logprobs_T = None
         if options.logprobs:
@@ -142,7 +157,15 @@ class DensePass:
         entropy_T = None if stats.entropy_T is None else stats.entropy_T.detach()
         tokens = logits_TV.shape[0]
         mine = (spread(x, teacher.rows, tokens) for x in (terms.value_R, *terms.diagnostics))
-        return cls(Outputs(logprobs_T, entropy_T, *mine), options, sampled, stats, rows, terms, ids_T)
+        return cls(
+            outputs=Outputs(logprobs_T, entropy_T, *mine),
+            options=options,
+            sampled=sampled,
+            stats=stats,
+            rows=rows,
+            terms=terms,
+            ids_T=ids_T,
+        )
 
     def with_teacher(self, teacher: Teacher) -> DensePass:
         """Return the same pass with another source of the same teacher logits for its gradient."""
@@ -169,7 +192,7 @@ class DensePass:
             )
         grad_TV = gradient_storage(logits_TV, inplace)
         adder = _Adder(self, logprob_T, self._weight_of_rows(upstream))
-        write_dense(grad_TV, logits_TV, self.options.shard, terms, adder, self.rows.teacher.height)
+        write_dense(grad_TV, logits_TV, self.options.shard, terms, add=adder, at_least=self.rows.teacher.height)
         return grad_TV
 
     def _weight_of_rows(self, upstream: Upstream) -> Tensor | None:

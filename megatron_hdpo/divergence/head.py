@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_hdpo.divergence.head_run import Chunk, HeadRun
-from megatron_hdpo.divergence.kinds import DivergenceSpec
+from megatron_hdpo.divergence.kinds import JSD, DivergenceSpec
 from megatron_hdpo.divergence.losses import Losses, run_pass
 from megatron_hdpo.divergence.options import Options, Outputs, Upstream
 from megatron_hdpo.divergence.shard import Group
@@ -37,10 +37,7 @@ def head_losses(
     sampled_ids_T: Tensor,
     target: Target | None = None,
     *,
-    kind: str = "jsd",
-    beta: float = 0.5,
-    tail: str = "outside",
-    clip: float | None = None,
+    spec: DivergenceSpec = JSD,
     distill_temperature: float = 1.0,
     temperature: float = 1.0,
     entropy: bool = True,
@@ -61,9 +58,24 @@ def head_losses(
     sequence_parallel, one reduce-scatter per chunk), so no other layer may sum it over the group again. The gradient of
     the head weight is accumulated in float32 (float64). Other arguments and errors as in logit_losses.
     """
-    run = HeadRun.of(hidden_TH, head_weight_VH, sampled_ids_T, target, chunk, group, vocab_size, sequence_parallel)
-    spec = DivergenceSpec(kind, beta, tail, clip)
-    options = Options(run.shard, spec, temperature, distill_temperature, True, entropy)
+    run = HeadRun.of(
+        hidden_TH,
+        head_weight_VH,
+        sampled_ids_T,
+        target,
+        chunk=chunk,
+        group=group,
+        vocab_size=vocab_size,
+        sequence_parallel=sequence_parallel,
+    )
+    options = Options(
+        shard=run.shard,
+        spec=spec,
+        temperature=temperature,
+        distill_temperature=distill_temperature,
+        logprobs=True,
+        entropy=entropy,
+    )
     outputs = _HeadLosses.apply(hidden_TH.reshape(-1, hidden_TH.shape[-1]), head_weight_VH, run, options)
     return Losses(*(None if out is None else out.view(sampled_ids_T.shape) for out in outputs))
 
@@ -75,10 +87,7 @@ def head_loss(
     objective: ChunkObjective,
     target: Target | None = None,
     *,
-    kind: str = "jsd",
-    beta: float = 0.5,
-    tail: str = "outside",
-    clip: float | None = None,
+    spec: DivergenceSpec = JSD,
     distill_temperature: float = 1.0,
     temperature: float = 1.0,
     entropy: bool = True,
@@ -94,9 +103,24 @@ def head_loss(
     of the group. It runs inside the forward; only gradients through the chunk's losses are used. The returned losses
     are detached. Other arguments and errors as in head_losses; a second backward raises RuntimeError.
     """
-    run = HeadRun.of(hidden_TH, head_weight_VH, sampled_ids_T, target, chunk, group, vocab_size, sequence_parallel)
-    spec = DivergenceSpec(kind, beta, tail, clip)
-    options = Options(run.shard, spec, temperature, distill_temperature, True, entropy)
+    run = HeadRun.of(
+        hidden_TH,
+        head_weight_VH,
+        sampled_ids_T,
+        target,
+        chunk=chunk,
+        group=group,
+        vocab_size=vocab_size,
+        sequence_parallel=sequence_parallel,
+    )
+    options = Options(
+        shard=run.shard,
+        spec=spec,
+        temperature=temperature,
+        distill_temperature=distill_temperature,
+        logprobs=True,
+        entropy=entropy,
+    )
     flat_TH = hidden_TH.reshape(-1, hidden_TH.shape[-1])
     wants = hidden_TH.requires_grad, head_weight_VH.requires_grad
     total, *outputs = _HeadLoss.apply(flat_TH, head_weight_VH, run, options, objective, wants)

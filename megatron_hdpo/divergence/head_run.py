@@ -58,6 +58,7 @@ class HeadRun:
         head_weight_VH: Tensor,
         sampled_ids_T: Tensor,
         target: Target | None,
+        *,
         chunk: int,
         group: Group,
         vocab_size: int | None,

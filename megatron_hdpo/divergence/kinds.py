@@ -87,6 +87,10 @@ class DivergenceSpec:
         return 0.0
 
 
+JSD = DivergenceSpec()
+"""The default of all functions here: the Jensen-Shannon divergence (beta 0.5) with tail `outside` and no clip."""
+
+
 def summands(
     spec: DivergenceSpec,
     lp: Tensor,
@@ -99,7 +103,7 @@ def summands(
     weights: of forward and reverse KL for `akl`, [..., 1] each. pq: the probabilities, if they are already computed.
     """
     p, q = (lp.exp(), lq.exp()) if pq is None else pq
-    t, r = _raw_summands(spec, lp, lq, p, q, weights)
+    t, r = _raw_summands(spec, lp, lq, p=p, q=q, weights=weights)
     if spec.clip is not None:
         r = r.masked_fill(t > spec.clip, 0.0)
         t = t.clamp(max=spec.clip)
@@ -107,7 +111,7 @@ def summands(
 
 
 def _raw_summands(
-    spec: DivergenceSpec, lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, weights: tuple[Tensor, Tensor] | None
+    spec: DivergenceSpec, lp: Tensor, lq: Tensor, *, p: Tensor, q: Tensor, weights: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
     b, base = spec.beta, spec.base
     if base == "forward_kl":

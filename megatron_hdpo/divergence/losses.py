@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_hdpo.divergence import triton_pass
 from megatron_hdpo.divergence.dense_pass import DensePass
-from megatron_hdpo.divergence.kinds import DivergenceSpec, needs_dense
+from megatron_hdpo.divergence.kinds import JSD, DivergenceSpec, needs_dense
 from megatron_hdpo.divergence.options import Options, Pass, Upstream
 from megatron_hdpo.divergence.rows import ScatteredTopK
 from megatron_hdpo.divergence.shard import Group, Shard, compute_dtype
@@ -45,10 +45,7 @@ def logit_losses(
     sampled_ids_T: Tensor | None,
     target: Target | None = None,
     *,
-    kind: str = "jsd",
-    beta: float = 0.5,
-    tail: str = "outside",
-    clip: float | None = None,
+    spec: DivergenceSpec = JSD,
     distill_temperature: float = 1.0,
     temperature: float = 1.0,
     entropy: bool = True,
@@ -60,19 +57,25 @@ def logit_losses(
 
     logits_TV_local: [..., V / tp], this rank's contiguous shard of the vocabulary, finite. sampled_ids_T: int64 [...],
     global ids, -1 for tokens without one. target: TopK, FullLogits or Hidden; it may cover a subset of the tokens.
-    kind, beta, tail, clip: see DivergenceSpec. temperature: of log-probs and entropy. distill_temperature: divides the
+    spec: the divergence to the target. temperature: of log-probs and entropy. distill_temperature: divides the
     student's logits for the divergence, and the logits of a full target; a TopK target must already be at this
     temperature. There is no factor of temperature squared. vocab_size: tokens from this id on are padding, without
     probability or gradient. inplace_backward: the gradient overwrites the storage of the logits (only if they are
     contiguous); no other code may use the logits afterwards.
     Every rank of the group must call with the same shapes and options. Raises ValueError on shapes, ids, temperatures
-    or a vocab_size that do not fit, and on a kind and tail that cannot be combined.
+    or a vocab_size that do not fit, and on a spec whose kind and tail cannot be combined.
     """
     lead, width = logits_TV_local.shape[:-1], logits_TV_local.shape[-1]
     logits_TV = logits_TV_local.reshape(-1, width)
     shard = Shard.of(width, group, vocab_size)
-    spec = DivergenceSpec(kind, beta, tail, clip)
-    options = Options(shard, spec, temperature, distill_temperature, sampled_ids_T is not None, entropy)
+    options = Options(
+        shard=shard,
+        spec=spec,
+        temperature=temperature,
+        distill_temperature=distill_temperature,
+        logprobs=sampled_ids_T is not None,
+        entropy=entropy,
+    )
     ids_T = None if sampled_ids_T is None else flat_ids(sampled_ids_T, lead, shard.vocab_size, logits_TV.device)
     flat = None if target is None else flat_target(target, logits_TV, shard)
     outputs = _LogitLosses.apply(logits_TV, ids_T, flat, options, inplace_backward)
@@ -82,10 +85,8 @@ def logit_losses(
 def divergence(
     logits_TV_local: Tensor,
     target: Target,
-    kind: str = "jsd",
-    beta: float = 0.5,
-    tail: str = "outside",
-    clip: float | None = None,
+    spec: DivergenceSpec = JSD,
+    *,
     temperature: float = 1.0,
     group: Group = None,
     vocab_size: int | None = None,
@@ -100,10 +101,7 @@ def divergence(
         logits_TV_local,
         None,
         target,
-        kind=kind,
-        beta=beta,
-        tail=tail,
-        clip=clip,
+        spec=spec,
         distill_temperature=temperature,
         temperature=temperature,
         entropy=False,

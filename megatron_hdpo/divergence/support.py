@@ -41,7 +41,13 @@ class SupportTerms:
 
 
 def support_terms(
-    spec: DivergenceSpec, lp_RK: Tensor, lq_RK: Tensor, used_RK: Tensor, rest_R: Tensor | None, vocab_size: int
+    spec: DivergenceSpec,
+    *,
+    lp_RK: Tensor,
+    lq_RK: Tensor,
+    used_RK: Tensor,
+    rest_R: Tensor | None,
+    vocab_size: int,
 ) -> SupportTerms:
     """Compute the terms of a divergence on the support.
 
@@ -65,12 +71,12 @@ def support_terms(
     none_R = ~some_R1.squeeze(-1)
     top_R = q_RK.gather(-1, lp_RK.argmax(-1, keepdim=True)).squeeze(-1)
     return SupportTerms(
-        value_R.masked_fill(none_R, 0.0),
-        grad_RK.masked_fill(~used_RK, 0.0),
-        outside_R.masked_fill(none_R, 0.0),
-        q_RK.sum(-1),
-        torch.minimum(lp_hat_RK.exp(), q_RK).sum(-1),
-        top_R,
+        value_R=value_R.masked_fill(none_R, 0.0),
+        grad_RK=grad_RK.masked_fill(~used_RK, 0.0),
+        outside_R=outside_R.masked_fill(none_R, 0.0),
+        mass_R=q_RK.sum(-1),
+        covered_R=torch.minimum(lp_hat_RK.exp(), q_RK).sum(-1),
+        top_R=top_R,
     )
 
 

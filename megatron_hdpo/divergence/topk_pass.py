@@ -64,13 +64,13 @@ def _normalisers(logits_TV: Tensor, entries: _Entries, options: Options) -> Norm
     sum_T, other_T = total["sum"], total.get("other", total["sum"])
     rows = None if entries.target is None else entries.target.rows
     return Normalisers(
-        local_max_T,
-        max_T / options.temperature + sum_T.log(),
-        max_T / options.distill_temperature + other_T.log(),
-        sum_T.log() - total["energy"] / sum_T if "energy" in total else None,
-        total["sampled"],
-        total.get("support"),
-        total["rest"] / at_rows(other_T, rows) if "rest" in total else None,
+        local_max_T=local_max_T,
+        lse_T=max_T / options.temperature + sum_T.log(),
+        lse_distill_T=max_T / options.distill_temperature + other_T.log(),
+        entropy_T=sum_T.log() - total["energy"] / sum_T if "energy" in total else None,
+        sampled_T=total["sampled"],
+        support_RK=total.get("support"),
+        rest_R=total["rest"] / at_rows(other_T, rows) if "rest" in total else None,
     )
 
 
@@ -123,7 +123,15 @@ class TopKPass:
         logprobs_T = (stats.sampled_T / options.temperature - stats.lse_T).masked_fill(ids_T < 0, 0.0)
         terms = None if target is None else _target_terms(stats, target, options)
         outputs = _outputs(options, stats, logprobs_T, terms, target)
-        return cls(outputs, options, entries, stats, terms, ids_T, logprobs_T.detach())
+        return cls(
+            outputs=outputs,
+            options=options,
+            entries=entries,
+            stats=stats,
+            terms=terms,
+            ids_T=ids_T,
+            logprobs_T=logprobs_T.detach(),
+        )
 
     def without_outputs(self) -> TopKPass:
         """Return the pass without its outputs; see options.Pass."""
@@ -150,9 +158,15 @@ def _target_terms(stats: Normalisers, target: TopK, options: Options) -> Support
     parts = []
     for block in row_blocks(count, 8 * k, support_RK) if count else [slice(0, 0)]:
         lq_RK = support_RK[block] / options.distill_temperature - lse_R[block].unsqueeze(-1)
-        rest_R = None if stats.rest_R is None else stats.rest_R[block]
-        lp_RK, used_RK = target.logprobs_TK[block].to(lq_RK.dtype), target.ids_TK[block] >= 0
-        parts.append(support_terms(options.spec, lp_RK, lq_RK, used_RK, rest_R, options.shard.vocab_size))
+        terms = support_terms(
+            options.spec,
+            lp_RK=target.logprobs_TK[block].to(lq_RK.dtype),
+            lq_RK=lq_RK,
+            used_RK=target.ids_TK[block] >= 0,
+            rest_R=None if stats.rest_R is None else stats.rest_R[block],
+            vocab_size=options.shard.vocab_size,
+        )
+        parts.append(terms)
     return SupportTerms.joined(parts)
 
 

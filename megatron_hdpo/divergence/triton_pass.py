@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -56,10 +56,11 @@ class _Buffers:
     @classmethod
     def empty(cls, tokens: int, target: TopK | None, device: torch.device) -> _Buffers:
         """Allocate the buffers."""
-        rows = torch.empty((6, tokens), dtype=torch.float32, device=device).unbind(0)
+        names = ("max_T", "sum_T", "energy_T", "other_T", "sampled_T", "rest_T")
+        rows = torch.empty((len(names), tokens), dtype=torch.float32, device=device).unbind(0)
         shape = (1, 1) if target is None else target.ids_TK.shape
         support_RK = torch.empty(shape, dtype=torch.float32, device=device)
-        return cls(rows[0], rows[1], rows[2], rows[3], rows[4], support_RK, rows[5])
+        return cls(support_RK=support_RK, **dict(zip(names, rows, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -157,8 +158,8 @@ def _finish(sums: _Buffers, ids_T: Tensor, row_T: Tensor, target: TopK | None, o
     from megatron_hdpo.divergence.triton_kernels import KIND_CODES, TAIL_CODES, finish_kernel
 
     modes, spec, tokens = _Modes.of(target, options), options.spec, ids_T.shape[0]
-    a, b, c, d, e, f, g, h, i = (torch.empty_like(sums.max_T) for _ in range(9))
-    out = _Finished(a, b, c, d, e, f, g, h, torch.empty_like(sums.support_RK), i)
+    like = {f.name: sums.support_RK if f.name == "grad_RK" else sums.max_T for f in fields(_Finished)}
+    out = _Finished(**{name: torch.empty_like(tensor) for name, tensor in like.items()})
     ids_RK, logprobs_RK = (ids_T, sums.sum_T) if target is None else (target.ids_TK, target.logprobs_TK)
     k = 1 if target is None else ids_RK.shape[-1]
     finish_kernel[(tokens,)](
@@ -205,7 +206,7 @@ class TritonPass:
         if target is not None:
             parts = done.value_T, done.mass_T, done.covered_T, done.top_T
             outputs = Outputs(shown_T, entropy_T, *(part.detach() for part in parts))
-        return cls(outputs, options, target, ids_T, row_T, sums, done)
+        return cls(outputs=outputs, options=options, target=target, ids_T=ids_T, row_T=row_T, sums=sums, done=done)
 
     def without_outputs(self) -> TritonPass:
         """Return the pass without its outputs; see options.Pass."""

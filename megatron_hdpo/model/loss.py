@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_hdpo.divergence import Losses, head_loss, logit_losses
+from megatron_hdpo.divergence import DivergenceSpec, Losses, head_loss, logit_losses
 from megatron_hdpo.model.micro_batch import LossInputs, MicroBatch
 from megatron_hdpo.objectives.surrogate import Surrogate, clipped_surrogate
 from megatron_hdpo.types.learning import DistillConfig, LossSpec
@@ -75,10 +75,7 @@ def micro_batch_loss(
         batch.sampled_ids_N,
         objective,
         inputs.target if spec.distill is not None else None,
-        kind=distill.kind,
-        beta=distill.beta,
-        tail=distill.tail,
-        clip=distill.clip,
+        spec=DivergenceSpec(kind=distill.kind, beta=distill.beta, tail=distill.tail, clip=distill.clip),
         distill_temperature=distill.temperature,
         temperature=spec.temperature,
         chunk=head_chunk,

@@ -11,7 +11,13 @@ import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_hdpo.divergence import FullLogits, logit_losses, vocab_parallel_logprobs, vocab_parallel_topk
+from megatron_hdpo.divergence import (
+    DivergenceSpec,
+    FullLogits,
+    logit_losses,
+    vocab_parallel_logprobs,
+    vocab_parallel_topk,
+)
 from megatron_hdpo.model.micro_batch import MicroBatch
 from megatron_hdpo.types.learning import Score, Scoring, ScoringKey, Weights
 from megatron_hdpo.types.rollouts import TopLogprobs
@@ -156,7 +162,7 @@ class _Rows:
             logits_CV,
             sampled_C,
             target,
-            kind="reverse_kl",
+            spec=DivergenceSpec("reverse_kl"),
             temperature=temperature,
             distill_temperature=temperature,
             **self.shard,

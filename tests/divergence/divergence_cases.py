@@ -39,6 +39,10 @@ class Case:
     seed: int = 0
 
     @property
+    def spec(self) -> DivergenceSpec:
+        return DivergenceSpec(kind=self.kind, beta=self.beta, tail=self.tail, clip=self.clip)
+
+    @property
     def columns(self) -> int:
         return 4 * self.width
 
@@ -103,10 +107,7 @@ def engine(case: Case, group: Any, rank: int, size: int) -> dict[str, Tensor]:
         leaf * 1.0 if case.inplace else leaf,
         data.ids_T,
         target,
-        kind=case.kind,
-        beta=case.beta,
-        tail=case.tail,
-        clip=case.clip,
+        spec=case.spec,
         distill_temperature=case.distill_temperature,
         temperature=case.temperature,
         group=group,

@@ -10,7 +10,15 @@ import torch
 import torch.distributed as dist
 from divergence_ranks import Ranks
 
-from megatron_hdpo.divergence import FullLogits, TopK, divergence, head_loss, logit_losses, vocab_parallel_topk
+from megatron_hdpo.divergence import (
+    DivergenceSpec,
+    FullLogits,
+    TopK,
+    divergence,
+    head_loss,
+    logit_losses,
+    vocab_parallel_topk,
+)
 
 Calls = list[tuple[str, int]]
 
@@ -59,7 +67,8 @@ def count(group: Any, rank: int, size: int, what: str, tokens: int) -> tuple[Cal
         elif what == "full":
             loss = logit_losses(logits, ids, FullLogits(logits.detach()), group=group).divergence_T.sum()
         else:
-            losses = logit_losses(logits, ids, topk, group=group, tail="bucket", temperature=0.5)
+            spec = DivergenceSpec(tail="bucket")
+            losses = logit_losses(logits, ids, topk, spec=spec, group=group, temperature=0.5)
             loss = losses.logprobs_T.sum() + losses.entropy_T.sum() + losses.divergence_T.sum()
     with Counter() as backward:
         loss.backward()

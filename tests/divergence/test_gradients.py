@@ -11,7 +11,7 @@ from divergence_cases import KINDS, TAILS, Case, assert_agrees, cases, engine, h
 from divergence_ranks import Ranks
 from hypothesis import HealthCheck, given, settings
 
-from megatron_hdpo.divergence import logit_losses, vocab_parallel_topk
+from megatron_hdpo.divergence import DivergenceSpec, logit_losses, vocab_parallel_topk
 
 
 def run_case(group: Any, rank: int, size: int, case: Case) -> dict[str, torch.Tensor]:
@@ -59,7 +59,8 @@ def test_gradient_is_the_slope_of_the_value(kind: str, tail: str) -> None:
     ids = torch.tensor([0, 5, -1])
 
     def outputs(z: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        losses = logit_losses(z, ids, target, kind=kind, tail=tail, vocab_size=11, temperature=0.8)
+        spec = DivergenceSpec(kind, tail=tail)
+        losses = logit_losses(z, ids, target, spec=spec, vocab_size=11, temperature=0.8)
         assert losses.logprobs_T is not None and losses.entropy_T is not None and losses.divergence_T is not None
         return losses.logprobs_T, losses.entropy_T, losses.divergence_T
 

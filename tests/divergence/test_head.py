@@ -38,9 +38,8 @@ def engine(group: Any, rank: int, size: int, case: Case, way: str, chunk: int, s
     if case.target == "hidden":
         target = Hidden(data.teacher_hidden_RH, data.teacher_head_VH[shard], data.rows)
     options: dict[str, Any] = dict(
-        kind=case.kind, beta=case.beta, tail=case.tail, clip=case.clip, temperature=case.temperature,
-        distill_temperature=case.distill_temperature, chunk=chunk, group=group, vocab_size=case.vocab,
-        sequence_parallel=sp,
+        spec=case.spec, temperature=case.temperature, distill_temperature=case.distill_temperature, chunk=chunk,
+        group=group, vocab_size=case.vocab, sequence_parallel=sp,
     )  # fmt: skip
     up_3T = data.upstream_3T
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from distributed_helper import run_ranks
 
-from megatron_hdpo.divergence import FullLogits, divergence, head_losses, vocab_parallel_topk
+from megatron_hdpo.divergence import DivergenceSpec, FullLogits, divergence, head_losses, vocab_parallel_topk
 
 KINDS = ("jsd", "forward_kl", "skew_forward", "skew_reverse")
 
@@ -27,7 +27,7 @@ def _on_a_rank() -> dict:
     results = {"topk": vocab_parallel_topk(teacher[:, columns], 4, group=dist.group.WORLD).logprobs_TK.numpy()}
     for kind in KINDS:
         logits = student[:, columns].clone().requires_grad_()
-        value = divergence(logits, FullLogits(teacher[:, columns]), kind=kind, group=dist.group.WORLD)
+        value = divergence(logits, FullLogits(teacher[:, columns]), DivergenceSpec(kind), group=dist.group.WORLD)
         value.sum().backward()
         results[kind] = value.detach().numpy(), logits.grad.numpy()
     dist.destroy_process_group()
@@ -40,7 +40,7 @@ def test_a_masked_shard_on_two_ranks_equals_one():
     torch.testing.assert_close(torch.from_numpy(ranks[0]["topk"]), teacher.log_softmax(-1).topk(4).values)
     for kind in KINDS:
         logits = student.clone().requires_grad_()
-        value = divergence(logits, FullLogits(teacher), kind=kind)
+        value = divergence(logits, FullLogits(teacher), DivergenceSpec(kind))
         value.sum().backward()
         for rank, result in enumerate(ranks):
             torch.testing.assert_close(torch.from_numpy(result[kind][0]), value.detach())

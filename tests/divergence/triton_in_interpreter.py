@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from divergence_cases import KINDS, TAILS, Case, assert_agrees, build, engine, has_meaning, reference
 
-from megatron_hdpo.divergence import triton_pass
+from megatron_hdpo.divergence import DivergenceSpec, triton_pass
 
 TRUNCATION = 2.0**-7  # the interpreter cuts float32 off to bfloat16 where a GPU rounds
 
@@ -83,7 +83,8 @@ def only_parts_of_the_objective() -> None:
         results = []
         for dtype in (torch.float32, torch.float64):
             z = data.logits_TV.detach().clone().to(dtype).requires_grad_()
-            losses = logit_losses(z, data.ids_T, target, tail="bucket", temperature=0.7, vocab_size=case.vocab)
+            spec = DivergenceSpec(tail="bucket")
+            losses = logit_losses(z, data.ids_T, target, spec=spec, temperature=0.7, vocab_size=case.vocab)
             out = [losses.logprobs_T, losses.entropy_T, losses.divergence_T][part]
             if out is not None:
                 (out * data.upstream_3T[part]).sum().backward()
