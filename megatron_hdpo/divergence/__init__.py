@@ -1,6 +1,6 @@
 """Divergences between a student and a teacher over a sharded vocabulary, exact in value and gradient.
 
-Imports no other room, and only torch (Triton where it is installed). Start with `kinds.py` (the formulas), then
+Imports torch (and Triton) and `types/divergences.py`, nothing else. Start with `kinds.py` (the formulas), then
 `losses.py` (the functions on logits) and `head.py` (the same from hidden states); docs/divergence.md has the proofs.
 """
 

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-KINDS = ("jsd", "forward_kl", "reverse_kl", "skew_forward", "skew_reverse", "akl")
-TAILS = ("outside", "literal", "bucket", "renormalise")
+from megatron_hdpo.types.divergences import DivergenceKind, DivergenceTail
+
+KINDS: tuple[str, ...] = get_args(DivergenceKind)
+TAILS: tuple[str, ...] = get_args(DivergenceTail)
 
 # Log-probability of an impossible token: finite, so that 0 * log 0 is 0; its exp is 0 in every dtype.
 LOG_ZERO = -1e30

@@ -28,6 +28,7 @@ from megatron_hdpo.objectives.privileged import PrivilegedFilter, PrivilegedRoll
 from megatron_hdpo.objectives.settings import Surroundings
 from megatron_hdpo.objectives.siblings import PrivilegedPrompts
 from megatron_hdpo.objectives.targets import Place, target_of, target_scorings
+from megatron_hdpo.types.divergences import DivergenceKind
 from megatron_hdpo.types.learning import DistillConfig, Example, LossSpec, Score, Scoring, ScoringKey
 from megatron_hdpo.types.rollouts import Group, Sample
 
@@ -42,9 +43,7 @@ class PACEDConfig(DistillationConfig):
         default_factory=lambda: DistillConfig(coefficient=1.0, kind="forward_kl", tail="bucket", top_k=100),
         description="The divergence and its weight; its kind is that of the first stage.",
     )
-    second_kind: Literal["jsd", "forward_kl", "reverse_kl", "skew_forward", "skew_reverse", "akl"] = Field(
-        "reverse_kl", description="Which divergence from switch_step on."
-    )
+    second_kind: DivergenceKind = Field("reverse_kl", description="Which divergence from switch_step on.")
     switch_step: int = Field(
         50, ge=0, description="Rollout step, from 0, at which the second stage begins; 0: no first stage."
     )

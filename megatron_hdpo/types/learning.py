@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from megatron_hdpo.types.divergences import DivergenceKind, DivergenceTail
 from megatron_hdpo.types.rollouts import Group, TopLogprobs
 
 Weights = Literal["policy", "teacher", "reference"]
@@ -143,13 +144,9 @@ class DistillConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     coefficient: float = Field(0.1, ge=0, description="Weight of the divergence beside the surrogate (lambda).")
-    kind: Literal["jsd", "forward_kl", "reverse_kl", "skew_forward", "skew_reverse", "akl"] = Field(
-        "jsd", description="Which divergence."
-    )
+    kind: DivergenceKind = Field("jsd", description="Which divergence.")
     beta: float = Field(0.5, ge=0, le=1, description="Weight of the teacher's leg of the JSD; the skew of skew kinds.")
-    tail: Literal["outside", "literal", "bucket", "renormalise"] = Field(
-        "outside", description="What becomes of the probability outside the teacher's top k."
-    )
+    tail: DivergenceTail = Field("outside", description="What becomes of the probability outside the teacher's top k.")
     support: Literal["teacher", "student", "full"] = Field(
         "teacher",
         description="Which tokens are compared: the teacher's top k, the student's top k before the update, or the "
