@@ -10,8 +10,8 @@ import torch
 
 from megatron_hdpo.config.recipe import Recipe, RecipeError
 from megatron_hdpo.model.architecture import Architecture, ArchitectureError, read_architecture
+from megatron_hdpo.model.fp8_rules import precision_errors, precision_warnings, size_errors
 from megatron_hdpo.model.packing import RowLayout
-from megatron_hdpo.model.precision import precision_errors, precision_warnings, size_errors
 from megatron_hdpo.model.specs import transformer_engine_available
 from megatron_hdpo.objectives.settings import Surroundings, surrogate_of
 from megatron_hdpo.parallel.layout import LayoutError, check_layout

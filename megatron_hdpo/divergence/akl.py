@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_hdpo.divergence.rows import DenseRows
+from megatron_hdpo.divergence.teacher_rows import DenseRows
 
 
 def full_akl_weights(logits_TV: Tensor, rows: DenseRows, mu: float) -> tuple[Tensor, Tensor]:

@@ -19,9 +19,9 @@ from torch import Tensor
 from megatron_hdpo.divergence.akl import full_akl_weights
 from megatron_hdpo.divergence.kinds import LOG_ZERO, DivergenceSpec, summands
 from megatron_hdpo.divergence.options import Options, Outputs, Upstream, at_rows, gradient_storage, spread
-from megatron_hdpo.divergence.rows import DenseRows, ScatteredTopK, Teacher
+from megatron_hdpo.divergence.row_stats import RowStats, SoftmaxTerm, local_stats, shift_stats, write_dense
 from megatron_hdpo.divergence.shard import OwnedEntries, Shard, compute_dtype, row_blocks
-from megatron_hdpo.divergence.sweep import RowStats, SoftmaxTerm, local_stats, shift_stats, write_dense
+from megatron_hdpo.divergence.teacher_rows import DenseRows, ScatteredTopK, Teacher
 
 
 @dataclass(frozen=True)

@@ -206,12 +206,12 @@ class _HeadLosses(torch.autograd.Function):
         run: HeadRun = ctx.run
         sums = _Gradients(hidden_TH, head_weight_VH, run, ctx.needs_input_grad)
         # In reverse order: the last chunk's logits are still in the buffer, unless an earlier backward overwrote them.
-        there, buffer = ctx.buffer is not None, ctx.buffer if ctx.buffer is not None else run.buffer(hidden_TH)
+        in_buffer, buffer = ctx.buffer is not None, ctx.buffer if ctx.buffer is not None else run.buffer(hidden_TH)
         ctx.buffer = None
         for chunk, made in zip(reversed(run.chunks), reversed(ctx.passes), strict=True):
             hidden_CH = run.gather(hidden_TH[chunk.local])
-            logits_CV = buffer[: len(hidden_CH)] if there else _logits(hidden_CH, head_weight_VH, buffer)
-            there = False
+            logits_CV = buffer[: len(hidden_CH)] if in_buffer else _logits(hidden_CH, head_weight_VH, buffer)
+            in_buffer = False
             upstream = Upstream(*(None if g is None else chunk.take(g) for g in grads[:3]))
             sums.add(chunk, made.gradient(logits_CV, upstream, inplace=True), hidden_CH)
         return *sums.finish(), None, None
@@ -234,7 +234,7 @@ class _HeadLoss(torch.autograd.Function):
             hidden_CH = run.gather(hidden_TH[chunk.local])
             logits_CV = _logits(hidden_CH, head_weight_VH, buffer)
             made = run.run_chunk(logits_CV, chunk, options)
-            value, upstream = _ask(objective, made.outputs, chunk.places(hidden_TH.device))
+            value, upstream = _evaluate(objective, made.outputs, chunk.places(hidden_TH.device))
             total = value if total is None else total + value
             collected.add(chunk, made.outputs)
             if any(wants):
@@ -259,7 +259,7 @@ def _logits(hidden_CH: Tensor, head_weight_VH: Tensor, buffer: Tensor) -> Tensor
     return torch.mm(hidden_CH, head_weight_VH.t(), out=buffer[: len(hidden_CH)])
 
 
-def _ask(objective: ChunkObjective, outputs: Outputs, places: Tensor) -> tuple[Tensor, Upstream]:
+def _evaluate(objective: ChunkObjective, outputs: Outputs, places: Tensor) -> tuple[Tensor, Upstream]:
     """Evaluate the objective on a chunk; return its value and its gradient with respect to the chunk's losses."""
     main = [None if out is None else out.detach().requires_grad_() for out in outputs.as_tuple()[:3]]
     with torch.enable_grad():

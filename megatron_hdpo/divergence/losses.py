@@ -13,9 +13,9 @@ from megatron_hdpo.divergence import triton_pass
 from megatron_hdpo.divergence.dense_pass import DensePass
 from megatron_hdpo.divergence.kinds import JSD, DivergenceSpec, needs_dense
 from megatron_hdpo.divergence.options import Options, Pass, Upstream
-from megatron_hdpo.divergence.rows import ScatteredTopK
 from megatron_hdpo.divergence.shard import Group, Shard, compute_dtype
 from megatron_hdpo.divergence.targets import Target, TopK, check_ids
+from megatron_hdpo.divergence.teacher_rows import ScatteredTopK
 from megatron_hdpo.divergence.topk_pass import TopKPass
 
 

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from megatron_hdpo.divergence.options import Options, Outputs, Upstream, at_rows, gradient_storage, spread
+from megatron_hdpo.divergence.row_stats import SoftmaxTerm, local_stats, shift_stats, write_dense
 from megatron_hdpo.divergence.shard import OwnedEntries, compute_dtype, row_blocks
-from megatron_hdpo.divergence.support import SupportTerms, support_terms
-from megatron_hdpo.divergence.sweep import SoftmaxTerm, local_stats, shift_stats, write_dense
 from megatron_hdpo.divergence.targets import TopK
+from megatron_hdpo.divergence.topk_terms import SupportTerms, support_terms
 
 
 @dataclass(frozen=True)

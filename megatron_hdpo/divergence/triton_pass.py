@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from megatron_hdpo.divergence.options import Options, Outputs, Upstream, gradient_storage
-from megatron_hdpo.divergence.support import TAIL_FLOOR
-from megatron_hdpo.divergence.sweep import RowStats, shift_stats
+from megatron_hdpo.divergence.row_stats import RowStats, shift_stats
 from megatron_hdpo.divergence.targets import TopK
+from megatron_hdpo.divergence.topk_terms import TAIL_FLOOR
 
 
 def suits(logits_TV: Tensor, target: TopK | None, options: Options) -> bool:

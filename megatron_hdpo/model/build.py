@@ -17,10 +17,10 @@ from torch import nn
 from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.model.chunks import ModelChunks, chunks_of
 from megatron_hdpo.model.config import ModelConfig, ModelError, choose_spec
+from megatron_hdpo.model.fp8_rules import runtime_error
 from megatron_hdpo.model.megatron_config import transformer_config
 from megatron_hdpo.model.network import HeadlessGPTModel
 from megatron_hdpo.model.overlap import connect, overlaps
-from megatron_hdpo.model.precision import runtime_error
 from megatron_hdpo.model.specs import layer_spec
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.parallel.layout import ParallelConfig, check_layout

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.model.chunks import ModelChunks, chunks_of, unwrap
+from megatron_hdpo.model.fp8_rules import alignment
 from megatron_hdpo.model.loss import Normalisers, micro_batch_loss
 from megatron_hdpo.model.micro_batch import (
     LossInputs,
@@ -36,7 +37,6 @@ from megatron_hdpo.model.pipeline import (
     run_micro_batches,
     same_number_everywhere,
 )
-from megatron_hdpo.model.precision import alignment
 from megatron_hdpo.model.router import RouterStatistics
 from megatron_hdpo.model.routing_replay import replay_routing
 from megatron_hdpo.model.scoring import Answered, ScoringSettings, score_rows, settings_of

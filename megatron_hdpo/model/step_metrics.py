@@ -33,14 +33,14 @@ class TokenSums:
     def values(self) -> list[float]:
         """Return the values in the order of the standard names; 0 (-inf for a maximum) for names never added."""
         if not self._sums:
-            return _nothing()
+            return _initial_values()
         like = next(iter(self._sums.values()))
-        missing = (torch.full_like(like, value) for value in _nothing())
+        missing = (torch.full_like(like, value) for value in _initial_values())
         names = (*_SUMS, *MAXIMA)
         return torch.stack([self._sums.get(name, value) for name, value in zip(names, missing, strict=True)]).tolist()
 
 
-def _nothing() -> list[float]:
+def _initial_values() -> list[float]:
     return [0.0] * len(_SUMS) + [-math.inf] * len(MAXIMA)
 
 
@@ -63,7 +63,7 @@ def step_metrics(
     tokens: number of tokens that this replica ran through the model.
     """
     holds_sums = context.is_last_stage and context.groups.tp.rank() == 0
-    values = sums.values() if holds_sums else _nothing()
+    values = sums.values() if holds_sums else _initial_values()
     mine, highest = values[: len(_SUMS)], values[len(_SUMS) :]
     reduced = sum_over_ranks([*mine, float(tokens) if context.is_replica_leader else 0.0], context)
     total = dict(zip((*_SUMS, "tokens"), reduced, strict=True))

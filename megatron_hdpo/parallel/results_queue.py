@@ -13,7 +13,7 @@ import time
 from multiprocessing.managers import SyncManager
 
 START_METHOD = "spawn"
-_LOOK_S = 1.0
+_POLL_S = 1.0
 
 
 def start_results_queue() -> None:
@@ -32,7 +32,7 @@ def _end_with(owner: int) -> None:
 
     def watch() -> None:
         while os.getppid() == owner:
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_S)
         os._exit(0)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -11,7 +11,7 @@ from megatron_hdpo.config.check import length_errors
 from megatron_hdpo.costs.cluster import cluster_of
 from megatron_hdpo.costs.errors import PlanError
 from megatron_hdpo.model.architecture import Architecture
-from megatron_hdpo.model.precision import precision_errors
+from megatron_hdpo.model.fp8_rules import precision_errors
 from megatron_hdpo.planner.from_recipe import Guesses, common_of, layout_of, rollouts_of, workload_of
 from megatron_hdpo.planner.plan import plan, search
 from megatron_hdpo.planner.shapes import architecture_of

@@ -12,8 +12,8 @@ from megatron_hdpo.teachers.config import (
     TeacherConfig,
 )
 from megatron_hdpo.teachers.external import ExternalTeacher
-from megatron_hdpo.teachers.resting import EmaTeacher, FrozenTeacher, SnapshotTeacher
 from megatron_hdpo.teachers.teacher import PolicyTeacher, Teacher
+from megatron_hdpo.teachers.weight_copies import EmaTeacher, FrozenTeacher, SnapshotTeacher
 
 
 def build_teacher(config: TeacherConfig, policy: Policy, model: ModelConfig) -> Teacher:

@@ -43,8 +43,8 @@ class ExternalTeacher:
             vocab_size=policy.vocab_size,
         )
         self.on_device = policy.context.device.type == "cuda"
-        self.resting: HostWeights = copy_to_host(own) if self.on_device else {}
-        self._rest()
+        self.host_weights: HostWeights = copy_to_host(own) if self.on_device else {}
+        self._move_to_host()
 
     @contextmanager
     def scorer(self) -> Iterator[Policy]:
@@ -52,16 +52,16 @@ class ExternalTeacher:
         if self.on_device:
             device = self.policy.context.device
             for name, parameter in self.policy.model.named_parameters():
-                parameter.data = self.resting[name].to(device, non_blocking=True)
+                parameter.data = self.host_weights[name].to(device, non_blocking=True)
         try:
             yield self.policy
         finally:
-            self._rest()
+            self._move_to_host()
 
-    def _rest(self) -> None:
+    def _move_to_host(self) -> None:
         if self.on_device:
             for name, parameter in self.policy.model.named_parameters():
-                parameter.data = self.resting[name]
+                parameter.data = self.host_weights[name]
 
     def after_update(self) -> None:
         """Do nothing: the weights never change."""

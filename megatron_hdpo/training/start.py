@@ -9,7 +9,7 @@ from megatron_hdpo.health.selftest import run_self_test
 from megatron_hdpo.teachers.build import build_teacher
 from megatron_hdpo.teachers.config import ExternalTeacherConfig
 from megatron_hdpo.teachers.external import check_same_vocabulary
-from megatron_hdpo.teachers.resting import FrozenTeacher
+from megatron_hdpo.teachers.weight_copies import FrozenTeacher
 from megatron_hdpo.training.run import Run, load_tokenizer, rollouts_file
 from megatron_hdpo.training.warmup import warm_up
 from megatron_hdpo.types.errors import DataError

@@ -99,7 +99,7 @@ def print_checks(checks: list[Check], console: Console) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _agreed(context: ParallelContext, action: Callable[[], T]) -> tuple[T | None, tuple[str, ...]]:
+def _on_all_ranks(context: ParallelContext, action: Callable[[], T]) -> tuple[T | None, tuple[str, ...]]:
     """Run `action` on every rank; return its result, or None and the problems of all ranks if any rank failed."""
     result, problem = None, None
     try:
@@ -115,7 +115,7 @@ def _export(checkpoint: Checkpoint, folder: Path, context: ParallelContext) -> t
         model = open_model(checkpoint, context)
         save_hf(model, checkpoint.architecture, context, checkpoint.description, folder)
 
-    _, problems = _agreed(context, export)
+    _, problems = _on_all_ranks(context, export)
     exported = Checkpoint(folder, "huggingface", checkpoint.architecture, folder)
     summary = "could not be exported" if problems else "written to a temporary folder, as the reference"
     return exported, [Check(f"{checkpoint.path.name}: export to Hugging Face", not problems, summary, problems)]
@@ -125,7 +125,7 @@ def _check_tensors(checkpoint: Checkpoint, reference: Checkpoint, context: Paral
     """Load a checkpoint on the layout, stream it back, and compare with the files of `reference`."""
     layout = f"TP {context.layout.tensor} x PP {context.layout.pipeline} x EP {context.layout.expert}"
     loads = f"{checkpoint.path.name}: every tensor accounted for"
-    model, problems = _agreed(context, lambda: open_model(checkpoint, context))
+    model, problems = _on_all_ranks(context, lambda: open_model(checkpoint, context))
     if model is None:
         return [Check(loads, False, f"not loaded at {layout}", problems)]
     count, numel, differing = context.broadcast_object(_compare(model, checkpoint, reference, context))
@@ -155,7 +155,7 @@ def _compare(
 def _check_logprobs(tested: Checkpoint, reference: Checkpoint, tolerance: Tolerance, context: ParallelContext) -> Check:
     name = f"{tested.path.name}: log-probs against transformers"
     sequences = context.broadcast_object(_sequences(reference) if context.is_leader else [])
-    model, problems = _agreed(context, lambda: open_model(tested, context, "float32"))
+    model, problems = _on_all_ranks(context, lambda: open_model(tested, context, "float32"))
     if model is None:
         return Check(name, False, "not loaded in float32", problems)
     ours = packed_logprobs(model, tested.architecture, context, sequences)

@@ -29,8 +29,8 @@ from tiny_policy import (
 from megatron_hdpo.model import build
 from megatron_hdpo.model.chunks import chunks_of
 from megatron_hdpo.model.policy import Policy
-from megatron_hdpo.teachers.resting import FrozenTeacher, _Following
 from megatron_hdpo.teachers.teacher import PolicyTeacher
+from megatron_hdpo.teachers.weight_copies import FrozenTeacher, _Following
 from megatron_hdpo.tracking.console import Console
 from megatron_hdpo.training.learner import Learner
 

@@ -23,8 +23,8 @@ from megatron_hdpo.model import megatron_config
 from megatron_hdpo.model.architecture import Architecture, read_architecture
 from megatron_hdpo.model.build import build_model
 from megatron_hdpo.model.config import ModelConfig, ModelError
+from megatron_hdpo.model.fp8_rules import alignment, precision_errors, precision_warnings, runtime_error
 from megatron_hdpo.model.megatron_config import transformer_config
-from megatron_hdpo.model.precision import alignment, precision_errors, precision_warnings, runtime_error
 from megatron_hdpo.parallel.layout import ParallelConfig
 
 RECOMPUTE: dict[str, dict[str, Any]] = {

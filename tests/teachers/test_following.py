@@ -31,8 +31,8 @@ from megatron_hdpo.objectives.base import BaseObjective
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.teachers.config import EmaTeacherConfig, SnapshotTeacherConfig
 from megatron_hdpo.teachers.external import ExternalTeacher, check_same_vocabulary
-from megatron_hdpo.teachers.resting import EmaTeacher, SnapshotTeacher
 from megatron_hdpo.teachers.teacher import Teacher
+from megatron_hdpo.teachers.weight_copies import EmaTeacher, SnapshotTeacher
 from megatron_hdpo.tracking.console import Console
 from megatron_hdpo.training.learner import Learner
 from megatron_hdpo.weights.host import copy_to_host
@@ -157,9 +157,9 @@ def _external(path: Path, teacher_path: Path, context: ParallelContext) -> dict[
     learner.learn([], 0)
     after = _seen(teacher)
     # As on a GPU: weights come from their resting place for the scoring alone.
-    teacher.on_device, teacher.resting = True, copy_to_host(teacher.policy.model)
+    teacher.on_device, teacher.host_weights = True, copy_to_host(teacher.policy.model)
     moved_in = _seen(teacher)
-    at_rest = all(p.data_ptr() == teacher.resting[n].data_ptr() for n, p in teacher.policy.model.named_parameters())
+    at_rest = all(p.data_ptr() == teacher.host_weights[n].data_ptr() for n, p in teacher.policy.model.named_parameters())
     return {
         "rests": at_rest and all(np.array_equal(a, b) for a, b in zip(before[1], moved_in[1], strict=True)),
         "moved": any(not np.array_equal(own[name], values) for name, values in weights_of(policy).items()),

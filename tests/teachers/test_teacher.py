@@ -14,8 +14,8 @@ from tiny_policy import OPTIMIZER, SPEC, VOCAB, build_policy, joined, make_check
 
 from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.objectives.hdpo import HDPO, HDPOConfig
-from megatron_hdpo.teachers.resting import FrozenTeacher
 from megatron_hdpo.teachers.teacher import PolicyTeacher, Teacher
+from megatron_hdpo.teachers.weight_copies import FrozenTeacher
 from megatron_hdpo.tracking.console import Console
 from megatron_hdpo.training.learner import Learner
 from megatron_hdpo.types.learning import Score

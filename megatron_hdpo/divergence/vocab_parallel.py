@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_hdpo.divergence.options import gradient_storage
+from megatron_hdpo.divergence.row_stats import SoftmaxTerm, local_stats, shift_stats, write_dense
 from megatron_hdpo.divergence.shard import Group, OwnedEntries, Shard, compute_dtype, row_blocks
-from megatron_hdpo.divergence.sweep import SoftmaxTerm, local_stats, shift_stats, write_dense
 from megatron_hdpo.divergence.targets import TopK, check_ids
 
 
