@@ -20,12 +20,12 @@ from megatron_hdpo.divergence.akl import full_akl_weights
 from megatron_hdpo.divergence.kinds import LOG_ZERO, DivergenceSpec, summands
 from megatron_hdpo.divergence.options import Options, Outputs, Upstream, at_rows, gradient_storage, spread
 from megatron_hdpo.divergence.row_stats import RowStats, SoftmaxTerm, local_stats, shift_stats, write_dense
-from megatron_hdpo.divergence.shard import OwnedEntries, Shard, compute_dtype, row_blocks
-from megatron_hdpo.divergence.teacher_rows import DenseRows, ScatteredTopK, Teacher
+from megatron_hdpo.divergence.shard import OwnedEntries, VocabShard, compute_dtype, row_blocks
+from megatron_hdpo.divergence.teacher_rows import DenseRows, ScatteredTopK, TeacherLogits
 
 
 @dataclass(frozen=True)
-class _Normalisers:
+class _DenseNormalisers:
     """Statistics over the whole group: of the student for all tokens, of the teacher for the target rows.
 
     local_max_T: the largest logit of each token on this rank alone.
@@ -40,7 +40,7 @@ class _Normalisers:
     best_R: Tensor
 
 
-def _teacher_stats(teacher: Teacher, shard: Shard, temperature: float, like: Tensor) -> RowStats:
+def _teacher_stats(teacher: TeacherLogits, shard: VocabShard, temperature: float, like: Tensor) -> RowStats:
     """Compute the row statistics of the teacher's shard, block by block."""
     dtype = compute_dtype(like)
     parts = [
@@ -53,7 +53,9 @@ def _teacher_stats(teacher: Teacher, shard: Shard, temperature: float, like: Ten
     )
 
 
-def _normalisers(logits_TV: Tensor, sampled: OwnedEntries, teacher: Teacher, options: Options) -> _Normalisers:
+def _normalisers(
+    logits_TV: Tensor, sampled: OwnedEntries, teacher: TeacherLogits, options: Options
+) -> _DenseNormalisers:
     """Read student and teacher for the first time and join the ranks by two all-reduces."""
     shard, tokens = options.shard, logits_TV.shape[0]
     t_s, t_d = options.temperature, options.distill_temperature
@@ -79,7 +81,7 @@ def _normalisers(logits_TV: Tensor, sampled: OwnedEntries, teacher: Teacher, opt
         best_R = max_R / t_d - lse_teacher_R
     entropy_T = total["sum"].log() - total["energy"] / total["sum"] if "energy" in total else None
     lse_T, lse_d_T = max_T / t_s + total["sum"].log(), max_T / t_d + total["other"].log()
-    return _Normalisers(
+    return _DenseNormalisers(
         local_max_T=local_max_T,
         lse_T=lse_T,
         lse_distill_T=lse_d_T,
@@ -91,7 +93,7 @@ def _normalisers(logits_TV: Tensor, sampled: OwnedEntries, teacher: Teacher, opt
 
 
 @dataclass(frozen=True)
-class _Terms:
+class _RowTerms:
     """Per target row: the divergence, the sum of r = q dt/dq over the vocabulary, AKL's weights [R, 1], diagnostics."""
 
     value_R: Tensor
@@ -104,7 +106,7 @@ def _block_weights(weights: tuple[Tensor, Tensor] | None, block: slice) -> tuple
     return None if weights is None else (weights[0][block], weights[1][block])
 
 
-def _sum_summands(logits_TV: Tensor, rows: DenseRows, spec: DivergenceSpec) -> _Terms:
+def _sum_summands(logits_TV: Tensor, rows: DenseRows, spec: DivergenceSpec) -> _RowTerms:
     """Read the logits a second time, sum the summands and all-reduce them (AKL has more all-reduces before that)."""
     weights = full_akl_weights(logits_TV, rows, spec.beta) if spec.base == "akl" else None
     sums_R6 = rows.lse_R.new_zeros((len(rows.teacher), 6))
@@ -119,7 +121,7 @@ def _sum_summands(logits_TV: Tensor, rows: DenseRows, spec: DivergenceSpec) -> _
     if isinstance(rows.teacher, ScatteredTopK):  # a row with an empty support has no divergence
         sums_R6 = sums_R6 * rows.teacher.live_R.unsqueeze(-1)
     value_R, mean_R, mass_R, covered_R, top_R, ties_R = sums_R6.unbind(-1)
-    return _Terms(value_R, mean_R, weights, (mass_R, covered_R, top_R / ties_R.clamp_min(1.0)))
+    return _RowTerms(value_R, mean_R, weights, (mass_R, covered_R, top_R / ties_R.clamp_min(1.0)))
 
 
 @dataclass(frozen=True)
@@ -129,13 +131,13 @@ class DensePass:
     outputs: Outputs
     options: Options
     sampled: OwnedEntries
-    stats: _Normalisers
+    stats: _DenseNormalisers
     rows: DenseRows
-    terms: _Terms
+    terms: _RowTerms
     ids_T: Tensor
 
     @classmethod
-    def run(cls, logits_TV: Tensor, ids_T: Tensor | None, teacher: Teacher, options: Options) -> DensePass:
+    def run(cls, logits_TV: Tensor, ids_T: Tensor | None, teacher: TeacherLogits, options: Options) -> DensePass:
         """Run the forward pass. logits_TV: [T, V / tp]; ids_T: int64 [T] or None; teacher: a flat target."""
         if ids_T is None:
             ids_T = torch.full(logits_TV.shape[:1], -1, device=logits_TV.device)
@@ -167,7 +169,7 @@ class DensePass:
             ids_T=ids_T,
         )
 
-    def with_teacher(self, teacher: Teacher) -> DensePass:
+    def with_teacher(self, teacher: TeacherLogits) -> DensePass:
         """Return the same pass with another source of the same teacher logits for its gradient."""
         return replace(self, rows=replace(self.rows, teacher=teacher))
 

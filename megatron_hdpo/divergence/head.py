@@ -24,7 +24,6 @@ from megatron_hdpo.divergence.head_run import Chunk, HeadRun
 from megatron_hdpo.divergence.kinds import JSD, DivergenceSpec
 from megatron_hdpo.divergence.losses import Losses, run_pass
 from megatron_hdpo.divergence.options import Options, Outputs, Upstream
-from megatron_hdpo.divergence.shard import Group
 from megatron_hdpo.divergence.targets import Target
 
 # A chunk's part of the objective: (losses of the chunk's n tokens, int64 [n] their indices among all tokens) -> scalar.
@@ -42,7 +41,7 @@ def head_losses(
     temperature: float = 1.0,
     entropy: bool = True,
     chunk: int = 1024,
-    group: Group = None,
+    group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
     sequence_parallel: bool = False,
 ) -> Losses:
@@ -92,7 +91,7 @@ def head_loss(
     temperature: float = 1.0,
     entropy: bool = True,
     chunk: int = 1024,
-    group: Group = None,
+    group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
     sequence_parallel: bool = False,
 ) -> tuple[Tensor, Losses]:

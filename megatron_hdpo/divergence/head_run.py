@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_hdpo.divergence.dense_pass import DensePass
 from megatron_hdpo.divergence.losses import flat_ids, run_pass
 from megatron_hdpo.divergence.options import Options, Pass
-from megatron_hdpo.divergence.shard import Group, Shard
+from megatron_hdpo.divergence.shard import VocabShard
 from megatron_hdpo.divergence.targets import FullLogits, Hidden, Target, TopK
 
 
@@ -45,7 +45,7 @@ class Chunk:
 class HeadRun:
     """The constant inputs of a run over chunks, flattened, and the exchange of hidden states between ranks."""
 
-    shard: Shard
+    shard: VocabShard
     ids_T: Tensor
     target: Target | None
     chunks: list[Chunk]
@@ -60,7 +60,7 @@ class HeadRun:
         target: Target | None,
         *,
         chunk: int,
-        group: Group,
+        group: dist.ProcessGroup | None,
         vocab_size: int | None,
         sequence_parallel: bool,
     ) -> HeadRun:
@@ -72,7 +72,7 @@ class HeadRun:
             )
         if chunk < 1:
             raise ValueError(f"chunk is {chunk}: at least 1 token per chunk")
-        shard = Shard.of(head_weight_VH.shape[0], group, vocab_size)
+        shard = VocabShard.of(head_weight_VH.shape[0], group, vocab_size)
         ranks = shard.size if sequence_parallel else 1
         lead = hidden_TH.shape[:-1]
         lead = torch.Size((lead[0] * ranks, *lead[1:])) if lead else lead

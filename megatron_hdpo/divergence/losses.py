@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -13,7 +14,7 @@ from megatron_hdpo.divergence import triton_pass
 from megatron_hdpo.divergence.dense_pass import DensePass
 from megatron_hdpo.divergence.kinds import JSD, DivergenceSpec, needs_dense
 from megatron_hdpo.divergence.options import Options, Pass, Upstream
-from megatron_hdpo.divergence.shard import Group, Shard, compute_dtype
+from megatron_hdpo.divergence.shard import VocabShard, compute_dtype
 from megatron_hdpo.divergence.targets import Target, TopK, check_ids
 from megatron_hdpo.divergence.teacher_rows import ScatteredTopK
 from megatron_hdpo.divergence.topk_pass import TopKPass
@@ -49,7 +50,7 @@ def logit_losses(
     distill_temperature: float = 1.0,
     temperature: float = 1.0,
     entropy: bool = True,
-    group: Group = None,
+    group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
     inplace_backward: bool = False,
 ) -> Losses:
@@ -67,7 +68,7 @@ def logit_losses(
     """
     lead, width = logits_TV_local.shape[:-1], logits_TV_local.shape[-1]
     logits_TV = logits_TV_local.reshape(-1, width)
-    shard = Shard.of(width, group, vocab_size)
+    shard = VocabShard.of(width, group, vocab_size)
     options = Options(
         shard=shard,
         spec=spec,
@@ -88,7 +89,7 @@ def divergence(
     spec: DivergenceSpec = JSD,
     *,
     temperature: float = 1.0,
-    group: Group = None,
+    group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
     inplace_backward: bool = False,
 ) -> Tensor:
@@ -116,7 +117,7 @@ def divergence(
 def vocab_parallel_entropy(
     logits_TV_local: Tensor,
     temperature: float = 1.0,
-    group: Group = None,
+    group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
     inplace_backward: bool = False,
 ) -> Tensor:
@@ -148,7 +149,7 @@ def flat_ids(ids_T: Tensor, lead: torch.Size, vocab_size: int, device: torch.dev
     return flat_T
 
 
-def flat_target(target: Target, logits_TV: Tensor, shard: Shard) -> Target:
+def flat_target(target: Target, logits_TV: Tensor, shard: VocabShard) -> Target:
     """Flatten the target to 2-D tensors that match the logits [T, V / tp]; raises ValueError if it does not fit."""
     if isinstance(target, TopK):
         return target.flat(logits_TV.shape[0], shard.vocab_size, logits_TV.device)

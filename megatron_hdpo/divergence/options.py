@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_hdpo.divergence.kinds import DivergenceSpec
-from megatron_hdpo.divergence.shard import Shard
+from megatron_hdpo.divergence.shard import VocabShard
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Options:
     returns them.
     """
 
-    shard: Shard
+    shard: VocabShard
     spec: DivergenceSpec
     temperature: float
     distill_temperature: float

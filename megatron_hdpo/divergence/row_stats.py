@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_hdpo.divergence.shard import OwnedEntries, Shard, compute_dtype, row_blocks
+from megatron_hdpo.divergence.shard import OwnedEntries, VocabShard, compute_dtype, row_blocks
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,12 @@ class RowStats:
 
 
 def local_stats(
-    logits_TV: Tensor, shard: Shard, temperature: float, *, entropy: bool = False, holes: OwnedEntries | None = None
+    logits_TV: Tensor,
+    shard: VocabShard,
+    temperature: float,
+    *,
+    entropy: bool = False,
+    holes: OwnedEntries | None = None,
 ) -> RowStats:
     """Compute the row statistics of a shard [T, V / tp].
 
@@ -124,7 +129,7 @@ class SoftmaxTerm:
 def write_dense(
     grad_TV: Tensor,
     logits_TV: Tensor,
-    shard: Shard,
+    shard: VocabShard,
     terms: list[SoftmaxTerm],
     add: Callable[[slice, Tensor, Tensor], None] | None = None,
     at_least: int = 1,

@@ -13,8 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Group = dist.ProcessGroup | None
-
 # Scratch memory of one block of rows. On a CPU a block must fit the core's cache, so that the elementwise operations
 # of a pass read the logits from memory only once; on a GPU it must be large enough to use the whole device.
 _CPU_BLOCK_BYTES = 1024 * 1024
@@ -22,17 +20,17 @@ _GPU_BLOCK_BYTES = 256 * 1024 * 1024
 
 
 @dataclass(frozen=True)
-class Shard:
+class VocabShard:
     """One rank's part of the vocabulary: `width` columns from global id `start` on, the first `valid` of them real."""
 
-    group: Group
+    group: dist.ProcessGroup | None
     rank: int
     size: int
     width: int
     vocab_size: int
 
     @classmethod
-    def of(cls, width: int, group: Group, vocab_size: int | None) -> Shard:
+    def of(cls, width: int, group: dist.ProcessGroup | None, vocab_size: int | None) -> VocabShard:
         """Return the shard of a rank whose logits have `width` columns; raises ValueError if vocab_size does not fit.
 
         group: the tensor-parallel ranks; None for one rank. vocab_size: default width x ranks (no padding).
@@ -110,7 +108,7 @@ class OwnedEntries:
     where: tuple[Tensor, Tensor] | None
 
     @classmethod
-    def find(cls, ids_RK: Tensor, row_R: Tensor | None, shard: Shard) -> OwnedEntries:
+    def find(cls, ids_RK: Tensor, row_R: Tensor | None, shard: VocabShard) -> OwnedEntries:
         """Find the owned entries. row_R: the token of each row of ids, increasing; None if row i belongs to token i."""
         owned_RK = (ids_RK >= shard.start) & (ids_RK < shard.start + shard.valid)
         if bool(owned_RK.all()):

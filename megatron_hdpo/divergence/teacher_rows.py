@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from megatron_hdpo.divergence.kinds import LOG_ZERO
-from megatron_hdpo.divergence.shard import OwnedEntries, Shard, row_blocks
+from megatron_hdpo.divergence.shard import OwnedEntries, VocabShard, row_blocks
 from megatron_hdpo.divergence.targets import TopK
 
 
-class Teacher(Protocol):
+class TeacherLogits(Protocol):
     """A teacher over this rank's shard of the vocabulary, read in blocks of target rows."""
 
     @property
@@ -42,11 +42,11 @@ class ScatteredTopK:
     target: TopK
     logprobs_RK: Tensor
     entries: OwnedEntries
-    shard: Shard
+    shard: VocabShard
     height: int = 1
 
     @classmethod
-    def of(cls, target: TopK, shard: Shard, dtype: torch.dtype) -> ScatteredTopK:
+    def of(cls, target: TopK, shard: VocabShard, dtype: torch.dtype) -> ScatteredTopK:
         """Normalise a flat target on its support and find the entries that this shard holds."""
         target = target.pruned()
         lp_RK = target.logprobs_TK.to(dtype).masked_fill(target.ids_TK < 0, LOG_ZERO)
@@ -55,7 +55,7 @@ class ScatteredTopK:
 
     @property
     def rows(self) -> Tensor | None:
-        """The token of each target row; see Teacher."""
+        """The token of each target row; see TeacherLogits."""
         return self.target.rows
 
     @property
@@ -83,8 +83,8 @@ class DenseRows:
     log-probs. best_R: the teacher's largest log-prob of each row.
     """
 
-    teacher: Teacher
-    shard: Shard
+    teacher: TeacherLogits
+    shard: VocabShard
     temperature: float
     lse_R: Tensor
     lse_teacher_R: Tensor | None

@@ -26,7 +26,7 @@ from megatron_hdpo.divergence.topk_terms import SupportTerms, support_terms
 
 
 @dataclass(frozen=True)
-class Normalisers:
+class _TopKNormalisers:
     """Statistics over the whole group: log-normalisers at both temperatures, and the logits at the entries.
 
     local_max_T: the largest logit of each token on this rank alone.
@@ -57,13 +57,13 @@ def _find_entries(ids_T: Tensor, target: TopK | None, options: Options) -> _Entr
     return _Entries(sampled, support, target)
 
 
-def _normalisers(logits_TV: Tensor, entries: _Entries, options: Options) -> Normalisers:
+def _normalisers(logits_TV: Tensor, entries: _Entries, options: Options) -> _TopKNormalisers:
     """Read the shard and join the ranks, always by two all-reduces."""
     local, local_max_T, max_T = _local_sums(logits_TV, entries, options)
     total = dict(zip(local, options.shard.all_reduce_sum(list(local.values())), strict=True))
     sum_T, other_T = total["sum"], total.get("other", total["sum"])
     rows = None if entries.target is None else entries.target.rows
-    return Normalisers(
+    return _TopKNormalisers(
         local_max_T=local_max_T,
         lse_T=max_T / options.temperature + sum_T.log(),
         lse_distill_T=max_T / options.distill_temperature + other_T.log(),
@@ -106,7 +106,7 @@ class TopKPass:
     outputs: Outputs
     options: Options
     entries: _Entries
-    stats: Normalisers
+    stats: _TopKNormalisers
     terms: SupportTerms | None
     ids_T: Tensor
     logprobs_T: Tensor
@@ -150,7 +150,7 @@ class TopKPass:
         return grad_TV
 
 
-def _target_terms(stats: Normalisers, target: TopK, options: Options) -> SupportTerms:
+def _target_terms(stats: _TopKNormalisers, target: TopK, options: Options) -> SupportTerms:
     support_RK, lse_R = stats.support_RK, at_rows(stats.lse_distill_T, target.rows)
     assert support_RK is not None
     # Block by block: the arithmetic has some ten temporaries, which are large for a target of 256 entries.
@@ -171,7 +171,7 @@ def _target_terms(stats: Normalisers, target: TopK, options: Options) -> Support
 
 
 def _outputs(
-    options: Options, stats: Normalisers, logprobs_T: Tensor, terms: SupportTerms | None, target: TopK | None
+    options: Options, stats: _TopKNormalisers, logprobs_T: Tensor, terms: SupportTerms | None, target: TopK | None
 ) -> Outputs:
     shown_T = logprobs_T if options.logprobs else None
     # Detach: outputs join the autograd graph, the tensors saved for backward must not.

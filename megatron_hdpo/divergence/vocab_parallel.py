@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_hdpo.divergence.options import gradient_storage
 from megatron_hdpo.divergence.row_stats import SoftmaxTerm, local_stats, shift_stats, write_dense
-from megatron_hdpo.divergence.shard import Group, OwnedEntries, Shard, compute_dtype, row_blocks
+from megatron_hdpo.divergence.shard import OwnedEntries, VocabShard, compute_dtype, row_blocks
 from megatron_hdpo.divergence.targets import TopK, check_ids
 
 
@@ -18,7 +19,7 @@ def vocab_parallel_logprobs(
     logits_TV_local: Tensor,
     ids: Tensor,
     temperature: float = 1.0,
-    group: Group = None,
+    group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
     inplace_backward: bool = False,
 ) -> Tensor:
@@ -34,7 +35,7 @@ def vocab_parallel_logprobs(
     if not temperature > 0.0:
         raise ValueError(f"temperature is {temperature}: it must be positive (greedy decoding counts as 1)")
     logits_TV = logits_TV_local.reshape(-1, width)
-    shard = Shard.of(width, group, vocab_size)
+    shard = VocabShard.of(width, group, vocab_size)
     k = 1 if ids.shape == lead else ids.shape[-1]
     ids_TK = ids.detach().reshape(logits_TV.shape[0], k).to(device=logits_TV.device, dtype=torch.int64)
     check_ids(ids_TK, shard.vocab_size, "ids")
@@ -44,7 +45,9 @@ def vocab_parallel_logprobs(
 
 class _LogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits_TV: Tensor, ids_TK: Tensor, shard: Shard, temperature: float, inplace: bool) -> Tensor:
+    def forward(
+        ctx: Any, logits_TV: Tensor, ids_TK: Tensor, shard: VocabShard, temperature: float, inplace: bool
+    ) -> Tensor:
         owned = OwnedEntries.find(ids_TK, None, shard)
         stats = local_stats(logits_TV, shard, temperature)
         local_max_T = stats.max_T
@@ -83,7 +86,7 @@ class _LogProbs(torch.autograd.Function):
 def vocab_parallel_topk(
     logits_TV_local: Tensor,
     k: int,
-    group: Group = None,
+    group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
     temperature: float = 1.0,
 ) -> TopK:
@@ -95,7 +98,7 @@ def vocab_parallel_topk(
     """
     lead, width = logits_TV_local.shape[:-1], logits_TV_local.shape[-1]
     logits_TV = logits_TV_local.detach().reshape(-1, width)
-    shard = Shard.of(width, group, vocab_size)
+    shard = VocabShard.of(width, group, vocab_size)
     if not 1 <= k <= shard.vocab_size:
         raise ValueError(f"top-k with k = {k}: it must lie between 1 and the vocabulary's {shard.vocab_size} tokens")
     if not temperature > 0.0:
@@ -113,7 +116,7 @@ def vocab_parallel_topk(
     return TopK(all_ids.gather(-1, where_TK).view(*lead, k), logprobs_TK.view(*lead, k))
 
 
-def _local_topk(logits_TV: Tensor, k: int, shard: Shard) -> tuple[Tensor, Tensor]:
+def _local_topk(logits_TV: Tensor, k: int, shard: VocabShard) -> tuple[Tensor, Tensor]:
     """Return the k largest logits of the shard with global ids; slots that it cannot fill hold -inf and id -1."""
     tokens, dtype = logits_TV.shape[0], compute_dtype(logits_TV)
     values_TK = torch.full((tokens, k), -torch.inf, dtype=dtype, device=logits_TV.device)

@@ -11,7 +11,7 @@ from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.weights.errors import WeightsError
 from megatron_hdpo.weights.hf_files import HfWeights
-from megatron_hdpo.weights.mapping import Shard, Slot, tensors
+from megatron_hdpo.weights.mapping import ParameterShard, Slot, tensors
 from megatron_hdpo.weights.parameters import bind
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -48,7 +48,7 @@ def zero_padding(model: nn.Module, architecture: Architecture, context: Parallel
                 parameter[-shard.padding :].zero_()
 
 
-def _fill(parameter: nn.Parameter, slot: Slot, shard: Shard, weights: HfWeights) -> None:
+def _fill(parameter: nn.Parameter, slot: Slot, shard: ParameterShard, weights: HfWeights) -> None:
     offset = 0
     for piece in filter(len, shard.pieces):
         values = weights.read(slot.sources[piece.source].name, shard.dim, piece.start, piece.stop)
@@ -58,7 +58,7 @@ def _fill(parameter: nn.Parameter, slot: Slot, shard: Shard, weights: HfWeights)
         parameter.narrow(shard.dim, offset, shard.padding).zero_()
 
 
-def _check_tied_head(weights: HfWeights, shard: Shard) -> None:
+def _check_tied_head(weights: HfWeights, shard: ParameterShard) -> None:
     piece = shard.pieces[0]
     if _HEAD not in weights.names or not len(piece):
         return

@@ -54,7 +54,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Shard:
+class ParameterShard:
     """One rank's part of a parameter: pieces joined along `dim`, then `padding` rows of zeros."""
 
     dim: int
@@ -114,7 +114,7 @@ def tensors(architecture: Architecture) -> list[HfTensor]:
     return [tensor for _, slot in all_slots(architecture, 1) for tensor in slot.sources]
 
 
-def shard_of(architecture: Architecture, slot: Slot, ranks: int, rank: int) -> Shard:
+def shard_of(architecture: Architecture, slot: Slot, ranks: int, rank: int) -> ParameterShard:
     """Return the part of a slot on rank `rank` of the `ranks` ranks that share it.
 
     These are the tensor-parallel ranks; for the slots of experts `ranks` = EP x ETP, with ETP varying fastest.
@@ -135,7 +135,7 @@ def shard_of(architecture: Architecture, slot: Slot, ranks: int, rank: int) -> S
     else:
         pieces = tuple(_equal_ranges(slot, shape[dim], ranks, rank))
     length = sum(map(len, pieces)) + padding
-    return Shard(dim, pieces, padding, (*shape[:dim], length, *shape[dim + 1 :]))
+    return ParameterShard(dim, pieces, padding, (*shape[:dim], length, *shape[dim + 1 :]))
 
 
 def _equal_ranges(slot: Slot, length: int, ranks: int, rank: int) -> Iterator[Piece]:

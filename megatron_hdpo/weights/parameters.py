@@ -11,9 +11,9 @@ from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.model.chunks import chunks_of, unwrap
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.weights.errors import WeightsError, listed
-from megatron_hdpo.weights.mapping import Shard, Slot, layers_of_stage, shard_of, stage_slots
+from megatron_hdpo.weights.mapping import ParameterShard, Slot, layers_of_stage, shard_of, stage_slots
 
-Bound = dict[Slot, tuple[nn.Parameter, Shard]]
+Bound = dict[Slot, tuple[nn.Parameter, ParameterShard]]
 
 
 def bind(model: nn.Module, architecture: Architecture, context: ParallelContext) -> Bound:

@@ -15,7 +15,7 @@ from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.weights.folder import copy_description, prepare, publish, staging_of, together
 from megatron_hdpo.weights.hf_files import INDEX_FILE, SINGLE_FILE
-from megatron_hdpo.weights.stream import Bucket, WeightGatherer
+from megatron_hdpo.weights.stream import WeightBucket, WeightGatherer
 
 
 def save_hf(
@@ -55,9 +55,9 @@ def save_hf(
     together(context, partial(_finish, out, files, num_bytes))
 
 
-def _plan(buckets: list[Bucket], limit: int) -> list[list[Bucket]]:
+def _plan(buckets: list[WeightBucket], limit: int) -> list[list[WeightBucket]]:
     """Distribute buckets over files, in stream order, at most `limit` elements or one larger bucket per file."""
-    shards: list[list[Bucket]] = []
+    shards: list[list[WeightBucket]] = []
     size = limit
     for bucket in buckets:
         if size + bucket.numel > limit:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.weights.errors import WeightsError
-from megatron_hdpo.weights.mapping import Shard, Slot, all_slots, shard_of
+from megatron_hdpo.weights.mapping import ParameterShard, Slot, all_slots, shard_of
 from megatron_hdpo.weights.parameters import Bound, bind, sharing_group
 
 Receivers = Literal["all", "leader", "first"]
@@ -52,7 +52,7 @@ def stream_hf(
 
 
 @dataclass(frozen=True)
-class Bucket:
+class WeightBucket:
     """Consecutive parameters of one stage that are exchanged together.
 
     If a pipeline rank has several chunks of layers, each chunk is a stage.
@@ -66,7 +66,7 @@ class Bucket:
         """Number of elements of its full Hugging Face tensors."""
         return sum(math.prod(source.shape) for slot in self.slots for source in slot.sources)
 
-    def goes_with(self, other: Bucket) -> bool:
+    def goes_with(self, other: WeightBucket) -> bool:
         """Return whether the parameters of both buckets are shared by the same ranks."""
         return (self.stage, self.slots[0].expert_ranks) == (other.stage, other.slots[0].expert_ranks)
 
@@ -90,7 +90,7 @@ class WeightGatherer:
         limit = bucket_bytes // self.dtype.itemsize
         self.buckets = plan_buckets(all_slots(architecture, stages, context.layout.expert), limit)
 
-    def gather(self, bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
+    def gather(self, bucket: WeightBucket) -> Iterator[tuple[str, Tensor]]:
         """Exchange one bucket now; return an iterator over its (name, full tensor) pairs, empty on non-receivers."""
         owner = bucket.stage % self.context.groups.pp.size()
         group = sharing_group(bucket.slots[0], self.context)
@@ -106,7 +106,7 @@ class WeightGatherer:
         gathered = _join(flat, group, places)
         return iter(()) if gathered is None else _assemble(self.architecture, bucket, gathered)
 
-    def _local_shards(self, bucket: Bucket, owner: int, group: dist.ProcessGroup) -> Tensor:
+    def _local_shards(self, bucket: WeightBucket, owner: int, group: dist.ProcessGroup) -> Tensor:
         """Return the bucket's shards in one flat tensor: filled on the owning stage, uninitialised elsewhere."""
         sizes = [shard_of(self.architecture, slot, group.size(), group.rank()).numel for slot in bucket.slots]
         flat = torch.empty(sum(sizes), dtype=self.dtype, device=self.context.device)
@@ -115,7 +115,7 @@ class WeightGatherer:
                 part.copy_(self.bound[slot][0].detach().reshape(-1))
         return flat
 
-    def _check_tied_copy(self, bucket: Bucket, flat: Tensor) -> None:
+    def _check_tied_copy(self, bucket: WeightBucket, flat: Tensor) -> None:
         """Raise WeightsError if the streamed embedding differs from the last stage's copy of it."""
         for copy, (parameter, _) in self.bound.items():
             # The embedding is the first parameter of the first bucket.
@@ -128,17 +128,17 @@ class WeightGatherer:
                 )
 
 
-def plan_buckets(slots: Iterable[tuple[int, Slot]], limit: int) -> list[Bucket]:
+def plan_buckets(slots: Iterable[tuple[int, Slot]], limit: int) -> list[WeightBucket]:
     """Group (stage, slot) pairs into buckets, in their order.
 
     A bucket has at most `limit` elements in full, or one parameter with more; all its parameters are shared by the same
     ranks.
     """
-    buckets: list[Bucket] = []
+    buckets: list[WeightBucket] = []
     for stage, slot in slots:
-        alone = Bucket(stage, (slot,))
+        alone = WeightBucket(stage, (slot,))
         if buckets and buckets[-1].goes_with(alone) and buckets[-1].numel + alone.numel <= limit:
-            buckets[-1] = Bucket(stage, (*buckets[-1].slots, slot))
+            buckets[-1] = WeightBucket(stage, (*buckets[-1].slots, slot))
         else:
             buckets.append(alone)
     return buckets
@@ -188,7 +188,7 @@ def _join(flat: Tensor, group: dist.ProcessGroup, places: Sequence[int]) -> Tens
     return gathered
 
 
-def _assemble(architecture: Architecture, bucket: Bucket, gathered: Tensor) -> Iterator[tuple[str, Tensor]]:
+def _assemble(architecture: Architecture, bucket: WeightBucket, gathered: Tensor) -> Iterator[tuple[str, Tensor]]:
     offset = 0
     for slot in bucket.slots:
         shards = [shard_of(architecture, slot, len(gathered), rank) for rank in range(len(gathered))]
@@ -199,7 +199,7 @@ def _assemble(architecture: Architecture, bucket: Bucket, gathered: Tensor) -> I
             yield source.name, full
 
 
-def _full_tensors(slot: Slot, shards: list[Shard], parts: list[Tensor]) -> list[Tensor]:
+def _full_tensors(slot: Slot, shards: list[ParameterShard], parts: list[Tensor]) -> list[Tensor]:
     if slot.split == "copy":
         if any(not same_bits(part, parts[0]) for part in parts[1:]):
             raise WeightsError(f"{slot.sources[0].name} differs between tensor-parallel ranks, which must hold copies")

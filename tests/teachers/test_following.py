@@ -159,7 +159,9 @@ def _external(path: Path, teacher_path: Path, context: ParallelContext) -> dict[
     # As on a GPU: weights come from their resting place for the scoring alone.
     teacher.on_device, teacher.host_weights = True, copy_to_host(teacher.policy.model)
     moved_in = _seen(teacher)
-    at_rest = all(p.data_ptr() == teacher.host_weights[n].data_ptr() for n, p in teacher.policy.model.named_parameters())
+    at_rest = all(
+        p.data_ptr() == teacher.host_weights[n].data_ptr() for n, p in teacher.policy.model.named_parameters()
+    )
     return {
         "rests": at_rest and all(np.array_equal(a, b) for a, b in zip(before[1], moved_in[1], strict=True)),
         "moved": any(not np.array_equal(own[name], values) for name, values in weights_of(policy).items()),
