@@ -94,7 +94,7 @@ def _keep(policy: Policy, folder: Path) -> list[list[str]]:
 
 @contextmanager
 def _broken_save() -> Iterator[None]:
-    """Every rank's writer dies after it has written what looks like most of a checkpoint."""
+    """Let the writer of every rank die after it has written most of a checkpoint."""
     stock = dist_checkpointing.save
 
     def save(sharded: Any, folder: str, *args: Any, **kwargs: Any) -> None:
@@ -243,7 +243,7 @@ def one(folder: Path, models, two) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def seen(one, two):
-    """What every rank of a layout saw."""
+    """Return a function from the name of a layout to the results of its ranks."""
     return lambda name: [rank[name] for rank in (one if LAYOUTS[name][0] == 1 else two)]
 
 
@@ -294,7 +294,7 @@ def test_a_reshardable_checkpoint_goes_on_at_another_layout(layout: str, reshard
 
 
 def test_a_teacher_that_follows_keeps_its_layout(resharded, folder: Path, tmp_path: Path) -> None:
-    """Each rank wrote its shard of the teacher, which nothing can read at another layout."""
+    """Each rank wrote its shard of the teacher, which cannot be read at another layout."""
     shutil.copytree(folder / "float32" / "0" / "checkpoints", tmp_path / "checkpoints")
     path = tmp_path / "checkpoints" / "step_00000002"
     state = json.loads((path / "run_state.json").read_text())

@@ -1,4 +1,4 @@
-"""Random cases: what goes into the engine on one rank, and what the float64 reference says about it."""
+"""Random cases: the inputs of one rank, and the expected results from a float64 reference."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def build(case: Case) -> Tensors:
 
 
 def engine(case: Case, group: Any, rank: int, size: int) -> dict[str, Tensor]:
-    """What one rank of the engine computes: outputs, and the gradient of its shard."""
+    """Compute the outputs of one rank, and the gradient of its shard."""
     data = build(case)
     shard = slice(rank * case.columns // size, (rank + 1) * case.columns // size)
     leaf = data.logits_TV[:, shard].clone().requires_grad_()
@@ -121,7 +121,7 @@ def engine(case: Case, group: Any, rank: int, size: int) -> dict[str, Tensor]:
 
 
 def reference(case: Case, logits_TV: Tensor | None = None) -> dict[str, Tensor]:
-    """The same by definition, whole; for other logits than the case's, if given."""
+    """Compute the same from the definitions on the whole vocabulary; `logits_TV` replaces the logits of the case."""
     data = build(case)
     if logits_TV is not None:
         data = replace(data, logits_TV=logits_TV)
@@ -165,7 +165,7 @@ def _diagnostics(case: Case, data: Tensors) -> dict[str, Tensor]:
 
 
 def assert_agrees(case: Case, got: list[dict[str, Tensor]], want: dict[str, Tensor], rounding: float = 2.0**-8) -> None:
-    """Every output on every rank, and the gradient of all shards side by side, element by element.
+    """Compare every output on every rank, and the joined gradient of all shards, element by element.
 
     rounding: relative, of a bfloat16 gradient: half a unit in the last place.
     """
@@ -201,7 +201,7 @@ TAILS = ("outside", "literal", "bucket", "renormalise")
 
 @st.composite
 def cases(draw: Any, dtypes: tuple[str, ...] = ("float64", "float32", "bfloat16")) -> Case:
-    """Any case that has a meaning."""
+    """Draw any case whose options can be combined."""
     target = draw(st.sampled_from(["topk", "topk", "full", "hidden"]))
     options = draw(
         st.tuples(

@@ -1,6 +1,6 @@
 """Four gloo processes that live as long as the test session and run one function after another.
 
-Starting a process costs seconds and a case milliseconds, so that hundreds of cases share one start.
+Starting a process takes seconds and a case milliseconds, so hundreds of cases share one start.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a pass costs: collectives counted, no communication backward, memory."""
+"""Costs of a pass: number and size of collectives, no communication in the backward, memory."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def count(group: Any, rank: int, size: int, what: str, tokens: int) -> tuple[Cal
 
 @pytest.mark.parametrize("tokens", [6, 0])
 def test_collectives_of_each_pass(ranks: Ranks, tokens: int) -> None:
-    """As docs/divergence.md counts them; the same for no tokens, so that no rank waits for another."""
+    """The numbers of docs/divergence.md; a rank without tokens joins the same collectives."""
     for forward, backward in ranks.run(2, count, "losses", tokens):
         assert forward == [("all_reduce", tokens), ("all_reduce", tokens * (5 + 3))]
         assert not backward
@@ -135,7 +135,7 @@ def test_in_place_gradient_needs_a_twentieth_of_the_logits(dtype: torch.dtype) -
 
 
 def test_chunked_head_needs_a_tenth_of_the_logits() -> None:
-    """Beside the gradients that it gives back."""
+    """The gradients that are returned do not count."""
     tokens, vocab, hidden = 2048, 8192, 16
     states, head = torch.randn(tokens, hidden, requires_grad=True), torch.randn(vocab, hidden, requires_grad=True)
     topk = TopK(torch.arange(8).repeat(tokens, 1), torch.full((tokens, 8), -5.0))

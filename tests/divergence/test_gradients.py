@@ -19,7 +19,7 @@ def run_case(group: Any, rank: int, size: int, case: Case) -> dict[str, torch.Te
 
 
 def each_combination() -> list[Case]:
-    """Every kind, tail and type that has a meaning, with padding, rows without target and two temperatures."""
+    """Return each kind, tail and dtype that can be combined, with padding, rows without target, two temperatures."""
     every = []
     for kind, tail, dtype in itertools.product(KINDS, TAILS, ("float64", "float32", "bfloat16")):
         if has_meaning(kind, 0.5, tail, None):

@@ -59,7 +59,7 @@ def engine(group: Any, rank: int, size: int, case: Case, way: str, chunk: int, s
 
 
 def wanted(case: Case) -> dict[str, Tensor]:
-    """By definition: the reference's logit gradient, carried through the head."""
+    """Compute the expected results: the reference's logit gradient, multiplied through the head."""
     _, hidden, head = head_inputs(case)
     logits = (hidden.double() @ head.double().t()).to(hidden.dtype)
     by_logits = reference(case, logits)

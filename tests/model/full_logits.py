@@ -19,7 +19,7 @@ from megatron_hdpo.types.learning import Example, LossSpec, Scoring
 
 @dataclass
 class Reference:
-    """What one step must give: gradients by Hugging Face name, metrics by name."""
+    """Expected results of one step: gradients by Hugging Face name, metrics by name."""
 
     loss: float
     gradients: dict[str, np.ndarray]
@@ -27,7 +27,7 @@ class Reference:
 
 
 def load(path: Path) -> PreTrainedModel:
-    # The default way through experts knows no float64.
+    # The default implementation of experts does not support float64.
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, experts_implementation="eager").eval()
 
 

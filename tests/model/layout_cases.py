@@ -1,4 +1,4 @@
-"""What every rank of a layout does in the tests of the policy: one world, many cases, results by name."""
+"""Cases that every rank of a layout runs in the tests of the policy, in one process group; results by name."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ EVERY_CASE = [
 
 @dataclass
 class Outcome:
-    """What a case gave: metrics, gradients or weights by Hugging Face name, and what only this case has."""
+    """Results of a case: metrics, gradients or weights by Hugging Face name, and values of this case only."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     tensors: dict[str, np.ndarray] = field(default_factory=dict)
@@ -85,8 +85,10 @@ def run_layout(layout: str, paths: dict[str, Path]) -> dict[tuple[str, str, str]
 
 
 def models_of(layout: str) -> list[str]:
-    """Every architecture on one and two ranks; on more what can differ there: untied, tied with QK norms, and experts,
-    which alone can be on expert-parallel ranks."""
+    """Return all architectures on one and two ranks; on more ranks only those that can differ there.
+
+    These are untied, tied with QK norms, and experts; only experts can be on expert-parallel ranks.
+    """
     size, split = LAYOUTS[layout]
     if "expert" in split:
         return ["qwen3_moe"]
@@ -96,12 +98,12 @@ def models_of(layout: str) -> list[str]:
 
 
 def first_model(layout: str) -> str:
-    """The one that goes through every case."""
+    """Return the architecture that runs every case."""
     return "qwen3_moe" if "expert" in LAYOUTS[layout][1] else "llama"
 
 
 def cases_of(layout: str, model: str) -> dict[str, Callable[[Build], Outcome]]:
-    """Every case for one model of the layouts of EVERY_CASE."""
+    """Return the cases of a model: all of them for one model of the layouts in EVERY_CASE."""
     return CASES if layout in EVERY_CASE and model == first_model(layout) else CASES_OF_EVERY_MODEL
 
 

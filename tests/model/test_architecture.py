@@ -1,4 +1,4 @@
-"""What is read of a model with experts, and which ones are refused."""
+"""Reading the architecture of models with experts, and refusing unsupported ones."""
 
 from __future__ import annotations
 

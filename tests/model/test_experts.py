@@ -60,7 +60,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _marks(path: Path, layouts: list[dict[str, Any]]) -> list[bool]:
-    """Of each layout: whether every weight of its experts has the marks that it is to have."""
+    """Return for each layout whether every weight of its experts has the expected marks."""
     found = []
     for sizes in layouts:
         with joined(**sizes) as context:

@@ -27,7 +27,7 @@ from megatron_hdpo.parallel.context import ParallelContext
 
 
 class PretendedGpu(TorchFunctionMode):
-    """Every tensor is on the GPU, but what `Tensor.cpu` has made, and copies of that."""
+    """Stand-in for a GPU: every tensor is on it, except results of `Tensor.cpu` and their copies."""
 
     copies = (torch.Tensor.detach, torch.Tensor.clone, torch.Tensor.float)
 

@@ -61,7 +61,7 @@ def run_cases(names: list[str], paths: dict[str, Path]) -> dict[tuple[str, str, 
 
 
 def _steps(policy: Policy) -> dict[str, Any]:
-    """What a run does: scores, updates that follow one another at once, weights that are read, scores of them."""
+    """Do what a run does: score, update several times in a row, read the weights, score with them."""
     found: dict[str, Any] = {"buckets": [len(chunk.bucket_groups) for chunk in chunks_of(policy.ddp)]}
     found["scores before"] = _scores(policy)
     policy.accumulate_gradients(share(policy, make_examples()), SPEC)

@@ -1,4 +1,4 @@
-"""What bfloat16 training keeps in float32, recompute that changes nothing, and what FP8 may be combined with."""
+"""Tensors that bfloat16 training keeps in float32, recompute without effect on results, and allowed uses of FP8."""
 
 from __future__ import annotations
 
@@ -237,7 +237,7 @@ def test_what_plain_layers_cannot(config: ModelConfig, reason: str, architecture
 
 
 def test_rows_are_aligned(architecture: Architecture) -> None:
-    """By the recipe's section, and by Megatron's configuration, which a policy has."""
+    """The alignment follows from the recipe's section, and from the Megatron configuration of a policy."""
     for config, step in ((ModelConfig(path="", dtype="bfloat16"), 1), (fp8(), 16), (fp8(fp8_recipe="mxfp8"), 32)):
         assert (
             alignment(config) == alignment(transformer_config(architecture, ParallelConfig(), config, "torch")) == step

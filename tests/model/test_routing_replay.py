@@ -52,7 +52,7 @@ def chosen_at_random(seed: int, length: int) -> np.ndarray:
 
 
 def examples_with_others() -> list[Example]:
-    """Of a few the router chooses for itself; of the rest it does for the last token."""
+    """Return examples; for a few the router chooses all experts, for the others only those of the last token."""
     return [
         replace(e, routed_experts=None if index in (1, 6) else chosen_at_random(index, e.num_tokens))
         for index, e in enumerate(plain_examples())
@@ -122,7 +122,7 @@ def distance(actual: Tensors, expected: Tensors) -> float:
 
 
 def _outcomes(names: list[str], path: Path, own: list[Example]) -> dict[str, Any]:
-    """By case: gradients with other experts, with the own ones, without any; log-probs."""
+    """Return by case: gradients with other experts, with the own ones, without any; log-probs."""
     found = {}
     for name in names:
         _, layout, model = CASES[name]
@@ -144,7 +144,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def outcomes(path: Path) -> dict[str, list[Any]]:
-    """By case, what each of its ranks found."""
+    """Run the cases; return by case the results of its ranks."""
     own, found = examples_with_own(path), {}
     for size in (1, 2):
         names = [name for name, case in CASES.items() if case[0] == size]

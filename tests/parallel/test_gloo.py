@@ -1,4 +1,4 @@
-"""What experts ask of the collectives, on gloo ranks: the values that NCCL would give."""
+"""Collectives of expert parallelism on gloo ranks give the values that NCCL would give."""
 
 from __future__ import annotations
 

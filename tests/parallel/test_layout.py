@@ -1,4 +1,4 @@
-"""Which layouts are refused, and with what words."""
+"""Layouts that are refused, and the texts of the errors."""
 
 from __future__ import annotations
 

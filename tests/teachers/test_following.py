@@ -89,7 +89,7 @@ def _seen(teacher: Teacher) -> tuple[Weights, list[np.ndarray]]:
 
 
 def _run(learner: Learner, steps: range) -> dict[str, list[Any]]:
-    """What the policy was after every update, and the teacher after every step."""
+    """Return the policy's weights after every update, and the teacher's after every step."""
     found: dict[str, list[Any]] = {"policy": [weights_of(learner.policy)], "teacher": [_seen(learner.teacher)[0]]}
     update = learner.policy.update
 

@@ -83,7 +83,7 @@ def _cliff() -> Group:
 
 
 def _divergences(path: Path, context) -> dict[str, float]:
-    """What the learner reports with either teacher, before and after an update of the policy."""
+    """Return the learner's metrics with either teacher, before and after an update of the policy."""
     config = HDPOConfig.model_validate({"name": "hdpo", "distill": {"coefficient": 1e-12, "top_k": VOCAB}})
     objective, found = HDPO(config, temperature=1.0), {}
     policy = build_policy(path, context, optimizer=OPTIMIZER.model_copy(update={"weight_decay": 0.0}))

@@ -41,7 +41,7 @@ def _world(folder: Path) -> dict[str, list[Check]]:
 
 
 def _conversions(folder: Path) -> None:
-    """Each case: Hugging Face -> Megatron -> Megatron -> Hugging Face, every step at a layout of its own."""
+    """Convert each case Hugging Face -> Megatron -> Megatron -> Hugging Face, every step at another layout."""
     steps = [((2, 1), "hf", "a", "megatron"), ((1, 2), "a", "b", "megatron"), ((1, 1), "b", "back", "huggingface")]
     for (tensor, pipeline), source, out, to in steps:
         with layout(tensor, pipeline) as context:
@@ -142,7 +142,7 @@ def test_names_of_the_transformer_engine_spec(tmp_path: Path) -> None:
 
 
 def _training_checkpoint(folder: Path) -> None:
-    """What a run saves after two optimizer steps holds the model's weights for any layout, the optimizer's beside."""
+    """Save a run's checkpoint after two optimizer steps: the weights for any layout, and the optimizer's state."""
     with layout(2, 1) as context:
         model, architecture = build(folder / "hf", context)
         ddp = wrap_data_parallel(model, context)

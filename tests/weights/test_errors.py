@@ -1,4 +1,4 @@
-"""What wrong weights say, what is accepted beside the table, and how errors leave the model."""
+"""Errors of wrong weights, accepted extra tensors, and the state of the model after an error."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _edit(source: Path, target: Path, change: Callable[[State], Any]) -> Path:
 
 
 def _shard(source: Path, target: Path) -> Path:
-    """The same tensors in two files with an index."""
+    """Write the same tensors to two files with an index."""
     state = load_file(source / "model.safetensors")
     _edit(source, target, lambda state: None)
     (target / "model.safetensors").unlink()

@@ -76,7 +76,7 @@ def _check_streams(model: nn.Module, architecture: Any, context: ParallelContext
 
 
 def _round_trips(checkpoints: dict[str, Path], layouts: list[Layout]) -> None:
-    """Each layout has one of the cases: loaded, streamed to every kind of receiver, and run."""
+    """Run one case per layout: load, stream to every kind of receiver, and run the model."""
     for index, sizes in enumerate(layouts):
         path = list(checkpoints.values())[index % 2]
         with layout(**{"tensor": 1, "pipeline": 1} | sizes) as context:
@@ -116,7 +116,7 @@ def _saves(source: Path, out: Path) -> None:
 
 
 def _training_checkpoint(source: Path, out: Path) -> None:
-    """What a run saves after an optimizer step; experts have an optimizer of their own."""
+    """Save a run's checkpoint after an optimizer step; experts have an optimizer of their own."""
     with layout(1, 1, expert=2) as context:
         model, architecture = build(source, context)
         ddp = wrap_data_parallel(model, context)
