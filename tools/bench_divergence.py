@@ -296,7 +296,8 @@ def copy_bandwidth() -> float:
 
 def check_kernels() -> dict[str, float]:
     """Largest deviation of the CUDA kernels from the torch path, by kind, tail and type; raises AssertionError beyond
-    2e-5 (bfloat16 gradients: one unit in the last place). For tools/check_gpu.py; needs a GPU."""
+    2e-5 (bfloat16 gradients: one unit in the last place). For tools/check_gpu.py; needs a GPU.
+    """
     from megatron_hdpo.divergence import triton_pass
 
     worst: dict[str, float] = {}

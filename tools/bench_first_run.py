@@ -60,7 +60,8 @@ print(json.dumps({"float32": seconds(torch.float32), "bfloat16": seconds(torch.b
 @dataclass
 class Timed:
     """A command that was run: its lines with the seconds at which they came, its exit code, and the most memory that
-    its processes held together, in bytes."""
+    its processes held together, in bytes.
+    """
 
     lines: list[tuple[float, str]] = field(default_factory=list)
     seconds: float = 0.0

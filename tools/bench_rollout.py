@@ -130,7 +130,8 @@ def engine_on(options: argparse.Namespace, url: str, model: Path) -> Iterator[tu
 
 def throughput(options: argparse.Namespace, url: str, model: Path) -> dict[str, float]:
     """Generated tokens per second: the engine, and a load generator that sends the same bodies, reads the answers and
-    looks at nothing in them."""
+    looks at nothing in them.
+    """
     rates: dict[str, list[float]] = {"engine": [], "bare": []}
     with engine_on(options, url, model) as (engine, _):
         params = SamplingParams(options.new_tokens, n=1, top_logprobs=options.top_logprobs)
@@ -209,7 +210,8 @@ def syncs(options: argparse.Namespace, url: str, model: Path, scratch: Path) -> 
 
 def overlap(options: argparse.Namespace, url: str, model: Path, context: Any) -> dict[str, float]:
     """Seconds of a step's rollouts in which every prompt is a cliff (the model is random), with privileged rollouts
-    asked for at once or after the last student rollout."""
+    asked for at once or after the last student rollout.
+    """
     tokenizer = AutoTokenizer.from_pretrained(model)
     data = DataConfig.model_validate(
         {

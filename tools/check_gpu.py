@@ -235,7 +235,8 @@ def _tiny(folder: Path, **sizes: int) -> Path:
 
 def _run(arguments: list[str], timeout: float = 300.0) -> str:
     """Run Python in the root of the repository, for `timeout` seconds at most; the end of its output in the error when
-    it fails."""
+    it fails.
+    """
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout

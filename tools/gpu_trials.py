@@ -114,7 +114,8 @@ def build(work: Work, context: ParallelContext, offload: float = 0.0, **model: A
 
 def fp8(work: Work, device: str) -> dict[str, Any]:
     """Loss of `steps` updates on the same examples in each FP8 recipe beside bfloat16: the largest and the mean
-    relative difference of the curves, seconds per step after the first ten, and peak memory."""
+    relative difference of the curves, seconds per step after the first ten, and peak memory.
+    """
     results: dict[str, Any] = {}
     with joined(device) as context:
         settings: dict[str, dict[str, Any]] = {"bfloat16": {}}
@@ -145,7 +146,8 @@ def _curve(work: Work, policy: Policy) -> dict[str, Any]:
 
 def recompute(work: Work, device: str) -> dict[str, Any]:
     """Peak memory and seconds of forward and backward passes per recompute mode, and the largest difference of any
-    gradient from that without recompute, relative to its norm."""
+    gradient from that without recompute, relative to its norm.
+    """
     with joined(device) as context:
         return _compare(
             {name: partial(build, work, context, **model) for name, model in RECOMPUTE.items()},
@@ -156,7 +158,8 @@ def recompute(work: Work, device: str) -> dict[str, Any]:
 
 def offload(work: Work, device: str) -> dict[str, Any]:
     """Peak memory and seconds of an update with 0, half and all of the optimizer on the host, and how far the weights
-    are from those of the device's optimizer after three of them."""
+    are from those of the device's optimizer after three of them.
+    """
     with joined(device) as context:
         if context.device.type != "cuda":
             return {"refused": "on a CPU the optimizer is in host memory already"}
@@ -170,7 +173,8 @@ def offload(work: Work, device: str) -> dict[str, Any]:
 def checkpoint(work: Work, device: str) -> dict[str, Any]:
     """Seconds to write and to read a checkpoint tied to its layout and a reshardable one, with the optimizer on the
     device and half of it on the host; and how far the weights after three updates more are from those of the policy
-    that wrote it."""
+    that wrote it.
+    """
     examples = work.examples()
 
     def run(store: CheckpointStore, share: float) -> dict[str, Any]:
@@ -204,7 +208,8 @@ def checkpoint(work: Work, device: str) -> dict[str, Any]:
 
 def overlap(work: Work, device: str) -> dict[str, Any]:
     """Seconds of an update with and without overlap over the replicas (as many as there are ranks), and how far the
-    weights are apart after three of them. Every replica has examples of its own."""
+    weights are apart after three of them. Every replica has examples of its own.
+    """
     results: dict[str, Any] = {}
     kept: dict[str, Any] = {}
     for name, switch in (("off", False), ("on", True)):
@@ -224,7 +229,8 @@ def _compare(
     kept: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Three steps of each setting: median seconds, peak memory, and the largest difference from the first setting of
-    what `read` gives, relative to the norm of each tensor."""
+    what `read` gives, relative to the norm of each tensor.
+    """
     kept = {} if kept is None else kept
 
     def run(name: str, make: Callable[[], Policy]) -> dict[str, Any]:
@@ -257,7 +263,8 @@ def _gradients(policy: Policy) -> dict[str, torch.Tensor]:
 
 def specs(work: Work, device: str) -> dict[str, Any]:
     """Transformer Engine's spec against plain torch in both types: log-probs of sequences of different lengths, and the
-    largest relative error of a gradient."""
+    largest relative error of a gradient.
+    """
     rng = np.random.default_rng(0)
     vocab = read_architecture(work.model).vocab_size
     examples, scorings = [], []

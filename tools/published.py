@@ -81,7 +81,8 @@ def _heads() -> list[Comparison]:
 def _steps() -> list[Comparison]:
     """NeMo-RL's GRPO steps. Tokens per step are those of its table (tokens/s/GPU x GPUs x seconds). It scores by the
     old weights and by a reference. Its trainer leaves the GPUs to the engine while it samples, which this package's
-    does not: the cache is planned as if it did."""
+    does not: the cache is planned as if it did.
+    """
     note = "layout, lengths assumed; trainer's memory free while sampling"
     scored = (StudentScoring("policy", 1.0, 200), StudentScoring("reference", 1.0, 200))
     work = Workload(64, 32, 200, 3106, 3896, micro_batch_tokens=4096, teacher="none", top_k=0, student_scorings=scored)

@@ -74,7 +74,8 @@ class Screen:
 @dataclass
 class Part:
     """A command with a name for people. matters: whether a line of its output is printed. environment: variables
-    beside those of this process. latest: the last other line; `run` sets it."""
+    beside those of this process. latest: the last other line; `run` sets it.
+    """
 
     name: str
     command: Sequence[str | Path]
@@ -205,7 +206,8 @@ def _stop(running: Sequence[_Running], screen: Screen) -> None:
 
 def _descendants(process: subprocess.Popen[str]) -> list[Any]:
     """Return the processes below one that still runs: ranks have sessions of their own, and their workers ignore
-    SIGTERM and outlive them."""
+    SIGTERM and outlive them.
+    """
     if psutil is None or process.poll() is not None:
         return []
     with suppress(psutil.Error):

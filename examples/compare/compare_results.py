@@ -67,7 +67,8 @@ def write_results(
     console: Console,
 ) -> None:
     """Write compare.json, compare.md and compare.png into `out` and print the table. given: what the methods start
-    from and learn from, which is evaluated only."""
+    from and learn from, which is evaluated only.
+    """
     rows = [*_rows(given, trained=False), *_rows(outcomes, trained=True)]
     machine = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}, Python {platform.python_version()}"
     (out / "compare.json").write_text(

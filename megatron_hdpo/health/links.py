@@ -44,7 +44,8 @@ def check_devices(context: ParallelContext, places: Sequence[Place], own_seconds
 
 def allreduce_gb_per_s(context: ParallelContext, group: dist.ProcessGroup | None = None) -> float:
     """Bus bandwidth of an all-reduce over a group (default: all ranks), 2 (n - 1) / n x bytes / seconds, as nccl-tests
-    counts it: what the slowest link carries, whatever the number of ranks. Collective over the group."""
+    counts it: what the slowest link carries, whatever the number of ranks. Collective over the group.
+    """
     size, device = dist.get_world_size(group), context.device
     numbers = torch.ones(_BYTES[device.type] // 4, device=device, dtype=torch.float32)
     dist.all_reduce(numbers, group=group)  # the first one makes connections

@@ -71,7 +71,8 @@ def check_logprobs(policy: Policy, groups: Sequence[Group], temperature: float) 
 def check_alignment(policy: Policy, groups: Sequence[Group]) -> float:
     """Mean divergence per token when the teacher's context is the student's own prompt and its weights are the
     policy's: 0 up to rounding, unless targets and tokens are misaligned anywhere between scoring and loss. Gradients
-    are computed and thrown away; no weight changes."""
+    are computed and thrown away; no weight changes.
+    """
     # The bucket keeps the teacher's distribution whole: with a renormalised top k even an equal student is not at 0.
     distill = DistillConfig(
         coefficient=1.0, kind="jsd", tail="bucket", top_k=min(8, policy.architecture.vocab_size - 1)

@@ -1,5 +1,6 @@
 """Every rank must run the same software on the same recipe: else they wait for each other's collectives for ever, or
-train on different numbers."""
+train on different numbers.
+"""
 
 from __future__ import annotations
 

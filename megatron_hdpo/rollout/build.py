@@ -161,7 +161,8 @@ def _gather_payloads(
 
 def together(context: ParallelContext, work: Callable[[], T], close: Callable[[], None] | None = None) -> T:
     """`work()` on every rank; an error of any rank is raised on all, as EngineError. close: ends what this rank already
-    has when another rank fails."""
+    has when another rank fails.
+    """
     result, failure = None, ""
     try:
         result = work()

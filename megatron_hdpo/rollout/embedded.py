@@ -116,7 +116,8 @@ class EmbeddedEngine:
     def results(self) -> Iterator[GenerationResult]:
         """Finished requests in order of completion, until none is outstanding. Sampling goes on only while this is
         read. Raises RuntimeError when there are no usable weights; an exception of the model itself (out of memory)
-        passes through after every outstanding request was dropped."""
+        passes through after every outstanding request was dropped.
+        """
         while True:
             while self._finished:
                 yield self._finished.popleft()
@@ -142,7 +143,8 @@ class EmbeddedEngine:
 
     def update_weights(self, stream: WeightStream, version: int) -> None:
         """Replace all weights; see the protocol. Samples in progress go on with the new weights, their keys and values
-        being those of the old; `Completion.weight_versions` tells which token came from which."""
+        being those of the old; `Completion.weight_versions` tells which token came from which.
+        """
         self._unusable = f"the update to version {version} did not complete; a full one must follow"
         self._model.load(stream)
         self._version = version
@@ -157,7 +159,8 @@ class EmbeddedEngine:
 
     def release(self) -> None:
         """Give the memory of weights and cache back to a trainer on the same device; the next `update_weights` brings
-        the engine back. Raises RuntimeError while requests are outstanding."""
+        the engine back. Raises RuntimeError while requests are outstanding.
+        """
         if self._waiting or self._active:
             raise RuntimeError(f"release with {len(self._outstanding)} requests outstanding: read results() first")
         self._unusable = "memory was released: call update_weights"

@@ -53,7 +53,8 @@ class EmbeddedModel:
 
     def experts_of_last_pass(self) -> np.ndarray:
         """Those that `prefill` [B, columns, L, K] or `decode` [B, 1, L, K] sent tokens to, padding included; uint8, or
-        uint16 for more than 256 experts."""
+        uint16 for more than 256 experts.
+        """
         kind = np.uint8 if self.config.num_experts <= 256 else np.uint16
         return torch.stack(self._chosen, dim=1).unflatten(0, self._pass_shape).cpu().numpy().astype(kind)
 
@@ -72,7 +73,8 @@ class EmbeddedModel:
     @torch.no_grad()
     def load(self, stream: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Copy in (name, full tensor) pairs. Raises ValueError on a missing, unknown, repeated or misshapen parameter;
-        what the model then holds is undefined. A tied `lm_head.weight` may be absent, and must equal the embedding."""
+        what the model then holds is undefined. A tied `lm_head.weight` may be absent, and must equal the embedding.
+        """
         parameters = dict(self._model.named_parameters())
         seen: set[str] = set()
         head: torch.Tensor | None = None
@@ -114,7 +116,8 @@ class EmbeddedModel:
     @torch.inference_mode()
     def prefill(self, prompts: list[np.ndarray]) -> tuple[torch.Tensor, DynamicCache]:
         """Run prompts side by side. Returns the logits after each one's last token, [B, V], and the cache, in which
-        columns beyond a prompt's own length are garbage (right padding: causality hides it from the prompt)."""
+        columns beyond a prompt's own length are garbage (right padding: causality hides it from the prompt).
+        """
         lengths = torch.tensor([len(p) for p in prompts], device=self.device)
         ids_BP = torch.zeros(len(prompts), max(len(p) for p in prompts), dtype=torch.int64)
         for row, prompt in enumerate(prompts):
@@ -151,7 +154,8 @@ class EmbeddedModel:
 
 def _places(parameter: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Place]]:
     """(name in a checkpoint, place) of each tensor that a parameter consists of: `transformers` holds a layer's experts
-    in two parameters, gates above ups in one of them, and checkpoints have every expert's matrices."""
+    in two parameters, gates above ups in one of them, and checkpoints have every expert's matrices.
+    """
     stem, _, leaf = parameter.rpartition(".")
     if not stem.endswith(".experts"):
         yield parameter, Place(parameter, (), shape)
@@ -193,7 +197,8 @@ def _build_empty(
     config: PretrainedConfig, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.nn.Module, dict[str, tuple[int, ...]]]:
     """The model with parameters of no size, and the shapes they are to have. Built on the meta device, since random
-    initialisation takes seconds."""
+    initialisation takes seconds.
+    """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

@@ -15,7 +15,8 @@ WeightStream = Iterable[tuple[str, torch.Tensor]]
 
 class EngineLostWeights(RuntimeError):
     """No server has the run's weights any more. What was outstanding is dropped; after an update it can be submitted
-    again."""
+    again.
+    """
 
 
 @dataclass(frozen=True)
@@ -44,19 +45,23 @@ class Engine(Protocol):
 
     def submit(self, requests: Sequence[GenerationRequest]) -> None:
         """Queue requests. Raises ValueError, before anything is sampled, on a request that the engine cannot serve
-        (empty prompt, id outside the vocabulary, prompt plus response longer than the context, k > vocabulary)."""
+        (empty prompt, id outside the vocabulary, prompt plus response longer than the context, k > vocabulary).
+        """
 
     def results(self) -> Iterator[GenerationResult | None]:
         """What has finished, in order of completion, until nothing is outstanding. None means that nothing has just
-        now: the caller may act (submit, cancel) and goes on."""
+        now: the caller may act (submit, cancel) and goes on.
+        """
 
     def cancel(self, request_ids: Sequence[str]) -> None:
         """Give up what is unfinished of these requests; it comes back by `results` as cancelled. Unknown and finished
-        ones are ignored."""
+        ones are ignored.
+        """
 
     def make_room(self) -> None:
         """Nothing is outstanding, and nothing will be asked before the next weight update: memory that a trainer on the
-        same device could use may be given up until then."""
+        same device could use may be given up until then.
+        """
 
     def health(self) -> EngineHealth:
         """Whether requests can be served now; never raises."""

@@ -110,7 +110,8 @@ def truncate(
 ) -> torch.Tensor:
     """Zero every weight outside top-k and then top-p (the smallest set of most likely tokens with mass >= p, Holtzman
     et al. 2020). weights_BV: not negative, not necessarily normalised; normaliser_B: their float64 sums. Returns
-    float32 [B, V]; rows with neither limit come back unchanged."""
+    float32 [B, V]; rows with neither limit come back unchanged.
+    """
     kept_B, threshold_B = _kept_counts(weights_BV, normaliser_B, top_k_B, top_p_B)
     above_BV = weights_BV > threshold_B[:, None]
     tied_BV = weights_BV == threshold_B[:, None]

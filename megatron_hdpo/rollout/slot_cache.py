@@ -94,7 +94,8 @@ class SlotCache(Cache):
 
     def reserve(self, rows: int, length: int, like: Cache | None = None) -> None:
         """Make room for `rows` sequences of `length` tokens, the longest in use included; what those hold is kept.
-        `like`: a prefilled cache that gives shape, dtype and device, needed while nothing is held."""
+        `like`: a prefilled cache that gives shape, dtype and device, needed while nothing is held.
+        """
         if rows <= self.slots and length <= self.columns:
             return
         slots, columns = self._capacity(rows, length)

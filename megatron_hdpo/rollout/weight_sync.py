@@ -53,7 +53,8 @@ class ServerSync:
 
     def __call__(self, open_stream: OpenStream, version: int) -> dict[str, float]:
         """See WeightSync. Raises TrainingError, on every rank, when a server serves other weights than it was sent, or
-        none took them."""
+        none took them.
+        """
         for last in (False,) * (PUSHES - 1) + (True,):
             metrics, failure, fatal = self._push(open_stream, version)
             failures = [f for f in self.context.gather_objects((failure, fatal)) if f[0]]

@@ -30,7 +30,8 @@ LOGGER = logging.getLogger(__name__)
 @dataclass
 class SampledShare:
     """What one rank has sampled of a step: groups by the index of their problem. complete: privileged rollouts are
-    among them, as far as the objective asked for any. unfinished: what an engine without weights has left to do."""
+    among them, as far as the objective asked for any. unfinished: what an engine without weights has left to do.
+    """
 
     step: int
     problems: int
@@ -50,7 +51,8 @@ class SampledShare:
 
 class RolloutCoordinator:
     """See the module. stop_token_ids: tokens that end a response. seed: the run's. sampling_ranks: the ranks whose
-    engine takes requests, all by default. restore_weights: gives all engines the run's weights again; collective."""
+    engine takes requests, all by default. restore_weights: gives all engines the run's weights again; collective.
+    """
 
     def __init__(
         self,
@@ -76,7 +78,8 @@ class RolloutCoordinator:
         self, problems: Sequence[Problem], step: int, objective: Objective, on_progress: OnProgress | None = None
     ) -> list[Group]:
         """Groups of `samples_per_prompt` rollouts of the problems, in their order, with the privileged rollouts that
-        the objective asks for. Collective."""
+        the objective asks for. Collective.
+        """
         return self.finish_step(self.sample_step(problems, step, objective, on_progress), objective, on_progress)
 
     def sample_step(
@@ -114,7 +117,8 @@ class RolloutCoordinator:
         on_progress: OnProgress | None = None,
     ) -> list[Group]:
         """Groups of the problems under any sampling, without privileged rollouts; `purpose` enters the seeds.
-        Collective."""
+        Collective.
+        """
         share = SampledShare(0, len(problems))
         requests = self._requests(problems, sampling, purpose)
         share.groups = {int(r.key): Group(r.problem, r.prompt_ids, []) for r in requests}

@@ -15,7 +15,8 @@ def refilled(
     groups: Sequence[Group], rounds: int, size: int, objective: Objective, sample_more: SampleMore
 ) -> list[Group]:
     """All groups of a step: the first ones, and in each round as many of other problems as there are groups without
-    signal among the `size` that are wanted."""
+    signal among the `size` that are wanted.
+    """
     groups = list(groups)
     for turn in range(rounds):
         missing = size - len(with_signal(groups, size, objective))

@@ -53,7 +53,8 @@ Then = Callable[[RolloutRequest, Rollouts], Sequence[RolloutRequest]]
 
 def rollout_seed(*parts: object) -> int:
     """A 63-bit seed from what identifies a request (run seed, step, problem, purpose): the same after a resume and on
-    any number of ranks."""
+    any number of ranks.
+    """
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -98,7 +99,8 @@ class Sampler:
 @dataclass
 class _Open:
     """A request on its way. judged: outcomes in the order in which the samples came, so that an engine that is
-    deterministic gives groups in one order however long the checks take. missing: samples not sampled yet."""
+    deterministic gives groups in one order however long the checks take. missing: samples not sampled yet.
+    """
 
     request: RolloutRequest
     missing: int
@@ -130,7 +132,8 @@ class Sampling:
 
     def run(self) -> None:
         """Sample and judge to the end. Raises EngineLostWeights when the engine must be given weights first; run again
-        after that, it goes on with what is missing."""
+        after that, it goes on with what is missing.
+        """
         self._submit([(entry, entry.missing, 0) for entry in self._open.values() if entry.missing])
         while self._open:
             for result in self.sampler.engine.results():
@@ -143,7 +146,8 @@ class Sampling:
 
     def _submit(self, wanted: Sequence[tuple[_Open, int, int]]) -> None:
         """So many samples of each request, at the given number of failures so far. A new try has a seed of its own:
-        with the old one it would repeat samples that succeeded."""
+        with the old one it would repeat samples that succeeded.
+        """
         attempts = []
         for entry, count, failures in wanted:
             request, suffix = entry.request, f"#{failures}"

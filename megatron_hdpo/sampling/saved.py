@@ -44,7 +44,8 @@ def write_groups(path: str | Path, groups: Iterable[Group], decode: Decode) -> N
 
 def read_groups(path: str | Path, skip_broken: bool = False) -> list[Group]:
     """The groups of a file, equal to those written. Raises ValueError with file, line number and reason at a line that
-    cannot be read; with skip_broken it logs that as a warning and goes on."""
+    cannot be read; with skip_broken it logs that as a warning and goes on.
+    """
     groups = []
     with Path(path).open("rb") as file:
         for number, line in enumerate(file, start=1):

@@ -84,7 +84,8 @@ class Learner:
 
     def recall(self, memory: Memory) -> None:
         """Take back what `memory` gave. A recipe that changed its method or its kind of teacher since starts those
-        afresh: the one with no memory, the other from the weights that the policy holds now."""
+        afresh: the one with no memory, the other from the weights that the policy holds now.
+        """
         objective, teacher = memory.values.get("objective", {}), memory.values.get("teacher", {})
         if objective.get("class") == type(self.objective).__name__:
             self.objective.load_state(objective["state"])
@@ -113,7 +114,8 @@ class Learner:
 
     def _plan(self, groups: Sequence[Group]) -> tuple[list[Example], Tensor | None, dict[str, float]]:
         """This replica's examples, the head of the teacher whose hidden states are their targets, and the objective's
-        metrics of the plan. Scores and heads that no example needs end here, before the update takes its memory."""
+        metrics of the plan. Scores and heads that no example needs end here, before the update takes its memory.
+        """
         scores, heads = self._scores(self.objective.scorings(groups))
         totals = self._totals(groups, scores)
         context = self.policy.context
@@ -171,7 +173,8 @@ class Learner:
 
 def _of_step(updates: Sequence[dict[str, float]]) -> dict[str, float]:
     """Metrics of a step from those of its updates: tokens add up, of maxima the largest, all else is the mean over
-    those that reported it."""
+    those that reported it.
+    """
     metrics: dict[str, Any] = {}
     for name in dict.fromkeys(name for update in updates for name in update):
         values = [update[name] for update in updates if name in update]

@@ -68,7 +68,8 @@ def sync(run: Run) -> dict[str, float]:
 
 def _record_and_save(run: Run, metrics: dict[str, float]) -> None:
     """The step's line first, then its checkpoint: a run killed in between repeats the step and replaces the line; the
-    other way round the line would be missing for ever. What saving took is merged into the line afterwards."""
+    other way round the line would be missing for ever. What saving took is merged into the line afterwards.
+    """
     metrics |= run.console.timer.metrics()
     metrics |= run.performance.metrics(metrics)
     run.console.step(run.step, run.recipe.train.steps, metrics)

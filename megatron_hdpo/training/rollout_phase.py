@@ -18,7 +18,8 @@ from megatron_hdpo.types.rollouts import Group
 
 def rollouts_of_step(run: Run) -> tuple[list[Group], dict[str, float]]:
     """The judged groups that the next step learns from, privileged rollouts included, with metrics of all that were
-    sampled."""
+    sampled.
+    """
     rollout = run.recipe.rollout
     file = rollouts_file(run.step + 1)
     if rollout.replay is not None:
@@ -64,7 +65,8 @@ def _replayed(path: Path, run: Run) -> list[Group]:
 
 def check_experts(group: Group, sizes: tuple[int, int] | None, path: Path) -> None:
     """Saved student rollouts must have their experts where they are replayed (sizes: layers, and experts of a token);
-    elsewhere (None) they are dropped. Raises DataError."""
+    elsewhere (None) they are dropped. Raises DataError.
+    """
     for sample in group.samples:
         experts = sample.completion.routed_experts
         if sizes is None:
@@ -86,7 +88,8 @@ def _save_rollouts(path: Path, groups: Sequence[Group], run: Run) -> None:
 
 def check_versions(groups: Sequence[Group], version: int, ahead: int = 0) -> None:
     """Raise TrainingError when a token was sampled by weights older than those of this step by more than `ahead`, or by
-    none of this run's."""
+    none of this run's.
+    """
     for group in groups:
         for sample in (*group.samples, *group.privileged):
             found = sample.completion.weight_versions

@@ -83,7 +83,8 @@ class Run:
 
     def sync(self, version: int, norm_scale: float = 1.0) -> dict[str, float]:
         """Stream the policy's weights into the engine and stamp them with `version`; metrics. norm_scale: multiplies
-        the final norm, for the self-test. Collective."""
+        the final norm, for the self-test. Collective.
+        """
 
         def open_stream(to: Receivers) -> Iterator[tuple[str, Tensor]]:
             stream = stream_hf(self.policy.model, self.architecture, self.context, to=to)

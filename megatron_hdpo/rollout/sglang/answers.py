@@ -22,7 +22,8 @@ class BadAnswerError(ValueError):
 @dataclass(frozen=True)
 class ExpertChoice:
     """What the experts in an answer must fit: those of a model with so many layers and experts, of which a token is
-    sent to `per_token`."""
+    sent to `per_token`.
+    """
 
     layers: int
     experts: int
@@ -78,7 +79,8 @@ def _completion(answer: dict[str, Any], top_logprobs: int, vocab_size: int) -> C
 
 def _routed_experts(meta: dict[str, Any], tokens: int, choice: ExpertChoice) -> np.ndarray:
     """[tokens, layers, K]. A server does not see to it that every token's experts were noted: those of one that was
-    left out are all the same, or another's."""
+    left out are all the same, or another's.
+    """
     if not meta.get("routed_experts"):
         raise BadAnswerError("no routed experts, though they were asked for: enable-return-routed-experts is needed")
     flat = np.frombuffer(base64.b64decode(meta["routed_experts"], validate=True), dtype="<i4")

@@ -33,7 +33,8 @@ class ServerInfo:
     """What a server says of itself. model_path: where its last weights came from; tokenizer_path: the folder it was
     started with. max_prompt: longest prompt in tokens; context: prompt and response together, None
     where the server takes the model's. sessions: weight updates must be bracketed by begin and end. routed_experts: it
-    can tell which experts it used."""
+    can tell which experts it used.
+    """
 
     version: str
     model_path: str

@@ -103,7 +103,8 @@ class SGLangEngine:
 
     def results(self) -> Iterator[GenerationResult | None]:
         """Samples one by one as they finish; None while there is none. Raises EngineLostWeights when no server has the
-        run's weights any more: everything outstanding is dropped, and an update of the weights must come first."""
+        run's weights any more: everything outstanding is dropped, and an update of the weights must come first.
+        """
         while self._outstanding:
             try:
                 result = self._done.get(timeout=POLL_S)
@@ -127,7 +128,8 @@ class SGLangEngine:
 
     async def mark_served(self, served: Sequence[Replica], version: int) -> None:
         """These replicas have taken the weights of `version`; others may not be asked until they have, nor those that
-        were lost since."""
+        were lost since.
+        """
         for replica in self.replicas:
             if replica in served and replica.state != "down":
                 replica.state, replica.reason, replica.half_updated = "serving", "", False
@@ -284,7 +286,8 @@ class SGLangEngine:
 
     async def _stop_on_server(self, replica: Replica, rid: str) -> None:
         """Nobody waits for this sample any more: its server need not go on with it. A router does not say which of
-        them it chose."""
+        them it chose.
+        """
         asked = self.replicas if self.config.router else [replica]
         aborts = [other.api.abort(rid) for other in asked if other.state != "down"]
         with suppress(asyncio.CancelledError):
@@ -292,7 +295,8 @@ class SGLangEngine:
 
     async def _choose(self, request: GenerationRequest) -> Replica:
         """The serving replica with the least to do; among equals always the same one for the same affinity, whose cache
-        holds the prompt's prefix."""
+        holds the prompt's prefix.
+        """
         serving = [replica for replica in self.replicas if replica.state == "serving"]
         if not serving:
             raise EngineLostWeights("no server has the run's weights")

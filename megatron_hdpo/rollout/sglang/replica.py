@@ -39,7 +39,8 @@ class Replica:
 
     def take_out(self, reason: str, state: State = "down") -> None:
         """It does not answer, or what it would is no use: nothing more is asked of it, and what was is asked elsewhere.
-        In the engine's loop."""
+        In the engine's loop.
+        """
         self.state, self.reason = state, reason
         for task in list(self.in_flight):
             task.cancel()

@@ -1,5 +1,6 @@
 """Looks after the replicas of an engine: takes out what is dead or hung, restarts what is ours, lets back in what is
-whole."""
+whole.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +78,8 @@ class Watch:
 
     async def wait_for_servers(self) -> None:
         """Until no server is being started anew and one at least answers; a given one may be away for a moment, and
-        gets as long to come back as one that shows no health."""
+        gets as long to come back as one that shows no health.
+        """
         replicas, deadline = self.engine.replicas, time.monotonic() + self.engine.config.health_timeout_s
         may_return = any(replica.own is None for replica in replicas)
         while self._restarting or (

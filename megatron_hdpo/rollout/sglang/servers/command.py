@@ -37,7 +37,8 @@ _TORCHRUN |= {"ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTE
 class Launch:
     """What the run decides for one server: the Hugging Face folder it loads, "cuda" or "cpu", its number in the run,
     and on a GPU the first of its `tensor_parallel` devices among those that this process sees. routed_experts: the
-    server must be able to tell which experts it used."""
+    server must be able to tell which experts it used.
+    """
 
     model: Path
     device: str
@@ -50,7 +51,8 @@ def server_command(
     config: ServerConfig, launch: Launch, host: str, port: int, nccl_port: int, key_file: Path | None = None
 ) -> list[str]:
     """Arguments of the server's process. key_file: a YAML file with the key, which a command line would show to all.
-    Raises ValueError while the precision is still auto: SGLang's own auto may be float16."""
+    Raises ValueError while the precision is still auto: SGLang's own auto may be float16.
+    """
     if config.dtype == "auto":
         raise ValueError("SGLang servers: dtype=auto is not settled yet: name the precision of the model")
     values: dict[str, object] = {
@@ -107,7 +109,8 @@ def server_environment(config: ServerConfig, device: str, base: Mapping[str, str
 
 def core_groups(cores: list[int], groups: int) -> str:
     """`cores` cut into equal consecutive groups, written as SGLang wants them: "0,1|2,3". Raises ValueError when
-    there are too few."""
+    there are too few.
+    """
     if groups > len(cores):
         raise ValueError(
             f"SGLang servers: tensor_parallel={groups} on a CPU needs {groups} cores; here are {len(cores)}"

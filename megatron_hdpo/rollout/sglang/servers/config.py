@@ -99,7 +99,8 @@ class ServerConfig(BaseModel):
 
     def check_interpreter(self, device: str, base: Mapping[str, str] | None = None) -> Version:
         """Version of the SGLang that the interpreter has, asked without importing it. Raises ValueError, saying how to
-        install it, when the interpreter, SGLang, or a version of it that can be used is missing."""
+        install it, when the interpreter, SGLang, or a version of it that can be used is missing.
+        """
         if sys.platform != "linux":
             raise ValueError(
                 f"SGLang servers: the trainer starts them on Linux only, and this is {sys.platform}; take "

@@ -56,7 +56,8 @@ class Servers:
     def restart(self, index: int) -> None:
         """Kill server `index` if it lives (it may hang), start it, and wait for it; it has the weights of its model
         folder then. A start that fails is tried again, later and later. Raises ServerError when `max_restarts` are used
-        up."""
+        up.
+        """
         process = self.processes[index]
         end = f"SGLang server {index} hangs." if process.alive() else process.describe_end()
         left = self.config.max_restarts - self.restarts[index]

@@ -81,7 +81,8 @@ class ServerProcess:
 
     def wait_ready(self) -> None:
         """Return when the server answers. Raises ServerError when it died or did not answer within
-        `start_timeout_s`; nothing of it is left then."""
+        `start_timeout_s`; nothing of it is left then.
+        """
         deadline = time.monotonic() + self.config.start_timeout_s
         for attempt in range(1, PORT_TRIES + 1):
             while self.alive():
@@ -120,7 +121,8 @@ class ServerProcess:
 
     def stop(self, now: bool = False) -> None:
         """End the server and all that it started, by itself within `stop_timeout_s` or, with `now`, by force; returns
-        when no process is left. It can be started again, at the same URL. Idempotent."""
+        when no process is left. It can be started again, at the same URL. Idempotent.
+        """
         if self._supervisor is None:
             return
         deadline = time.monotonic() + self.config.stop_timeout_s + KILL_TIMEOUT_S

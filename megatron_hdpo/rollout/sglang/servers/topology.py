@@ -15,7 +15,8 @@ class TopologyError(ValueError):
 @dataclass(frozen=True)
 class Place:
     """Where a rank is: its number on its node, how many ranks the node has, and whether it leads its data-parallel
-    replica (and so is given whole tensors when only leaders are)."""
+    replica (and so is given whole tensors when only leaders are).
+    """
 
     rank: int
     local_rank: int
@@ -31,7 +32,8 @@ class Place:
 @dataclass(frozen=True)
 class PlannedServer:
     """A server of a node: who owns it (starts it, speaks to it), its number among that node's servers, and the first
-    of its devices among those that the owner sees."""
+    of its devices among those that the owner sees.
+    """
 
     owner: int
     index: int

@@ -26,7 +26,8 @@ def _of_bytes(tensor: Tensor) -> int:
 
 def _of_words(tensor: Tensor) -> int:
     """Two murmur-like sums over the 32-bit words of every tile of 8192, added up over tiles, mixed once more. In int64
-    arithmetic, whose products wrap modulo 2^64 and so are right modulo 2^32."""
+    arithmetic, whose products wrap modulo 2^64 and so are right modulo 2^32.
+    """
     raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     if not len(raw):
         return 0

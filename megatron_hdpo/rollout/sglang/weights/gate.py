@@ -48,7 +48,8 @@ class Expected:
 
 class Gate:
     """device: the servers' (cpu or cuda), which decides how they hash. min_peak: see WeightSyncConfig. num_experts: of
-    each layer, 0 in a dense model."""
+    each layer, 0 in a dense model.
+    """
 
     def __init__(
         self,
@@ -103,7 +104,8 @@ class Gate:
 
     async def probe(self, servers: Participants, version: int) -> None:
         """Raises GateError when a server's next-token distribution is not finite or near uniform, or of another
-        version."""
+        version.
+        """
 
         async def ask(replica: Replica) -> None:
             top = min(PROBE_TOP, self.vocab_size)
@@ -139,7 +141,8 @@ class Gate:
 
 def differences(served: dict[str, str], expected: dict[str, str], quantization: str | None) -> list[str]:
     """One line per parameter that differs, is missing or was never sent. What a server quantises has no digest to
-    compare with."""
+    compare with.
+    """
     lines = []
     for name, value in expected.items():
         if quantization and quantised(name):

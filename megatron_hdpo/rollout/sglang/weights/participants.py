@@ -12,7 +12,8 @@ from megatron_hdpo.rollout.sglang.watch import Watch
 
 class Participants:
     """replicas: those left. One that fails is half-updated: it is taken out of the engine, and started anew if it is
-    ours."""
+    ours.
+    """
 
     def __init__(self, replicas: list[Replica], watch: Watch) -> None:
         self.replicas = list(replicas)
@@ -30,7 +31,8 @@ class Participants:
 
     async def attempt(self, step: Awaitable[None]) -> None:
         """Await a step that all take together. Where it breaks (no room on the disk, no process group) they are all
-        set aside, and this rank goes on with the stream, in which other ranks take part."""
+        set aside, and this rank goes on with the stream, in which other ranks take part.
+        """
         try:
             await step
         except (OSError, RuntimeError) as error:

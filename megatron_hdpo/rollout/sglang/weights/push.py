@@ -47,7 +47,8 @@ class PushReport:
 
 class Transport(Protocol):
     """One way for buckets to reach servers. `prepare` runs in the caller's thread, where collectives over the trainer's
-    ranks are allowed; the coroutines run in the engine's."""
+    ranks are allowed; the coroutines run in the engine's.
+    """
 
     async def open(self, servers: Participants) -> None:
         """Before the first bucket."""
@@ -67,7 +68,8 @@ class Transport(Protocol):
 
 class WeightPush:
     """Pushes to all servers of an engine; holds two buckets beside what its caller streams. gate: None to trust the
-    servers."""
+    servers.
+    """
 
     def __init__(self, engine: SGLangEngine, transport: Transport, gate: Gate | None) -> None:
         self.engine, self.transport, self.gate = engine, transport, gate
@@ -135,7 +137,8 @@ class WeightPush:
 
     def _served_dtype(self) -> torch.dtype | None:
         """The servers' type, where they all say one: what they would round the weights to is what the gate compares,
-        and travels."""
+        and travels.
+        """
         names = {replica.info.dtype for replica in self.engine.replicas}
         found = getattr(torch, names.pop(), None) if len(names) == 1 else None
         return found if isinstance(found, torch.dtype) else None

@@ -22,7 +22,8 @@ MAY_DIFFER = {"max_positions"}
 
 def check_served_models(engine: SGLangEngine, architecture: Architecture) -> None:
     """Of the servers that this process did not start. Raises ValueError when one serves another model, ApiError when
-    it does not say."""
+    it does not say.
+    """
     for replica in engine.replicas:
         if replica.own is not None:
             continue

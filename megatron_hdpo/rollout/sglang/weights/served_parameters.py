@@ -35,7 +35,8 @@ class Part:
 
 def part_of(name: str, num_experts: int = 0) -> Part:
     """The place of a checkpoint's tensor. Biases are cut like the rows of their weight; that of a row-parallel layer is
-    whole on every rank. num_experts: of each layer; without it the count of an expert's parts is unknown (0)."""
+    whole on every rank. num_experts: of each layer; without it the count of an expert's parts is unknown (0).
+    """
     if match := _EXPERT.fullmatch(name):
         return _expert_part(match["experts"], int(match["number"]), match["module"], num_experts)
     stem, _, leaf = name.rpartition(".")

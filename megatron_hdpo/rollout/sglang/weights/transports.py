@@ -29,7 +29,8 @@ GatherPayloads = Callable[[str], Sequence[str]]
 
 def flattened(bucket: Bucket) -> tuple[Tensor, list[SimpleNamespace]]:
     """A bucket as one uint8 tensor and where each tensor lies in it. The server reads the attributes of the entries, so
-    they need not be objects of its own class."""
+    they need not be objects of its own class.
+    """
     parts, metadata, start = [], [], 0
     for name, tensor in bucket:
         part = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
@@ -61,7 +62,8 @@ class TensorTransport:
 
     def prepare(self, bucket: Bucket) -> Sequence[str]:
         """One payload, or one per rank of a server. Memory that handles point to is kept until the next bucket has been
-        gathered, which is when the server has read this one."""
+        gathered, which is when the server has read this one.
+        """
         tensor, metadata = flattened(bucket)
         payload = _serialised({"flattened_tensor": tensor, "metadata": metadata})
         payloads = [payload] if self.gather is None else self.gather(payload)
@@ -103,7 +105,8 @@ def _serialised(payload: Any) -> str:
 
 class BroadcastTransport:
     """update_weights_from_distributed: this rank broadcasts each bucket to the servers' ranks in a process group of
-    their own (NCCL, gloo on a CPU)."""
+    their own (NCCL, gloo on a CPU).
+    """
 
     def __init__(self, timeout_s: float, device: torch.device) -> None:
         self.timeout_s, self.device = timeout_s, device
@@ -189,7 +192,8 @@ class BroadcastTransport:
 
 class DiskTransport:
     """update_weights_from_disk: through a Hugging Face folder that every server's node sees. Always works, and costs a
-    write and a read of the whole model."""
+    write and a read of the whole model.
+    """
 
     def __init__(self, timeout_s: float, folder: Path, model: Path) -> None:
         self.timeout_s, self.folder, self.model = timeout_s, folder, model
