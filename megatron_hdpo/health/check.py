@@ -1,4 +1,4 @@
-"""The checks before step 0, in the order in which they can fail cheaply."""
+"""Checks of ranks, machines and links before step 0, cheap ones first."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ from megatron_hdpo.tracking.console import Console
 def check_health(
     config: HealthConfig, context: ParallelContext, console: Console, folder: Path, recipe_json: str
 ) -> dict[str, float]:
-    """`health/...` metrics of ranks, machines and links; warnings and one line go to the console. Collective.
+    """Check ranks, machines and links; return `health/...` metrics.
 
-    folder: the run's. recipe_json: what must be the same recipe on every rank. Raises HealthError, on every rank and
-    with every reason, when the run should not start.
+    Collective. Warnings and a one-line summary go to the console. folder: the run's folder. recipe_json: the recipe,
+    which must be the same on every rank. Returns {} when `config.enabled` is false. Raises HealthError, on every rank
+    and with every reason, when the run should not start.
     """
     if not config.enabled:
         return {}
@@ -51,7 +52,7 @@ def check_health(
 
 
 def summary(places: Sequence[Place], metrics: Mapping[str, float]) -> str:
-    """The line on the console."""
+    """Return the line that the console shows for the health metrics of a run."""
     nodes = len({place.node for place in places})
     parts = [f"{len(places)} ranks on {nodes} nodes agree"] if len(places) > 1 else []
     if len(places) > 1:

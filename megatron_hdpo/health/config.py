@@ -1,4 +1,4 @@
-"""The recipe's health section."""
+"""Recipe section `health`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Say what this machine has, and which installed packages will not do what their names promise.
+"""Report what this machine has, and which installed packages are broken.
 
-Runs on any Python, without a single package: it is what a person calls when packages are missing.
+Runs on any Python, without a single package: users call it when packages are missing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from megatron_hdpo.environment import REMEDY, project_is_installed
 from megatron_hdpo.model.apex import Apex, installed_apex
 
-# What setup.py asks for.
+# Requirements of setup.py.
 REQUIRED = (
     "torch",
     "megatron-core",
@@ -46,7 +46,7 @@ MARKS = {True: "ok  ", False: "BAD ", None: "-   "}
 
 
 def main() -> None:
-    """Print the findings; exits with 1 when something that every run needs is missing."""
+    """Print the findings; exit with 1 when something that every run needs is missing."""
     failed = False
     for line, fine in findings():
         print(f"{MARKS[fine]} {line}")
@@ -57,7 +57,10 @@ def main() -> None:
 
 
 def findings() -> Iterator[tuple[str, bool | None]]:
-    """Yield (sentence, whether it is fine or None for what is absent and not needed); import nothing that may break."""
+    """Yield (sentence, state) for each finding: True for fine, False for broken, None for absent but not needed.
+
+    Imports nothing that may break.
+    """
     yield f"Python {sys.version.split()[0]}, {os.cpu_count()} CPU cores", sys.version_info >= (3, 11)
     for name in REQUIRED:
         version = _version(name)
@@ -92,7 +95,7 @@ def _gpu() -> Iterator[tuple[str, bool | None]]:
 
 
 def _precision() -> Iterator[tuple[str, bool | None]]:
-    """Yield how fast bfloat16 is on this CPU, at the layer sizes of SmolLM2-135M; nothing on a GPU."""
+    """Yield the speed of bfloat16 on this CPU at the layer sizes of SmolLM2-135M; on a GPU, yield nothing."""
     if importlib.util.find_spec("torch") is None:
         return
     import torch
@@ -107,7 +110,10 @@ def _precision() -> Iterator[tuple[str, bool | None]]:
 
 
 def _transformer_engine() -> tuple[str, bool | None]:
-    """An installed but incomplete Transformer Engine makes `import megatron.core` itself die with a RuntimeError."""
+    """Return the finding on Transformer Engine.
+
+    With an installed but incomplete Transformer Engine, `import megatron.core` itself fails with a RuntimeError.
+    """
     if importlib.util.find_spec("transformer_engine") is None:
         return "Transformer Engine: not installed, plain torch layers are used", None
     try:

@@ -1,4 +1,4 @@
-"""What a check hands over, and how ranks are named in it."""
+"""Results of the health checks, and how they name ranks."""
 
 from __future__ import annotations
 
@@ -11,19 +11,25 @@ _NAMED = 8
 
 
 class HealthError(RuntimeError):
-    """Ranks or machines that are not fit to train together; one line per reason, with hosts and what to do."""
+    """Ranks or machines are not fit to train together.
+
+    The message has one line per reason, with hosts and what to do.
+    """
 
 
 @dataclass
 class Finding:
-    """metrics: `health/...`. problems stop the run, warnings do not. The same on every rank."""
+    """Result of a check, the same on every rank.
+
+    metrics: `health/...`. problems: reasons not to start the run. warnings: shown, but the run starts.
+    """
 
     metrics: dict[str, float] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def add(self, other: Finding) -> None:
-        """Take over what another check found."""
+        """Merge the result of another check into this one."""
         self.metrics |= other.metrics
         self.problems += other.problems
         self.warnings += other.warnings
@@ -42,11 +48,11 @@ class Place:
 
 
 def place_here(rank: int, environment: Mapping[str, str] = os.environ) -> Place:
-    """The place of this process."""
+    """Return the location of this process."""
     return Place(rank, socket.gethostname(), rank - int(environment.get("LOCAL_RANK", "0")))
 
 
 def named(places: Sequence[Place]) -> str:
-    """`node3:24, node3:25`: hosts and ranks, at most eight of them."""
+    """Return hosts and ranks as text, such as `node3:24, node3:25`; at most eight of them."""
     more = f" and {len(places) - _NAMED} more" if len(places) > _NAMED else ""
     return ", ".join(map(str, places[:_NAMED])) + more

@@ -1,4 +1,4 @@
-"""How fast devices multiply and links carry: one slow device or link slows every rank."""
+"""Speed of devices and links: one slow device or link slows every rank."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ _TRIES = {"cuda": 5, "cpu": 30}
 
 
 def matmul_seconds(device: torch.device) -> float:
-    """Seconds of one matrix product on this rank's device, the best of several: noise only ever adds."""
+    """Return the seconds of one matrix product on this rank's device: the best of several, as noise only adds time."""
     size, dtype = _MATRIX[device.type], torch.bfloat16 if device.type == "cuda" else torch.float32
     left, right = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
     return min(_timed(lambda: torch.mm(left, right), device) for _ in range(_TRIES[device.type]))
 
 
 def check_devices(context: ParallelContext, places: Sequence[Place], own_seconds: float, slow_ratio: float) -> Finding:
-    """Compare the ranks' `matmul_seconds`. A slow device is warned of. Collective."""
+    """Compare the ranks' `matmul_seconds`; warn of slow devices. Collective.
+
+    own_seconds: of this rank. slow_ratio: multiple of the median from which a device is slow.
+    """
     seconds = context.gather_objects(own_seconds)
     median = statistics.median(seconds)
     ratios = [own / median for own in seconds]
@@ -34,7 +37,7 @@ def check_devices(context: ParallelContext, places: Sequence[Place], own_seconds
     if slow:
         warnings = [
             f"slow devices: a matrix product takes up to {max(ratios):.1f} x the median of all ranks on {named(slow)}; "
-            "the others will wait for them (heat, a power limit, or another process?)"
+            "all other ranks wait for these (heat, a power limit, or another process?)"
         ]
     metrics = {"health/matmul_ms_median": median * 1e3}
     if len(places) > 1:
@@ -43,12 +46,14 @@ def check_devices(context: ParallelContext, places: Sequence[Place], own_seconds
 
 
 def allreduce_gb_per_s(context: ParallelContext, group: dist.ProcessGroup | None = None) -> float:
-    """Bus bandwidth of an all-reduce over a group (default: all ranks), 2 (n - 1) / n x bytes / seconds, as nccl-tests
-    counts it: what the slowest link carries, whatever the number of ranks. Collective over the group.
+    """Return the bus bandwidth of an all-reduce over a group (default: all ranks). Collective over the group.
+
+    Computed as nccl-tests does, 2 (n - 1) / n x bytes / seconds: the bandwidth of the slowest link, for any number of
+    ranks.
     """
     size, device = dist.get_world_size(group), context.device
     numbers = torch.ones(_BYTES[device.type] // 4, device=device, dtype=torch.float32)
-    dist.all_reduce(numbers, group=group)  # the first one makes connections
+    dist.all_reduce(numbers, group=group)  # the first call opens the connections
 
     def reduce() -> None:
         dist.all_reduce(numbers, group=group)
@@ -58,7 +63,10 @@ def allreduce_gb_per_s(context: ParallelContext, group: dist.ProcessGroup | None
 
 
 def check_links(context: ParallelContext, places: Sequence[Place], min_gb_per_s: float | None) -> Finding:
-    """All-reduce over all ranks and, where there are several nodes, inside each. Collective; nothing for one rank."""
+    """Measure an all-reduce over all ranks and, with several nodes, inside each node. Collective.
+
+    Returns an empty Finding for one rank.
+    """
     if len(places) == 1:
         return Finding()
     everywhere = max(context.gather_objects(allreduce_gb_per_s(context)))
@@ -69,13 +77,13 @@ def check_links(context: ParallelContext, places: Sequence[Place], min_gb_per_s:
     if min_gb_per_s is not None and everywhere < min_gb_per_s:
         finding.problems.append(
             f"an all-reduce over all {len(places)} ranks runs at {everywhere:.3g} GB/s, health.min_allreduce_gb_per_s "
-            f"is {min_gb_per_s:g}: does it go through the right network (NCCL_DEBUG=INFO tells which)?"
+            f"is {min_gb_per_s:g}: does it use the right network (NCCL_DEBUG=INFO shows which one it uses)?"
         )
     return finding
 
 
 def ranks_of_nodes(places: Sequence[Place]) -> list[list[int]]:
-    """Ranks by node, in rank order."""
+    """Return the ranks of each node, in rank order."""
     nodes: dict[int, list[int]] = {}
     for place in places:
         nodes.setdefault(place.node, []).append(place.rank)

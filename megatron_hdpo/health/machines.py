@@ -1,4 +1,4 @@
-"""Clocks, the run folder, and the memory of the devices."""
+"""Checks of clocks, of the run folder and of GPU memory."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def check_clocks(
 ) -> Finding:
     """Compare every rank's clock (Unix seconds) with rank 0's. Collective.
 
-    All read theirs when a barrier has let them go. A late reading looks like an offset, which is why the smallest of
-    several rounds counts: a clock that is off is off in all of them.
+    All ranks read their clocks right after a barrier. A late reading looks like an offset, so the smallest offset of
+    several rounds counts: a clock that is wrong is wrong in all rounds.
     """
     rounds = []
     for _ in range(_ROUNDS):
@@ -37,14 +37,14 @@ def check_clocks(
         place, offset = max(off, key=lambda pair: abs(pair[1]))
         problems = [
             f"the clock of {place} is {abs(offset):.1f} s {'ahead of' if offset > 0 else 'behind'} that of {places[0]} "
-            f"(health.max_clock_offset_s: {limit_s:g}); off are {named([place for place, _ in off])}: let a time "
-            "service such as chrony set them"
+            f"(health.max_clock_offset_s: {limit_s:g}); clocks to correct: {named([place for place, _ in off])}: "
+            "synchronise them with a time service such as chrony"
         ]
     return Finding({"health/clock_offset_s": abs(worst)}, problems)
 
 
 def check_shared_folder(context: ParallelContext, places: Sequence[Place], folder: Path, timeout_s: float) -> Finding:
-    """Rank 0 writes a file into the run folder, and every rank must see it within `timeout_s`. Collective."""
+    """Check that every rank sees, within `timeout_s`, a file that rank 0 writes into the run folder. Collective."""
     token = uuid.uuid4().hex if context.is_leader else ""
     if context.is_leader:
         (folder / f".seen-by-all-{token}").write_text(token)
@@ -61,26 +61,26 @@ def check_shared_folder(context: ParallelContext, places: Sequence[Place], folde
         return Finding()
     return Finding(
         problems=[
-            f"output: {folder} is not one folder for all: what {places[0]} writes there, {named(blind)} did not see "
-            f"within {timeout_s:g} s: name a folder on a file system that all nodes mount, by its absolute path"
+            f"output: {folder} is not shared by all ranks: {named(blind)} did not see a file of {places[0]} within "
+            f"{timeout_s:g} s: use the absolute path of a folder on a file system that all nodes mount"
         ]
     )
 
 
 def check_disk(context: ParallelContext, places: Sequence[Place], folder: Path, min_free_gb: float) -> Finding:
-    """Free space for checkpoints, rollouts and logs, as rank 0 sees it. Collective."""
+    """Check the free space for checkpoints, rollouts and logs, as rank 0 sees it. Collective."""
     free_gb = context.broadcast_object(shutil.disk_usage(folder).free / _GB if context.is_leader else 0.0)
     problems = []
     if free_gb < min_free_gb:
         problems = [
             f"output: {folder} has {free_gb:.1f} GB of free space on {places[0]}, health.min_free_disk_gb is "
-            f"{min_free_gb:g}: free some, or name another folder"
+            f"{min_free_gb:g}: free some space, or use another folder"
         ]
     return Finding({"health/free_disk_gb": free_gb}, problems)
 
 
 def free_gpu_share(device: torch.device) -> float:
-    """Free share of the device's memory, whoever holds the rest; 1 on a CPU."""
+    """Return the free share of the device's memory, counting all processes; 1 on a CPU."""
     if device.type != "cuda":
         return 1.0
     free, total = torch.cuda.mem_get_info(device)
@@ -90,7 +90,10 @@ def free_gpu_share(device: torch.device) -> float:
 def check_gpu_memory(
     context: ParallelContext, places: Sequence[Place], own_share: float, min_free_share: float
 ) -> Finding:
-    """Other processes on the devices, seen by the memory that they hold. own_share: of `free_gpu_share`. Collective."""
+    """Check that no other process holds memory of the GPUs. Collective.
+
+    own_share: `free_gpu_share` of this rank. min_free_share: smallest share allowed.
+    """
     shares = context.gather_objects(own_share)
     taken = [place for place, share in zip(places, shares, strict=True) if share < min_free_share]
     metrics = {"health/free_gpu_share_min": min(shares)} if context.device.type == "cuda" else {}
@@ -100,7 +103,7 @@ def check_gpu_memory(
         metrics,
         [
             f"the GPUs of {named(taken)} are not free: the worst has {min(shares):.0%} of its memory left before "
-            f"anything is loaded, health.min_free_gpu_share is {min_free_share:g}: end what else runs there "
-            "(nvidia-smi shows it)"
+            f"anything is loaded, health.min_free_gpu_share is {min_free_share:g}: stop the other processes there "
+            "(nvidia-smi lists them)"
         ],
     )

@@ -1,7 +1,7 @@
-"""The start-up self-test: silent failures of the field, caught in seconds, before any step is trained on.
+"""Start-up self-test: finds failures that are otherwise silent, before the first step.
 
-(a) log-probs of sampled tokens: engine and trainer agree; (b) a teacher that is given the student's own prompt teaches
-nothing: divergence 0, token by token; (c) the engine serves the weights of the version that it states.
+(a) Engine and trainer agree on the log-probs of sampled tokens. (b) A teacher that gets the student's own prompt has
+divergence 0 at every token. (c) The engine serves the weights of the version that it states.
 """
 
 from __future__ import annotations
@@ -39,12 +39,16 @@ class SelfTestConfig(BaseModel):
 
 
 class SelfTestError(RuntimeError):
-    """A check of the self-test failed; the text says which and by how much."""
+    """A check of the self-test failed; the message says which one and by how much."""
 
 
 @dataclass(frozen=True)
 class SelfTestResult:
-    """What was measured: mean and largest |log-prob difference|, the divergence, seconds are the caller's."""
+    """Measurements of the self-test.
+
+    mean_difference, max_difference: mean and largest |log-prob difference| in nats. divergence: nats per token. tokens:
+    sampled tokens compared.
+    """
 
     mean_difference: float
     max_difference: float
@@ -53,7 +57,10 @@ class SelfTestResult:
 
 
 def check_logprobs(policy: Policy, groups: Sequence[Group], temperature: float) -> tuple[float, float, int]:
-    """(mean, largest, tokens) of |engine's - trainer's log-prob| over the sampled tokens; the same on every rank."""
+    """Compare engine and trainer log-probs of the sampled tokens; return (mean, largest, tokens) of |difference|.
+
+    The same on every rank.
+    """
     scorings, engine = [], {}
     for g, group in enumerate(groups):
         for s, sample in enumerate(group.samples):
@@ -69,11 +76,13 @@ def check_logprobs(policy: Policy, groups: Sequence[Group], temperature: float) 
 
 
 def check_alignment(policy: Policy, groups: Sequence[Group]) -> float:
-    """Mean divergence per token when the teacher's context is the student's own prompt and its weights are the
-    policy's: 0 up to rounding, unless targets and tokens are misaligned anywhere between scoring and loss. Gradients
-    are computed and thrown away; no weight changes.
+    """Return the mean divergence per token of a teacher that equals the student.
+
+    The teacher's context is the student's prompt and its weights are the policy's, so the divergence is 0 up to
+    rounding, unless targets and tokens are misaligned between scoring and loss. Gradients are computed and discarded;
+    no weight changes.
     """
-    # The bucket keeps the teacher's distribution whole: with a renormalised top k even an equal student is not at 0.
+    # The bucket keeps all of the teacher's probability: with a renormalised top k an equal student is not at 0.
     distill = DistillConfig(
         coefficient=1.0, kind="jsd", tail="bucket", top_k=min(8, policy.architecture.vocab_size - 1)
     )
@@ -112,10 +121,11 @@ def run_self_test(
     exact: bool,
     temperature: float,
 ) -> SelfTestResult:
-    """Run (a), (b) and (c); raises SelfTestError on every rank when one fails.
+    """Run the checks (a), (b) and (c); return their measurements.
 
-    sample: rolls out a few prompts with the engine's present weights. sync(scale): pushes the policy's weights into
-    the engine, its final norm multiplied by `scale`. exact: engine and trainer both compute in float32.
+    sample: samples a few prompts with the engine's current weights. sync(scale): pushes the policy's weights into the
+    engine, its final norm multiplied by `scale`. version: of the engine's weights. exact: engine and trainer both
+    compute in float32. Raises SelfTestError, on every rank, when a check fails.
     """
     limit = config.mean_logprob_difference or (1e-3 if exact else 0.05)
     groups = sample()
@@ -129,8 +139,8 @@ def run_self_test(
     divergence = check_alignment(policy, groups)
     if not abs(divergence) <= config.max_divergence:
         raise SelfTestError(
-            f"self-test (b): a teacher with the student's own prompt has divergence {divergence:.3g} per token, at "
-            f"most {config.max_divergence:g} is allowed: teacher and student tokens are misaligned"
+            f"self-test (b): a teacher with the student's own prompt has divergence {divergence:.3g} per token, "
+            f"at most {config.max_divergence:g} is allowed: teacher and student tokens are misaligned"
         )
     _check_weights_arrive(policy, sample, sync, limit, temperature)
     return SelfTestResult(mean, largest, divergence, tokens)
@@ -151,7 +161,7 @@ def _check_weights_arrive(
     limit: float,
     temperature: float,
 ) -> None:
-    """Altered weights must show in the log-probs, and the true ones must come back."""
+    """Check that altered weights change the log-probs, and that the true weights restore them."""
     sync(0.5)
     altered, _, _ = check_logprobs(policy, sample(), temperature)
     sync(1.0)
@@ -164,5 +174,5 @@ def _check_weights_arrive(
     if not restored <= limit:
         raise SelfTestError(
             f"self-test (c): the engine was given the true weights again and its log-probs differ by {restored:.3g} "
-            f"(at most {limit:g}): it serves other weights than the version that it states"
+            f"(at most {limit:g}): it does not serve the weights of the version that it states"
         )

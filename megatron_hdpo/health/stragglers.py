@@ -1,4 +1,4 @@
-"""Who keeps the others waiting: every step the ranks' seconds of forward and backward, now and then the links."""
+"""Detect straggler ranks from per-step compute time, and slow links from occasional all-reduce probes."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Moment = Any
 
 
 class ComputeClock:
-    """Seconds from a step's first training forward pass to the start of its reduction of gradients.
+    """Clock of a step's compute: from its first training forward pass to the start of its gradient reduction.
 
-    That is where data-parallel replicas first wait for each other in an update: what a rank took before is its own.
-    Inside a replica ranks wait for each other in every layer, so they look equally slow. On a GPU two events are
-    recorded per update, and read when the step is over; nothing is synchronised for them before.
+    The reduction is where data-parallel replicas first wait for each other in an update, so the time before it is a
+    rank's own. Inside a replica ranks wait for each other in every layer, so they look equally slow. On a GPU two
+    events are recorded per update and read when the step is over, so the clock adds no synchronisation before.
 
     host_seconds: the clock of a run on the CPU.
     """
@@ -38,13 +38,13 @@ class ComputeClock:
         self._spans: list[tuple[Moment, Moment]] = []
 
     def attach(self, policy: Policy) -> None:
-        """Follow the policy's updates from now on; scoring is without gradients and is left out."""
+        """Time the policy's updates from now on; scoring has no gradients and is not timed."""
         chunks_of(policy.ddp)[0].register_forward_pre_hook(self._forward)
         config = policy.model.config
         config.finalize_model_grads_func = self._before_reduction(config.finalize_model_grads_func)
 
     def seconds(self) -> float:
-        """Of the updates since the last call; starts over."""
+        """Return the seconds of the updates since the last call, and start over."""
         spans, self._spans = self._spans, []
         if self._device.type != "cuda":
             return sum(end - start for start, end in spans)
@@ -74,10 +74,10 @@ class ComputeClock:
 
 
 class StragglerWatch:
-    """`ranks/...` metrics of each step, and warnings of a rank or links that stay slow. Every call is collective.
+    """Watch for ranks and links that stay slow: `ranks/...` metrics of each step, and warnings. Collective.
 
-    policy: the one whose updates are timed. first_gb_per_s: the all-reduce that the health checks measured.
-    host_seconds: the clock of a run on the CPU.
+    policy: the policy to time. first_gb_per_s: the all-reduce bandwidth that the health checks measured. host_seconds:
+    the clock of a run on the CPU.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class StragglerWatch:
         self._suspect, self._times = -1, 0
 
     def metrics(self, step: int) -> dict[str, float]:
-        """After the updates of step `step`, counted from 1; {} for a run of one rank."""
+        """Return the metrics of step `step`, counted from 1, after its updates; {} for a run of one rank."""
         own = self._clock.seconds()
         if len(self._places) == 1:
             return {}
@@ -134,10 +134,12 @@ class StragglerWatch:
 
 
 def compare(seconds: Sequence[float], stages: Sequence[int]) -> dict[str, float]:
-    """Ranks compared with those of the same pipeline stage: by its nature the first stage begins first and ends last.
+    """Return metrics that compare each rank with the ranks of its pipeline stage.
 
-    `ranks/slowest`, `ranks/slowest_ratio`: the rank with the largest multiple of its stage's median, and the multiple.
-    `ranks/wait_share`: share of the time until the slowest of a stage is done that the ranks wait, over all ranks.
+    Stages are not compared with each other: the first stage always begins first and ends last. seconds, stages: by
+    rank. `ranks/slowest`, `ranks/slowest_ratio`: the rank with the largest multiple of its stage's median, and the
+    multiple. `ranks/wait_share`: share of the time until the slowest rank of a stage is done that ranks wait, over all
+    ranks.
     """
     peers: dict[int, list[float]] = {}
     for own, stage in zip(seconds, stages, strict=True):

@@ -1,5 +1,6 @@
-"""Every rank must run the same software on the same recipe: else they wait for each other's collectives for ever, or
-train on different numbers.
+"""Check that every rank runs the same software on the same recipe.
+
+Otherwise ranks may wait for each other's collectives for ever, or train on different numbers.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ ABSENT = "absent"
 
 
 def versions_here(recipe_digest: str) -> dict[str, str]:
-    """What must be equal: name -> version. Imports nothing that is not imported already."""
+    """Return what must be equal on all ranks: name -> version. Imports no further package."""
     versions = {"Python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
     versions["NCCL"] = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else ABSENT
     versions["the source of megatron_hdpo"] = source_digest(Path(megatron_hdpo.__file__).parent)
@@ -31,7 +32,7 @@ def versions_here(recipe_digest: str) -> dict[str, str]:
 
 
 def source_digest(folder: Path) -> str:
-    """Of all Python files of a package: equal versions may hide an edited file."""
+    """Return a digest of all Python files of a package: equal versions may hide an edited file."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
@@ -39,12 +40,12 @@ def source_digest(folder: Path) -> str:
 
 
 def check_versions(context: ParallelContext, places: Sequence[Place], own: Mapping[str, str]) -> Finding:
-    """Compare `own` with every rank's. Collective."""
+    """Compare `own` with the versions of every rank. Collective."""
     return Finding(problems=differences(places, context.gather_objects(dict(own))))
 
 
 def differences(places: Sequence[Place], versions: Sequence[Mapping[str, str]]) -> list[str]:
-    """A sentence for everything that is not equal on all ranks, naming those of the minority."""
+    """Return a sentence for each value that is not equal on all ranks, naming the ranks of the minority."""
     lines = []
     for name in dict.fromkeys(name for own in versions for name in own):
         values = [own.get(name, ABSENT) for own in versions]

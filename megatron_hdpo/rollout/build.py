@@ -1,4 +1,4 @@
-"""The engine of a recipe, the way its weights get there, and the ranks that sample."""
+"""Builds the engine of a recipe, its weight sync, and the list of the ranks that sample."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ T = TypeVar("T")
 
 
 class EngineError(RuntimeError):
-    """The engine cannot be had; the text says why and on which rank."""
+    """The engine cannot be started; the message says why and on which server."""
 
 
 @dataclass(frozen=True)
 class BuiltEngine:
-    """An engine with what a run needs beside it."""
+    """An engine, its weight sync, and the ranks whose engine takes requests."""
 
     engine: Engine
     sync: WeightSync
@@ -48,7 +48,11 @@ class BuiltEngine:
 def build_engine(
     config: RolloutConfig, model_path: Path, architecture: Architecture, context: ParallelContext, output: Path
 ) -> BuiltEngine:
-    """Collective. Raises EngineError, on every rank, when a server does not come up or cannot be used."""
+    """Build the engine of the recipe on every rank. Collective.
+
+    model_path: Hugging Face folder. output: the run's folder, for logs. Raises EngineError, on every rank, when a
+    server does not start or cannot be used.
+    """
     if config.engine == "embedded" or config.replay is not None:
         embedded = config.embedded.model_copy(update={"vocab_size": architecture.vocab_size})
         engine = EmbeddedEngine(model_path, embedded, context.device)
@@ -57,7 +61,7 @@ def build_engine(
 
 
 def place_of(context: ParallelContext) -> Place:
-    """Where this rank is, from torchrun's variables."""
+    """Return the location of this rank, from torchrun's variables."""
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     leads = context.is_replica_leader
     return Place(context.rank, int(os.environ.get("LOCAL_RANK", "0")), local_size, leads)
@@ -66,6 +70,7 @@ def place_of(context: ParallelContext) -> Place:
 def _on_servers(
     rollout: RolloutConfig, model_path: Path, architecture: Architecture, context: ParallelContext, output: Path
 ) -> BuiltEngine:
+    """Build the engine on SGLang servers: start, connect, check, and choose the transport of weights."""
     config, device = rollout.sglang, context.device.type
     places = context.gather_objects(place_of(context))
     plan = together(context, lambda: planned_servers(config, places, device))
@@ -81,7 +86,7 @@ def _on_servers(
     )
     together(context, lambda: check_served_models(engine, architecture), close=engine.close)
     if rollout.routing_replay:
-        together(context, lambda: check_tells_experts(engine), close=engine.close)
+        together(context, lambda: check_returns_experts(engine), close=engine.close)
     owners = sorted({server.owner for server in plan} | set(given_urls(config, places)))
     receivers: Receivers = "leader" if all(places[owner].leads for owner in owners) else "all"
     gate = None
@@ -98,11 +103,11 @@ def _experts(architecture: Architecture) -> ExpertChoice | None:
     return ExpertChoice(architecture.num_layers, architecture.num_experts, architecture.experts_per_token)
 
 
-def check_tells_experts(engine: SGLangEngine) -> None:
-    """Raises ValueError, naming the servers, when any was started without the flag that makes it note experts."""
+def check_returns_experts(engine: SGLangEngine) -> None:
+    """Raise ValueError, naming the servers, when any was started without the flag that returns experts."""
     if silent := [replica.url for replica in engine.replicas if not replica.info.routed_experts]:
         raise ValueError(
-            f"{', '.join(silent)} cannot tell the experts of a token, as rollout.routing_replay needs: start them "
+            f"{', '.join(silent)} cannot return the experts of a token, which rollout.routing_replay needs: start them "
             "with --enable-return-routed-experts"
         )
 
@@ -110,7 +115,7 @@ def check_tells_experts(engine: SGLangEngine) -> None:
 def _started(
     rollout: RolloutConfig, mine: Sequence[PlannedServer], model_path: Path, device: str, output: Path
 ) -> Servers | None:
-    """The servers that this rank owns, answering."""
+    """Start the servers that this rank owns and return them once they answer; None where it owns none."""
     if not mine:
         return None
     config = rollout.sglang.servers
@@ -147,7 +152,10 @@ def _transport(
 def _gather_payloads(
     plan: Sequence[PlannedServer], size: int, context: ParallelContext
 ) -> Callable[[str], Sequence[str]] | None:
-    """Handles of the ranks on whose GPUs this rank's server runs. Every rank makes every group, in one order."""
+    """Return a function that gathers payloads from the ranks on whose GPUs this rank's server runs.
+
+    Every rank creates every group, in the same order; None on a rank outside all of them.
+    """
     mine = None
     for server in plan:
         ranks = list(range(server.owner, server.owner + size))
@@ -160,8 +168,9 @@ def _gather_payloads(
 
 
 def together(context: ParallelContext, work: Callable[[], T], close: Callable[[], None] | None = None) -> T:
-    """`work()` on every rank; an error of any rank is raised on all, as EngineError. close: ends what this rank already
-    has when another rank fails.
+    """Run `work()` on every rank; raise an error of any rank on all of them, as EngineError. Collective.
+
+    close: releases what this rank already holds when another rank fails; by default its result's own `close`.
     """
     result, failure = None, ""
     try:

@@ -1,4 +1,4 @@
-"""The rollout section of the recipe."""
+"""Recipe section `rollout`."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class RolloutConfig(BaseModel):
         return self.top_p < 1.0 or self.top_k is not None
 
     def sampling(self, n: int, stop_token_ids: tuple[int, ...], top_logprobs: int = 0) -> SamplingParams:
-        """Sampling parameters of `n` training rollouts of one prompt."""
+        """Return the sampling parameters of `n` training rollouts of one prompt."""
         return SamplingParams(
             max_new_tokens=self.max_new_tokens,
             n=n,

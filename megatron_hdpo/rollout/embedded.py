@@ -1,14 +1,15 @@
-"""The embedded rollout engine: `transformers` on the trainer's own device, with a batched decoding loop of its own.
+"""Embedded rollout engine: `transformers` on the trainer's own device, with its own batched decoding loop.
 
-A prompt is prefilled once and its keys and values copied to its n samples; all samples of all requests decode together,
-one slot each; a finished sample frees its slot at once, and waiting requests move in as soon as enough slots are free.
+A prompt is prefilled once and its keys and values are copied to its n samples. All samples of all requests decode
+together, one slot each. A finished sample frees its slot at once, and waiting requests are admitted as soon as enough
+slots are free.
 
-Determinism: a sample is drawn with uniforms keyed by (request.seed, sample index) from its own logits, so neither the
-batch around it nor the number of ranks enters, and the same requests submitted in the same order give the same bits on
-the same machine. What remains is floating point: matrix products round differently for different batch shapes, and a
-draw within that error of an edge between two tokens goes the other way, after which the two texts part. In float32
-log-probs move by some 1e-5 and such draws are rare; in bfloat16 they move by up to a tenth, and a sample alone and the
-same one in a batch part sooner or later: sooner the flatter the distribution.
+Determinism: a sample is drawn from its own logits with uniforms keyed by (request.seed, sample index), so it depends
+neither on the batch around it nor on the number of ranks, and the same requests submitted in the same order give the
+same bits on the same machine. What remains is floating point: matrix products round differently for different batch
+shapes, and a draw within that error of the edge between two tokens can change, after which the two texts differ. In
+float32 log-probs move by about 1e-5 and such draws are rare. In bfloat16 they move by up to 0.1, and a sample alone and
+the same sample in a batch differ sooner or later: the flatter the distribution, the sooner.
 """
 
 from __future__ import annotations
@@ -62,11 +63,10 @@ class EmbeddedEngineConfig(BaseModel):
 
 
 class EmbeddedEngine:
-    """Engine protocol on `transformers`. Not for use by several threads at once.
+    """Engine on `transformers`; implements the Engine protocol. Not thread-safe.
 
-    model: a Hugging Face configuration, or the path of its config.json or of the folder that holds it; weights come by
-    `update_weights`. config: with a dtype other than auto, else ValueError is raised. on_progress(generated_tokens,
-    finished_requests) is called after every step, counted from the moment the engine was last idle.
+    model: a Hugging Face configuration, or the path of its config.json or of the folder that holds it; weights are
+    loaded by `update_weights`. Raises ValueError while `config.dtype` is auto.
     """
 
     deterministic = True
@@ -79,7 +79,7 @@ class EmbeddedEngine:
         on_progress: OnProgress | None = None,
     ) -> None:
         if config.dtype == "auto":
-            raise ValueError("EmbeddedEngineConfig.dtype: auto is not settled yet: name the precision of the model")
+            raise ValueError("EmbeddedEngineConfig.dtype: auto is not resolved yet: pass the precision of the model")
         self.config = config
         self._device = torch.device(device)
         dtype = getattr(torch, self.config.dtype)
@@ -114,9 +114,10 @@ class EmbeddedEngine:
         self._waiting.extend(PendingRequest(request) for request in requests)
 
     def results(self) -> Iterator[GenerationResult]:
-        """Finished requests in order of completion, until none is outstanding. Sampling goes on only while this is
-        read. Raises RuntimeError when there are no usable weights; an exception of the model itself (out of memory)
-        passes through after every outstanding request was dropped.
+        """Yield finished requests in order of completion, until none is outstanding.
+
+        Sampling advances only while this is read. Raises RuntimeError when there are no usable weights. An exception of
+        the model itself (out of memory) drops every outstanding request and is passed on.
         """
         while True:
             while self._finished:
@@ -132,7 +133,7 @@ class EmbeddedEngine:
                 raise
 
     def cancel(self, request_ids: Sequence[str]) -> None:
-        """Give up these requests with all their samples: a request's samples are handed over together."""
+        """Cancel these requests with all their samples: a request's samples are returned together."""
         wanted = self._outstanding.intersection(request_ids) - {result.request_id for result in self._finished}
         pending = {p.request.request_id: p for p in (*self._waiting, *(s.pending for s in self._active))}
         self._waiting = deque(p for p in self._waiting if p.request.request_id not in wanted)
@@ -142,8 +143,11 @@ class EmbeddedEngine:
             self._finished.append(GenerationResult(request_id, [], cancelled=pending[request_id].request.sampling.n))
 
     def update_weights(self, stream: WeightStream, version: int) -> None:
-        """Replace all weights; see the protocol. Samples in progress go on with the new weights, their keys and values
-        being those of the old; `Completion.weight_versions` tells which token came from which.
+        """Replace all weights; see the protocol.
+
+        Samples in progress continue with the new weights and the old keys and values; `Completion.weight_versions`
+        holds the version of each token. Raises ValueError on weights that do not fit the model; then a full update must
+        follow.
         """
         self._unusable = f"the update to version {version} did not complete; a full one must follow"
         self._model.load(stream)
@@ -155,11 +159,12 @@ class EmbeddedEngine:
         return EngineHealth(alive=not self._unusable, weight_version=self._version, detail=self._unusable)
 
     def make_room(self) -> None:
-        """Nothing: weights and cache stay, there is room for both wherever this engine is used."""
+        """Do nothing: where this engine is used, there is memory for the trainer, weights and cache."""
 
     def release(self) -> None:
-        """Give the memory of weights and cache back to a trainer on the same device; the next `update_weights` brings
-        the engine back. Raises RuntimeError while requests are outstanding.
+        """Free the memory of weights and cache for a trainer on the same device, until the next `update_weights`.
+
+        Raises RuntimeError while requests are outstanding.
         """
         if self._waiting or self._active:
             raise RuntimeError(f"release with {len(self._outstanding)} requests outstanding: read results() first")
@@ -168,7 +173,7 @@ class EmbeddedEngine:
         self._cache.drop()
 
     def close(self) -> None:
-        """Drop what is outstanding and give the memory back. Idempotent."""
+        """Drop outstanding requests and free the memory. Idempotent."""
         self._drop_outstanding()
         self.release()
         self._unusable = "closed"
@@ -184,15 +189,15 @@ class EmbeddedEngine:
         problem = problem_with(request, self._model.vocab_size, self._model.context_length)
         total = len(request.prompt_ids) + request.sampling.max_new_tokens
         if not problem and request.sampling.routed_experts and not self._model.has_experts:
-            problem = "routed experts are asked for, and the model has no experts"
+            problem = "routed experts are requested, but the model has no experts"
         if not problem and total > self.config.max_batch_tokens:
             problem = f"prompt plus response of {total} tokens exceed max_batch_tokens {self.config.max_batch_tokens}"
         if problem:
             raise ValueError(f"request {request.request_id}: {problem}")
 
-    @torch.inference_mode()  # around the whole step: what it writes into the cache must be written under it too
+    @torch.inference_mode()  # around the whole step: writes into the cache must happen under it too
     def _advance(self) -> None:
-        """Admit what fits, then one token for every active sample."""
+        """Admit what fits, then decode one token for every active sample."""
         self._admit()
         if self._active:
             logits_BV = self._model.decode(
@@ -209,7 +214,7 @@ class EmbeddedEngine:
             self._on_progress(self._generated, self._completed)
 
     def _admit(self) -> None:
-        """Move waiting requests into free slots, when enough are free to make a prefill worth it."""
+        """Move waiting requests into free slots, when enough slots are free to justify a prefill."""
         limit = self.config.max_batch_sequences
         if self._active and limit - len(self._active) < max(1, self.config.refill_fraction * limit):
             return
@@ -240,7 +245,7 @@ class EmbeddedEngine:
     def _prefill_batches(
         self, admitted: list[tuple[PendingRequest, int]]
     ) -> Iterator[list[tuple[PendingRequest, int]]]:
-        """Prompts of like length together, within the token budget of one pass."""
+        """Yield batches of prompts of similar length, within the token budget of one pass."""
         batch: list[tuple[PendingRequest, int]] = []
         for item in sorted(admitted, key=lambda item: len(item[0].request.prompt_ids)):
             if batch and (len(batch) + 1) * len(item[0].request.prompt_ids) > self.config.prefill_tokens:
@@ -251,7 +256,7 @@ class EmbeddedEngine:
             yield batch
 
     def _prefill(self, batch: list[tuple[PendingRequest, int]]) -> None:
-        """Run the prompts, sample the first token of every new sample, and give a slot to each that goes on."""
+        """Run the prompts, sample the first token of every new sample, and give slots to the samples that continue."""
         prompts = [pending.request.prompt_ids for pending, _ in batch]
         logits_RV, prefilled = self._model.prefill(prompts)
         sequences: list[SequenceState] = []
@@ -297,13 +302,13 @@ class EmbeddedEngine:
         )
 
     def _sample(self, sequences: list[SequenceState], logits_BV: torch.Tensor, params: RowParams) -> list[int]:
-        """Draw one token per row; returns the rows that ended."""
+        """Draw one token per row; return the rows that ended."""
         u_B2 = torch.from_numpy(np.stack([s.uniforms[len(s.ids)] for s in sequences])).to(self._device)
         top = max(s.pending.request.sampling.top_logprobs for s in sequences)
         return self._record(sequences, sample(logits_BV, u_B2, params, top))
 
     def _record(self, sequences: list[SequenceState], draw: Draw) -> list[int]:
-        """Append the drawn tokens and close what they end; returns the rows that ended."""
+        """Append the drawn tokens and close samples that end; return the rows that ended."""
         ids, logprobs, finite = draw.ids_B.tolist(), draw.logprobs_B.tolist(), draw.finite_B.tolist()
         if draw.top_ids_BK is not None and draw.top_logprobs_BK is not None:
             top_ids, top_logprobs = draw.top_ids_BK.int().cpu().numpy(), draw.top_logprobs_BK.cpu().numpy()
@@ -330,7 +335,7 @@ class EmbeddedEngine:
         return ended
 
     def _note_experts(self, sequences: Sequence[SequenceState], sources: Sequence[int]) -> None:
-        """Keep the experts that the pass which just ran sent each sequence's tokens to; sources: its row of it."""
+        """Store the experts that the last pass chose for each sequence's tokens. sources: its row in that pass."""
         if not any(sequence.pending.request.sampling.routed_experts for sequence in sequences):
             return
         experts_BPLK = self._model.experts_of_last_pass()
@@ -354,7 +359,7 @@ class EmbeddedEngine:
             self._completed += 1
 
     def _remove(self, ended: list[int]) -> None:
-        """Close the holes: rows from the end move into freed slots, so that the active rows stay a prefix."""
+        """Close the gaps: rows from the end move into freed slots, so that the active rows stay a prefix."""
         if not ended:
             return
         gone = set(ended)

@@ -1,4 +1,4 @@
-"""The `transformers` model inside the embedded engine: built empty, filled from a weight stream, run step by step."""
+"""`transformers` model of the embedded engine: built empty, filled from a weight stream, run step by step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SUPPORTED = ("llama", "qwen2", "qwen3", "qwen3_moe")
 
 
 class Place(NamedTuple):
-    """Where a checkpoint's tensor belongs: a parameter, the part of it, and that part's shape."""
+    """Part of a parameter that a checkpoint's tensor fills: parameter name, index, and the part's shape."""
 
     parameter: str
     part: tuple[int | slice, ...]
@@ -24,7 +24,10 @@ class Place(NamedTuple):
 
 
 class EmbeddedModel:
-    """A decoder without weights until `load`; `prefill` and `decode` return float logits of the real vocabulary."""
+    """A decoder without weights until `load`; `prefill` and `decode` return float logits of the real vocabulary.
+
+    vocab_size: ids from here on are padding; None: the model's own size. Raises ValueError on an unsupported model.
+    """
 
     def __init__(
         self, config: PretrainedConfig | str | Path, dtype: torch.dtype, device: torch.device, vocab_size: int | None
@@ -34,7 +37,7 @@ class EmbeddedModel:
         self.vocab_size = _checked_vocab_size(self.config, vocab_size)
         _check_architecture(self.config)
         self._model, self._shapes = _build_empty(self.config, dtype, device)
-        self._chosen: list[torch.Tensor] = []  # by layer, of the last pass, and how many rows and columns that had
+        self._chosen: list[torch.Tensor] = []  # experts of the last pass by layer; _pass_shape: its rows and columns
         self._pass_shape: tuple[int, ...] = ()
         for layer in self._model.model.layers:
             if hasattr(layer.mlp, "gate"):
@@ -48,12 +51,13 @@ class EmbeddedModel:
 
     @property
     def has_experts(self) -> bool:
-        """Whether tokens are sent to experts."""
+        """Whether the model has experts."""
         return bool(getattr(self.config, "num_experts", 0))
 
     def experts_of_last_pass(self) -> np.ndarray:
-        """Those that `prefill` [B, columns, L, K] or `decode` [B, 1, L, K] sent tokens to, padding included; uint8, or
-        uint16 for more than 256 experts.
+        """Return the experts of each token of the last pass, padding included.
+
+        [B, columns, L, K] after `prefill`, [B, 1, L, K] after `decode`; uint8, or uint16 for more than 256 experts.
         """
         kind = np.uint8 if self.config.num_experts <= 256 else np.uint16
         return torch.stack(self._chosen, dim=1).unflatten(0, self._pass_shape).cpu().numpy().astype(kind)
@@ -62,18 +66,20 @@ class EmbeddedModel:
         self._chosen.append(output[2])
 
     def new_cache(self, max_tokens: int) -> SlotCache:
-        """An empty decoding cache for this model."""
+        """Return an empty decoding cache for this model."""
         return SlotCache(self.config.num_hidden_layers, max_tokens)
 
     def release(self) -> None:
-        """Drop the weights' memory; `load` brings it back."""
+        """Free the weights' memory, until the next `load`."""
         for parameter in self._model.parameters():
             parameter.data = torch.empty(0, dtype=self.dtype, device=self.device)
 
     @torch.no_grad()
     def load(self, stream: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Copy in (name, full tensor) pairs. Raises ValueError on a missing, unknown, repeated or misshapen parameter;
-        what the model then holds is undefined. A tied `lm_head.weight` may be absent, and must equal the embedding.
+        """Copy in (name, full tensor) pairs.
+
+        A tied `lm_head.weight` may be absent, and must equal the embedding. Raises ValueError on a missing, unknown,
+        repeated or misshapen parameter; the weights are undefined then.
         """
         parameters = dict(self._model.named_parameters())
         seen: set[str] = set()
@@ -99,12 +105,12 @@ class EmbeddedModel:
 
     def _check_weight(self, name: str, tensor: torch.Tensor) -> None:
         if name not in self._places:
-            raise ValueError(f"unknown weight {name}: {self.config.model_type} with this config.json has no such one")
+            raise ValueError(f"unknown weight {name}: {self.config.model_type} with this config.json does not have it")
         if tuple(tensor.shape) != self._places[name].shape:
             wanted = self._places[name].shape
-            raise ValueError(f"weight {name} has shape {tuple(tensor.shape)}, this model wants {wanted}")
+            raise ValueError(f"weight {name} has shape {tuple(tensor.shape)}, this model needs {wanted}")
         if not tensor.is_floating_point():
-            raise ValueError(f"weight {name} has dtype {tensor.dtype}, a floating point dtype is wanted")
+            raise ValueError(f"weight {name} has dtype {tensor.dtype}, not a floating point dtype")
 
     def _check_tied_head(self, head: torch.Tensor) -> None:
         embedding = self._model.get_input_embeddings().weight
@@ -115,8 +121,10 @@ class EmbeddedModel:
 
     @torch.inference_mode()
     def prefill(self, prompts: list[np.ndarray]) -> tuple[torch.Tensor, DynamicCache]:
-        """Run prompts side by side. Returns the logits after each one's last token, [B, V], and the cache, in which
-        columns beyond a prompt's own length are garbage (right padding: causality hides it from the prompt).
+        """Run prompts side by side; return the logits after each prompt's last token, [B, V], and the cache.
+
+        Columns of the cache beyond a prompt's own length are garbage (right padding: causality hides it from the
+        prompt).
         """
         lengths = torch.tensor([len(p) for p in prompts], device=self.device)
         ids_BP = torch.zeros(len(prompts), max(len(p) for p in prompts), dtype=torch.int64)
@@ -131,7 +139,10 @@ class EmbeddedModel:
 
     @torch.inference_mode()
     def decode(self, tokens: np.ndarray, lengths: np.ndarray, cache: SlotCache) -> torch.Tensor:
-        """One token for each of the first B rows of `cache`, of which row r holds lengths[r] tokens; logits [B, V]."""
+        """Decode one token for each of the first B rows of `cache`; return logits [B, V].
+
+        tokens: int [B], the last token of each row. lengths: int [B], tokens that row r of the cache holds.
+        """
         width = int(lengths.max()) + 1
         cache.reserve(len(lengths), width)
         positions_B = torch.from_numpy(lengths.astype(np.int64)).to(self.device)
@@ -153,8 +164,10 @@ class EmbeddedModel:
 
 
 def _places(parameter: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Place]]:
-    """(name in a checkpoint, place) of each tensor that a parameter consists of: `transformers` holds a layer's experts
-    in two parameters, gates above ups in one of them, and checkpoints have every expert's matrices.
+    """Yield (name in a checkpoint, place) of each tensor that a parameter consists of.
+
+    `transformers` holds a layer's experts in two parameters, gates above ups in one of them; checkpoints have separate
+    matrices for every expert.
     """
     stem, _, leaf = parameter.rpartition(".")
     if not stem.endswith(".experts"):
@@ -171,7 +184,7 @@ def _places(parameter: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Place
 
 
 def _read_config(path: Path) -> PretrainedConfig:
-    """Checked here first, because transformers takes a path that does not exist for a name on its hub."""
+    """Read a config.json, checking first that it exists: transformers takes a missing path for a name on its hub."""
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"{file}: no such file; want a Hugging Face config.json or the folder that holds it")
@@ -182,7 +195,7 @@ def _check_architecture(config: PretrainedConfig) -> None:
     if config.model_type not in SUPPORTED:
         raise ValueError(f"model_type {config.model_type!r}: the embedded engine serves {', '.join(SUPPORTED)}")
     if "sliding_attention" in (getattr(config, "layer_types", None) or []):
-        raise ValueError("config.json asks for sliding window attention, which the embedded engine has not")
+        raise ValueError("config.json asks for sliding window attention, which the embedded engine does not support")
 
 
 def _checked_vocab_size(config: PretrainedConfig, vocab_size: int | None) -> int:
@@ -196,8 +209,9 @@ def _checked_vocab_size(config: PretrainedConfig, vocab_size: int | None) -> int
 def _build_empty(
     config: PretrainedConfig, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.nn.Module, dict[str, tuple[int, ...]]]:
-    """The model with parameters of no size, and the shapes they are to have. Built on the meta device, since random
-    initialisation takes seconds.
+    """Return the model with empty parameters, and the shapes they will have.
+
+    Built on the meta device, because random initialisation takes seconds.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")

@@ -1,4 +1,4 @@
-"""What the embedded engine remembers of a request and of a sample."""
+"""State of a request and of a sample in the embedded engine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from megatron_hdpo.types.rollouts import Completion, FinishReason, GenerationReq
 
 @dataclass
 class PendingRequest:
-    """A request on its way: its samples end one by one."""
+    """A request in progress; its samples end one by one.
+
+    admitted: number of samples that have, or had, a slot.
+    """
 
     request: GenerationRequest
     completions: dict[int, Completion] = field(default_factory=dict)
@@ -20,9 +23,11 @@ class PendingRequest:
 
     @property
     def finished(self) -> bool:
+        """Whether every sample has completed or failed."""
         return len(self.completions) + len(self.errors) == self.request.sampling.n
 
     def result(self) -> GenerationResult:
+        """Return the samples and errors in the order of their indices."""
         return GenerationResult(
             request_id=self.request.request_id,
             completions=[self.completions[index] for index in sorted(self.completions)],
@@ -32,7 +37,10 @@ class PendingRequest:
 
 @dataclass
 class SequenceState:
-    """One sample while it decodes. `cached`: tokens in its slot, all but the last sampled one."""
+    """One sample while it decodes.
+
+    uniforms: float64 [max_new_tokens, 2]. cached: tokens in its slot, all but the last sampled one.
+    """
 
     pending: PendingRequest
     index: int
@@ -46,6 +54,7 @@ class SequenceState:
     experts: list[np.ndarray] = field(default_factory=list)
 
     def completion(self, reason: FinishReason) -> Completion:
+        """Return the sampled tokens as a Completion."""
         tops = None
         if self.top_ids:
             tops = TopLogprobs(np.stack(self.top_ids), np.stack(self.top_logprobs))

@@ -1,4 +1,4 @@
-"""The protocol that every rollout engine keeps: the embedded one, and SGLang servers."""
+"""Protocol of the rollout engines: the embedded one, and SGLang servers."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ WeightStream = Iterable[tuple[str, torch.Tensor]]
 
 
 class EngineLostWeights(RuntimeError):
-    """No server has the run's weights any more. What was outstanding is dropped; after an update it can be submitted
-    again.
+    """No server has the run's weights any more.
+
+    Outstanding requests are dropped; they can be submitted again after a weight update.
     """
 
 
@@ -29,11 +30,11 @@ class EngineHealth:
 
 
 class Engine(Protocol):
-    """Samples responses with the weights it was last given (how they come to it: see weight_sync.py).
+    """Samples responses with the weights it was last given (`weight_sync.py` gives them).
 
-    Requests go in by `submit`, at any time, also while results are read; `results` yields what has finished, until
-    nothing submitted is left: a request's n samples together or in several parts, each sample once. A sample that
-    failed comes back as an error, never as a shorter or an empty completion.
+    Requests are added by `submit` at any time, also while results are read. `results` yields what has finished until no
+    request is outstanding: a request's n samples together or in several parts, each sample once. A sample that failed
+    is returned as an error, never as a shorter or an empty completion.
     """
 
     deterministic: bool
@@ -44,27 +45,33 @@ class Engine(Protocol):
         """Version of the weights of the last completed update; -1 before the first."""
 
     def submit(self, requests: Sequence[GenerationRequest]) -> None:
-        """Queue requests. Raises ValueError, before anything is sampled, on a request that the engine cannot serve
-        (empty prompt, id outside the vocabulary, prompt plus response longer than the context, k > vocabulary).
+        """Queue requests.
+
+        Raises ValueError, before anything is sampled, on a request that the engine cannot serve (empty prompt, id
+        outside the vocabulary, prompt plus response longer than the context, k > vocabulary).
         """
 
     def results(self) -> Iterator[GenerationResult | None]:
-        """What has finished, in order of completion, until nothing is outstanding. None means that nothing has just
-        now: the caller may act (submit, cancel) and goes on.
+        """Yield what has finished, in order of completion, until nothing is outstanding.
+
+        None means that nothing has finished yet: the caller may act (submit, cancel) and then continue. Raises
+        EngineLostWeights when no server has the run's weights any more.
         """
 
     def cancel(self, request_ids: Sequence[str]) -> None:
-        """Give up what is unfinished of these requests; it comes back by `results` as cancelled. Unknown and finished
-        ones are ignored.
+        """Cancel the unfinished samples of these requests; `results` returns them as cancelled.
+
+        Unknown and finished requests are ignored.
         """
 
     def make_room(self) -> None:
-        """Nothing is outstanding, and nothing will be asked before the next weight update: memory that a trainer on the
-        same device could use may be given up until then.
+        """Free memory that a trainer on the same device can use, until the next weight update.
+
+        Call it only when no request is outstanding and none will be submitted before that update.
         """
 
     def health(self) -> EngineHealth:
         """Whether requests can be served now; never raises."""
 
     def close(self) -> None:
-        """Give back memory, processes and ports. Idempotent."""
+        """Release memory, processes and ports. Idempotent."""

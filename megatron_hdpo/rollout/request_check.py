@@ -1,4 +1,4 @@
-"""Which requests no engine can serve: found before anything is sampled, because some would bring a server down."""
+"""Check of requests before anything is sampled, because some of them would crash a server."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megatron_hdpo.types.rollouts import GenerationRequest
 
 
 def problem_with(request: GenerationRequest, vocab_size: int, context_length: int) -> str:
-    """What is wrong with a request, or an empty string."""
+    """Return what is wrong with a request, or an empty string."""
     prompt, sampling = request.prompt_ids, request.sampling
     if prompt.ndim != 1 or prompt.size == 0:
         return f"prompt_ids has shape {prompt.shape}, want at least one token in one dimension"

@@ -1,7 +1,9 @@
-"""Pure sampling mathematics: from next-token logits and uniform numbers to token ids and their log-probs.
+"""Sampling mathematics: from next-token logits and uniform numbers to token ids and their log-probs.
 
-Nothing here keeps state and nothing depends on the other rows of a batch, so a sample is a function of its own logits
-and of its own uniforms alone. Sums run over short blocks in float32 and over the blocks in float64.
+All functions are pure and no row depends on another, so a sample is a function of its own logits and uniforms alone.
+Sums run over short blocks in float32 and over the blocks in float64.
+
+Shape suffixes: B rows, V vocabulary, K top tokens, C candidates, N blocks, S tokens per block.
 """
 
 from __future__ import annotations
@@ -12,15 +14,15 @@ import numpy as np
 import torch
 
 _BLOCK = 128  # tokens per block of the two-level search; divides the usual vocabulary sizes, so no copy is needed
-_FIRST_CANDIDATES = 256  # top-p looks at this many of the most likely tokens first; it seldom needs more
+_FIRST_CANDIDATES = 256  # number of most likely tokens that top-p tries first; it seldom needs more
 
 
 @dataclass(frozen=True)
 class RowParams:
     """Sampling parameters of B rows, on the device of the logits.
 
-    temperature_B: float32, 1 for greedy rows. greedy_B: bool. top_k_B: int64, vocabulary size for none.
-    top_p_B: float64, 1 for none. The flags are known on the host: asking the device for them would stall it.
+    temperature_B: float32, 1 for greedy rows. greedy_B: bool. top_k_B: int64, the vocabulary size for no limit.
+    top_p_B: float64, 1 for no limit. The flags are Python bools: reading them from the device would stall it.
     """
 
     temperature_B: torch.Tensor
@@ -34,9 +36,10 @@ class RowParams:
 
 @dataclass(frozen=True)
 class Draw:
-    """ids_B: int64. logprobs_B: float32. finite_B: bool, False where the logits were not a distribution.
+    """Drawn tokens of B rows.
 
-    top_ids_BK, top_logprobs_BK: the K most likely tokens (int64, float32), None where K is 0.
+    ids_B: int64. logprobs_B: float32. finite_B: bool, False where the logits were not a distribution. top_ids_BK,
+    top_logprobs_BK: the K most likely tokens (int64, float32), None where K is 0.
     """
 
     ids_B: torch.Tensor
@@ -47,10 +50,10 @@ class Draw:
 
 
 def uniforms(seed: int, sample_index: int, count: int) -> np.ndarray:
-    """float64 [count, 2] in [0, 1), a pair per token: a pure function of (seed, sample_index), equal on every machine.
+    """Return float64 [count, 2] uniforms in [0, 1), one pair per token; equal on every machine.
 
-    Philox 4x64 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") with the pair as its key; raw words
-    are used because NumPy promises their stream, and only theirs, to stay as it is.
+    A pure function of (seed, sample_index): Philox 4x64 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2,
+    3") with the pair as its key. Raw words are used because NumPy guarantees only their stream to stay the same.
     """
     words = np.random.Philox(key=np.array([seed, sample_index], dtype=np.uint64)).random_raw(2 * count)
     return ((words >> np.uint64(11)).astype(np.float64) * 2.0**-53).reshape(count, 2)
@@ -59,7 +62,7 @@ def uniforms(seed: int, sample_index: int, count: int) -> np.ndarray:
 def row_params(
     temperatures: list[float], top_ks: list[int | None], top_ps: list[float], vocab_size: int, device: torch.device
 ) -> RowParams:
-    """RowParams from per-row settings: temperature 0 means greedy, top_k None and top_p 1 mean no limit."""
+    """Return RowParams from per-row settings: temperature 0 means greedy, top_k None and top_p 1 mean no limit."""
     greedy = [t == 0.0 for t in temperatures]
     scales = [1.0 if t == 0.0 else t for t in temperatures]
     ks = [vocab_size if k is None else min(k, vocab_size) for k in top_ks]
@@ -108,9 +111,10 @@ def sample(logits_BV: torch.Tensor, u_B2: torch.Tensor, params: RowParams, top_l
 def truncate(
     weights_BV: torch.Tensor, normaliser_B: torch.Tensor, top_k_B: torch.Tensor, top_p_B: torch.Tensor
 ) -> torch.Tensor:
-    """Zero every weight outside top-k and then top-p (the smallest set of most likely tokens with mass >= p, Holtzman
-    et al. 2020). weights_BV: not negative, not necessarily normalised; normaliser_B: their float64 sums. Returns
-    float32 [B, V]; rows with neither limit come back unchanged.
+    """Zero every weight outside top-k and then outside top-p; return float32 [B, V].
+
+    Top-p keeps the smallest set of most likely tokens with mass >= p (Holtzman et al. 2020). weights_BV: not negative,
+    not necessarily normalised; normaliser_B: their float64 sums. Rows with neither limit are returned unchanged.
     """
     kept_B, threshold_B = _kept_counts(weights_BV, normaliser_B, top_k_B, top_p_B)
     above_BV = weights_BV > threshold_B[:, None]
@@ -125,9 +129,9 @@ def truncate(
 def _kept_counts(
     weights_BV: torch.Tensor, normaliser_B: torch.Tensor, top_k_B: torch.Tensor, top_p_B: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many of the most likely tokens each row keeps (int64 [B]) and the smallest weight among them (float32 [B]).
+    """Return how many of the most likely tokens each row keeps (int64 [B]), and the smallest kept weight (float32 [B]).
 
-    A full sort of a vocabulary is dear, so a few candidates are sorted first, more only while some row needs more.
+    Sorting a whole vocabulary is expensive, so a few candidates are sorted first, and more only while a row needs more.
     """
     vocab = weights_BV.shape[-1]
     no_k_B, no_p_B = top_k_B >= vocab, top_p_B >= 1.0
@@ -148,11 +152,10 @@ def _kept_counts(
 
 
 def inverse_cdf(weights_BV: torch.Tensor, u_B2: torch.Tensor) -> torch.Tensor:
-    """Draw an id with probability proportional to its weight; int64 [B]. Never an id of weight 0.
+    """Draw an id with probability proportional to its weight; return int64 [B]. Never draws an id of weight 0.
 
-    Inverse CDF twice: u_B2[:, 0] picks a block of consecutive ids by the blocks' sums, u_B2[:, 1] an id within it.
-    Exact as one search over all ids is, and firmer: where rounding moves a cumulative sum, one search would lose every
-    draw near any of V edges, this one only near those of the blocks and of one block.
+    Inverse CDF in two levels: u_B2[:, 0] picks a block of consecutive ids by the blocks' sums, u_B2[:, 1] picks an id
+    within it. As exact as one search over the vocabulary, and less sensitive to rounding of the cumulative sum.
     """
     blocks_BNS = _blocks(weights_BV)
     block_B = _first_beyond(blocks_BNS.sum(-1), u_B2[:, 0])
@@ -162,14 +165,14 @@ def inverse_cdf(weights_BV: torch.Tensor, u_B2: torch.Tensor) -> torch.Tensor:
 
 
 def _first_beyond(weights_BN: torch.Tensor, u_B: torch.Tensor) -> torch.Tensor:
-    """The first index whose cumulative weight exceeds u times the row's sum; int64 [B]."""
+    """Return the first index whose cumulative weight exceeds u times the row's sum; int64 [B]."""
     cdf_BN = weights_BN.double().cumsum(-1)
     index_B1 = torch.searchsorted(cdf_BN, u_B[:, None] * cdf_BN[:, -1:], right=True)
     return index_B1[:, 0].clamp_(max=weights_BN.shape[1] - 1)  # a row of NaN finds no index
 
 
 def _blocks(weights_BV: torch.Tensor) -> torch.Tensor:
-    """[B, V] as [B, V / block, block], with zeros behind the last token where the block does not divide V."""
+    """View [B, V] as [B, V / block, block], padded with zeros where the block does not divide V."""
     padding = -weights_BV.shape[-1] % _BLOCK
     if padding:
         weights_BV = torch.nn.functional.pad(weights_BV, (0, padding))

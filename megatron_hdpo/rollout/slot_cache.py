@@ -1,7 +1,7 @@
-"""A key-value cache for decoding with one length per row: rows are slots that fill from the left.
+"""Key-value cache for decoding with one length per row: rows are slots that fill from the left.
 
-Unlike a left-padded cache, rows of any length stand side by side, a new row takes a free slot at any time, and nothing
-is concatenated: a step writes one column per row in place and reads a view.
+Unlike in a left-padded cache, rows of any length stand side by side, a new row takes a free slot at any time, and
+nothing is concatenated: a step writes one column per row in place and reads a view.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ class SlotLayer(CacheLayerMixin):
         self._view = view
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Raise RuntimeError: `SlotCache.insert` must fill a slot before it is decoded."""
         raise RuntimeError("a slot is filled by SlotCache.insert before it is decoded")
 
     def update(
@@ -35,17 +36,23 @@ class SlotLayer(CacheLayerMixin):
         return self.keys[:rows, :, : view.width], self.values[:rows, :, : view.width]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return (columns in use, 0), as `transformers` expects."""
         return self._view.width, 0
 
     def get_seq_length(self) -> int:
+        """Return the number of columns in use."""
         return self._view.width
 
     def get_max_length(self) -> int:
+        """Return -1: no fixed limit."""
         return -1
 
 
 class SlotView:
-    """What every layer of one decoding step shares: which rows are written, where, and how many columns are read."""
+    """State that all layers of a decoding step share: written rows, their positions, and the number of columns to read.
+
+    rows_B, positions_B: int64.
+    """
 
     def __init__(self) -> None:
         self.rows_B = torch.empty(0, dtype=torch.int64)
@@ -56,7 +63,7 @@ class SlotView:
 class SlotCache(Cache):
     """Keys and values of sequences that decode together; slot r holds the tokens of row r from column 0 on.
 
-    Grows by need, and never beyond `max_tokens` = slots x columns as long as no step needs more than that.
+    Grows when needed, and never beyond `max_tokens` = slots x columns as long as no step needs more than that.
     """
 
     def __init__(self, num_layers: int, max_tokens: int) -> None:
@@ -66,12 +73,12 @@ class SlotCache(Cache):
 
     @property
     def slots(self) -> int:
-        """Slots for which there is memory."""
+        """Number of allocated slots."""
         return self.layers[0].keys.shape[0] if self.layers[0].is_initialized else 0
 
     @property
     def columns(self) -> int:
-        """Tokens per slot for which there is memory."""
+        """Number of allocated tokens per slot."""
         return self.layers[0].keys.shape[2] if self.layers[0].is_initialized else 0
 
     def insert(self, row: int, repeats: int, prefilled: Cache, source_row: int, length: int) -> None:
@@ -81,20 +88,21 @@ class SlotCache(Cache):
             layer.values[row : row + repeats, :, :length] = source.values[source_row, :, :length]
 
     def move(self, sources: list[int], targets: list[int], width: int) -> None:
-        """Copy slots onto other slots, to close the holes that finished sequences leave."""
+        """Copy slots onto other slots, to close the gaps that finished sequences leave."""
         for layer in self.layers:
             for states in (layer.keys, layer.values):
                 states[targets, :, :width] = states[sources, :, :width]
 
     def plan_step(self, positions_B: torch.Tensor, width: int) -> None:
-        """Announce the next decoding step: row r of B writes its token at positions_B[r]; `width` columns are read."""
+        """Set up the next decoding step: row r of B writes its token at positions_B[r]; `width` columns are read."""
         self._view.rows_B = torch.arange(len(positions_B), device=positions_B.device)
         self._view.positions_B = positions_B
         self._view.width = width
 
     def reserve(self, rows: int, length: int, like: Cache | None = None) -> None:
-        """Make room for `rows` sequences of `length` tokens, the longest in use included; what those hold is kept.
-        `like`: a prefilled cache that gives shape, dtype and device, needed while nothing is held.
+        """Allocate room for `rows` sequences of `length` tokens (the longest in use included) and keep the contents.
+
+        like: a prefilled cache that gives shape, dtype and device; needed while nothing is allocated.
         """
         if rows <= self.slots and length <= self.columns:
             return
@@ -106,7 +114,10 @@ class SlotCache(Cache):
             layer.is_initialized = True
 
     def _capacity(self, rows: int, length: int) -> tuple[int, int]:
-        """Slots and columns to hold: generous, so that a long response causes few copies, unless memory forbids."""
+        """Return the slots and columns to allocate.
+
+        Generous if memory allows, so that a long response causes few copies.
+        """
         columns = self.columns if length <= self.columns else max(length, self.columns * 3 // 2)
         columns += -columns % _COLUMN_STEP
         slots = max(rows, self.slots)
@@ -116,7 +127,7 @@ class SlotCache(Cache):
         return slots, columns
 
     def drop(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         for layer in self.layers:
             layer.keys, layer.values, layer.is_initialized = None, None, False
 

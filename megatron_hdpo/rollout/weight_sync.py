@@ -1,4 +1,4 @@
-"""From the trainer's weights to every rank's engine, collectively."""
+"""Collective sync of the trainer's weights to every rank's engine."""
 
 from __future__ import annotations
 
@@ -16,44 +16,46 @@ from megatron_hdpo.weights.stream import Receivers
 
 OpenStream = Callable[[Receivers], WeightStream]
 PUSHES = 3
-"""Tries of a push that no server of some rank took, after the servers were started anew."""
+"""Tries of a push when no server of some rank took the weights; servers are restarted in between."""
 
 
 class WeightSync(Protocol):
-    """Gives every engine the weights of a stream, stamped with `version`; returns metrics. Collective."""
+    """Sends the weights of a stream to every engine, stamped with `version`; returns metrics. Collective."""
 
     def __call__(self, open_stream: OpenStream, version: int) -> dict[str, float]: ...
 
     def close(self) -> None:
-        """There will be no further one. Idempotent."""
+        """Release what the sync holds; no further call follows. Idempotent."""
 
 
 @dataclass(frozen=True)
 class EmbeddedSync:
-    """Every rank's own engine takes every tensor."""
+    """Sync of embedded engines: every rank's engine takes every tensor."""
 
     engine: EmbeddedEngine
 
     def __call__(self, open_stream: OpenStream, version: int) -> dict[str, float]:
-        """See WeightSync."""
+        """Load the weights into this rank's engine; see WeightSync."""
         self.engine.update_weights(open_stream("all"), version)
         return {}
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: there is nothing to release."""
 
 
 @dataclass(frozen=True)
 class ServerSync:
-    """The ranks that speak to servers push; the others take part in the gathering of tensors."""
+    """Sync of SGLang servers: ranks with servers push, the other ranks take part in gathering the tensors."""
 
     push: WeightPush
     receivers: Receivers
     context: ParallelContext
 
     def __call__(self, open_stream: OpenStream, version: int) -> dict[str, float]:
-        """See WeightSync. Raises TrainingError, on every rank, when a server serves other weights than it was sent, or
-        none took them.
+        """Push the weights to the servers of all ranks; see WeightSync.
+
+        Raises TrainingError, on every rank, when a server does not hold the weights it was sent, or when no server of a
+        rank took them.
         """
         for last in (False,) * (PUSHES - 1) + (True,):
             metrics, failure, fatal = self._push(open_stream, version)
@@ -69,7 +71,7 @@ class ServerSync:
         self.push.close()
 
     def _push(self, open_stream: OpenStream, version: int) -> tuple[dict[str, float], str, bool]:
-        """Metrics, or what went wrong and whether another try is no use."""
+        """Return (metrics, error, whether the error is fatal), with an empty error on success."""
         try:
             return self.push.push(open_stream(self.receivers), version).metrics(), "", False
         except WeightPushError as error:
@@ -78,7 +80,7 @@ class ServerSync:
             return {}, str(error), True
 
     def _summed(self, mine: dict[str, float]) -> dict[str, float]:
-        """Bytes and GB/s add up over ranks; the slowest rank's seconds count."""
+        """Reduce the metrics over ranks: bytes and GB/s are summed, seconds are those of the slowest rank."""
         everyone = self.context.gather_objects(mine)
         return {
             name: (max if name.endswith("_s") and "per" not in name else sum)(part[name] for part in everyone)

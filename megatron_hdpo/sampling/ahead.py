@@ -1,4 +1,4 @@
-"""The rollouts of each step, sampled when they are wanted, or while the step before is being learned from."""
+"""Rollouts of each step, sampled on request or while the step before is trained on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from megatron_hdpo.types.rollouts import Group
 
 
 class StepRollouts:
-    """`begin` samples a step in a thread, on every rank by itself; `take` hands it over on all ranks."""
+    """Samples the rollouts of the next step in a thread.
+
+    `begin` starts a step on each rank independently; `take` is collective and returns its groups on all ranks.
+    """
 
     def __init__(self, coordinator: RolloutCoordinator) -> None:
         self.coordinator = coordinator
@@ -21,18 +24,18 @@ class StepRollouts:
         self._begun: tuple[int, Future[SampledShare]] | None = None
 
     def begin(self, problems: Sequence[Problem], step: int, objective: Objective) -> None:
-        """Start sampling this step's share of this rank with the weights that the engine has now."""
+        """Start to sample this rank's share of a step with the engine's current weights."""
         self._begun = step, self._thread.submit(self.coordinator.sample_step, problems, step, objective)
 
     def wait(self) -> None:
-        """Until nothing is being sampled; what went wrong is raised by `take`."""
+        """Wait until nothing is being sampled; an error is raised by `take` later."""
         if self._begun is not None:
             self._begun[1].exception()
 
     def take(
         self, problems: Sequence[Problem], step: int, objective: Objective, on_progress: OnProgress | None = None
     ) -> list[Group]:
-        """The groups of a step: those that were begun, else sampled now. Collective."""
+        """Return the groups of a step: those begun before, or sampled now. Collective."""
         if self._begun is None:
             return self.coordinator.step(problems, step, objective, on_progress)
         begun_step, future = self._begun
@@ -41,5 +44,5 @@ class StepRollouts:
         return self.coordinator.finish_step(future.result(), objective, on_progress)
 
     def close(self) -> None:
-        """Wait for nobody."""
+        """Shut down without waiting for the running job."""
         self._thread.shutdown(wait=False, cancel_futures=True)

@@ -1,11 +1,11 @@
-"""The groups of a step, on all ranks: student rollouts, and privileged ones where the objective asks for them.
+"""Groups of a step on all ranks: student rollouts, and privileged ones where the objective asks for them.
 
-The ranks that sample share the problems; groups are then gathered, so that every rank holds the whole step in the same
-order, whatever the number of ranks. A group's privileged rollouts are asked for as soon as its last student rollout has
-been judged, while other groups are still being sampled.
+The sampling ranks share the problems; then groups are gathered, so that every rank holds the whole step in the same
+order, for any number of ranks. A group's privileged rollouts are requested as soon as its last student rollout has been
+judged, while other groups are still being sampled.
 
-An engine that has lost the weights (its last server died) stops sampling on its rank only; all ranks then bring the
-weights back together, and it goes on with what is missing.
+When an engine loses its weights (its last server died), only its rank stops sampling; then all ranks restore the
+weights together, and the rank samples what is missing.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ LOGGER = logging.getLogger(__name__)
 
 @dataclass
 class SampledShare:
-    """What one rank has sampled of a step: groups by the index of their problem. complete: privileged rollouts are
-    among them, as far as the objective asked for any. unfinished: what an engine without weights has left to do.
+    """Rollouts that one rank has sampled for a step.
+
+    problems: number of problems of the step. groups: by the index of their problem. complete: whether the groups hold
+    all privileged rollouts that the objective asks for. unfinished: what an engine without weights has left to do.
     """
 
     step: int
@@ -40,7 +42,7 @@ class SampledShare:
     unfinished: Sampling | None = None
 
     def run(self, sampling: Sampling) -> None:
-        """Sample to the end, or until the engine has lost the weights."""
+        """Sample to the end, or until the engine loses its weights."""
         try:
             sampling.run()
             self.unfinished = None
@@ -50,8 +52,10 @@ class SampledShare:
 
 
 class RolloutCoordinator:
-    """See the module. stop_token_ids: tokens that end a response. seed: the run's. sampling_ranks: the ranks whose
-    engine takes requests, all by default. restore_weights: gives all engines the run's weights again; collective.
+    """Samples the groups of a step on all ranks; see the module's docstring.
+
+    stop_token_ids: tokens that end a response. seed: of the run. sampling_ranks: the ranks with an engine that takes
+    requests, all by default. restore_weights: sends the run's weights to all engines again; collective.
     """
 
     def __init__(
@@ -77,15 +81,17 @@ class RolloutCoordinator:
     def step(
         self, problems: Sequence[Problem], step: int, objective: Objective, on_progress: OnProgress | None = None
     ) -> list[Group]:
-        """Groups of `samples_per_prompt` rollouts of the problems, in their order, with the privileged rollouts that
-        the objective asks for. Collective.
+        """Return groups of `samples_per_prompt` rollouts of the problems, in their order. Collective.
+
+        The groups hold the privileged rollouts that the objective asks for. Raises EngineLostWeights when the engine
+        lost its weights and `restore_weights` is None.
         """
         return self.finish_step(self.sample_step(problems, step, objective, on_progress), objective, on_progress)
 
     def sample_step(
         self, problems: Sequence[Problem], step: int, objective: Objective, on_progress: OnProgress | None = None
     ) -> SampledShare:
-        """This rank's share of a step. Not collective: a thread may run it while the ranks train."""
+        """Sample this rank's share of a step. Not collective: a thread may run it while the ranks train."""
         share = SampledShare(step, len(problems), complete=not self._bounded(len(problems), objective))
         sampling = self.config.sampling(self.config.samples_per_prompt, self.stop_token_ids)
         requests = self._requests(problems, sampling, ("train", step))
@@ -97,11 +103,11 @@ class RolloutCoordinator:
     def finish_step(
         self, share: SampledShare, objective: Objective, on_progress: OnProgress | None = None
     ) -> list[Group]:
-        """All groups of the step on every rank, from what each rank has sampled. Collective."""
+        """Return all groups of the step on every rank, from the shares of all ranks. Collective."""
         groups = self._gather(share)
         if share.complete:
             return groups
-        # The bound counts the cliffs of the whole step, so that it does not depend on which rank found which.
+        # The bound counts the cliffs of the whole step, so the choice does not depend on the ranks.
         planned = {g: n for g, group in enumerate(groups) if (n := objective.privileged(group, share.step))}
         chosen = dict(list(planned.items())[: objective.max_privileged_prompts])
         mine = {g: n for g, n in chosen.items() if g in share.groups}
@@ -116,8 +122,9 @@ class RolloutCoordinator:
         purpose: tuple[object, ...],
         on_progress: OnProgress | None = None,
     ) -> list[Group]:
-        """Groups of the problems under any sampling, without privileged rollouts; `purpose` enters the seeds.
-        Collective.
+        """Return groups of the problems under any sampling parameters, without privileged rollouts. Collective.
+
+        purpose: enters the seeds.
         """
         share = SampledShare(0, len(problems))
         requests = self._requests(problems, sampling, purpose)
@@ -134,7 +141,7 @@ class RolloutCoordinator:
     def _requests(
         self, problems: Sequence[Problem], sampling: SamplingParams, purpose: tuple[object, ...]
     ) -> list[RolloutRequest]:
-        """Those of this rank: each sampling rank takes every so-manieth problem."""
+        """Return the requests this rank samples: rank i of n takes problems i, i+n, i+2n, ..."""
         ranks = self.sampling_ranks
         if self.context.rank not in ranks:
             return []
@@ -152,7 +159,7 @@ class RolloutCoordinator:
     def _judged(
         self, share: SampledShare, objective: Objective, request: RolloutRequest, rollouts: Rollouts
     ) -> list[RolloutRequest]:
-        """A request's rollouts are complete: put them into their group; the next request of that group, if any."""
+        """Store the rollouts of a complete request in their group; return the group's next request, if any."""
         index, _, privileged = request.key.partition("/")
         group = share.groups[int(index)]
         if privileged:
@@ -169,24 +176,25 @@ class RolloutCoordinator:
         group = share.groups[index]
         group.privileged_prompt_ids = self.prompts.privileged(group.problem)
         sampling = self.config.sampling(count, self.stop_token_ids, objective.privileged_top_logprobs)
-        # They are learned from after another prompt, where the engine's experts are none to follow.
+        # Privileged rollouts are trained under the student's prompt, so the engine's expert choices do not apply.
         sampling = replace(sampling, routed_experts=False)
         seed = rollout_seed(self.seed, "privileged", share.step, group.problem.id)
         return RolloutRequest(f"{index}/privileged", group.problem, group.privileged_prompt_ids, sampling, seed)
 
     def _bounded(self, problems: int, objective: Objective) -> bool:
-        """Whether the step may have more groups that want privileged rollouts than may get them."""
+        """Return whether privileged rollouts must wait until all student rollouts of the step are judged."""
         bound = objective.max_privileged_prompts
         if self.sampler.engine.deterministic:
-            # What is asked for when a check happens to end would enter the batch, and the last bits of its log-probs.
+            # Otherwise the time at which a check ends would change the engine's batches, and so the last bits of
+            # log-probs.
             return True
         return not self.config.overlap_privileged or (bound is not None and bound < problems)
 
     def _gather(self, share: SampledShare) -> list[Group]:
-        """The groups of all ranks, once every rank's sampling is over."""
+        """Return the groups of all ranks, once every rank has finished sampling."""
         while any(self.context.gather_objects(share.unfinished is not None)):
             if self.restore_weights is None:
-                raise EngineLostWeights("the engine has lost the weights, and nothing can bring them back")
+                raise EngineLostWeights("the engine has lost the weights, and there is no way to restore them")
             self.restore_weights()
             if share.unfinished is not None:
                 share.run(share.unfinished)

@@ -1,4 +1,4 @@
-"""Dynamic sampling (DAPO, arXiv 2503.14476): groups that cannot change the policy make room for further problems."""
+"""Dynamic sampling (DAPO, arXiv 2503.14476): replaces groups that cannot change the policy by further problems."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ SampleMore = Callable[[int, int, Collection[str]], list[Group]]
 def refilled(
     groups: Sequence[Group], rounds: int, size: int, objective: Objective, sample_more: SampleMore
 ) -> list[Group]:
-    """All groups of a step: the first ones, and in each round as many of other problems as there are groups without
-    signal among the `size` that are wanted.
+    """Return all groups of a step: the first ones, and the groups that `rounds` rounds of refilling add.
+
+    size: wanted groups with signal. Each round samples as many further problems as are missing.
     """
     groups = list(groups)
     for turn in range(rounds):
@@ -27,5 +28,5 @@ def refilled(
 
 
 def with_signal(groups: Sequence[Group], size: int, objective: Objective) -> list[Group]:
-    """The first `size` groups that can change the policy: what is learned from."""
+    """Return the first `size` groups that can change the policy."""
     return [group for group in groups if objective.has_signal(group)][:size]

@@ -1,7 +1,7 @@
-"""Rollouts of problems: sampled by this rank's engine, judged while sampling goes on, failures retried and counted.
+"""Rollouts of problems on one rank: sampled by its engine, judged meanwhile, failures retried and counted.
 
-A generation or a check that failed is never a reward: it is tried again, then dropped and counted.
-The sampler is local to a rank; `rollouts.py` shares the problems of a step over ranks and brings groups together.
+A generation or a check that failed is never a reward: it is tried again, then dropped and counted. `coordinator.py`
+shares the problems of a step over ranks and gathers the groups.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ OnProgress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class RolloutRequest:
-    """`sampling.n` rollouts of a problem after a prompt. `key` tells it from the others of its call.
+    """Request for `sampling.n` rollouts of a problem with a prompt.
 
-    stop_at: reward from which a judged rollout ends the sampling of the others; None samples them all.
+    key: unique in its call. prompt_ids: int [P]. stop_at: when a judged rollout has at least this reward, the sampling
+    of the others ends; None samples them all.
     """
 
     key: str
@@ -38,13 +39,13 @@ class RolloutRequest:
 
 @dataclass
 class Rollouts:
-    """What came of one request: judged samples, and what was dropped, by reason."""
+    """Judged samples of one request, and the number of dropped ones by reason."""
 
     samples: list[Sample] = field(default_factory=list)
     dropped: dict[str, int] = field(default_factory=dict)
 
     def drop(self, reason: str, count: int = 1) -> None:
-        """Count rollouts that do not exist."""
+        """Count rollouts that were dropped for `reason`."""
         self.dropped[reason] = self.dropped.get(reason, 0) + count
 
 
@@ -52,15 +53,19 @@ Then = Callable[[RolloutRequest, Rollouts], Sequence[RolloutRequest]]
 
 
 def rollout_seed(*parts: object) -> int:
-    """A 63-bit seed from what identifies a request (run seed, step, problem, purpose): the same after a resume and on
-    any number of ranks.
+    """Return a 63-bit seed from what identifies a request (run seed, step, problem, purpose).
+
+    The same after a resume and on any number of ranks.
     """
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 class Sampler:
-    """decode: token ids to text, special tokens left out. max_retries: new tries of a request that failed."""
+    """Samples and judges the requests of one rank.
+
+    decode: token ids to text, without special tokens. max_retries: retries of a request that failed.
+    """
 
     def __init__(
         self, engine: Engine, rewards: RewardPool, decode: Callable[[np.ndarray], str], max_retries: int = 2
@@ -76,7 +81,7 @@ class Sampler:
         on_progress: OnProgress | None = None,
         then: Then = lambda request, rollouts: (),
     ) -> dict[str, Rollouts]:
-        """Judged rollouts by request key; see `begin`."""
+        """Sample the requests to the end; return judged rollouts by request key. See `begin`."""
         sampling = self.begin(requests, on_progress, then)
         sampling.run()
         return sampling.done
@@ -87,19 +92,21 @@ class Sampler:
         on_progress: OnProgress | None = None,
         then: Then = lambda request, rollouts: (),
     ) -> Sampling:
-        """A sampling of these requests, to be `run`.
+        """Return a job that samples these requests when it is `run`.
 
-        then(request, rollouts) is called once for each request, when its last rollout has been judged; the requests
-        that it returns join the others at once, while those are still being sampled. on_progress gets the number of
-        samples that came with each result.
+        then(request, rollouts) is called once per request, when its last rollout has been judged; the requests that it
+        returns join the others at once, while those are still being sampled. on_progress gets the number of new samples
+        with each result.
         """
         return Sampling(self, requests, on_progress, then)
 
 
 @dataclass
 class _Open:
-    """A request on its way. judged: outcomes in the order in which the samples came, so that an engine that is
-    deterministic gives groups in one order however long the checks take. missing: samples not sampled yet.
+    """State of a request that is not complete.
+
+    judged: outcomes in the order in which the samples came, so that a deterministic engine gives groups in one order
+    however long the checks take. missing: samples not sampled yet.
     """
 
     request: RolloutRequest
@@ -120,7 +127,10 @@ class _Check:
 
 
 class Sampling:
-    """Requests under way. done: judged rollouts by request key, complete when `run` has returned."""
+    """Job that samples and judges requests.
+
+    done: judged rollouts by request key, complete when `run` has returned.
+    """
 
     def __init__(
         self, sampler: Sampler, requests: Sequence[RolloutRequest], on_progress: OnProgress | None, then: Then
@@ -131,8 +141,10 @@ class Sampling:
         self._checks: dict[Future[Judgement], _Check] = {}
 
     def run(self) -> None:
-        """Sample and judge to the end. Raises EngineLostWeights when the engine must be given weights first; run again
-        after that, it goes on with what is missing.
+        """Sample and judge to the end.
+
+        Raises EngineLostWeights when the engine must get weights first; call again after that to sample what is
+        missing. Raises RuntimeError when the engine leaves requests unanswered.
         """
         self._submit([(entry, entry.missing, 0) for entry in self._open.values() if entry.missing])
         while self._open:
@@ -145,8 +157,9 @@ class Sampling:
             self._collect(timeout=None)
 
     def _submit(self, wanted: Sequence[tuple[_Open, int, int]]) -> None:
-        """So many samples of each request, at the given number of failures so far. A new try has a seed of its own:
-        with the old one it would repeat samples that succeeded.
+        """Submit (entry, count, failures) for each request: `count` samples after `failures` failures.
+
+        A retry gets a seed of its own: with the old one it would repeat samples that succeeded.
         """
         attempts = []
         for entry, count, failures in wanted:
@@ -179,7 +192,7 @@ class Sampling:
         self._close_if_done(entry)
 
     def _retry(self, entry: _Open, failed: int, failures: int) -> None:
-        """failures: of these samples before this one."""
+        """Retry or drop failed samples. failures: earlier failures of these samples."""
         if failures >= self.sampler.max_retries or entry.stopped:
             entry.missing -= failed
             entry.rollouts.drop("generation_failed", failed)
@@ -187,7 +200,7 @@ class Sampling:
             self._submit([(entry, failed, failures + 1)])
 
     def _collect(self, timeout: float | None) -> None:
-        """Take the checks that have ended; wait for one of them at least with timeout None."""
+        """Process the checks that have ended; with timeout None, wait for at least one."""
         if not self._checks:
             return
         ended, _ = wait(self._checks, timeout, return_when=FIRST_COMPLETED)

@@ -1,8 +1,8 @@
-"""Saved rollouts: JSON lines that a person can read and that the trainer can be fed from, without an engine.
+"""Saved rollouts: readable JSON lines from which the trainer can replay a step without an engine.
 
-One line per group. What a person wants comes first: question, prompts and responses as text, rewards, finish reasons,
-level, what was dropped. `replay` at the end holds the arrays, base64 of their little-endian bytes, so that every
-float32 comes back with its very bits.
+One line per group. Fields for the reader come first: question, prompts and responses as text, rewards, finish reasons,
+level, counts of dropped samples. `replay` at the end holds the arrays as base64 of their little-endian bytes, so that
+every float32 is restored bit by bit.
 """
 
 from __future__ import annotations
@@ -25,26 +25,28 @@ _log = logging.getLogger(__name__)
 
 
 def write_groups(path: str | Path, groups: Iterable[Group], decode: Decode) -> None:
-    """Append one line per group; decode turns prompt ids into text (for the reader only, ids are what is replayed).
+    """Append one line per group; decode turns prompt ids into text (for the reader only, ids are replayed).
 
-    All lines go out in one write, after everything was encoded: a group that cannot be written (ValueError, reward not
-    a finite number) leaves the file as it was. One process per file. Of a problem's metadata, what JSON cannot hold
-    is left out and named under `metadata_left_out`.
+    All lines are written at once, after all groups were encoded: a group that cannot be written (ValueError: a reward
+    is not a finite number) leaves the file unchanged. One process per file. Metadata of a problem that JSON cannot hold
+    is left out, and its keys are listed under `metadata_left_out`.
     """
     lines = [json.dumps(_encode_group(g, decode), ensure_ascii=False, allow_nan=False) + "\n" for g in groups]
     if not lines:
         return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A writer that was killed may have left half a line: it must not swallow the first of ours.
+    # A killed writer may have left half a line: start a new one, so that our first line can be read.
     text = ("\n" if _ends_amid_a_line(path) else "") + "".join(lines)
     with path.open("ab") as file:
         file.write(text.encode())
 
 
 def read_groups(path: str | Path, skip_broken: bool = False) -> list[Group]:
-    """The groups of a file, equal to those written. Raises ValueError with file, line number and reason at a line that
-    cannot be read; with skip_broken it logs that as a warning and goes on.
+    """Return the groups of a file, equal to those written.
+
+    Raises ValueError with file, line number and reason at a line that cannot be read; with skip_broken the line is
+    skipped with a warning.
     """
     groups = []
     with Path(path).open("rb") as file:
@@ -98,7 +100,7 @@ def _encode_group(group: Group, decode: Decode) -> dict[str, Any]:
 
 def _encode_sample(sample: Sample, problem_id: str) -> dict[str, Any]:
     if not np.isfinite(sample.reward):
-        raise ValueError(f"problem {problem_id}: reward {sample.reward} is not a finite number, so it is not logged")
+        raise ValueError(f"problem {problem_id}: reward {sample.reward} is not a finite number, so it is not saved")
     return {
         "reward": float(sample.reward),
         "finish_reason": sample.completion.finish_reason,
@@ -119,7 +121,7 @@ def _encode_completion(completion: Completion) -> dict[str, Any]:
 
 
 def _json_part(metadata: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """What of a dictionary survives JSON unchanged, and the keys of the rest."""
+    """Return the part of a dictionary that survives JSON unchanged, and the keys of the rest."""
     kept, left_out = {}, []
     for key, value in metadata.items():
         try:

@@ -1,4 +1,4 @@
-"""One step of learning from a step's groups: plan, score, update."""
+"""One step of learning from a step's groups: score, make examples, update."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Heads = dict[Weights, Tensor]
 class Learner:
     """Joins objective, teacher and policy. Every method is collective over all ranks.
 
-    reference: the model as reinforcement learning found it, for objectives with a KL penalty.
+    reference: the model before RL training started, for objectives with a KL penalty.
     """
 
     def __init__(
@@ -58,7 +58,11 @@ class Learner:
         self._skipped_in_a_row = 0
 
     def learn(self, groups: Sequence[Group], step: int) -> dict[str, float]:
-        """Update the policy on the groups of the step (the same list on every rank); returns its metrics."""
+        """Update the policy on the groups of a step and return the step's metrics.
+
+        groups: the same list on every rank. Raises TrainingError when more than `max_skipped_updates` updates in a row
+        had a gradient that is not finite.
+        """
         self.objective.begin_step(step, groups)
         examples, teacher_head, metrics = self._plan(self._share(groups))
         self.work.trained(self.policy.architecture, examples)
@@ -76,15 +80,17 @@ class Learner:
         return _of_step(updates) | metrics
 
     def memory(self) -> Memory:
-        """What a checkpoint must hold of objective and teacher."""
+        """Return the state of objective and teacher for a checkpoint."""
         state = self.teacher.state()
         teacher = {"kind": self.teacher.kind, "values": state.values, "weights": state.weights is not None}
         objective = {"class": type(self.objective).__name__, "state": self.objective.state()}
         return Memory({"objective": objective, "teacher": teacher}, state.weights)
 
     def recall(self, memory: Memory) -> None:
-        """Take back what `memory` gave. A recipe that changed its method or its kind of teacher since starts those
-        afresh: the one with no memory, the other from the weights that the policy holds now.
+        """Restore objective and teacher state.
+
+        If the recipe's objective or teacher kind changed, that state is reset: the objective starts without one, the
+        teacher from the policy's current weights.
         """
         objective, teacher = memory.values.get("objective", {}), memory.values.get("teacher", {})
         if objective.get("class") == type(self.objective).__name__:
@@ -97,24 +103,26 @@ class Learner:
         if self._skipped_in_a_row > self.max_skipped_updates:
             raise TrainingError(
                 f"{self._skipped_in_a_row} updates in a row had a gradient that is not finite (norm "
-                f"{metrics['train/grad_norm']}): the weights are as before them. Lower optimizer.lr or "
+                f"{metrics['train/grad_norm']}) and were skipped. Lower optimizer.lr or "
                 "objective.distill.coefficient, or look for the first such step in metrics.jsonl"
             )
 
     def _share(self, groups: Sequence[Group]) -> list[Group]:
-        """The groups of this data-parallel replica: whole groups, nearly equal arithmetic for all replicas."""
+        """Return the groups of this data-parallel replica: whole groups, with nearly equal FLOPs for all replicas."""
         context = self.policy.context
         return [groups[i] for i in split_by_cost(list(map(self._cost, groups)), context.dp_size)[context.dp_rank]]
 
     def _cost(self, group: Group) -> float:
-        """Arithmetic that a group may ask for: its sequences scored, and trained on if it can change the policy."""
+        """Return the most FLOPs that a group may need: scoring, and training if it can change the policy."""
         passes = FORWARD + (FORWARD_AND_BACKWARD if self.objective.has_signal(group) else 0)
         sequences = [(len(group.prompt_ids) + s.length, s.length) for s in (*group.samples, *group.privileged)]
         return passes * forward_flops(self.policy.architecture, sequences)
 
     def _plan(self, groups: Sequence[Group]) -> tuple[list[Example], Tensor | None, dict[str, float]]:
-        """This replica's examples, the head of the teacher whose hidden states are their targets, and the objective's
-        metrics of the plan. Scores and heads that no example needs end here, before the update takes its memory.
+        """Return this replica's examples, the head of a full-vocabulary teacher, and the objective's metrics.
+
+        The head is the one that reads the targets' hidden states, None where no example needs it. Scores not referenced
+        by an example are freed here, before the update allocates memory.
         """
         scores, heads = self._scores(self.objective.scorings(groups))
         totals = self._totals(groups, scores)
@@ -125,14 +133,14 @@ class Learner:
         return examples, heads.get("teacher") if needed else None, self.objective.totals_metrics(totals)
 
     def _totals(self, groups: Sequence[Group], scores: Mapping[ScoringKey, Score]) -> dict[str, float]:
-        """The objective's sums, over all replicas. One rank speaks for each replica: one that has the scores."""
+        """Return the objective's sums over all replicas; one rank of each replica contributes."""
         context = self.policy.context
-        speaks = context.is_last_stage and context.groups.tp.rank() == context.groups.cp.rank() == 0
-        parts = context.gather_objects(self.objective.totals(groups, scores) if speaks else {})
+        contributes = context.is_last_stage and context.groups.tp.rank() == context.groups.cp.rank() == 0
+        parts = context.gather_objects(self.objective.totals(groups, scores) if contributes else {})
         return {name: sum(part.get(name, 0.0) for part in parts) for part in parts for name in part}
 
     def _scores(self, scorings: Sequence[Scoring]) -> tuple[Answers, Heads]:
-        """Answers wave by wave, and the heads that kept hidden states are read by; all replicas take the same waves."""
+        """Return the scores wave by wave, and the heads for hidden states; all replicas run the same waves."""
         waves = in_waves(scorings)
         everywhere = sorted({wave for waves in self.policy.context.gather_objects(list(waves)) for wave in waves})
         asked = {scoring.key: scoring for scoring in scorings}
@@ -153,7 +161,7 @@ class Learner:
         ):
             scores = scorer.score(scorings, phase.advance, answered)
             self.work.scored(scorer.architecture, scorings)
-            # A copy: the update that follows moves the policy's own head, and takes the teacher's from the device.
+            # A copy: the update changes the policy's own head, and moves the teacher's weights off the device.
             keeps = self.policy.context.is_last_stage and any(s.hidden for s in scorings)
             return scores, scorer.head_copy(self.policy.head_rows) if keeps else None
 
@@ -172,8 +180,9 @@ class Learner:
 
 
 def _of_step(updates: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Metrics of a step from those of its updates: tokens add up, of maxima the largest, all else is the mean over
-    those that reported it.
+    """Return the metrics of a step from those of its updates.
+
+    Tokens are summed and maxima (`_max`) maximised; every other metric is the mean over the updates that report it.
     """
     metrics: dict[str, Any] = {}
     for name in dict.fromkeys(name for update in updates for name in update):

@@ -1,4 +1,4 @@
-"""The training loop: sample, learn, sync; evaluate and save."""
+"""Training loop: sample, learn, sync, evaluate and save."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from megatron_hdpo.weights.save import save_hf
 
 
 def train(run: Run) -> None:
-    """Train to the recipe's last step, from wherever the run folder stands. Collective over all ranks."""
+    """Train to the recipe's last step, from the state of the run folder. Collective over all ranks."""
     prepare(run)
     recipe, last = run.recipe, run.recipe.train.steps
     if run.step >= last > 0:
         run.console.print(
-            f"nothing left to train: {recipe.output} is at step {run.step} of {last}; raise train.steps to go on, or "
-            "name another output folder"
+            f"nothing left to train: {recipe.output} is at step {run.step} of {last}; raise train.steps to go on, "
+            "or use another output folder"
         )
     _record_start(run)
     while run.step < last:
@@ -33,14 +33,17 @@ def train(run: Run) -> None:
 
 
 def _record_start(run: Run) -> None:
-    """A line for step 0 of a fresh run. What starting took is in it, or nowhere: it is no part of the first step."""
+    """Log step 0 of a fresh run.
+
+    Startup time is logged in step 0 or not at all; it never counts towards step 1.
+    """
     before = run.step == 0 and run.recipe.evaluation.before
     metrics = run.health | (evaluate_now(run) if before else {})
     times = run.console.timer.metrics()
     if run.step == 0 and (run.health or before):
         run.tracker.log(0, metrics | times)
     if passed := [step for step in run.recipe.profile.steps if step <= run.step]:
-        run.console.warn(f"profile.steps: {passed} are done already, and are not traced")
+        run.console.warn(f"profile.steps: {passed} are done already, so they are not traced")
 
 
 def _step(run: Run) -> dict[str, float]:
@@ -58,7 +61,10 @@ def _step(run: Run) -> dict[str, float]:
 
 
 def sync(run: Run) -> dict[str, float]:
-    """Give the engine the new weights; metrics. Samples in progress are waited for where the recipe says so."""
+    """Send the new weights to the engine and return the sync metrics.
+
+    With `rollout.swap: after_batch`, wait for the samples in progress first.
+    """
     if run.recipe.rollout.ahead and run.recipe.rollout.swap == "after_batch":
         with run.console.phase("rollouts ahead"):
             run.step_rollouts.wait()
@@ -67,8 +73,10 @@ def sync(run: Run) -> dict[str, float]:
 
 
 def _record_and_save(run: Run, metrics: dict[str, float]) -> None:
-    """The step's line first, then its checkpoint: a run killed in between repeats the step and replaces the line; the
-    other way round the line would be missing for ever. What saving took is merged into the line afterwards.
+    """Log the step, save its checkpoint, and merge the seconds of saving into the step's line.
+
+    In this order a run killed in between repeats the step and replaces the line; in the other order the line would be
+    missing for ever.
     """
     metrics |= run.console.timer.metrics()
     metrics |= run.performance.metrics(metrics)
@@ -83,16 +91,16 @@ def _record_and_save(run: Run, metrics: dict[str, float]) -> None:
 
 
 def due(step: int, every: int | None, last: int) -> bool:
-    """Whether something that happens every so many steps, and at the last one, happens after this step."""
+    """Return whether a periodic action is due after this step; it is always due after the last one."""
     return step == last or (every is not None and step % every == 0)
 
 
 def evaluate_now(run: Run) -> dict[str, float]:
-    """Evaluation metrics of the weights that the engine holds; {} without evaluation problems or an engine."""
+    """Return evaluation metrics of the engine's weights; {} without evaluation problems or without an engine."""
     config, problems = run.recipe.evaluation, run.data.evaluation
     if not problems or run.recipe.rollout.replay is not None:
         return {}
-    run.step_rollouts.wait()  # an engine's results go to one reader at a time
+    run.step_rollouts.wait()  # only one thread at a time may read an engine's results
     total = share_of(run, evaluation_samples(config, problems))
     with run.console.phase("evaluate", total=total, unit="sample") as phase:
         return evaluate(config, problems, run.rollouts, phase.advance)

@@ -1,4 +1,4 @@
-"""The measurements of a run, from its recipe."""
+"""Performance measurements of a run, built from its recipe."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_hdpo.tracking.work import StepWork
 
 
 def build_performance(recipe: Recipe, policy: Policy, work: StepWork) -> Performance:
-    """What measures the steps of this run; the policy tells it of its micro-batches from here on."""
+    """Return the performance metrics of this run; registers a callback on the policy for its micro-batches."""
     context = policy.context
     layout = replace(
         layout_of(recipe, context.world_size),

@@ -1,4 +1,4 @@
-"""The rollouts of a step: sampled, judged, cliffs tried again with the answer, or replayed; checked and saved."""
+"""Rollouts of a step: sampled and judged, or replayed; then checked and saved."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from megatron_hdpo.types.rollouts import Group
 
 
 def rollouts_of_step(run: Run) -> tuple[list[Group], dict[str, float]]:
-    """The judged groups that the next step learns from, privileged rollouts included, with metrics of all that were
-    sampled.
+    """Return the groups that the next step learns from, and metrics of all sampled groups.
+
+    The groups are judged and hold their privileged rollouts. Raises TrainingError when an engine missed a weight
+    update, DataError when rollouts to replay cannot be read.
     """
     rollout = run.recipe.rollout
     file = rollouts_file(run.step + 1)
@@ -38,7 +40,7 @@ def rollouts_of_step(run: Run) -> tuple[list[Group], dict[str, float]]:
 
 
 def _sampled(run: Run) -> list[Group]:
-    """The groups of the next step, and those that dynamic sampling adds."""
+    """Return the groups of the next step, with those that dynamic sampling adds."""
     rollout, size = run.recipe.rollout, run.recipe.rollout.prompts_per_step
     problems = run.data.order.batch(run.step, size)
     with run.console.phase("rollout", total=share_of(run, size * rollout.samples_per_prompt), unit="sample") as phase:
@@ -64,8 +66,10 @@ def _replayed(path: Path, run: Run) -> list[Group]:
 
 
 def check_experts(group: Group, sizes: tuple[int, int] | None, path: Path) -> None:
-    """Saved student rollouts must have their experts where they are replayed (sizes: layers, and experts of a token);
-    elsewhere (None) they are dropped. Raises DataError.
+    """Check or drop the routed experts of replayed student rollouts.
+
+    sizes: (layers, experts per token) when the run replays the routing, else None: then the experts are dropped. path:
+    for the message. Raises DataError when experts are missing or have another shape.
     """
     for sample in group.samples:
         experts = sample.completion.routed_experts
@@ -79,7 +83,7 @@ def check_experts(group: Group, sizes: tuple[int, int] | None, path: Path) -> No
 
 
 def _save_rollouts(path: Path, groups: Sequence[Group], run: Run) -> None:
-    """In place of what an earlier try at this step wrote: a resumed run repeats steps whose rollouts are there."""
+    """Write the step's rollouts, replacing those of an earlier try: a resumed run may repeat a step."""
     partial = path.with_suffix(".partial")
     partial.unlink(missing_ok=True)
     write_groups(partial, groups, run.decode)
@@ -87,8 +91,10 @@ def _save_rollouts(path: Path, groups: Sequence[Group], run: Run) -> None:
 
 
 def check_versions(groups: Sequence[Group], version: int, ahead: int = 0) -> None:
-    """Raise TrainingError when a token was sampled by weights older than those of this step by more than `ahead`, or by
-    none of this run's.
+    """Raise TrainingError when a token was sampled by weights of a wrong version.
+
+    Allowed are versions from `version - ahead` to `version`. Tokens of weights that are not this run's have a negative
+    version.
     """
     for group in groups:
         for sample in (*group.samples, *group.privileged):
@@ -102,7 +108,7 @@ def check_versions(groups: Sequence[Group], version: int, ahead: int = 0) -> Non
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Rewards, lengths and failures of the student's rollouts; means over nothing are absent."""
+    """Return rewards, lengths and failures of the student rollouts; a mean over nothing is left out."""
     samples = [sample for group in groups for sample in group.samples]
     metrics = {"rollout/samples": float(len(samples))}
     for reason in ("generation_failed", "check_failed"):
@@ -119,7 +125,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def begin_next_rollouts(run: Run) -> None:
-    """With rollouts sampled ahead: start on the next step's. Else the engine may give its memory to the trainer."""
+    """Begin to sample the next step if rollouts are sampled ahead; otherwise let the engine free GPU memory."""
     rollout = run.recipe.rollout
     if rollout.replay is not None:
         return
@@ -131,5 +137,5 @@ def begin_next_rollouts(run: Run) -> None:
 
 
 def share_of(run: Run, samples: int) -> int:
-    """About how many samples this rank's engine takes of the step's."""
+    """Return about how many of the step's samples this rank's engine takes."""
     return -(-samples // run.context.world_size)

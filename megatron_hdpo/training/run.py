@@ -1,7 +1,7 @@
-"""Everything that a run holds, built from its recipe in the order in which things can fail cheaply.
+"""Run: everything that a run holds, built from its recipe.
 
-Recipe and layout, then data, then the model, its engine and its optimizer: what is wrong with a recipe is said before
-any weight is read.
+Steps that fail cheaply come first: recipe and layout, then data, then model, engine and optimizer. An error in a recipe
+is reported before any weight is read.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from megatron_hdpo.weights.stream import Receivers, stream_hf
 
 @dataclass
 class Run:
-    """A run between its steps."""
+    """State of a run between its steps."""
 
     recipe: Recipe
     context: ParallelContext
@@ -82,8 +82,9 @@ class Run:
     lock: FileLock | None = None
 
     def sync(self, version: int, norm_scale: float = 1.0) -> dict[str, float]:
-        """Stream the policy's weights into the engine and stamp them with `version`; metrics. norm_scale: multiplies
-        the final norm, for the self-test. Collective.
+        """Stream the policy's weights into the engine, stamped with `version`; return metrics. Collective.
+
+        norm_scale: multiplies the final norm, for the self-test.
         """
 
         def open_stream(to: Receivers) -> Iterator[tuple[str, Tensor]]:
@@ -97,7 +98,7 @@ class Run:
         self.sync(self.step)
 
     def decode(self, token_ids: np.ndarray) -> str:
-        """Text of a response, special tokens left out."""
+        """Return the text of a response, without special tokens."""
         return self.rollouts.sampler.decode(token_ids)
 
     def set_teacher(self, teacher: Teacher) -> None:
@@ -105,7 +106,7 @@ class Run:
         self.learner.teacher = teacher
 
     def rebuild_optimizer(self, config: OptimizerConfig, total_steps: int) -> None:
-        """A fresh optimizer and schedule for the weights that the model holds now."""
+        """Build a new optimizer and schedule for the model's current weights."""
         self.policy.optimizer, self.policy.schedule = build_optimizer(
             config, self.policy.ddp, self.context, total_steps
         )
@@ -135,11 +136,11 @@ class Run:
                 taken = True
         if self.context.broadcast_object(taken):
             raise RecipeError(
-                f"output: another run is at work in {self.recipe.output}: wait for it or name another one"
+                f"output: another run is at work in {self.recipe.output}: wait for its end, or use another folder"
             )
 
     def close(self, failed: bool) -> None:
-        """Stop workers and engine, close the trackers."""
+        """Stop workers and engine, and close the trackers."""
         self.step_rollouts.close()
         self.rewards.close()
         self.weight_sync.close()
@@ -156,11 +157,11 @@ def build_run(
     resumes: bool = False,
     measure: Measure = measure_bfloat16,
 ) -> Run:
-    """Build everything but the weights' state: the model holds the recipe's checkpoint, nothing is resumed yet.
+    """Build a run from its recipe; the model holds the recipe's checkpoint, nothing is resumed yet. Collective.
 
-    objective: in place of the recipe's, for experiments that recipes do not offer. resumes: a checkpoint in the output
-    folder will be loaded, and must fit. measure: compares bfloat16 with float32 on this CPU.
-    Raises RecipeError, DataError, LayoutError, ... with what is wrong and where.
+    objective: used instead of the recipe's, for experiments that recipes do not offer. resumes: a checkpoint in the
+    output folder will be loaded, and must fit. measure: compares bfloat16 with float32 on this CPU. Raises RecipeError,
+    DataError, LayoutError, ... with what is wrong and where.
     """
     console = Console(enabled=context.is_leader)
     _open_logs(recipe, context, console)
@@ -212,9 +213,9 @@ def settle_precision(
     console: Console,
     measure: Measure = measure_bfloat16,
 ) -> Recipe:
-    """Return the recipe without dtype=auto, and say which precision was taken and why.
+    """Return the recipe with `dtype: auto` resolved, and print which precision was chosen and why.
 
-    Rank 0 decides for all ranks: machines may differ. Collective. Raises CheckpointError when a checkpoint in the
+    Rank 0 decides for all ranks, as machines may differ. Collective. Raises CheckpointError when a checkpoint in the
     output folder cannot be read.
     """
     begun = begun_in(recipe.output)
@@ -228,7 +229,10 @@ def settle_precision(
 
 
 def load_tokenizer(path: str | Path, key: str = "model.path") -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face folder. Raises ModelError when there is none that transformers can load."""
+    """Return the tokenizer of a Hugging Face folder.
+
+    key: the recipe key that names the folder, for the message. Raises ModelError when transformers cannot load one.
+    """
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
@@ -237,7 +241,7 @@ def load_tokenizer(path: str | Path, key: str = "model.path") -> PreTrainedToken
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_path: str | Path) -> tuple[int, ...]:
-    """Tokens that end a response: the tokenizer's end of sequence and those of generation_config.json."""
+    """Return the tokens that end a response: the tokenizer's end of sequence and those of generation_config.json."""
     ids = {tokenizer.eos_token_id}
     if (Path(model_path) / "generation_config.json").is_file():
         configured = GenerationConfig.from_pretrained(model_path).eos_token_id
@@ -246,18 +250,18 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_path: str | Path) -
 
 
 def rollouts_file(step: int) -> str:
-    """Name of the file with the rollouts that a step, counted from 1, learned from."""
+    """Return the name of the file with the rollouts of a step, counted from 1."""
     return f"step_{step:08d}.jsonl"
 
 
 def scaled_final_norm(stream: Iterable[tuple[str, Tensor]], scale: float) -> Iterator[tuple[str, Tensor]]:
-    """The stream with its final norm multiplied: weights that every log-prob feels."""
+    """Yield the stream with its final norm multiplied by `scale`, which changes every log-prob."""
     for name, tensor in stream:
         yield name, tensor * scale if name == "model.norm.weight" and scale != 1.0 else tensor
 
 
 def set_threads(recipe: Recipe, local_world_size: int) -> None:
-    """CPU threads of this rank: the recipe's, else an equal share of the cores."""
+    """Set the CPU threads of this rank: the recipe's number, else an equal share of the cores."""
     cores = len(usable_cores())
     torch.set_num_threads(recipe.threads_per_rank or max(1, cores // local_world_size))
 
@@ -267,7 +271,7 @@ def _open_logs(recipe: Recipe, context: ParallelContext, console: Console) -> No
         configure_logging(recipe.output, context.rank, console)
     except OSError as error:
         raise RecipeError(f"output: the folder {recipe.output} cannot be written: {error.strerror}") from error
-    # Megatron's doing, seen through our CPU stand-in, so that Python takes them for ours: nothing to tell a person.
+    # Warnings caused by Megatron but attributed to us by the CPU shim; users need not see them.
     for message in ("The .grad attribute of a Tensor that is not a leaf", "Please use DTensor instead"):
         warnings.filterwarnings("ignore", message=message)
 
@@ -283,7 +287,7 @@ def _load_data(
     tokenizer: PreTrainedTokenizerBase,
     rewards: RewardPool,
 ) -> LoadedData:
-    """The leader loads first and leaves its parsed answers in the cache; what it finds wrong stops every rank."""
+    """Load the data; rank 0 first, so that the others read its cache of parsed answers; an error stops every rank."""
     privileged = recipe.objective.needs_privileged or recipe.warmup.kind == "sft"
     hints = bool(recipe.objective.hint_shows)
     with console.phase("load data"):

@@ -1,4 +1,4 @@
-"""From a built run to its first step: resume or warm up, set the teacher, fill the engine, test everything once."""
+"""From a built run to its first step: resume or warm up, set the teacher, sync weights, run the self-test."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _begin(run: Run) -> None:
 
 
 def _resume(run: Run, latest: Path) -> None:
-    """Nothing in the run folder is touched before the checkpoint has turned out to fit this recipe."""
+    """Resume from a checkpoint; the run folder is not changed before the checkpoint is known to fit the recipe."""
     _build_optimizer(run)
     with run.console.phase("resume"):
         run.step = run.checkpoints.load(latest, run.policy).step
@@ -65,7 +65,7 @@ def _build_optimizer(run: Run) -> None:
 
 
 def _warm_up_once(run: Run) -> None:
-    """A run that was stopped before its first checkpoint does not warm up again, unless its recipe has changed."""
+    """Warm up, or load the weights of an earlier warm-up of the same recipe."""
     recipe = run.recipe
     origin = "\n".join(
         [
@@ -83,12 +83,12 @@ def _warm_up_once(run: Run) -> None:
 
 
 def _keeps_start(run: Run) -> bool:
-    """Whether the model as reinforcement learning found it is needed: as a frozen teacher, or as the reference."""
+    """Return whether the model before RL training is needed: as a frozen teacher or as the reference."""
     return run.recipe.teacher.kind == "frozen" or run.recipe.objective.needs_reference
 
 
 def _set_teachers(run: Run, start: FrozenTeacher | None = None) -> None:
-    """Teacher and reference. start: the model as reinforcement learning found it; default: as it is now."""
+    """Set teacher and reference. start: the model before RL training; default: the current model."""
     recipe = run.recipe
     if _keeps_start(run):
         start = start or FrozenTeacher(run.policy)
@@ -99,7 +99,7 @@ def _set_teachers(run: Run, start: FrozenTeacher | None = None) -> None:
 
 
 def _restore_teachers(run: Run) -> None:
-    """The model as reinforcement learning found it was saved then and is read back here."""
+    """Set teacher and reference from the saved weights of the model before RL training."""
     start = None
     if _keeps_start(run):
         policy = copy_to_host(run.policy.model)

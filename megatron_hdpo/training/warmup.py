@@ -1,6 +1,6 @@
-"""The warm-up: supervised steps on worked solutions, with and without the privileged prompt.
+"""Warm-up: supervised steps on worked solutions, with and without the privileged prompt.
 
-A response's cross-entropy is the surrogate with advantage 1 and ratio 1 (its gradient is that of -log q), so the
+The cross-entropy of a response is the surrogate with advantage 1 and ratio 1 (its gradient is that of -log q), so the
 trainer needs no third loss.
 """
 
@@ -63,7 +63,7 @@ def _supervised_data(run: Run, tasks: Sequence[TaskConfig], privileged: bool) ->
 def _batch(
     plain: SupervisedData | None, privileged: SupervisedData | None, step: int, config: WarmupConfig
 ) -> list[SupervisedExample]:
-    """The privileged examples of a step, then the plain ones; their numbers are the same at every step."""
+    """Return the privileged examples of a step, then the plain ones; the counts are the same at every step."""
     size = config.examples_per_step
     count = round(size * config.privileged_share)
     batch = privileged.batch(step, count) if privileged is not None and count else []
@@ -71,7 +71,7 @@ def _batch(
 
 
 def _example(example: SupervisedExample) -> Example:
-    """A worked solution with advantage 1 at each of its tokens."""
+    """Return a worked solution as an example with advantage 1 at each token."""
     ones = np.ones(len(example.response_ids), dtype=np.float32)
     return Example(
         example.prompt_ids, example.response_ids, advantages_T=ones, surrogate_weights_T=ones, surrogate_count=len(ones)

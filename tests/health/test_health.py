@@ -50,10 +50,10 @@ def test_nothing_is_said_of_ranks_that_are_well(seen: Seen, check: str) -> None:
         ("odd versions", ["torch differs: ", "but 0.0.1 on {last}: make them equal", "NCCL differs: absent on"]),
         (
             "fast clock",
-            ["the clock of {last} is 60.0 s ahead of that of host0:0", "off are {last}: let a time service"],
+            ["the clock of {last} is 60.0 s ahead of that of host0:0", "clocks to correct: {last}: synchronise them"],
         ),
         ("slow clock", ["the clock of {last} is 60.0 s behind that of host0:0"]),
-        ("own folder", ["is not one folder for all: what host0:0 writes there, {last} did not see within 0.5 s"]),
+        ("own folder", ["is not shared by all ranks: {last} did not see a file of host0:0 within 0.5 s"]),
         ("full disk", ["GB of free space on host0:0, health.min_free_disk_gb is 1e+09"]),
         ("used memory", ["the GPUs of {last} are not free: the worst has 25% of its memory left"]),
         ("slow links", ["ranks runs at ", "health.min_allreduce_gb_per_s is 1e+06"]),

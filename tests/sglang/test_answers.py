@@ -155,7 +155,7 @@ def one_twice() -> np.ndarray:
 
 
 NO_EXPERTS: dict[str, tuple[Answer, str]] = {
-    "none": (answer(), "no routed experts, though they were asked for"),
+    "none": (answer(), "no routed experts, though they were requested"),
     "null": (answer(routed_experts=None), "no routed experts"),
     "of the response alone": (routed(experts(len(IDS))), r"18 numbers, \(4, 2, 3\)"),
     "of the last token too": (routed(experts(PROMPT + len(IDS))), r"30 numbers, \(4, 2, 3\)"),

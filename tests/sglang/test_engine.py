@@ -64,7 +64,7 @@ def test_samples_carry_what_the_trainer_needs(sglang_server: LiveServer, weights
         ({"prompt": []}, "at least one token"),
         ({"top_logprobs": VOCAB + 1}, "top_logprobs"),
         ({"tokens": 126}, "exceed the context"),
-        ({"prompt": [2] * 124, "tokens": 1}, "the servers take"),
+        ({"prompt": [2] * 124, "tokens": 1}, "the servers accept at most"),
         ({"temperature": float("nan")}, "temperature"),
         ({"top_p": 0.0}, "top_p"),
     ],

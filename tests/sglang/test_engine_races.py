@@ -66,7 +66,7 @@ def kept_away(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return
 
     with monkeypatch.context() as patch:
-        patch.setattr(Watch, "_let_back", not_yet)
+        patch.setattr(Watch, "_readmit", not_yet)
         yield
 
 
@@ -113,7 +113,7 @@ def test_a_server_that_is_lost_while_it_is_probed_does_not_serve(
 
     async def probe_and_lose(self: Gate, servers: Any, version: int) -> None:
         await probe(self, servers, version)
-        await servers._watch.lose(servers.replicas[0], "gone")
+        await servers._watch.mark_down(servers.replicas[0], "gone")
 
     with one_engine([sglang_server.url], health_interval_s=0.3) as (engine, push):
         monkeypatch.setattr(Gate, "probe", probe_and_lose)
@@ -182,7 +182,7 @@ def test_nothing_that_a_server_answers_ends_the_watch_over_it(proxy: FaultProxy,
         push.push(weights.stream(1), 1)
         proxy.faults["/server_info"] = [changed(lambda a: []), changed(lambda a: a | {"version": "no number"})]  # type: ignore
         proxy.faults["/model_info"] = [changed(lambda a: [])]  # type: ignore
-        engine.thread.run(engine.watch.lose(engine.replicas[0], "a test"))
+        engine.thread.run(engine.watch.mark_down(engine.replicas[0], "a test"))
         assert wait_until(lambda: not proxy.faults["/server_info"] and engine.health().alive), engine.health()
 
 

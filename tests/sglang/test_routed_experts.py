@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from server_tools import LiveServer
 from transformers import AutoModelForCausalLM
 
-from megatron_hdpo.rollout.build import check_tells_experts
+from megatron_hdpo.rollout.build import check_returns_experts
 from megatron_hdpo.rollout.sglang.answers import ExpertChoice
 from megatron_hdpo.rollout.sglang.servers.command import Launch
 from megatron_hdpo.rollout.sglang.servers.config import ServerConfig
@@ -81,11 +81,11 @@ def test_experts_are_those_of_transformers(served: LiveServer) -> None:
 def test_a_server_that_cannot_tell_is_not_asked(served: LiveServer) -> None:
     with one_engine([served.url], gate=False, experts=CHOICE) as (engine, _):
         replica = engine.replicas[0]
-        check_tells_experts(engine)
+        check_returns_experts(engine)
         replica.info = dataclasses.replace(replica.info, routed_experts=False)
         with pytest.raises(ValueError, match="without --enable-return-routed-experts"):
             engine.submit([request(routed_experts=True)])
-        with pytest.raises(ValueError, match=f"{served.url} cannot tell the experts"):
-            check_tells_experts(engine)
+        with pytest.raises(ValueError, match=f"{served.url} cannot return the experts"):
+            check_returns_experts(engine)
     with one_engine([served.url], gate=False) as (engine, _), pytest.raises(ValueError, match="model has no experts"):
         engine.submit([request(routed_experts=True)])

@@ -105,7 +105,7 @@ def test_an_extra_flag_cannot_override_what_is_decided_elsewhere(flag: str) -> N
 
 def test_sglang_never_chooses_the_precision() -> None:
     """Its own auto may be float16."""
-    with pytest.raises(ValueError, match="dtype=auto is not settled yet"):
+    with pytest.raises(ValueError, match="dtype=auto is not resolved yet"):
         flags(ServerConfig())
 
 

@@ -1,1 +1,6 @@
-"""Rollouts by stock SGLang servers: their processes, the HTTP client, the weights they are given, the engine."""
+"""Rollouts on stock SGLang servers.
+
+This folder is the client: `engine.py` (start here) sends one HTTP request per sample through `api.py` and checks the
+answers (`answers.py`); `watch.py` checks the servers' health. `servers/` runs server processes, `weights/` sends
+weights to them. `servers/` imports nothing of the client; the client does not import `weights/`.
+"""

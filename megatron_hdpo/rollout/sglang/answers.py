@@ -1,4 +1,4 @@
-"""From the answer to /generate to a completion, with everything checked that a server may get wrong."""
+"""From an answer of /generate to a Completion; checks everything that a server may get wrong."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ import numpy as np
 from megatron_hdpo.types.rollouts import Completion, TopLogprobs
 
 UNVERSIONED = -1
-"""Version of weights that the trainer has not stamped: those that a server was started with."""
+"""Version of weights that the trainer did not stamp: those that a server was started with."""
 LARGEST_VERSION = 2**31 - 1
 
 
 class BadAnswerError(ValueError):
-    """An answer that is no completion: cut short, inconsistent, or not finite."""
+    """An answer that holds no valid completion: cut short, inconsistent, or not finite."""
 
 
 @dataclass(frozen=True)
 class ExpertChoice:
-    """What the experts in an answer must fit: those of a model with so many layers and experts, of which a token is
-    sent to `per_token`.
+    """Sizes that the experts in an answer must fit.
+
+    layers: layers of the model. experts: experts per layer. per_token: experts that a token is sent to.
     """
 
     layers: int
@@ -37,9 +38,10 @@ def completion_of(
     experts: ExpertChoice | None = None,
     prompt_length: int = 0,
 ) -> Completion:
-    """The completion in an answer. Raises BadAnswerError with the reason when there is none.
+    """Return the completion in an answer. Raises BadAnswerError with the reason when there is none.
 
-    experts: asked for with the completion; None: not asked for, and not looked for.
+    top_logprobs: number K that was requested. experts: sizes of the requested routed experts; None: none were
+    requested, and any are ignored. prompt_length: prompt tokens, needed with `experts`.
     """
     try:
         completion = _completion(answer, top_logprobs, vocab_size)
@@ -78,15 +80,17 @@ def _completion(answer: dict[str, Any], top_logprobs: int, vocab_size: int) -> C
 
 
 def _routed_experts(meta: dict[str, Any], tokens: int, choice: ExpertChoice) -> np.ndarray:
-    """[tokens, layers, K]. A server does not see to it that every token's experts were noted: those of one that was
-    left out are all the same, or another's.
+    """Return the experts of each token, [tokens, layers, K].
+
+    A server does not check that the experts of every token were recorded: a token left out has K equal experts, or
+    those of another token.
     """
     if not meta.get("routed_experts"):
-        raise BadAnswerError("no routed experts, though they were asked for: enable-return-routed-experts is needed")
+        raise BadAnswerError("no routed experts, though they were requested: enable-return-routed-experts is needed")
     flat = np.frombuffer(base64.b64decode(meta["routed_experts"], validate=True), dtype="<i4")
     shape = tokens, choice.layers, choice.per_token
     if flat.size != np.prod(shape):
-        raise BadAnswerError(f"routed experts: {flat.size} numbers, {shape} (tokens, layers, per token) are wanted")
+        raise BadAnswerError(f"routed experts: {flat.size} numbers, want {shape} (tokens, layers, per token)")
     if flat.min(initial=0) < 0 or flat.max(initial=0) >= choice.experts:
         raise BadAnswerError(f"routed experts from {flat.min()} to {flat.max()}, the model has {choice.experts}")
     sorted_TLK = np.sort(flat.reshape(shape), axis=-1)
@@ -96,7 +100,7 @@ def _routed_experts(meta: dict[str, Any], tokens: int, choice: ExpertChoice) -> 
 
 
 def _versions(meta: dict[str, Any], length: int) -> np.ndarray:
-    """The version of each token: spans where the server tells them, else one version for all."""
+    """Return the version of each token: by spans where the server sends them, else one version for all."""
     versions = np.full(length, _number(meta.get("weight_version")), dtype=np.int32)
     for span in meta.get("weight_versions") or []:
         versions[span["start"] : span["end"]] = _number(span["version"])
@@ -104,13 +108,13 @@ def _versions(meta: dict[str, Any], length: int) -> np.ndarray:
 
 
 def _number(version: Any) -> int:
-    """The trainer stamps steps; what others have stamped (a date, a name) is none of them."""
+    """Return the step that the trainer stamped; UNVERSIONED for any other stamp (a date, a name)."""
     text = str(version)
     return int(text) if text.isdecimal() and int(text) <= LARGEST_VERSION else UNVERSIONED
 
 
 def _top(meta: dict[str, Any], length: int, k: int, vocab_size: int) -> TopLogprobs:
-    """Flat arrays where the server gives them, else its nested lists."""
+    """Return the top log-probs, read from flat arrays where the server sends them, else from nested lists."""
     if "output_top_logprobs_val_flat_b64" in meta:
         values = _flat(meta, "val", np.float32).reshape(meta["output_top_logprobs_shape"])
         ids = _flat(meta, "idx", np.int32).reshape(meta["output_top_logprobs_shape"])

@@ -1,6 +1,6 @@
-"""The HTTP interface of one SGLang server: one coroutine per endpoint, answers as they are, errors as ApiError.
+"""HTTP interface of one SGLang server: one coroutine per endpoint; errors are raised as ApiError.
 
-Stock endpoints only. What a server of another version does not have is asked for once (`features`), not assumed.
+Only endpoints of stock SGLang. `ServerInfo` says which optional ones a server has.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatron_hdpo.rollout.sglang.servers.config import OLDEST_SGLANG
 
 
 class ApiError(RuntimeError):
-    """A server did not answer, or answered an error. status: the HTTP status, None when there was no answer."""
+    """A server did not answer, or answered with an error. status: the HTTP status, None without an answer."""
 
     def __init__(self, url: str, path: str, reason: str, status: int | None = None) -> None:
         super().__init__(f"SGLang server {url}{path}: {reason}")
@@ -24,16 +24,17 @@ class ApiError(RuntimeError):
 
     @property
     def may_pass(self) -> bool:
-        """Whether the same request may succeed later or elsewhere: no answer, overload, or the server's own fault."""
+        """Whether the same request may succeed later or elsewhere: no answer, overload, or an error of the server."""
         return self.status is None or self.status in (408, 429) or self.status >= 500
 
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """What a server says of itself. model_path: where its last weights came from; tokenizer_path: the folder it was
-    started with. max_prompt: longest prompt in tokens; context: prompt and response together, None
-    where the server takes the model's. sessions: weight updates must be bracketed by begin and end. routed_experts: it
-    can tell which experts it used.
+    """Properties that a server reports.
+
+    model_path: folder of its current weights. tokenizer_path: folder it was started with. max_prompt: longest prompt in
+    tokens. context: longest prompt plus response, None for the model's own limit. sessions: weight updates need a begin
+    and an end call. routed_experts: answers can hold the experts that a token was sent to.
     """
 
     version: str
@@ -53,7 +54,7 @@ class ServerInfo:
 
 
 class ServerApi:
-    """One server. The session is shared by all servers and closed by who made it. All times in seconds."""
+    """Client of one server. The session is shared by all servers; its owner closes it. All times in seconds."""
 
     def __init__(self, session: aiohttp.ClientSession, url: str, api_key: str | None = None) -> None:
         self.url = url.rstrip("/")
@@ -61,11 +62,14 @@ class ServerApi:
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
     async def post(self, path: str, body: dict[str, Any], timeout: float) -> Any:
-        """The decoded answer to a POST. Raises ApiError on any status but 200 and on a broken or absent answer."""
+        """Return the decoded answer to a POST.
+
+        Raises ApiError on any status but 200 and on a missing or broken answer.
+        """
         return await self._request("POST", path, orjson.dumps(body), timeout)
 
     async def get(self, path: str, timeout: float) -> Any:
-        """Like post."""
+        """Return the decoded answer to a GET; errors as in `post`."""
         return await self._request("GET", path, None, timeout)
 
     async def _request(self, method: str, path: str, data: bytes | None, timeout: float) -> Any:
@@ -88,7 +92,7 @@ class ServerApi:
             raise ApiError(self.url, path, f"the answer is not JSON: {body[:200]!r}", 500) from error
 
     async def info(self, timeout: float = 30) -> ServerInfo:
-        """What the server is. Raises ApiError, also for a version that is too old to drive."""
+        """Return the properties of the server. Raises ApiError, also when its version is too old."""
         said = await self.get("/server_info", timeout)
         version = str(said.get("version", "0"))
         if Version(version) < OLDEST_SGLANG:
@@ -111,7 +115,7 @@ class ServerApi:
         )
 
     async def _has(self, path: str) -> bool:
-        """Whether a POST endpoint exists; a GET of it answers 405 where it does, 404 where it does not."""
+        """Return whether a POST endpoint exists: a GET of it answers 405 if so, 404 if not."""
         try:
             await self.get(path, 30)
         except ApiError as error:
@@ -122,7 +126,7 @@ class ServerApi:
         return True
 
     async def alive(self, timeout: float = 5) -> bool:
-        """Whether the HTTP side answers; says nothing of the scheduler behind it."""
+        """Return whether the HTTP side answers; the scheduler behind it may still hang."""
         try:
             await self.get("/model_info", timeout)
         except ApiError:
@@ -130,7 +134,7 @@ class ServerApi:
         return True
 
     async def generate(self, body: dict[str, Any], timeout: float) -> dict[str, Any]:
-        """One completion."""
+        """Return the answer to one sampling request."""
         answer = await self.post("/generate", body, timeout)
         if not isinstance(answer, dict) or "meta_info" not in answer:
             raise ApiError(self.url, "/generate", f"the answer is no completion: {str(answer)[:200]}", 500)
@@ -141,21 +145,21 @@ class ServerApi:
         await self.post("/abort_request", {"rid": request_id}, timeout)
 
     async def pause(self, mode: str, timeout: float) -> None:
-        """Stop all generation: `retract` and `in_place` keep what runs, `abort` gives it back unfinished."""
+        """Stop all generation: `retract` and `in_place` keep the running requests, `abort` returns them unfinished."""
         await self.post("/pause_generation", {"mode": mode}, timeout)
 
-    async def go_on(self, timeout: float) -> None:
-        """End a pause."""
+    async def continue_generation(self, timeout: float) -> None:
+        """Resume generation after `pause`."""
         await self.post("/continue_generation", {}, timeout)
 
     async def update(self, path: str, body: dict[str, Any], timeout: float) -> None:
-        """A call that answers {success, message}. Raises ApiError with the message when it failed."""
+        """Make a call that answers {success, message}. Raises ApiError with the message when it failed."""
         answer = await self.post(path, body, timeout)
         if not answer.get("success"):
             raise ApiError(self.url, path, str(answer.get("message")), 400)
 
     async def checksums(self, timeout: float) -> list[dict[str, Any]]:
-        """Per rank of the server: its place and a checksum of each of its parameters."""
+        """Return, for each rank of the server, its location and a checksum of each of its parameters."""
         answer = await self.post("/weights_checker", {"action": "checksum"}, timeout)
         if not answer.get("success") or not answer.get("ranks"):
             raise ApiError(self.url, "/weights_checker", str(answer.get("message")), 400)
@@ -163,7 +167,7 @@ class ServerApi:
 
 
 def _reason(body: bytes) -> str:
-    """What an error answer says, on one line."""
+    """Return the message of an error answer, on one line."""
     try:
         said = orjson.loads(body)
         said = said.get("message") or said.get("error") or said.get("detail") or said

@@ -1,11 +1,11 @@
-"""The engine on SGLang servers: one sample per HTTP request, spread over servers, asked elsewhere when one is lost.
+"""Engine on SGLang servers: one HTTP request per sample, spread over servers, retried when a server is lost.
 
-A loop in a thread of its own does the talking; `submit` and `results` are called from outside it.
+An asyncio loop in its own thread talks to the servers; `submit` and `results` are called from other threads.
 
-What a server does wrong never becomes a sample: no answer, an error of the server's own and an answer that was cut
-short are asked again, with jitter, of a server that is well; only what got no answer is asked again, so nothing that
-has been handed over is sampled twice. A server that was lost is restarted (when it is ours) and takes part again from
-the next weight update on: it has lost the run's weights.
+A failure of a server never becomes a sample: a sample without an answer, with a server error or with an answer that was
+cut short is retried, with jitter, on a healthy server. A sample with a valid answer is never retried, so no returned
+sample is sampled twice. A server that was lost is restarted (when this process owns it) and samples again from the next
+weight update on, because it lost the run's weights.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ LOGGER = logging.getLogger(__name__)
 POLL_S = 0.05
 
 
-class _AskAgainError(Exception):
-    """This try of a sample came to nothing; another may not."""
+class _RetryError(Exception):
+    """This try of a sample failed; another try may succeed."""
 
 
 class SGLangEngine:
-    """Engine protocol on the servers that this rank speaks to; none on ranks that sample nothing.
+    """Engine on the servers of this rank; implements the Engine protocol. A rank that samples nothing has no server.
 
-    servers: those that this process started, in the order of the first replicas; urls: all addresses. The engine
-    closes the servers. Raises ApiError when a server is not there or too old, ValueError when it serves another model.
-    experts: of a model that has them; requests may ask for those that a token was sent to only where they are named.
+    urls: all addresses. servers: the processes that this rank started, in the order of the first urls; `close` stops
+    them. experts: sizes of the model's experts; without it requests must not ask for routed experts. Raises ApiError
+    when a server does not answer or is too old, ValueError when its dp_size is not 1.
     """
 
     def __init__(
@@ -78,23 +78,23 @@ class SGLangEngine:
 
     @property
     def deterministic(self) -> bool:
-        """Only where every server was started with deterministic inference."""
+        """Whether every server was started with deterministic inference."""
         return bool(self.replicas) and all(replica.info.deterministic for replica in self.replicas)
 
     @property
     def weight_version(self) -> int:
-        """Version of the last weights that a server took whole; -1 before the first."""
+        """Version of the last weights that a server took completely; -1 before the first."""
         return self._version
 
     @property
     def thread(self) -> LoopThread:
-        """The loop that talks to the servers, for weight updates."""
+        """Thread of the loop that talks to the servers; weight updates run in it, too."""
         return self._thread
 
     def submit(self, requests: Sequence[GenerationRequest]) -> None:
-        """Queue requests, all or none. Raises ValueError on a request that would kill a server or be refused."""
+        """Queue requests, all or none. Raises ValueError on a request that would crash a server or be refused."""
         if len({request.request_id for request in requests}) < len(requests):
-            raise ValueError(f"requests of one id among {[request.request_id for request in requests][:20]}")
+            raise ValueError(f"duplicate request ids among {[request.request_id for request in requests][:20]}")
         for request in requests:
             self._validate(request)
         self._outstanding |= {request.request_id: request.sampling.n for request in requests}
@@ -102,8 +102,10 @@ class SGLangEngine:
             self._thread.run(self._begin(requests))
 
     def results(self) -> Iterator[GenerationResult | None]:
-        """Samples one by one as they finish; None while there is none. Raises EngineLostWeights when no server has the
-        run's weights any more: everything outstanding is dropped, and an update of the weights must come first.
+        """Yield samples one by one as they finish, and None while there is none.
+
+        Raises EngineLostWeights when no server has the run's weights any more: every outstanding request is dropped,
+        and a weight update must come first.
         """
         while self._outstanding:
             try:
@@ -118,17 +120,18 @@ class SGLangEngine:
             yield result
 
     def cancel(self, request_ids: Sequence[str]) -> None:
-        """Give up what is unfinished of these requests; their servers are told to stop."""
+        """Cancel the unfinished samples of these requests, also on their servers."""
         self._thread.run(self._cancel(request_ids))
 
     def make_room(self) -> None:
-        """Servers with a memory saver release weights and key-value cache; a weight update brings them back."""
+        """Let servers with a memory saver free weights and key-value cache, until the next weight update."""
         if self.config.servers.memory_saver:
             self._thread.run(self._release())
 
     async def mark_served(self, served: Sequence[Replica], version: int) -> None:
-        """These replicas have taken the weights of `version`; others may not be asked until they have, nor those that
-        were lost since.
+        """Mark these replicas as serving the weights of `version`, and all other serving replicas as stale.
+
+        Replicas that went down meanwhile stay down.
         """
         for replica in self.replicas:
             if replica in served and replica.state != "down":
@@ -144,7 +147,7 @@ class SGLangEngine:
         return EngineHealth(alive, self._version, detail)
 
     def close(self) -> None:
-        """End requests, connections and the servers that were started. Idempotent."""
+        """Cancel requests, close connections and stop the servers that were started. Idempotent."""
         if self._closed:
             return
         self._closed = True
@@ -154,10 +157,10 @@ class SGLangEngine:
         if self.servers is not None:
             self.servers.close()
 
-    # In the loop's thread from here on.
+    # The coroutines below run in the loop's thread.
 
     async def _connect(self, urls: Sequence[str]) -> None:
-        # More connections than samples in flight: control calls must not wait for samples.
+        # No limit on connections: control calls must not wait for samples.
         self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60))
         own = len(self.servers.processes) if self.servers else 0
         for index, url in enumerate(urls):
@@ -181,7 +184,7 @@ class SGLangEngine:
         return Replica(index, api, ask, info, asyncio.Semaphore(self.config.max_concurrency), own)
 
     async def _end_tasks(self) -> None:
-        """All samples that are being asked for, cancelled and over."""
+        """Cancel all running samples and wait for their end."""
         tasks = [task for tasks in self._tasks.values() for task in tasks]
         for task in tasks:
             task.cancel()
@@ -198,10 +201,10 @@ class SGLangEngine:
             if replica.state == "serving" and replica.info.memory_saver:
                 replica.state, replica.reason, replica.asleep = "stale", "its memory is the trainer's", True
                 try:
-                    async with replica.looked_at:
+                    async with replica.health_lock:
                         await replica.api.post("/release_memory_occupation", {}, self.config.sync.timeout_s)
                 except ApiError as error:
-                    await self.watch.lose(replica, str(error))
+                    await self.watch.mark_down(replica, str(error))
 
     async def _begin(self, requests: Sequence[GenerationRequest]) -> None:
         loop = asyncio.get_running_loop()
@@ -216,11 +219,11 @@ class SGLangEngine:
                 task.cancel()
 
     async def _sample(self, request: GenerationRequest, index: int) -> None:
-        """One sample of a request, until it is there, given up or failed for good."""
+        """Sample until there is a completion, a cancellation or a final failure, and queue the result."""
         retrying = AsyncRetrying(
             stop=stop_after_attempt(self.config.max_tries),
             wait=wait_random_exponential(multiplier=0.2, max=20),
-            retry=retry_if_exception_type(_AskAgainError),
+            retry=retry_if_exception_type(_RetryError),
             reraise=True,
         )
         try:
@@ -229,7 +232,7 @@ class SGLangEngine:
         except asyncio.CancelledError:
             self._done.put(GenerationResult(request.request_id, [], cancelled=1))
         except EngineLostWeights:
-            # In the queue, so that it is seen whatever becomes of the servers meanwhile: this sample will not come.
+            # Put into the queue, so that `results` raises even if a server is back by then: this sample is lost.
             self._done.put(None)
         except Exception as error:
             LOGGER.warning("request %s, sample %d: %s", request.request_id, index, error)
@@ -239,7 +242,7 @@ class SGLangEngine:
         replica, wanted = await self._choose(request), self._version
         async with replica.slots:
             if replica.state != "serving":
-                raise _AskAgainError(f"{replica.url} was lost: {replica.reason}")
+                raise _RetryError(f"{replica.url} was lost: {replica.reason}")
             answer = await self._ask(replica, request, index)
         try:
             experts = self.experts if request.sampling.routed_experts else None
@@ -247,20 +250,20 @@ class SGLangEngine:
                 answer, request.sampling.top_logprobs, self.vocab_size, experts, len(request.prompt_ids)
             )
         except BadAnswerError as error:
-            raise _AskAgainError(f"{replica.url}: {error}") from error
+            raise _RetryError(f"{replica.url}: {error}") from error
         if completion.weight_versions.min() == UNVERSIONED:
-            raise _AskAgainError(f"{replica.url}: weights that are not this run's wrote it")
+            raise _RetryError(f"{replica.url}: it was sampled with weights that are not this run's")
         if self.config.router and completion.weight_versions.min() < wanted:
-            # A router goes on asking servers that have missed an update.
-            raise _AskAgainError(f"{replica.url}: a server behind the router has older weights than {wanted}")
+            # A router keeps using servers that missed an update.
+            raise _RetryError(f"{replica.url}: a server behind the router has older weights than {wanted}")
         if completion.weight_versions.min() != completion.weight_versions.max():
             self.mixed_versions += 1
             if self.config.mixed_versions == "drop":
-                raise _AskAgainError(f"{replica.url}: weights of two versions wrote it")
+                raise _RetryError(f"{replica.url}: it was sampled with weights of two versions")
         return completion
 
     async def _ask(self, replica: Replica, request: GenerationRequest, index: int) -> dict[str, Any]:
-        """The server's answer. A server that is taken out meanwhile, or does not answer, means: ask again."""
+        """Return the server's answer. Raises _RetryError when the server does not answer or is taken out."""
         rid = f"{request.request_id}/{index}-{os.urandom(4).hex()}"
         body = self._body(request, index) | {"rid": rid}
         inner = asyncio.create_task(replica.ask.generate(body, self.config.request_timeout_s))
@@ -273,29 +276,29 @@ class SGLangEngine:
             await self._stop_on_server(replica, rid)
             if given_up:
                 raise
-            raise _AskAgainError(f"{replica.url} was lost: {replica.reason}") from None
+            raise _RetryError(f"{replica.url} was lost: {replica.reason}") from None
         except ApiError as error:
             if not error.may_pass:
                 raise
             await self._stop_on_server(replica, rid)
             if error.status is None:
-                await self.watch.look(replica)
-            raise _AskAgainError(str(error)) from error
+                await self.watch.probe(replica)
+            raise _RetryError(str(error)) from error
         finally:
             replica.in_flight.discard(inner)
 
     async def _stop_on_server(self, replica: Replica, rid: str) -> None:
-        """Nobody waits for this sample any more: its server need not go on with it. A router does not say which of
-        them it chose.
-        """
+        """Abort a sample that is no longer needed on its server; behind a router, on all servers."""
         asked = self.replicas if self.config.router else [replica]
         aborts = [other.api.abort(rid) for other in asked if other.state != "down"]
         with suppress(asyncio.CancelledError):
             await asyncio.shield(asyncio.gather(*aborts, return_exceptions=True))
 
     async def _choose(self, request: GenerationRequest) -> Replica:
-        """The serving replica with the least to do; among equals always the same one for the same affinity, whose cache
-        holds the prompt's prefix.
+        """Return the serving replica with the least load.
+
+        With similar loads, the same replica for the same affinity, because its cache holds the prompt's prefix. Raises
+        EngineLostWeights when no replica serves.
         """
         serving = [replica for replica in self.replicas if replica.state == "serving"]
         if not serving:
@@ -328,25 +331,25 @@ class SGLangEngine:
             "return_flat_raw_top_logprobs_b64": bool(settings.top_logprobs),
         } | ({"return_routed_experts": True} if settings.routed_experts else {})
 
-    # In the caller's thread again.
+    # The methods below run in the caller's thread.
 
     def _validate(self, request: GenerationRequest) -> None:
         problem = problem_with(request, self.vocab_size, self.context_length)
         longest = min((replica.info.max_prompt for replica in self.replicas), default=0)
         if not problem and not self.replicas:
-            problem = "this rank speaks to no server"
+            problem = "this rank has no server"
         if not problem and len(request.prompt_ids) > longest:
-            problem = f"a prompt of {len(request.prompt_ids)} tokens, the servers take {longest}"
+            problem = f"a prompt of {len(request.prompt_ids)} tokens; the servers accept at most {longest}"
         if not problem and request.sampling.routed_experts:
-            problem = self._cannot_tell_experts()
+            problem = self._problem_with_experts()
         if not problem and self._outstanding.get(request.request_id):
             problem = "this id is already outstanding"
         if problem:
             raise ValueError(f"request {request.request_id}: {problem}")
 
-    def _cannot_tell_experts(self) -> str:
+    def _problem_with_experts(self) -> str:
         if self.experts is None:
-            return "routed experts are asked for, and the model has no experts"
+            return "routed experts are requested, but the model has no experts"
         silent = [replica.url for replica in self.replicas if not replica.info.routed_experts]
         return f"{silent[0]} was started without --enable-return-routed-experts" if silent else ""
 

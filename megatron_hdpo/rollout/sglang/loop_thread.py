@@ -1,4 +1,4 @@
-"""An asyncio loop in a thread of its own, for callers that are not coroutines."""
+"""An asyncio loop in its own thread, for callers that are not coroutines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class LoopThread:
-    """Runs coroutines; `close` cancels what is left and ends the thread."""
+    """A thread that runs coroutines; `close` cancels the unfinished ones and ends the thread."""
 
     def __init__(self, name: str) -> None:
         self.loop = asyncio.new_event_loop()
@@ -21,18 +21,18 @@ class LoopThread:
         self._thread.start()
 
     def start(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-        """Schedule it and return at once. Raises RuntimeError once closed: nobody would run it."""
+        """Schedule a coroutine and return its Future at once. Raises RuntimeError once closed."""
         if self._closed:
             coroutine.close()
             raise RuntimeError("the engine is closed")
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Schedule it and wait for its result."""
+        """Run a coroutine and return its result; blocks."""
         return self.start(coroutine).result()
 
     def close(self) -> None:
-        """Idempotent."""
+        """Cancel unfinished coroutines and end the thread. Idempotent."""
         if self._closed:
             return
         self._closed = True

@@ -1,4 +1,4 @@
-"""One server as the engine sees it: its address, what it can, whether it may be asked, and what it is busy with."""
+"""State of one server in the engine: address, properties, whether it may be used, and its requests."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ State = Literal["stale", "serving", "down"]
 
 @dataclass
 class Replica:
-    """state: `serving` has the weights of the present version; `stale` answers but has others; `down` does not answer.
-    ask: where samples are asked for: the server itself, or the router before it. own: index among the servers that this
-    process started, None for one that was given. in_flight: samples being asked of it. asleep: its memory is the
-    trainer's; a look at its health would sample and end it. looked_at: held during such a look.
+    """One server.
+
+    state: `serving` has the current weights; `stale` answers but has other weights; `down` does not answer. ask: client
+    for samples: the server itself, or the router in front of it. own: index among the servers that this process
+    started, None for a given one. in_flight: running sample requests. half_updated: a weight update of it did not
+    complete. asleep: GPU memory is released to the trainer; do not call /health, it would generate and crash.
+    health_lock: held during a health check.
     """
 
     index: int
@@ -30,16 +33,17 @@ class Replica:
     reason: str = "no weights yet"
     half_updated: bool = False
     asleep: bool = False
-    looked_at: asyncio.Lock = field(default_factory=asyncio.Lock)
+    health_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
     def url(self) -> str:
-        """Its address."""
+        """Address of the server."""
         return self.api.url
 
     def take_out(self, reason: str, state: State = "down") -> None:
-        """It does not answer, or what it would is no use: nothing more is asked of it, and what was is asked elsewhere.
-        In the engine's loop.
+        """Stop using the server and cancel its running requests, which are retried elsewhere.
+
+        Call it in the engine's loop.
         """
         self.state, self.reason = state, reason
         for task in list(self.in_flight):

@@ -1,6 +1,4 @@
-"""Looks after the replicas of an engine: takes out what is dead or hung, restarts what is ours, lets back in what is
-whole.
-"""
+"""Health checks of an engine's replicas: takes out dead or hung ones, restarts its own, readmits healthy ones."""
 
 from __future__ import annotations
 
@@ -20,7 +18,10 @@ LOGGER = logging.getLogger(__name__)
 
 
 class Watch:
-    """`paused`: during a weight update servers are busy with it and show no health."""
+    """Watches the replicas of an engine.
+
+    paused: set during a weight update, when servers are busy and answer no health check.
+    """
 
     def __init__(self, engine: SGLangEngine) -> None:
         self.engine = engine
@@ -28,57 +29,58 @@ class Watch:
         self._restarting: dict[int, asyncio.Task[None]] = {}
 
     async def run(self, replica: Replica) -> None:
-        """Look at a replica again and again, for ever."""
-        well = time.monotonic()
+        """Check a replica every `health_interval_s` seconds, for ever."""
+        healthy_at = time.monotonic()
         while True:
             await asyncio.sleep(self.engine.config.health_interval_s)
             try:
-                well = await self._see_to(replica, well)
+                healthy_at = await self._check_once(replica, healthy_at)
             except Exception:
-                # Whatever a server answers, it is looked at again.
-                LOGGER.exception("SGLang server %s could not be looked at", replica.url)
+                # Whatever a server answers, keep checking it.
+                LOGGER.exception("the health check of SGLang server %s failed", replica.url)
 
-    async def _see_to(self, replica: Replica, well: float) -> float:
-        """One look; returns the time when the replica was last known to be well."""
+    async def _check_once(self, replica: Replica, healthy_at: float) -> float:
+        """Check a replica once; return the time when it was last known to be healthy."""
         if self.paused or replica.index in self._restarting:
             return time.monotonic()
         if replica.state == "down":
-            await (self._let_back(replica) if not self._dead(replica) else self._start_anew(replica))
-        elif self._dead(replica):
-            await self.lose(replica, "its process has ended")
+            await (self._readmit(replica) if not self._process_ended(replica) else self._schedule_restart(replica))
+        elif self._process_ended(replica):
+            await self.mark_down(replica, "its process has ended")
         elif await self._healthy(replica) or self.paused:
             return time.monotonic()
-        elif time.monotonic() - well > self.engine.config.health_timeout_s:
-            await self.lose(replica, f"no sign of health for {time.monotonic() - well:.0f} s")
-        return well
+        elif time.monotonic() - healthy_at > self.engine.config.health_timeout_s:
+            await self.mark_down(replica, f"no sign of health for {time.monotonic() - healthy_at:.0f} s")
+        return healthy_at
 
-    async def look(self, replica: Replica) -> None:
-        """A request got no answer: is the server still there?"""
+    async def probe(self, replica: Replica) -> None:
+        """Check whether a server still answers, after a request to it got no answer."""
         if replica.state == "down" or replica.index in self._restarting:
             return
-        if self._dead(replica):
-            await self.lose(replica, "its process has ended")
+        if self._process_ended(replica):
+            await self.mark_down(replica, "its process has ended")
         elif not await replica.api.alive():
-            await self.lose(replica, "it does not answer")
+            await self.mark_down(replica, "it does not answer")
 
-    async def lose(self, replica: Replica, reason: str) -> None:
-        """Take a replica out; a server of ours is started anew, in the background."""
+    async def mark_down(self, replica: Replica, reason: str) -> None:
+        """Take a replica out, and restart it in the background if this process owns its server."""
         if replica.state == "down":
             return
         LOGGER.warning("SGLang server %s is taken out: %s", replica.url, reason)
         replica.take_out(reason)
-        await self._start_anew(replica)
+        await self._schedule_restart(replica)
 
-    async def _start_anew(self, replica: Replica) -> None:
-        """In the background, where the server is ours and has restarts left."""
+    async def _schedule_restart(self, replica: Replica) -> None:
+        """Schedule a restart in the background, if this process owns the server and has restarts left."""
         servers = self.engine.servers
         if servers is None or replica.own is None or servers.exhausted(replica.own):
             return
         self._restarting[replica.index] = asyncio.get_running_loop().create_task(self._restart(replica))
 
     async def wait_for_servers(self) -> None:
-        """Until no server is being started anew and one at least answers; a given one may be away for a moment, and
-        gets as long to come back as one that shows no health.
+        """Wait until no restart is running and at least one server answers.
+
+        A given server may be unreachable for a while: it gets `health_timeout_s` seconds to return.
         """
         replicas, deadline = self.engine.replicas, time.monotonic() + self.engine.config.health_timeout_s
         may_return = any(replica.own is None for replica in replicas)
@@ -93,15 +95,18 @@ class Watch:
         try:
             await asyncio.to_thread(servers.restart, replica.own)
             replica.asleep = False
-            await self._let_back(replica)
+            await self._readmit(replica)
         except (ServerError, OSError, ValueError) as error:
             replica.reason = str(error)
             LOGGER.error("%s", error)
         finally:
             self._restarting.pop(replica.index, None)
 
-    async def _let_back(self, replica: Replica) -> None:
-        """A server that answers again: it serves if it has the run's weights still, else from the next update on."""
+    async def _readmit(self, replica: Replica) -> None:
+        """Readmit a server that answers again.
+
+        It serves at once if it still has the run's weights, else after the next update.
+        """
         servers = self.engine.servers
         if servers is not None and replica.own is not None:
             replica.api.url = replica.ask.url = servers.processes[replica.own].url
@@ -115,12 +120,12 @@ class Watch:
         replica.state, replica.reason = ("serving", "") if current else ("stale", "it was restarted")
         LOGGER.warning("SGLang server %s is back, %s", replica.url, replica.state)
 
-    def _dead(self, replica: Replica) -> bool:
+    def _process_ended(self, replica: Replica) -> bool:
         servers = self.engine.servers
         return servers is not None and replica.own is not None and not servers.processes[replica.own].alive()
 
     async def _healthy(self, replica: Replica) -> bool:
-        async with replica.looked_at:
+        async with replica.health_lock:
             if replica.asleep:
                 return await replica.api.alive()
             try:

@@ -1,4 +1,4 @@
-"""Command line and environment of a server: pure functions of the settings and of what the run decides."""
+"""Command line and environment of a server: pure functions of the settings and the run's decisions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from megatron_hdpo.rollout.sglang.servers.config import ServerConfig
 
 CPU_CACHE_TOKENS = 65_536
-"""Without a bound SGLang takes most of the host's memory for the key-value cache."""
+"""Size of the key-value cache on a CPU; without a bound SGLang takes most of the host's memory for it."""
 
 _OWN_SETTINGS = (
     "dtype quantization context-length mem-fraction-static max-total-tokens max-running-requests attention-backend "
@@ -28,16 +28,18 @@ RESERVED_FLAGS = dict.fromkeys(_OWN_SETTINGS.split(), "a setting of its own") | 
 )
 """Flags that `extra_args` may not name, and why."""
 
-# torchrun's own: with them the server's processes would take the trainer's store for theirs.
+# Variables of torchrun: with them the server's processes would connect to the trainer's store.
 _TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"}
 _TORCHRUN |= {"ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What the run decides for one server: the Hugging Face folder it loads, "cuda" or "cpu", its number in the run,
-    and on a GPU the first of its `tensor_parallel` devices among those that this process sees. routed_experts: the
-    server must be able to tell which experts it used.
+    """Settings of one server that the run decides.
+
+    model: Hugging Face folder to load. device: "cuda" or "cpu". index: number of the server in the run. first_gpu:
+    first of its `tensor_parallel` devices, among those visible to this process. routed_experts: the server must return
+    the experts it used.
     """
 
     model: Path
@@ -50,11 +52,13 @@ class Launch:
 def server_command(
     config: ServerConfig, launch: Launch, host: str, port: int, nccl_port: int, key_file: Path | None = None
 ) -> list[str]:
-    """Arguments of the server's process. key_file: a YAML file with the key, which a command line would show to all.
-    Raises ValueError while the precision is still auto: SGLang's own auto may be float16.
+    """Return the arguments of the server's process.
+
+    key_file: YAML file with the API key, which a command line would show to all users. Raises ValueError while the
+    precision is auto: SGLang's own auto may choose float16.
     """
     if config.dtype == "auto":
-        raise ValueError("SGLang servers: dtype=auto is not settled yet: name the precision of the model")
+        raise ValueError("SGLang servers: dtype=auto is not resolved yet: pass the precision of the model")
     values: dict[str, object] = {
         "config": key_file,
         "model-path": launch.model,
@@ -73,7 +77,7 @@ def server_command(
         "attention-backend": config.attention_backend,
         # An idle scheduler would otherwise keep a core busy that the trainer can use.
         "sleep-on-idle": True,
-        # A warm-up runs on after the server answers and stands in the way of the first weight update.
+        # A warm-up would still run after the server answers, and delay the first weight update.
         "skip-server-warmup": True,
         "enable-return-routed-experts": launch.routed_experts or None,
         "enable-memory-saver": config.memory_saver or None,
@@ -93,7 +97,7 @@ def _words(value: object) -> list[str]:
 
 
 def server_environment(config: ServerConfig, device: str, base: Mapping[str, str]) -> dict[str, str]:
-    """The trainer's environment `base` without what is meant for the trainer alone, and `config.environment`."""
+    """Return the environment of a server: `base` without the trainer's own variables, plus `config.environment`."""
     environment = {
         name: value for name, value in base.items() if name not in _TORCHRUN and not name.startswith("TORCHELASTIC_")
     }
@@ -108,8 +112,9 @@ def server_environment(config: ServerConfig, device: str, base: Mapping[str, str
 
 
 def core_groups(cores: list[int], groups: int) -> str:
-    """`cores` cut into equal consecutive groups, written as SGLang wants them: "0,1|2,3". Raises ValueError when
-    there are too few.
+    """Split `cores` into equal consecutive groups, written in SGLang's format: "0,1|2,3".
+
+    Raises ValueError when there are fewer cores than groups.
     """
     if groups > len(cores):
         raise ValueError(

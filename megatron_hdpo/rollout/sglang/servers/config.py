@@ -82,7 +82,7 @@ class ServerConfig(BaseModel):
         return self.python or Path(sys.executable)
 
     def check(self, device: str) -> None:
-        """Refuse what cannot work on `device` ("cuda" or "cpu"). Pure. Raises ValueError."""
+        """Raise ValueError for settings that cannot work on `device` ("cuda" or "cpu"). Pure."""
         if device == "cpu":
             for name in ("quantization", "memory_saver", "mem_fraction_static"):
                 if getattr(self, name):
@@ -98,8 +98,9 @@ class ServerConfig(BaseModel):
                 raise ValueError(f"SGLang servers: extra_args.{flag} is false; a flag that is not wanted is left out")
 
     def check_interpreter(self, device: str, base: Mapping[str, str] | None = None) -> Version:
-        """Version of the SGLang that the interpreter has, asked without importing it. Raises ValueError, saying how to
-        install it, when the interpreter, SGLang, or a version of it that can be used is missing.
+        """Return the version of SGLang that the interpreter has, found without importing it.
+
+        Raises ValueError, saying how to install it, when the interpreter, SGLang, or a usable version of it is missing.
         """
         if sys.platform != "linux":
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The SGLang servers that this process owns: started together, watched on request, restarted when they die."""
+"""SGLang servers of one process: started together, restarted when they die, stopped together."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ BACKOFF = wait_exponential(multiplier=2, max=60)
 
 
 class Servers:
-    """`launches` says what each server loads and where it runs; servers are counted from 0 in this order. No thread
-    watches: whoever needs the servers asks. `restart` may run in a thread of its own; `close` ends it.
+    """The servers of this process, numbered from 0 in the order of `launches`.
+
+    launches: what each server loads and where it runs. No thread watches the servers: their user calls `restart`, which
+    may run in its own thread; `close` ends it. folder: for logs.
     """
 
     def __init__(self, config: ServerConfig, launches: Sequence[Launch], folder: Path) -> None:
@@ -39,11 +41,14 @@ class Servers:
 
     @property
     def urls(self) -> list[str]:
-        """By server; a restart may change one."""
+        """Addresses by server; a restart may change one."""
         return [process.url for process in self.processes]
 
     def start(self) -> None:
-        """Start all of them side by side and return when all answer. Raises ServerError, with none left running."""
+        """Start all servers in parallel and return when all answer.
+
+        Raises ServerError when one does not; then none is left running.
+        """
         try:
             for process in self.processes:
                 process.start()
@@ -54,9 +59,10 @@ class Servers:
             raise
 
     def restart(self, index: int) -> None:
-        """Kill server `index` if it lives (it may hang), start it, and wait for it; it has the weights of its model
-        folder then. A start that fails is tried again, later and later. Raises ServerError when `max_restarts` are used
-        up.
+        """Kill server `index` if it still runs (it may hang), start it, and wait until it answers.
+
+        It then has the weights of its model folder. A failed start is retried with growing delays. Raises ServerError
+        when `max_restarts` are used up.
         """
         process = self.processes[index]
         end = f"SGLang server {index} hangs." if process.alive() else process.describe_end()
@@ -75,11 +81,11 @@ class Servers:
         retrying(self._start_again, index)
 
     def exhausted(self, index: int) -> bool:
-        """Whether server `index` has used up its restarts."""
+        """Return whether server `index` has used up its restarts."""
         return self.restarts[index] >= self.config.max_restarts
 
     def close(self) -> None:
-        """End all servers, side by side, and give back their ports; none starts again. Idempotent."""
+        """Stop all servers in parallel and release their ports; none starts again. Idempotent."""
         self._closed.set()
         for process in self.processes:
             process.request_stop()

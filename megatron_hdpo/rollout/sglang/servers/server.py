@@ -1,4 +1,4 @@
-"""One SGLang server as a process: started, waited for, stopped, and never left behind."""
+"""One SGLang server as a process: started, awaited, stopped, and never left behind."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ KILL_TIMEOUT_S = 60.0
 SIGNAL_EVERY_S = 1.0
 LOG_LINES = 30
 PORT_TRIES = 3
-"""A port is free when it is chosen; some that SGLang chooses by itself may be taken before it listens."""
+"""Starts when a port is taken: SGLang chooses some ports itself, and another program may take them first."""
 
 
 class ServerError(RuntimeError):
-    """A server did not come up, or died too often. The message has the end of its log and the log's path."""
+    """A server did not start, or died too often. The message has the path and the end of its log."""
 
 
 class ServerProcess:
     """A server that belongs to this process and ends with it, even when this process is killed.
 
-    `folder` gets `sglang_<index>.log`, appended to at every start. The URL stays the same over restarts, except when
+    folder: gets `sglang_<index>.log`, to which every start appends. The URL stays the same over restarts, except when
     another program took the port while the server was down.
     """
 
@@ -59,20 +59,20 @@ class ServerProcess:
 
     @property
     def url(self) -> str:
-        """Where the server answers; known from `start` on."""
+        """Address of the server, known after `start`. Raises RuntimeError before."""
         if self._port is None:
-            raise RuntimeError("a server has a URL from its first start on")
+            raise RuntimeError("the server has no URL before its first start")
         return f"http://{self.host}:{self._port}"
 
     @property
     def pid(self) -> int:
-        """Process id of the supervisor, which is also the session id of all of the server's processes."""
+        """Process id of the supervisor, which is also the session id of all processes of the server."""
         if self._supervisor is None:
             raise RuntimeError("the server is not started")
         return self._supervisor.pid
 
     def start(self) -> None:
-        """Start the process and return at once; one that is alive is left alone. Raises ServerError once closed."""
+        """Start the process and return at once; do nothing if it runs. Raises ServerError once closed."""
         with self._lock:
             if self._closed:
                 raise ServerError(f"SGLang server {self.launch.index} is closed")
@@ -80,8 +80,9 @@ class ServerProcess:
                 self._start()
 
     def wait_ready(self) -> None:
-        """Return when the server answers. Raises ServerError when it died or did not answer within
-        `start_timeout_s`; nothing of it is left then.
+        """Return when the server answers.
+
+        Raises ServerError when it died or did not answer within `start_timeout_s`; none of its processes is left then.
         """
         deadline = time.monotonic() + self.config.start_timeout_s
         for attempt in range(1, PORT_TRIES + 1):
@@ -99,7 +100,7 @@ class ServerProcess:
         raise ServerError(self._report(f"ended while it started, {self._exit()}"))
 
     def answers(self, timeout_s: float = 2.0) -> bool:
-        """Whether the server answers now. Raises nothing."""
+        """Return whether the server answers now. Never raises."""
         connection = http.client.HTTPConnection(self.host, self._port, timeout=timeout_s)
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         try:
@@ -111,23 +112,25 @@ class ServerProcess:
             connection.close()
 
     def alive(self) -> bool:
-        """Whether the server's main process runs; it may not answer yet, or hang."""
+        """Return whether the server's main process runs; it may not answer yet, or hang."""
         return self._supervisor is not None and self._supervisor.poll() is None
 
     def request_stop(self, now: bool = False) -> None:
-        """Ask for the end that `stop` waits for."""
+        """Send the stop signal that `stop` waits for."""
         if self._supervisor is not None and self.alive():
             self._supervisor.send_signal(signal.SIGINT if now else signal.SIGTERM)
 
     def stop(self, now: bool = False) -> None:
-        """End the server and all that it started, by itself within `stop_timeout_s` or, with `now`, by force; returns
-        when no process is left. It can be started again, at the same URL. Idempotent.
+        """Stop the server and all its processes; return when none is left.
+
+        It gets `stop_timeout_s` to end by itself, or, with `now`, is killed at once. It can be started again, at the
+        same URL. Idempotent.
         """
         if self._supervisor is None:
             return
         deadline = time.monotonic() + self.config.stop_timeout_s + KILL_TIMEOUT_S
         while time.monotonic() < deadline:
-            # Again and again: Python may lose a signal that comes while the supervisor still imports.
+            # Repeated, because Python may lose a signal that arrives while the supervisor still imports.
             self.request_stop(now)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._supervisor.wait(SIGNAL_EVERY_S)
@@ -136,7 +139,7 @@ class ServerProcess:
         self._supervisor.kill()
 
     def close(self) -> None:
-        """Stop for good, also while another thread starts it, and give back the ports and the key. Idempotent."""
+        """Stop for good, also while another thread starts it, and release ports and key. Idempotent."""
         with self._lock:
             self._closed = True
         self.stop()
@@ -145,7 +148,7 @@ class ServerProcess:
             self._key_file.unlink(missing_ok=True)
 
     def describe_end(self) -> str:
-        """How a server that is not alive ended: exit code, end of its log, path of its log."""
+        """Return how a server that does not run ended: exit code, end of its log, path of its log."""
         return self._report(f"ended, {self._exit()}")
 
     def _start(self) -> None:
@@ -163,7 +166,7 @@ class ServerProcess:
             log.write(f"=== server {self.launch.index} started {now}: {shlex.join(command)}\n")
             log.flush()
             self._log_start = log.tell()
-            # A session of its own: Ctrl-C in the trainer's terminal reaches the trainer, which then stops its servers.
+            # In its own session: Ctrl-C in the terminal reaches only the trainer, which then stops its servers.
             self._supervisor = subprocess.Popen(
                 guarded + command,
                 stdin=subprocess.DEVNULL,
@@ -192,7 +195,7 @@ class ServerProcess:
         return f"exit code {code}" + (f" ({signal.Signals(number).name})" if number in signal.valid_signals() else "")
 
     def _output(self) -> str:
-        """What this start wrote to the log."""
+        """Return what this start wrote to the log."""
         with self.log.open("rb") as log:
             log.seek(self._log_start)
             return log.read().decode(errors="replace")

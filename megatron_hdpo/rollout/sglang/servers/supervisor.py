@@ -1,8 +1,8 @@
-"""Runs one command and leaves nothing of it behind: python supervisor.py OWNER_PID GRACE_S COMMAND...
+"""Runs one command and leaves none of its processes behind: python supervisor.py OWNER_PID GRACE_S COMMAND...
 
-It ends, and everything the command started with it, when the command ends, on SIGTERM (the command gets GRACE_S seconds
-for an end of its own), on SIGINT (at once) or when the owner is no more, however it died. Standard library only: it
-starts in milliseconds and is small enough to stand beside every server.
+The supervisor ends, with everything the command started, when the command ends, on SIGTERM (the command gets GRACE_S
+seconds to end by itself), on SIGINT (at once), or when the owner has died in any way. Standard library only: it starts
+in milliseconds and needs little memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class Supervisor:
-    """owner: the process that must be our parent. The command becomes the leader of a process group of its own."""
+    """Supervisor of one command, which becomes the leader of its own process group.
+
+    owner: process id of the parent.
+    """
 
     def __init__(self, owner: int, grace_s: float, command: list[str]) -> None:
         self.owner, self.grace_s = owner, grace_s
@@ -30,12 +33,12 @@ class Supervisor:
         self.stop_requested = False
         for number, handler in ((signal.SIGTERM, self._on_terminate), (signal.SIGINT, self._on_interrupt)):
             signal.signal(number, handler)
-        # Grandchildren whose parent dies come to us, so none escapes by leaving the group.
+        # Grandchildren become our children when their parent dies, so none escapes by leaving the group.
         LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1)
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0, preexec_fn=_die_with_us)
 
     def run(self) -> int:
-        """Exit code of the command, 128 + n when signal n ended it; returns when none of its processes is left."""
+        """Return the exit code of the command, 128 + n when signal n ended it, once no process of it is left."""
         while self.process.poll() is None and not self._overdue():
             if self.stop_requested:
                 self.process.terminate()
@@ -60,7 +63,7 @@ class Supervisor:
 
 
 def _die_with_us() -> None:
-    # The kernel's own guard for the case that this process is killed before it can act.
+    # The kernel kills the command if the supervisor is killed before it can act.
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
@@ -79,7 +82,10 @@ def _kill_descendants() -> None:
 
 
 def _children() -> list[int]:
-    """From /proc/<pid>/stat, "pid (name) state parent ...": not every kernel has a list of a process's children."""
+    """Return the children of this process, read from /proc/<pid>/stat ("pid (name) state parent ...").
+
+    Not every kernel lists the children of a process.
+    """
     children = []
     for entry in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError), open(f"/proc/{entry}/stat", errors="replace") as file:

@@ -1,4 +1,4 @@
-"""Which rank starts and speaks to which servers: pure functions of the configuration and of where the ranks are."""
+"""Which rank starts and uses which servers: pure functions of the configuration and the ranks' locations."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from megatron_hdpo.rollout.sglang.config import SGLangConfig
 
 
 class TopologyError(ValueError):
-    """The servers do not fit the ranks or the GPUs; the text says which key to change."""
+    """The servers do not fit the ranks or the GPUs; the message says which key to change."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank is: its number on its node, how many ranks the node has, and whether it leads its data-parallel
-    replica (and so is given whole tensors when only leaders are).
+    """Location of a rank.
+
+    local_rank: number on its node. local_size: ranks of the node. leads: whether it leads its data-parallel replica
+    (and so receives whole tensors when only leaders do).
     """
 
     rank: int
@@ -25,14 +27,16 @@ class Place:
 
     @property
     def node(self) -> int:
-        """The first rank of this rank's node."""
+        """First rank of this rank's node."""
         return self.rank - self.local_rank
 
 
 @dataclass(frozen=True)
 class PlannedServer:
-    """A server of a node: who owns it (starts it, speaks to it), its number among that node's servers, and the first
-    of its devices among those that the owner sees.
+    """A server of a node.
+
+    owner: rank that starts and uses it. index: number among the node's servers. first_gpu: first of its devices, among
+    those visible to the owner.
     """
 
     owner: int
@@ -41,7 +45,10 @@ class PlannedServer:
 
 
 def planned_servers(config: SGLangConfig, places: Sequence[Place], device: str) -> list[PlannedServer]:
-    """The servers that the run starts, over all nodes; none with placement=given. Raises TopologyError."""
+    """Return the servers that the run starts, over all nodes; none with placement=given.
+
+    Raises TopologyError when they do not fit.
+    """
     if config.placement == "given":
         return []
     nodes: dict[int, list[Place]] = {}
@@ -77,7 +84,7 @@ def _count(config: SGLangConfig, available: int, why: str, what: str) -> int:
 
 
 def given_urls(config: SGLangConfig, places: Sequence[Place]) -> dict[int, list[str]]:
-    """The given addresses by the rank that speaks to each: leaders of replicas in turn."""
+    """Return the given addresses by the rank that uses each one: the leaders of the replicas, in turn."""
     leaders = [place.rank for place in places if place.leads]
     shared: dict[int, list[str]] = {}
     for i, url in enumerate(config.urls):

@@ -1,4 +1,4 @@
-"""The hash functions by which SGLang's weights_checker names the content of a parameter."""
+"""Hash functions with which SGLang's weights_checker identifies the content of a parameter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MASK = 0xFFFFFFFF
 
 
 def digest(tensor: Tensor, device: str) -> str:
-    """16 hexadecimal digits, as a server on `device` (cpu or cuda) computes them."""
+    """Return the digest, 16 hexadecimal digits, that a server on `device` (cpu or cuda) computes."""
     number = _of_words(tensor) if device == "cuda" else _of_bytes(tensor)
     return f"{number:016x}"
 
@@ -25,8 +25,9 @@ def _of_bytes(tensor: Tensor) -> int:
 
 
 def _of_words(tensor: Tensor) -> int:
-    """Two murmur-like sums over the 32-bit words of every tile of 8192, added up over tiles, mixed once more. In int64
-    arithmetic, whose products wrap modulo 2^64 and so are right modulo 2^32.
+    """Sum two murmur-like hashes of the 32-bit words of every tile of 8192, add up the tiles, and mix once more.
+
+    In int64 arithmetic, where products wrap modulo 2^64 and are therefore right modulo 2^32.
     """
     raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     if not len(raw):
@@ -48,7 +49,7 @@ def _of_words(tensor: Tensor) -> int:
 
 
 def _tiles(words: Tensor, place: Tensor, factor: int, seed: int, turn: int, num_bytes: int) -> Tensor:
-    """One 32-bit sum per tile."""
+    """Return one 32-bit sum per tile."""
     rotated = ((place << turn) | (place >> (32 - turn))) & _MASK
     mixed = _mix(words ^ (((place * factor + seed) & _MASK) ^ rotated))
     tiles = torch.nn.functional.pad(mixed, (0, -len(mixed) % _TILE_WORDS)).view(-1, _TILE_WORDS)

@@ -1,7 +1,7 @@
-"""What servers must show after every weight update, before anything is sampled from them.
+"""Gate: what servers must pass after every weight update, before anything is sampled from them.
 
-Their checksum of every parameter equals that of the trainer's stream, and a sample of one token is finite, far from
-uniform and of the right version: the same weights are the drifting teacher of the privileged rollouts.
+Their checksum of every parameter equals that of the trainer's stream, and a short sample is finite, far from uniform
+and of the right version. It matters because the same weights are the drifting teacher of the privileged rollouts.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _EXPERTS = (".experts.w13_weight", ".experts.w2_weight")
 
 
 class GateError(RuntimeError):
-    """A server does not serve what it was sent; the text names tensor, server and step."""
+    """A server does not serve what it was sent; the message names tensor, server and step."""
 
 
 class Expected:
-    """Digests of what the servers should hold, for each number of ranks that a server has."""
+    """Digests that the servers should hold, for each tensor-parallel size of a server."""
 
     def __init__(self, sizes: Sequence[int], kv_heads: int, device: str, num_experts: int = 0) -> None:
         self.by_size = {
@@ -40,15 +40,17 @@ class Expected:
         }
 
     def add(self, bucket: Sequence[tuple[str, Tensor]]) -> None:
-        """A bucket of the stream."""
+        """Add a bucket of the stream."""
         for parameters in self.by_size.values():
             for name, tensor in bucket:
                 parameters.add(name, tensor)
 
 
 class Gate:
-    """device: the servers' (cpu or cuda), which decides how they hash. min_peak: see WeightSyncConfig. num_experts: of
-    each layer, 0 in a dense model.
+    """The gate: checksums and a probe.
+
+    kv_heads, vocab_size: of the model. device: of the servers (cpu or cuda), which decides how they hash. min_peak: see
+    WeightSyncConfig. num_experts: per layer, 0 in a dense model.
     """
 
     def __init__(
@@ -65,12 +67,12 @@ class Gate:
         self._audited = False
 
     def expect(self, replicas: Sequence[Replica]) -> Expected:
-        """What to show the stream's buckets to, for `check`."""
+        """Return an object that collects the stream's buckets for `check`."""
         sizes = [replica.info.tensor_parallel for replica in replicas]
         return Expected(sizes, self.kv_heads, self.device, self.num_experts)
 
     async def check(self, servers: Participants, expected: Expected, version: int) -> None:
-        """Raises GateError at the first server that holds other weights than were sent."""
+        """Compare checksums; raise GateError at the first server that holds other weights than were sent."""
         found: dict[str, list[dict[str, Any]]] = {}
 
         async def ask(replica: Replica) -> None:
@@ -88,11 +90,11 @@ class Gate:
                     raise GateError(
                         f"step {version}: server {replica.url}, its rank {place}: {wrong[0]}"
                         + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")
-                        + ": the weights that it serves are not those that it was sent; nothing is trained on them"
+                        + ": it does not serve the weights that it was sent; nothing is trained on them"
                     )
 
     def _log_audit(self, served: dict[str, str], expected: dict[str, str], replica: Replica) -> None:
-        """Once per run: each parameter, and whether the server holds it as it was sent."""
+        """Log, once per run, each parameter and whether the server holds it as it was sent."""
         self._audited = True
         audited = audit(served, expected)
         for name, is_quantised in audited.items():
@@ -103,8 +105,9 @@ class Gate:
         )  # fmt: skip
 
     async def probe(self, servers: Participants, version: int) -> None:
-        """Raises GateError when a server's next-token distribution is not finite or near uniform, or of another
-        version.
+        """Sample a few tokens from every server.
+
+        Raises GateError when their distribution is not finite, near uniform, or of another version.
         """
 
         async def ask(replica: Replica) -> None:
@@ -133,22 +136,23 @@ class Gate:
         likeliest = float(np.exp(completion.top_logprobs.logprobs_TK[:, 0]).mean())
         if likeliest * self.vocab_size < self.min_peak:
             return (
-                f"its next-token distribution is near uniform (likeliest token at {likeliest:.2g} on average; for a "
-                "model that knows nothing yet set rollout.sglang.sync.min_peak=0)"
+                f"its next-token distribution is near uniform (likeliest token at {likeliest:.2g} on average; for "
+                "an untrained model set rollout.sglang.sync.min_peak=0)"
             )
         return ""
 
 
 def differences(served: dict[str, str], expected: dict[str, str], quantization: str | None) -> list[str]:
-    """One line per parameter that differs, is missing or was never sent. What a server quantises has no digest to
-    compare with.
+    """Return one line per parameter that differs, is missing or was never sent.
+
+    Quantised parameters are skipped: there is no digest to compare with.
     """
     lines = []
     for name, value in expected.items():
         if quantization and quantised(name):
             continue
         if name not in served:
-            # A tied head is the embedding under one name only.
+            # Includes a tied head, which the server stores under the embedding's name only.
             lines.append(f"{name} is not among its parameters")
         elif served[name] != value:
             lines.append(f"{name} has checksum {served[name]}, the trainer's is {value}")
@@ -157,17 +161,17 @@ def differences(served: dict[str, str], expected: dict[str, str], quantization: 
 
 
 def quantised(name: str) -> bool:
-    """Whether `quantization: fp8` applies to this parameter: weights of the linear layers inside the blocks."""
+    """Return whether `quantization: fp8` applies to this parameter: weights of the linear layers inside the blocks."""
     return name.endswith(_EXPERTS) or (name.endswith(".weight") and name.split(".")[-2] in _QUANTISED)
 
 
 def audit(served: dict[str, str], expected: dict[str, str]) -> dict[str, bool]:
-    """Each parameter of a server, and whether it is held otherwise than it was sent: quantised."""
+    """Return, for each parameter, whether the server holds another value than was sent (that is, quantised it)."""
     return {name: served.get(name) != value for name, value in expected.items()}
 
 
 def derived(name: str) -> bool:
-    """Scales of quantised layers and the like, which the server makes itself."""
+    """Return whether the server computes this parameter itself, such as the scales of quantised layers."""
     return name.endswith(("_scale", "_scale_inv", "_scales")) or "rotary_emb" in name
 
 

@@ -1,4 +1,4 @@
-"""The servers that take part in a weight update: asked together, and out of it at the first failure."""
+"""Servers that take part in a weight update: called together, and excluded at the first failure."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from megatron_hdpo.rollout.sglang.watch import Watch
 
 
 class Participants:
-    """replicas: those left. One that fails is half-updated: it is taken out of the engine, and started anew if it is
-    ours.
+    """Servers of one weight update.
+
+    replicas: those still taking part. A server that fails is half-updated: it is taken out of the engine, and restarted
+    if this process owns it.
     """
 
     def __init__(self, replicas: list[Replica], watch: Watch) -> None:
@@ -20,36 +22,38 @@ class Participants:
         self._watch = watch
 
     async def each(self, call: Callable[[Replica], Awaitable[object]]) -> None:
-        """Await `call` of every replica at once; those whose call raises ApiError are out."""
+        """Await `call` of every replica in parallel; exclude the replicas whose call raises ApiError."""
         asked = list(self.replicas)
         results = await asyncio.gather(*(call(replica) for replica in asked), return_exceptions=True)
         for replica, result in zip(asked, results, strict=True):
             if isinstance(result, ApiError):
-                await self.drop(replica, str(result))
+                await self.fail(replica, str(result))
             elif isinstance(result, BaseException):
                 raise result
 
     async def attempt(self, step: Awaitable[None]) -> None:
-        """Await a step that all take together. Where it breaks (no room on the disk, no process group) they are all
-        set aside, and this rank goes on with the stream, in which other ranks take part.
+        """Await a step that all servers take together.
+
+        When it fails (disk full, no process group), all servers are excluded, and this rank continues to read the
+        stream, because other ranks take part in it.
         """
         try:
             await step
         except (OSError, RuntimeError) as error:
-            self.set_all_aside(f"the update broke off: {type(error).__name__}: {error}")
+            self.exclude_all(f"the update failed: {type(error).__name__}: {error}")
 
-    async def drop(self, replica: Replica, reason: str) -> None:
-        """This replica has failed."""
-        self.set_aside(replica, reason)
-        await self._watch.lose(replica, reason)
+    async def fail(self, replica: Replica, reason: str) -> None:
+        """Exclude a replica that failed, and mark it as down."""
+        self.exclude(replica, reason)
+        await self._watch.mark_down(replica, reason)
 
-    def set_aside(self, replica: Replica, reason: str) -> None:
-        """This replica is well, but what it has of the new weights is no use, nor what it goes on to sample."""
+    def exclude(self, replica: Replica, reason: str) -> None:
+        """Exclude a replica that is alive but has incomplete weights; its samples are discarded."""
         self.replicas.remove(replica)
         replica.half_updated = True
         replica.take_out(reason, "stale")
 
-    def set_all_aside(self, reason: str) -> None:
-        """None of them is of use."""
+    def exclude_all(self, reason: str) -> None:
+        """Exclude all replicas."""
         for replica in list(self.replicas):
-            self.set_aside(replica, reason)
+            self.exclude(replica, reason)

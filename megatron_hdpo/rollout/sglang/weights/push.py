@@ -1,8 +1,8 @@
-"""Weights from the trainer's ranks to the servers, bucket by bucket, and the gate that they must pass afterwards.
+"""Push of the trainer's weights to the servers, bucket by bucket, followed by the gate.
 
 A push is collective over the ranks of each data-parallel replica, because the stream is; servers are independent of
-each other. While one bucket is on its way to the servers the next one is gathered. The version is stamped with the last
-bucket: weights that are half new never bear it.
+each other. While one bucket is being sent, the next one is gathered. The version is stamped with the last bucket, so
+incomplete weights never carry it.
 """
 
 from __future__ import annotations
@@ -28,47 +28,50 @@ T = TypeVar("T")
 
 
 class WeightPushError(RuntimeError):
-    """No server took the weights; the text says at what version, and why."""
+    """No server took the weights; the message says of which version, and why."""
 
 
 @dataclass(frozen=True)
 class PushReport:
-    """What a push moved from this rank: bytes of weights (once, however many servers took them) and seconds."""
+    """Bytes of weights that a push sent from this rank (counted once, for any number of servers), and seconds."""
 
     num_bytes: int
     seconds: float
     servers: int
 
     def metrics(self) -> dict[str, float]:
-        """sync/gb_per_s counts every server's copy, 1e9 bytes each GB."""
+        """Return `sync/...` metrics. sync/gb_per_s counts every server's copy; a GB is 1e9 bytes."""
         rate = self.num_bytes * self.servers / 1e9 / max(self.seconds, 1e-9)
         return {"sync/bytes": float(self.num_bytes), "sync/transfer_s": self.seconds, "sync/gb_per_s": rate}
 
 
 class Transport(Protocol):
-    """One way for buckets to reach servers. `prepare` runs in the caller's thread, where collectives over the trainer's
-    ranks are allowed; the coroutines run in the engine's.
+    """One way to send buckets to servers.
+
+    `prepare` runs in the caller's thread, where collectives over the trainer's ranks are allowed; the coroutines run in
+    the engine's loop.
     """
 
     async def open(self, servers: Participants) -> None:
-        """Before the first bucket."""
+        """Prepare for an update, before the first bucket."""
 
     def prepare(self, bucket: Bucket) -> Any:
-        """What `send` needs of a bucket; called on every rank that streams, also without servers."""
+        """Return what `send` needs of a bucket. Called on every rank that streams, also without servers."""
 
     async def send(self, prepared: Any, servers: Participants, last: dict[str, Any]) -> None:
-        """Deliver a bucket. last: fields for the call that completes the weights, {} before it."""
+        """Send a bucket. last: fields for the call that completes the weights, {} before it."""
 
     async def close(self, servers: Participants) -> None:
-        """After the last bucket."""
+        """Complete an update, after the last bucket."""
 
     async def leave(self, replicas: Sequence[Replica]) -> None:
-        """There will be no further push."""
+        """Release what was joined: there will be no further push."""
 
 
 class WeightPush:
-    """Pushes to all servers of an engine; holds two buckets beside what its caller streams. gate: None to trust the
-    servers.
+    """Pushes weights to all servers of an engine; holds two buckets in addition to what its caller streams.
+
+    gate: None skips the checks.
     """
 
     def __init__(self, engine: SGLangEngine, transport: Transport, gate: Gate | None) -> None:
@@ -76,10 +79,10 @@ class WeightPush:
         self.config = engine.config.sync
 
     def push(self, stream: WeightStream, version: int) -> PushReport:
-        """Give the servers these weights and stamp them.
+        """Send the weights to the servers and stamp them with `version`.
 
         Servers that fail are taken out. Raises WeightPushError when this rank has servers and none took the weights,
-        GateError when one holds others than were sent; the stream is read to its end first.
+        GateError when a server holds other weights than were sent; the stream is read to its end before.
         """
         run = self.engine.thread.run
         begin = time.monotonic()
@@ -92,10 +95,10 @@ class WeightPush:
             if self.gate is not None:
                 run(self.gate.check(servers, gate_input, version))
         except BaseException as error:
-            run(self._set_aside(servers, f"its update to version {version} failed: {error}"))
+            run(self._exclude_all(servers, f"its update to version {version} failed: {error}"))
             raise
         finally:
-            run(self._go_on())
+            run(self._continue_generation())
         if self.engine.replicas and not servers.replicas:
             reasons = "; ".join(f"{replica.url}: {replica.reason}" for replica in self.engine.replicas)
             raise WeightPushError(f"no server took the weights of version {version}: {reasons}")
@@ -103,18 +106,18 @@ class WeightPush:
             try:
                 run(self.gate.probe(servers, version))
             except GateError as error:
-                run(self._set_aside(servers, str(error)))
+                run(self._exclude_all(servers, str(error)))
                 raise
         run(self.engine.mark_served(servers.replicas, version))
         # A rank without servers only helped to gather.
         return PushReport(num_bytes if servers.replicas else 0, seconds, len(servers.replicas))
 
     def close(self) -> None:
-        """Leave what was joined for the sake of pushing. Idempotent."""
+        """Leave the process groups that were joined for pushing. Idempotent."""
         self.engine.thread.run(self.transport.leave([r for r in self.engine.replicas if r.state != "down"]))
 
     def _stream(self, stream: WeightStream, servers: Participants, version: int) -> tuple[int, Any]:
-        """Bytes sent, and what the gate needs to know of them."""
+        """Send the stream; return the bytes sent and the gate's expectations."""
         expected = self.gate.expect(servers.replicas) if self.gate else None
         sending: Future[None] | None = None
         num_bytes = 0
@@ -130,33 +133,38 @@ class WeightPush:
                 last = self._last(version) if is_last else {}
                 sending = self.engine.thread.start(servers.attempt(self.transport.send(prepared, servers, last)))
         finally:
-            # Also when the stream breaks: nothing may be under way when the servers go on.
+            # Also when the stream fails: nothing may be in flight when the servers resume generation.
             if sending is not None:
                 sending.result()
         return num_bytes, expected
 
     def _served_dtype(self) -> torch.dtype | None:
-        """The servers' type, where they all say one: what they would round the weights to is what the gate compares,
-        and travels.
+        """Return the servers' dtype where all report the same one.
+
+        The weights are converted to it before sending: the servers would round them to it anyway, and the gate compares
+        the rounded values.
         """
         names = {replica.info.dtype for replica in self.engine.replicas}
         found = getattr(torch, names.pop(), None) if len(names) == 1 else None
         return found if isinstance(found, torch.dtype) else None
 
     def _last(self, version: int) -> dict[str, Any]:
-        """What the prefix cache holds is of the old weights; it cannot be flushed while samples stand in it."""
+        """Return the fields of the last call: the version, and whether to flush the prefix cache.
+
+        The cache holds keys of the old weights; it cannot be flushed while running samples use it.
+        """
         in_use = self.config.pause == "in_place" and any(replica.in_flight for replica in self.engine.replicas)
         return {"weight_version": str(version), "flush_cache": not in_use}
 
     async def _participants(self) -> Participants:
-        """The servers that take part: all that answer, after those that are being started anew are up."""
+        """Return the servers that take part: all that answer, once running restarts have ended."""
         watch = self.engine.watch
         await watch.wait_for_servers()
         watch.paused = True
         return Participants([r for r in self.engine.replicas if r.state != "down"], watch)
 
-    async def _set_aside(self, servers: Participants, reason: str) -> None:
-        servers.set_all_aside(reason)
+    async def _exclude_all(self, servers: Participants, reason: str) -> None:
+        servers.exclude_all(reason)
 
     async def _begin(self, servers: Participants) -> None:
         timeout = self.config.timeout_s
@@ -173,7 +181,7 @@ class WeightPush:
         except ApiError as error:
             if error.status != 400:
                 raise
-            # An update that was broken off has left its session open.
+            # An update that was interrupted has left its session open.
             await replica.api.update("/end_weight_update", {}, self.config.timeout_s)
             await replica.api.update("/begin_weight_update", {}, self.config.timeout_s)
 
@@ -191,16 +199,19 @@ class WeightPush:
             replica.asleep = False
 
     async def _resume(self, replica: Replica, *tags: str) -> None:
-        """Memory that was given to the trainer: that of the weights before they come, the rest afterwards."""
+        """Take back memory that was released to the trainer.
+
+        That of the weights is taken back before the update, the rest afterwards.
+        """
         if replica.asleep:
             await replica.api.post("/resume_memory_occupation", {"tags": list(tags)}, self.config.timeout_s)
 
-    async def _go_on(self) -> None:
-        """Generation goes on everywhere, also where the update failed: a paused server would never be seen again."""
+    async def _continue_generation(self) -> None:
+        """Resume generation on every server, also after a failed update: a server left paused would never recover."""
         for replica in self.engine.replicas:
             if replica.state != "down" or replica.own is None:
                 try:
-                    await replica.api.go_on(10)
+                    await replica.api.continue_generation(10)
                 except ApiError as error:
                     replica.reason = replica.reason or str(error)
         self.engine.watch.paused = False
@@ -215,7 +226,7 @@ def _in_dtype(stream: WeightStream, dtype: torch.dtype | None) -> WeightStream:
 
 
 def _buckets(stream: WeightStream, limit: int) -> Iterator[Bucket]:
-    """Consecutive tensors of at most `limit` bytes together, or one that is larger."""
+    """Yield lists of consecutive tensors of at most `limit` bytes together, or a single larger tensor."""
     bucket: Bucket = []
     size = 0
     for name, tensor in stream:
@@ -229,7 +240,7 @@ def _buckets(stream: WeightStream, limit: int) -> Iterator[Bucket]:
 
 
 def _with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
-    """Each item, and whether it is the last one."""
+    """Yield each item, and whether it is the last one."""
     iterator = iter(items)
     for item in iterator:
         held = item

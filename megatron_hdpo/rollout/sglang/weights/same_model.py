@@ -1,8 +1,8 @@
-"""Whether a server that was given by its address serves the model that is trained.
+"""Check that a given server serves the model that is trained.
 
-Weights of other shapes end a server, and layers that it does not have are silently dropped, so this is asked before any
-are sent. Shapes are in the server's model folder; where that cannot be seen from here, the names of its parameters at
-least tell family, layers and head.
+Weights of other shapes crash a server, and layers that it does not have are silently dropped, so this is checked before
+any weight is sent. Shapes are read from the server's model folder; where that folder cannot be seen from here, the
+names of the parameters at least show family, layers and head.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ MAY_DIFFER = {"max_positions"}
 
 
 def check_served_models(engine: SGLangEngine, architecture: Architecture) -> None:
-    """Of the servers that this process did not start. Raises ValueError when one serves another model, ApiError when
-    it does not say.
+    """Check the servers that this process did not start.
+
+    Raises ValueError when one serves another model, ApiError when one does not answer.
     """
     for replica in engine.replicas:
         if replica.own is not None:
             continue
-        # An update from disk makes its folder the model's, and that may be gone.
+        # After an update from disk the server reports that folder as its model's, and it may be deleted.
         folders = (Path(path) for path in (replica.info.model_path, replica.info.tokenizer_path))
         folder = next((folder for folder in folders if (folder / "config.json").is_file()), None)
         problem = _other_sizes(folder, architecture) if folder else _other_names(engine, replica, architecture)

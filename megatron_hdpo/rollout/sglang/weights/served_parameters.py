@@ -1,11 +1,11 @@
-"""What stock SGLang makes of a Hugging Face checkpoint's tensors: names, fusion and shards of a server's parameters.
+"""How stock SGLang stores a Hugging Face checkpoint's tensors: names, fusion and shards of a server's parameters.
 
 Valid for the families that this package trains (Llama, Qwen2, Qwen3, Qwen3-MoE): query, key and value become qkv_proj,
-gate and up become gate_up_proj, the vocabulary is padded to a multiple of 64; columns, rows and heads are split over
-the server's ranks, key-value heads are repeated where there are fewer of them than ranks. A layer's experts are two
-parameters, one expert after the other, each split over the ranks like the layer of a dense model: this was read from
-the sources for SGLang's Triton kernels and has not been run against a server; other kernels rearrange them, and servers
-that share experts otherwise (`ep_size`) hold others.
+gate and up become gate_up_proj, and the vocabulary is padded to a multiple of 64; columns, rows and heads are split
+over the server's ranks, and key-value heads are repeated where there are fewer of them than ranks. A layer's experts
+are two parameters, one expert after the other, each split over the ranks like the layer of a dense model. The part on
+experts was read from the sources for SGLang's Triton kernels and has not been run against a server; other kernels
+rearrange experts, and servers with expert parallelism (`ep_size`) distribute them differently.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _EXPERT = re.compile(r"(?P<experts>.*\.experts)\.(?P<number>\d+)\.(?P<module>gat
 
 @dataclass(frozen=True)
 class Part:
-    """Where a checkpoint's tensor goes: parameter `name`, as its `index`-th of `count` parts, cut by `kind`."""
+    """Where a checkpoint's tensor belongs: parameter `name`, as its `index`-th of `count` parts, split by `kind`."""
 
     name: str
     index: int
@@ -34,8 +34,10 @@ class Part:
 
 
 def part_of(name: str, num_experts: int = 0) -> Part:
-    """The place of a checkpoint's tensor. Biases are cut like the rows of their weight; that of a row-parallel layer is
-    whole on every rank. num_experts: of each layer; without it the count of an expert's parts is unknown (0).
+    """Return the part that a checkpoint's tensor fills.
+
+    Biases are split like the rows of their weight; the bias of a row-parallel layer is whole on every rank.
+    num_experts: per layer; without it the count of an expert's parts is unknown (0).
     """
     if match := _EXPERT.fullmatch(name):
         return _expert_part(match["experts"], int(match["number"]), match["module"], num_experts)
@@ -58,7 +60,7 @@ def _expert_part(experts: str, number: int, module: str, num_experts: int) -> Pa
 
 
 def cut(tensor: Tensor, kind: str, rank: int, ranks: int, kv_heads: int) -> Tensor:
-    """The part of a full tensor that rank `rank` of a server of `ranks` holds."""
+    """Return the part of a full tensor that rank `rank` of a server of `ranks` ranks holds."""
     if kind == "whole" or (ranks == 1 and kind != "vocabulary"):
         return tensor
     if kind == "columns":
@@ -77,10 +79,10 @@ def _vocabulary(tensor: Tensor, rank: int, ranks: int) -> Tensor:
 
 
 class ServedParameters:
-    """Digests of the parameters that a server of `ranks` ranks holds, from the stream of full tensors.
+    """Digests of the parameters that a server of `ranks` ranks holds, computed from the stream of full tensors.
 
-    digest: the server's own hash function, of bytes alone. A parameter is hashed when its last part has come; only its
-    parts are held. num_experts: of each layer, 0 in a dense model.
+    digest: the server's own hash function, of bytes alone. A parameter is hashed when its last part has arrived; only
+    parts of incomplete parameters are stored. num_experts: per layer, 0 in a dense model.
     """
 
     def __init__(self, ranks: int, kv_heads: int, digest: Callable[[Tensor], str], num_experts: int = 0) -> None:
@@ -89,7 +91,7 @@ class ServedParameters:
         self._waiting: dict[str, dict[int, tuple[Tensor, str]]] = {}
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """A tensor of the stream."""
+        """Add a tensor of the stream."""
         part = part_of(name, self.num_experts)
         parts = self._waiting.setdefault(part.name, {})
         parts[part.index] = (tensor, part.kind)

@@ -1,4 +1,4 @@
-"""Three ways for weights to reach servers: with the request itself, by a broadcast, through a shared folder."""
+"""Three ways to send weights to servers: in the request itself, by broadcast, through a shared folder."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ GatherPayloads = Callable[[str], Sequence[str]]
 
 
 def flattened(bucket: Bucket) -> tuple[Tensor, list[SimpleNamespace]]:
-    """A bucket as one uint8 tensor and where each tensor lies in it. The server reads the attributes of the entries, so
-    they need not be objects of its own class.
+    """Return a bucket as one uint8 tensor, and the position of each tensor in it.
+
+    The server reads only the attributes of the entries, so they need not be objects of its own class.
     """
     parts, metadata, start = [], [], 0
     for name, tensor in bucket:
@@ -46,11 +47,11 @@ def flattened(bucket: Bucket) -> tuple[Tensor, list[SimpleNamespace]]:
 
 
 class TensorTransport:
-    """update_weights_from_tensor: on a GPU the request holds handles to the trainer's memory (CUDA IPC), which the
-    server's process of the same GPU opens; on a CPU it holds the values.
+    """Transport by update_weights_from_tensor.
 
-    gather: payloads of the ranks on whose GPUs one server runs, in the server's rank order (collective over them);
-    None where this rank's payload serves all ranks of a server.
+    On a GPU the request holds handles to the trainer's memory (CUDA IPC), which the server's process on the same GPU
+    opens; on a CPU it holds the values. gather: collects the payloads of the ranks on whose GPUs one server runs, in
+    the server's rank order (collective over them); None where this rank's payload serves all ranks of a server.
     """
 
     def __init__(self, timeout_s: float, gather: GatherPayloads | None = None) -> None:
@@ -58,11 +59,13 @@ class TensorTransport:
         self._kept: list[Any] = []
 
     async def open(self, servers: Participants) -> None:
-        """Nothing to prepare."""
+        """Do nothing: no preparation is needed."""
 
     def prepare(self, bucket: Bucket) -> Sequence[str]:
-        """One payload, or one per rank of a server. Memory that handles point to is kept until the next bucket has been
-        gathered, which is when the server has read this one.
+        """Return one payload, or one per rank of a server.
+
+        Memory that handles point to is kept until the next bucket has been gathered; by then the server has read this
+        one.
         """
         tensor, metadata = flattened(bucket)
         payload = _serialised({"flattened_tensor": tensor, "metadata": metadata})
@@ -71,7 +74,7 @@ class TensorTransport:
         return payloads
 
     async def send(self, prepared: Sequence[str], servers: Participants, last: dict[str, Any]) -> None:
-        """The same bucket to every server."""
+        """Send the same bucket to every server."""
 
         async def update(replica: Replica) -> None:
             ranks = replica.info.tensor_parallel
@@ -82,30 +85,31 @@ class TensorTransport:
         await servers.each(update)
 
     async def close(self, servers: Participants) -> None:
-        """Let go of the last bucket."""
+        """Release the last bucket."""
         self._kept = []
 
     async def leave(self, replicas: Sequence[Replica]) -> None:
-        """Nothing was joined."""
+        """Do nothing: there is nothing to leave."""
 
 
 def _serialised(payload: Any) -> str:
     buffer = io.BytesIO()
     if payload["flattened_tensor"].is_cuda:
-        # The server finds the GPU by its UUID only where both sides speak SGLang's form of a handle.
+        # The server finds the GPU by its UUID only if both sides use SGLang's form of a handle.
         from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
 
         monkey_patch_torch_reductions()
         ForkingPickler(buffer).dump(payload)
     else:
-        # Plain pickling copies values; ForkingPickler would hand over a file descriptor, which kills the server.
+        # Plain pickling copies values; ForkingPickler would pass a file descriptor, which crashes the server.
         pickle.dump(payload, buffer)
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 class BroadcastTransport:
-    """update_weights_from_distributed: this rank broadcasts each bucket to the servers' ranks in a process group of
-    their own (NCCL, gloo on a CPU).
+    """Transport by update_weights_from_distributed.
+
+    This rank broadcasts each bucket to the servers' ranks in a process group of their own (NCCL; gloo on a CPU).
     """
 
     def __init__(self, timeout_s: float, device: torch.device) -> None:
@@ -113,7 +117,7 @@ class BroadcastTransport:
         self._group: UpdateGroup | None = None
 
     async def open(self, servers: Participants) -> None:
-        """Join with all servers that take part; a new group where they are others than last time."""
+        """Join a process group with all servers that take part; create a new one when they have changed."""
         members = {replica.url: replica.info.tensor_parallel for replica in servers.replicas}
         if self._group is not None and self._group.members == members:
             return
@@ -130,7 +134,7 @@ class BroadcastTransport:
 
         await servers.each(join)
         if len(servers.replicas) < len(members):
-            # The group cannot come to be without those that failed; the others are asked again in a new one.
+            # The group cannot be formed without the servers that failed; try again without them.
             self._group.abandon()
             self._group = None
             await asyncio.gather(joining, return_exceptions=True)
@@ -139,11 +143,11 @@ class BroadcastTransport:
         await joining
 
     def prepare(self, bucket: Bucket) -> tuple[Tensor, Bucket]:
-        """One flat tensor on the group's device."""
+        """Return the bucket as one flat tensor on the group's device, and the bucket."""
         return flattened(bucket)[0].to(self.device), bucket
 
     async def send(self, prepared: tuple[Tensor, Bucket], servers: Participants, last: dict[str, Any]) -> None:
-        """Announce the bucket to every server, and broadcast it once all have begun to receive."""
+        """Announce the bucket to every server, and broadcast it while they receive."""
         flat, bucket = prepared
         if not servers.replicas or self._group is None:
             return
@@ -167,14 +171,14 @@ class BroadcastTransport:
         await asyncio.gather(sending, return_exceptions=len(servers.replicas) < before)
 
     async def _give_up(self, servers: Participants) -> None:
-        """A member that died amid a broadcast leaves the others with nothing that they could trust."""
+        """Exclude all servers: when a member dies during a broadcast, the others hold undefined weights."""
         if self._group is not None:
             self._group.abandon()
             self._group = None
-        servers.set_all_aside("a broadcast of weights was broken off because another server failed")
+        servers.exclude_all("a broadcast of weights was interrupted because another server failed")
 
     async def leave(self, replicas: Sequence[Replica]) -> None:
-        """End the group, on both sides where they answer."""
+        """Destroy the group, on both sides where the servers answer."""
         if self._group is None:
             return
         group, self._group = self._group, None
@@ -183,16 +187,17 @@ class BroadcastTransport:
                 try:
                     await replica.api.update("/destroy_weights_update_group", {"group_name": group.name}, 30)
                 except ApiError:
-                    continue  # it was restarted since and knows no such group
+                    continue  # it was restarted since and has no such group
         group.abandon()
 
     async def close(self, servers: Participants) -> None:
-        """The group stays for the next update."""
+        """Do nothing: the group stays for the next update."""
 
 
 class DiskTransport:
-    """update_weights_from_disk: through a Hugging Face folder that every server's node sees. Always works, and costs a
-    write and a read of the whole model.
+    """Transport by update_weights_from_disk: through a Hugging Face folder that every server's node sees.
+
+    Works everywhere, and costs a write and a read of the whole model.
     """
 
     def __init__(self, timeout_s: float, folder: Path, model: Path) -> None:
@@ -201,7 +206,7 @@ class DiskTransport:
         self._last: dict[str, Any] = {}
 
     async def open(self, servers: Participants) -> None:
-        """An empty folder with the model's configuration."""
+        """Create an empty folder with the model's configuration."""
         self._files = {}
         if servers.replicas:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -211,11 +216,11 @@ class DiskTransport:
                     shutil.copy(file, self.folder)
 
     def prepare(self, bucket: Bucket) -> Bucket:
-        """The tensors on the host."""
+        """Return the tensors in host memory."""
         return [(name, tensor.detach().cpu().contiguous()) for name, tensor in bucket]
 
     async def send(self, prepared: Bucket, servers: Participants, last: dict[str, Any]) -> None:
-        """One file per bucket."""
+        """Write one file per bucket."""
         self._last = last or self._last
         if not servers.replicas:
             return
@@ -224,7 +229,7 @@ class DiskTransport:
         self._files |= {name: file for name, _ in prepared}
 
     async def close(self, servers: Participants) -> None:
-        """The index, and the servers read."""
+        """Write the index, let the servers read the folder, and delete it."""
         if not servers.replicas:
             return
         index = {"metadata": {}, "weight_map": self._files}
@@ -238,4 +243,4 @@ class DiskTransport:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     async def leave(self, replicas: Sequence[Replica]) -> None:
-        """Nothing was joined."""
+        """Do nothing: there is nothing to leave."""

@@ -1,4 +1,4 @@
-"""The process group in which the trainer, rank 0, broadcasts weights to the servers' ranks."""
+"""Process group in which the trainer, rank 0, broadcasts weights to the servers' ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from megatron_hdpo.rollout.sglang.servers.ports import HeldPort, node_address
 
 
 class UpdateGroup:
-    """members: number of ranks of each server, by its address; the trainer is rank 0, servers follow in this order."""
+    """Process group of the trainer (rank 0) and the servers.
+
+    members: number of ranks of each server, by its address; their ranks follow the trainer's in this order.
+    """
 
     def __init__(self, members: Mapping[str, int], backend: str) -> None:
         self.members, self.backend = dict(members), backend
@@ -33,7 +36,7 @@ class UpdateGroup:
         self._store: dist.Store | None = None
 
     def invitation(self, offset: int) -> dict[str, Any]:
-        """Body of /init_weights_update_group for the server whose first rank is `offset`."""
+        """Return the body of /init_weights_update_group for the server with first rank `offset`."""
         return {
             "master_address": self.host,
             "master_port": self._port.number,
@@ -44,11 +47,11 @@ class UpdateGroup:
         }
 
     def join(self, timeout_s: float) -> None:
-        """Wait for all members; blocks."""
+        """Create the group and wait for all members; blocks."""
         timeout = timedelta(seconds=timeout_s)
         store = dist.TCPStore(self.host, self._port.number, self.world_size, True, timeout, wait_for_workers=False)
         self._store = dist.PrefixStore(self.name, store)
-        # torch has no public way to a second world; SGLang's side is made by this function too.
+        # torch has no public function for a second world; SGLang's side uses this private one too.
         self._group, _ = distributed_c10d._new_process_group_helper(
             self.world_size, 0, [], dist.Backend(self.backend), self._store, group_name=self.name, timeout=timeout
         )
@@ -60,7 +63,7 @@ class UpdateGroup:
         dist.broadcast(flat, 0, group=self._group)
 
     def abandon(self) -> None:
-        """Give the group up without the others' help."""
+        """Destroy this side of the group without waiting for the other members."""
         if self._group is not None:
             dist.destroy_process_group(self._group)
         self._group = self._store = None
