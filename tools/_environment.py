@@ -1,4 +1,4 @@
-"""Import this first in a script of this folder: without the environment it then ends with one line, not a traceback."""
+"""First import of every script in this folder: outside the environment the script ends with one line, no traceback."""
 
 import sys
 from pathlib import Path

@@ -1,16 +1,16 @@
-"""Time and memory of the divergence engine against cross-entropy and other implementations: one run, one table.
+"""Measure time and memory of the divergence engine against cross-entropy and other implementations, in one table.
 
     python tools/bench_divergence.py                                     # CPU, the figures of docs/divergence.md
     python tools/bench_divergence.py --vocab 32768 131072 151936 --k 16 64 256 --no-head
     python tools/bench_divergence.py --tp 2                              # two gloo (CUDA: NCCL) ranks
     python tools/bench_divergence.py --device cuda --tokens 8192 --dtype bfloat16 --vocab 151936
 
-Every contender computes forward and backward on the same logits. They take turns, `--repeats` times, and the median
-counts. On a CPU `ms` is processor time of the one thread, which other programs disturb less than the clock; `wall ms`
-is the clock. Extra memory is the peak above what was there before, the logits' own storage not counted; for the head it
-leaves the gradients out, and counts the unchunked logits.
-On CUDA the kernels are first checked against the torch path, and `copy %` relates the least traffic (one read forward,
-one read and one write backward) to the measured bandwidth of a copy.
+Every contender computes forward and backward on the same logits. They take turns, `--repeats` times, and the median is
+reported. On a CPU `ms` is processor time of the one thread, which other programs disturb less than wall-clock time;
+`wall ms` is wall-clock time. Extra memory is the peak above the memory in use before, without the storage of the
+logits; for the head it excludes the gradients and includes the unchunked logits.
+On CUDA the kernels are first checked against the torch path, and `copy %` is the least possible traffic (one read
+forward, one read and one write backward) relative to the measured bandwidth of a copy.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ Contender = Callable[[Tensor], Tensor]
 
 
 class _AsOutput(torch.autograd.Function):
-    """Hands storage over as if a layer had just made it: contenders may overwrite it, as they do in training."""
+    """Returns a tensor as if a layer had just made it: contenders may overwrite it, as they do in training."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, logits: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class Setting:
     group: Any
 
     def tensors(self) -> tuple[Tensor, Tensor, TopK, Tensor]:
-        """This rank's logits, sampled ids, the teacher's top-k and the teacher's logits."""
+        """Return this rank's logits, sampled ids, the teacher's top-k and the teacher's logits."""
         gen = torch.Generator().manual_seed(0)
         dtype, width = getattr(torch, self.dtype), self.vocab // self.tp
         mine = slice(self.rank * width, (self.rank + 1) * width)
@@ -89,7 +89,10 @@ class Setting:
 
 
 def contenders(setting: Setting, full: bool) -> tuple[Tensor, dict[str, Contender], dict[str, str]]:
-    """Logits, what can run here by name, and why the rest cannot. Each maps logits to a sum of per-token losses."""
+    """Return the logits, the contenders that can run here by name, and why the others cannot.
+
+    Each contender maps logits to a sum of per-token losses.
+    """
     logits, ids, topk, teacher = setting.tensors()
     group = setting.group
     runs, missing = _cross_entropies(ids), {}
@@ -135,7 +138,7 @@ def _cross_entropies(ids: Tensor) -> dict[str, Contender]:
 
 
 def _plain_jsd(z: Tensor, teacher: Tensor) -> Tensor:
-    """Full-vocabulary JSD as one writes it in torch."""
+    """Compute the full-vocabulary JSD in plain torch."""
     lq, lp = z.float().log_softmax(-1), teacher.float().log_softmax(-1)
     lm = torch.logsumexp(torch.stack([lp, lq]), dim=0) - 0.6931471805599453
     legs = lp.exp() * (lp - lm) + lq.exp() * (lq - lm)
@@ -155,18 +158,20 @@ def _add_liger(runs: dict[str, Contender], missing: dict[str, str], teacher: Ten
 
 
 def one_step(run: Contender, logits: Tensor, anchor: Tensor) -> None:
+    """Run forward and backward of a contender."""
     loss = run(_AsOutput.apply(anchor, logits))
     loss.backward()
 
 
 def clock(device: str) -> float:
+    """Return the wall-clock time in seconds, once the device is idle."""
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def peak_extra(step: Callable[[], None], device: str) -> int:
-    """Bytes allocated at the peak of a step above what was there before it."""
+    """Return the bytes allocated at the peak of a step, above those before it."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -196,6 +201,7 @@ class Row:
     copy_percent: float | None = None
 
     def line(self) -> str:
+        """Return the row as text."""
         s = self.setting
         extra = f"{self.extra_bytes / 2**20:9.1f} {100 * self.extra_bytes / self.logits_bytes:8.1f}"
         copy = "" if self.copy_percent is None else f" {self.copy_percent:7.0f}"
@@ -208,6 +214,7 @@ HEADER += f" {'extra MiB':>9} {'% logits':>8}"
 
 
 def measure(setting: Setting, repeats: int, full: bool) -> tuple[list[Row], dict[str, str]]:
+    """Measure all contenders; return their rows, and why the others did not run."""
     master, runs, missing = contenders(setting, full)
     logits, anchor = master.clone(), torch.zeros((), device=setting.device, requires_grad=True)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
@@ -240,7 +247,7 @@ def measure(setting: Setting, repeats: int, full: bool) -> tuple[list[Row], dict
 
 
 def measure_head(tokens: int, vocab: int, hidden: int, k: int, chunk: int, repeats: int, device: str) -> list[Row]:
-    """head_losses and head_loss against the same losses from unchunked logits (in-place gradient)."""
+    """Measure head_losses and head_loss against the same losses from unchunked logits (in-place gradient)."""
     gen = torch.Generator().manual_seed(0)
     states = torch.randn(tokens, hidden, generator=gen).to(device).requires_grad_()
     head = (torch.randn(vocab, hidden, generator=gen) * hidden**-0.5).to(device).requires_grad_()
@@ -283,7 +290,7 @@ def measure_head(tokens: int, vocab: int, hidden: int, k: int, chunk: int, repea
 
 
 def copy_bandwidth() -> float:
-    """Bytes per second of a copy on the GPU, reads and writes both counted."""
+    """Return the bytes per second of a copy on the GPU, reads and writes both counted."""
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     times = []
@@ -295,8 +302,10 @@ def copy_bandwidth() -> float:
 
 
 def check_kernels() -> dict[str, float]:
-    """Largest deviation of the CUDA kernels from the torch path, by kind, tail and type; raises AssertionError beyond
-    2e-5 (bfloat16 gradients: one unit in the last place). For tools/check_gpu.py; needs a GPU.
+    """Return the largest deviation of the CUDA kernels from the torch path, by kind, tail and dtype.
+
+    Raises AssertionError beyond 2e-5 (bfloat16 gradients: one unit in the last place). For tools/check_gpu.py; needs a
+    GPU.
     """
     from megatron_hdpo.divergence import triton_pass
 
@@ -331,6 +340,7 @@ def check_kernels() -> dict[str, float]:
 
 
 def run_rank(rank: int, port: int, options: argparse.Namespace) -> None:
+    """Run all measurements of the command line on one rank."""
     torch.set_num_threads(1)
     backend = "nccl" if options.device == "cuda" else "gloo"
     if options.device == "cuda":
@@ -382,6 +392,7 @@ def _write(rows: list[Row], missing: dict[str, str], options: argparse.Namespace
 
 
 def main() -> None:
+    """Run the measurements of the command line, with one process per rank."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])

@@ -1,11 +1,11 @@
-"""Speed of the embedded rollout engine beside `model.generate` of transformers, on the same requests in the same run.
+"""Measure the embedded rollout engine against `model.generate` of transformers, on the same requests in the same run.
 
     python tools/bench_embedded.py --model FOLDER --threads 1 2 --dtypes float32 bfloat16
 
-Without --model the weights are random, in the shape of SmolLM2-135M: speed does not depend on their values. No stop
-tokens, so both sides generate the same number of tokens; `even`: all requests equally long, `ragged`: request i of R
-asks for (i + 1) / R of --new-tokens, as responses of different lengths do. generate returns no log-probs here, the
-engine does. Best of --repeats.
+Without --model the weights are random, in the shape of SmolLM2-135M: the speed does not depend on their values. There
+are no stop tokens, so both sides generate the same number of tokens. `even`: all requests are equally long; `ragged`:
+request i of R asks for (i + 1) / R of --new-tokens, as responses of different lengths do. The engine returns log-probs,
+generate does not. Best of --repeats.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from megatron_hdpo.types.rollouts import GenerationRequest, SamplingParams
 
 
 def main() -> None:
+    """Measure every case of the command line and print the table."""
     options = parse_options()
     table = Table(
         title=f"{options.prompts} prompts x {options.samples} samples, prompts of {options.prompt_tokens} tokens"
@@ -52,6 +53,7 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="Hugging Face folder with config.json and safetensors")
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
@@ -66,6 +68,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def load_model(folder: str | None, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the model of a folder, or a random one in the shape of SmolLM2-135M."""
     if folder:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     config = LlamaConfig(
@@ -82,6 +85,7 @@ def load_model(folder: str | None, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def make_requests(options: argparse.Namespace, vocab_size: int, ragged: bool) -> list[GenerationRequest]:
+    """Return the requests, equally long or (ragged) of different lengths."""
     rng = np.random.default_rng(0)
     requests = []
     for index in range(options.prompts):
@@ -94,6 +98,7 @@ def make_requests(options: argparse.Namespace, vocab_size: int, ragged: bool) ->
 
 
 def run_engine(engine: EmbeddedEngine, requests: list[GenerationRequest]) -> None:
+    """Generate all requests with the engine. Raises RuntimeError on a failed sample."""
     engine.submit(requests)
     for result in engine.results():
         if result.errors:
@@ -101,7 +106,7 @@ def run_engine(engine: EmbeddedEngine, requests: list[GenerationRequest]) -> Non
 
 
 def run_generate(model: PreTrainedModel, requests: list[GenerationRequest]) -> None:
-    """All prompts in one left-padded batch, as long as the longest request asks for."""
+    """Generate all prompts in one left-padded batch, as long as the longest request."""
     width = max(len(r.prompt_ids) for r in requests)
     ids = torch.zeros(len(requests), width, dtype=torch.int64)
     mask = torch.zeros_like(ids)
@@ -116,6 +121,7 @@ def run_generate(model: PreTrainedModel, requests: list[GenerationRequest]) -> N
 
 
 def best_time(work: Callable[[], None], repeats: int) -> float:
+    """Return the shortest time of several repeats, in seconds."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()

@@ -59,8 +59,9 @@ print(json.dumps({"float32": seconds(torch.float32), "bfloat16": seconds(torch.b
 
 @dataclass
 class Timed:
-    """A command that was run: its lines with the seconds at which they came, its exit code, and the most memory that
-    its processes held together, in bytes.
+    """A command that has run: its lines with the second of each, its exit code, and its peak memory in bytes.
+
+    peak_bytes: most memory that its processes held together.
     """
 
     lines: list[tuple[float, str]] = field(default_factory=list)
@@ -70,12 +71,12 @@ class Timed:
 
     @property
     def longest_silence(self) -> tuple[float, str]:
-        """Seconds without a new line, and the line before them."""
+        """Longest time without a new line, in seconds, and the line before it."""
         ends = [at for at, _ in self.lines[1:]] + [self.seconds]
         return max((end - at, text) for (at, text), end in zip(self.lines, ends, strict=True))
 
     def at(self, pattern: str) -> float | None:
-        """Seconds at which the first line came that the pattern finds."""
+        """Return the second of the first line that the pattern matches, None where there is none."""
         return next((at for at, text in self.lines if re.search(pattern, text)), None)
 
 
@@ -107,9 +108,9 @@ def main() -> None:
 
 
 def timed(command: Sequence[str], folder: Path, changes: Mapping[str, str], log: Path) -> Timed:
-    """Run a command, show its output, and write it with the seconds of each line into the file `log`."""
+    """Run a command, show its output, and write each line with its second into the file `log`."""
     result, began = Timed(), time.monotonic()
-    # Not a virtual environment's nor a developer's own: what a new user has.
+    # A new user has no virtual environment and no PYTHONPATH.
     left_out = ("VIRTUAL_ENV", "PYTHONPATH")
     environment = {name: value for name, value in os.environ.items() if name not in left_out} | dict(changes)
     process = subprocess.Popen(
@@ -153,7 +154,7 @@ def _tree(pid: int) -> list[psutil.Process]:
 
 
 def downloaded(clone: Path) -> str:
-    """Say how much pip has downloaded, by the sizes that it printed."""
+    """Return how much pip has downloaded, from the sizes that it printed."""
     units = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
     log = (clone / ".venv" / "install.log").read_text(encoding="utf-8", errors="replace")
     sizes = [float(n) * units[unit] for n, unit in re.findall(r"Downloading \S+ \(([\d.]+) (kB|MB|GB)\)", log)]
@@ -163,7 +164,7 @@ def downloaded(clone: Path) -> str:
 
 
 def product_seconds(python: Path, changes: Mapping[str, str]) -> dict[str, float]:
-    """Return the seconds of a product of 64 x 576 by 576 x 1536 with its backward pass, by type, in one thread."""
+    """Return the seconds of a product of 64 x 576 by 576 x 1536 with its backward pass, by dtype, in one thread."""
     done = subprocess.run(
         [python, "-c", PRODUCTS], env={**os.environ, **changes}, capture_output=True, text=True, check=True
     )
@@ -216,7 +217,7 @@ def _machine(products: Mapping[str, Mapping[str, float]], changes: Mapping[str, 
 
 
 def _cpu() -> tuple[str, list[str]]:
-    """Return the processor's name and those of its flags that matter for products."""
+    """Return the processor's name and its flags that matter for products."""
     info = Path("/proc/cpuinfo")
     if not info.exists():
         return platform.processor() or platform.machine(), []

@@ -1,11 +1,13 @@
-"""Speed of rollouts on SGLang: through the engine beside a bare load generator, weight syncs by path and size, and what
-asking for privileged rollouts at once saves. All on one server, in one run.
+"""Measure rollouts on SGLang: throughput, weight syncs, and early privileged rollouts.
 
     python tools/bench_rollout.py --python .venv-sglang/bin/python --out benchmarks/rollout_cpu.json
 
---url: a server that is there, in place of one that is started (then sync is measured at its model's size only).
+Throughput is that of the engine beside a bare load generator; syncs are measured by path and model size; the last part
+measures what is saved by requesting privileged rollouts at once. All on one server, in one run.
+
+--url: a running server, instead of one that is started (then sync is measured at its model's size only).
 --environment NAME=VALUE: for the server that is started; on a CPU it needs PYTHONPATH=tests/sglang_cpu/shim.
-Rounds of the compared things alternate; the figures are the medians over rounds.
+Rounds of the compared things alternate; the figures are medians over rounds.
 """
 
 from __future__ import annotations
@@ -52,8 +54,9 @@ SIZES = {"small": {"layers": 4, "hidden": 96, "ffn": 256}, "large": {"layers": 1
 
 
 def main() -> None:
+    """Run all measurements; print and write the report."""
     options = parse_options()
-    # Broadcasts to a server's group need torch's own group to be there.
+    # Broadcasts to a server's group need torch's default process group.
     context = start(ParallelConfig(), options.device)
     report: dict[str, Any] = {"machine": machine(), "options": {k: str(v) for k, v in vars(options).items()}}
     with tempfile.TemporaryDirectory() as scratch:
@@ -70,6 +73,7 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", type=Path, help="interpreter that has SGLang; this one by default")
     parser.add_argument("--environment", nargs="*", default=[], metavar="NAME=VALUE")
@@ -86,13 +90,13 @@ def parse_options() -> argparse.Namespace:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on."""
+    """Return the properties of the machine that the figures depend on."""
     return {"cores": os.cpu_count(), "load": os.getloadavg()[0], "torch": torch.__version__}
 
 
 @contextmanager
 def server(options: argparse.Namespace, scratch: Path, size: str) -> Iterator[tuple[str, Path]]:
-    """Address and model folder of a server."""
+    """Yield the address and the model folder of a server."""
     if options.url:
         yield options.url, options.model
         return
@@ -116,7 +120,7 @@ def server(options: argparse.Namespace, scratch: Path, size: str) -> Iterator[tu
 
 @contextmanager
 def engine_on(options: argparse.Namespace, url: str, model: Path) -> Iterator[tuple[SGLangEngine, Any]]:
-    """An engine that has the model's weights, and the model, on the device and in the server's precision."""
+    """Yield an engine that has the model's weights, and the model on the device in the server's precision."""
     dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
     weights = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(options.device)
     settings = SGLangConfig(placement="given", urls=[url], max_concurrency=options.concurrency)
@@ -129,8 +133,9 @@ def engine_on(options: argparse.Namespace, url: str, model: Path) -> Iterator[tu
 
 
 def throughput(options: argparse.Namespace, url: str, model: Path) -> dict[str, float]:
-    """Generated tokens per second: the engine, and a load generator that sends the same bodies, reads the answers and
-    looks at nothing in them.
+    """Measure generated tokens per second of the engine and of a bare load generator.
+
+    The load generator sends the same bodies and reads the answers without parsing them.
     """
     rates: dict[str, list[float]] = {"engine": [], "bare": []}
     with engine_on(options, url, model) as (engine, _):
@@ -159,7 +164,7 @@ def throughput(options: argparse.Namespace, url: str, model: Path) -> dict[str, 
 
 
 async def bare_load(url: str, bodies: Sequence[dict[str, Any]], concurrency: int) -> None:
-    """All bodies, so many at a time."""
+    """Send all bodies, `concurrency` of them at a time."""
     slots = asyncio.Semaphore(concurrency)
     async with aiohttp.ClientSession() as session:
 
@@ -172,7 +177,7 @@ async def bare_load(url: str, bodies: Sequence[dict[str, Any]], concurrency: int
 
 
 def syncs(options: argparse.Namespace, url: str, model: Path, scratch: Path) -> list[dict[str, Any]]:
-    """Seconds of a push by each path, the gate's share apart."""
+    """Measure the seconds of a push by each path, with and without the gate."""
     device = torch.device(options.device)
     found = []
     with engine_on(options, url, model) as (engine, weights):
@@ -209,8 +214,9 @@ def syncs(options: argparse.Namespace, url: str, model: Path, scratch: Path) -> 
 
 
 def overlap(options: argparse.Namespace, url: str, model: Path, context: Any) -> dict[str, float]:
-    """Seconds of a step's rollouts in which every prompt is a cliff (the model is random), with privileged rollouts
-    asked for at once or after the last student rollout.
+    """Measure the rollouts of a step in which every prompt is a cliff (the model is random).
+
+    Privileged rollouts are requested at once, or after the last student rollout.
     """
     tokenizer = AutoTokenizer.from_pretrained(model)
     data = DataConfig.model_validate(

@@ -1,11 +1,12 @@
-"""One table: an HDPO step against a GRPO step on the same rollouts, packed against padded micro-batches, and trained
-tokens per second against `transformers` training the same model on the same tokens.
+"""Measure a training step: HDPO against GRPO, packed against padded, and against `transformers`.
 
     python tools/bench_step.py --model runs/smollm2-135m-instruct --threads 1
 
-One rank on the CPU (or one GPU). Every comparison is made within this run, turn by turn, and reported as the median
-over `--rounds`; ratios are medians of per-round ratios. Rollouts are synthetic tokens in groups of which every third is
-a cliff with surviving privileged rollouts; what is timed is the training side, sampling is the same for both methods.
+The table compares an HDPO step with a GRPO step on the same rollouts, packed with padded micro-batches, and trained
+tokens per second with `transformers` training the same model on the same tokens. One rank on the CPU (or one GPU).
+Every comparison is made within this run, in turns, and reported as the median over `--rounds`; ratios are medians of
+per-round ratios. Rollouts are synthetic tokens in groups; every third group is a cliff with surviving privileged
+rollouts. Only the training side is timed: sampling is the same for both methods.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from megatron_hdpo.weights.load import load_hf
 
 
 def main() -> None:
-    """The command line."""
+    """Run all comparisons and print the table."""
     arguments = _arguments()
     torch.set_num_threads(arguments.threads)
     context = start(ParallelConfig(), arguments.device)
@@ -115,7 +116,7 @@ def _groups(vocab_size: int, arguments: argparse.Namespace) -> list[Group]:
 
 
 def _methods(policy: Policy, groups: list[Group], arguments: argparse.Namespace) -> list[dict]:
-    """Seconds of the training side of a step, by method and phase."""
+    """Measure the training side of a step in seconds, by method and phase."""
     console = PhaseConsole(enabled=False)
     objectives = {
         "GRPO": GRPO(GRPOConfig(), 1.0),
@@ -142,7 +143,7 @@ def _methods(policy: Policy, groups: list[Group], arguments: argparse.Namespace)
 
 
 def _examples(groups: list[Group]) -> list[Example]:
-    """Every student rollout as an example with a gradient at each token."""
+    """Return every student rollout as an example with a gradient at each token."""
     rng = np.random.default_rng(1)
     examples = []
     for group in groups:
@@ -157,7 +158,7 @@ def _examples(groups: list[Group]) -> list[Example]:
 
 
 def _packing(policy: Policy, groups: list[Group], arguments: argparse.Namespace) -> list[dict]:
-    """Packed micro-batches against one padded sequence per micro-batch row: here, one sequence per micro-batch."""
+    """Compare packed micro-batches with one sequence per micro-batch, padded or not."""
     examples, spec = _examples(groups), LossSpec(SurrogateConfig(), None, 1.0)
 
     def run(budget: int) -> float:
@@ -179,7 +180,7 @@ def _packing(policy: Policy, groups: list[Group], arguments: argparse.Namespace)
 
 
 def _padded(policy: Policy, examples: list[Example], spec: LossSpec, arguments: argparse.Namespace) -> None:
-    """The same examples, each prompt grown with tokens until all sequences are as long as the longest."""
+    """Accumulate gradients of the examples, each prompt extended until all sequences are as long as the longest."""
     longest = max(example.num_tokens for example in examples)
     grown = [
         Example(
@@ -195,7 +196,7 @@ def _padded(policy: Policy, examples: list[Example], spec: LossSpec, arguments: 
 
 
 def _against_transformers(policy: Policy, groups: list[Group], arguments: argparse.Namespace) -> list[dict]:
-    """Forward, backward and AdamW step on the same tokens: this package against a plain `transformers` loop."""
+    """Compare forward, backward and AdamW step on the same tokens with a plain `transformers` loop."""
     examples, spec = _examples(groups), LossSpec(SurrogateConfig(), None, 1.0)
     tokens = sum(example.num_tokens for example in examples)
     device = policy.context.device
@@ -219,7 +220,7 @@ def _against_transformers(policy: Policy, groups: list[Group], arguments: argpar
 def _train_plain(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, examples: list[Example], budget: int
 ) -> None:
-    """Sorted by length, padded on the right, as many sequences per batch as the token budget holds."""
+    """Train on batches sorted by length, padded on the right, as large as the token budget allows."""
     device = next(model.parameters()).device
     total = sum(len(example.response_ids) for example in examples)
     queue = sorted(examples, key=lambda example: example.num_tokens)
@@ -258,7 +259,7 @@ def _wait() -> None:
 
 
 def _rounds(cases: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Each case once per round, in turn, after one round that does not count."""
+    """Run each case once per round, in turn, after one warm-up round; return seconds by case."""
     times: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(rounds + 1):
         for name, case in cases.items():

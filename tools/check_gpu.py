@@ -1,11 +1,11 @@
-"""Everything that only a GPU can tell, in one run of a few minutes, into one JSON file.
+"""Run every check that needs a GPU, in a few minutes, and write the results into one JSON file.
 
     python tools/check_gpu.py --out benchmarks/gpu.json --model runs/smollm2-135m-instruct --problems gsm8k_train.jsonl
 
-Checks, each of which is recorded with its numbers or its error, is bounded in time, and does not stop the others:
+Checks. Each is recorded with its numbers or its error, is bounded in time, and does not stop the others:
   environment   versions, GPU, what is installed
   layer_specs   Transformer Engine's spec against plain torch: log-probs and gradients of a model with the same weights
-  fp8           loss of 50 updates in every FP8 recipe that the GPU has against bfloat16: difference, seconds, memory
+  fp8           loss of 50 updates in every FP8 recipe of the GPU against bfloat16: difference, seconds, memory
   recompute     memory and seconds without, with selective and with full recompute; gradients must be the same
   offload       memory and seconds with none, half and all of the optimizer on the host; weights must be the same
   checkpoint    seconds to write and read both kinds of checkpoint; updates after it must be the same
@@ -20,8 +20,8 @@ Checks, each of which is recorded with its numbers or its error, is bounded in t
   learning      HDPO of --model on --problems (JSON lines of problem, answer, solution), else on reasoning-gym's
                 arithmetic: pass rates before and after
 
-Without --model everything but learning takes a random model, of a size that a GPU needs milliseconds for. It needs the
-package's core dependencies; layer_specs, fp8 and offload also need transformer-engine. No network.
+Without --model every check but learning uses a random model, small enough for milliseconds per pass on a GPU. The
+script needs the package's core dependencies; layer_specs, fp8 and offload also need transformer-engine. No network.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ from typing import Any
 
 import _environment  # noqa: F401
 
-# Seconds of the training side of an HDPO step, in those of a GRPO step on the same rollouts.
+# Seconds of the training side of an HDPO step, divided by those of a GRPO step on the same rollouts.
 STEP_TARGETS = {"HDPO, teacher from the rollout": 1.10, "HDPO, teacher from the trainer": 1.25}
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # it runs from a plain copy of the repository, too
 
 
 def main() -> None:
-    """The command line; exits with 1 when a check failed."""
+    """Run the checks of the command line; exit with 1 when one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
     parser.add_argument("--device", default="cuda", help="cpu tries the script itself, without what needs a GPU")
@@ -81,7 +81,7 @@ def _attempt(check: Callable[..., dict], arguments: argparse.Namespace, folder: 
 
 
 def environment(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """What the machine is."""
+    """Report the findings of the doctor on this machine."""
     from megatron_hdpo.health.doctor import findings
 
     found = list(findings())
@@ -89,12 +89,12 @@ def environment(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def layer_specs(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Differences between the two specs, in float32 and bfloat16, over packed sequences of different lengths."""
+    """Compare the two specs in float32 and bfloat16, over packed sequences of different lengths."""
     return _trial("specs", arguments.device, _tiny(folder, hidden=256, heads=4))
 
 
 def trial(name: str, arguments: argparse.Namespace, folder: Path, ranks: int = 1) -> dict[str, Any]:
-    """One of tools/gpu_trials.py; fine when no setting of it ended in an error."""
+    """Run a trial of tools/gpu_trials.py; it passes when no setting ended in an error."""
     model = arguments.model or _random_model(folder, arguments.device)
     small = [] if arguments.device == "cuda" else ["--prompt", "8", "--response", "8", "--micro-batch-tokens", "32"]
     small += [] if arguments.device == "cuda" else ["--steps", "3"]
@@ -104,7 +104,7 @@ def trial(name: str, arguments: argparse.Namespace, folder: Path, ranks: int = 1
 
 
 def overlap(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """The trial over every GPU of the machine; two ranks on a CPU."""
+    """Run the overlap trial over every GPU of the machine; with two ranks on a CPU."""
     import torch
 
     ranks = torch.cuda.device_count() if arguments.device == "cuda" else 2
@@ -112,7 +112,7 @@ def overlap(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def divergence(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """The table of tools/bench_divergence.py."""
+    """Return the table of tools/bench_divergence.py."""
     out = folder / "divergence.json"
     sizes = ["--tokens", "8192", "--vocab", "151936", "--dtype", "bfloat16"] if arguments.device == "cuda" else []
     tool = str(ROOT / "tools" / "bench_divergence.py")
@@ -121,7 +121,7 @@ def divergence(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def step(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """The table of tools/bench_step.py."""
+    """Return the table of tools/bench_step.py, and its ratios to GRPO with their targets."""
     out = folder / "step.json"
     model = arguments.model or _random_model(folder, arguments.device)
     tool = str(ROOT / "tools" / "bench_step.py")
@@ -140,7 +140,7 @@ def step(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def sglang(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """The table of tools/bench_rollout.py, whose pushes by each path must pass the gate."""
+    """Return the table of tools/bench_rollout.py; the pushes of each path must pass the gate."""
     if importlib.util.find_spec("sglang") is None:
         return {"installed": False}
     out = folder / "rollout.json"
@@ -149,7 +149,7 @@ def sglang(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Last line of the metrics of a short run of examples/digit_sums."""
+    """Train examples/digit_sums for a few steps; return the last line of its metrics."""
     overrides = [f"model.path={_tiny(folder)}", f"output={folder / 'run'}", f"device={arguments.device}"]
     overrides += ["train.steps=5", "warmup.steps=50", "evaluation.every=null"]
     _run(["-m", "megatron_hdpo", "train", str(ROOT / "examples" / "digit_sums" / "hdpo.yaml"), *overrides])
@@ -157,7 +157,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def learning(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Evaluations of a short run of the quickstart's recipe, with --problems in the place of its tasks."""
+    """Train the quickstart's recipe for a few steps, on --problems if given; return its evaluations."""
     if arguments.model is None:
         return {"skipped": "no --model: there is nothing to teach"}
     out = folder / "learning"
@@ -205,7 +205,7 @@ def _trial(name: str, device: str, model: Path, *sizes: str, ranks: int = 1) -> 
 
 
 def _random_model(folder: Path, device: str) -> Path:
-    """Random weights: on a GPU half a billion of them, so that products take the time that they do in earnest."""
+    """Write a random model; on a GPU with half a billion weights, so that products take realistic time."""
     path = folder / "random-model"
     if path.exists():
         return path
@@ -234,8 +234,9 @@ def _tiny(folder: Path, **sizes: int) -> Path:
 
 
 def _run(arguments: list[str], timeout: float = 300.0) -> str:
-    """Run Python in the root of the repository, for `timeout` seconds at most; the end of its output in the error when
-    it fails.
+    """Run Python in the root of the repository, for at most `timeout` seconds; return its last line of output.
+
+    Raises RuntimeError with the end of the output when it fails.
     """
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run(

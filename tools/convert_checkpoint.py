@@ -30,7 +30,7 @@ try a layout. Checkpoints of training runs are read too (their weights; name the
 
 
 def main() -> int:
-    """Exit status 0 when the checkpoint is written, 2 with one message when it cannot be."""
+    """Convert the checkpoint; return 0 when it is written, 2 with one message when it cannot be."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )

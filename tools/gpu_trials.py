@@ -1,10 +1,10 @@
-"""Trials of `tools/check_gpu.py` that need a process of their own; each prints one line of JSON.
+"""Run a trial of `tools/check_gpu.py` that needs its own process; print one line of JSON.
 
     python tools/gpu_trials.py fp8 --model FOLDER --device cuda
     python -m torch.distributed.run --standalone --nproc-per-node 2 tools/gpu_trials.py overlap --model FOLDER
 
-A trial builds the same policy under several settings, gives each the same work, and reports what differed: values,
-seconds, and bytes of GPU memory. On a CPU it reports null for memory, and what needs a GPU as refused.
+A trial builds the same policy under several settings, gives each the same work, and reports what differs: values,
+seconds, and bytes of GPU memory. On a CPU it reports null for memory, and "refused" for what needs a GPU.
 """
 
 from __future__ import annotations
@@ -60,7 +60,10 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Work:
-    """What every setting of a trial is given. Lengths in tokens; micro_batches of micro_batch_tokens each."""
+    """Work that every setting of a trial gets.
+
+    prompt, response: lengths in tokens. micro_batches: number of micro-batches, of micro_batch_tokens each.
+    """
 
     model: Path
     dtype: str = "bfloat16"
@@ -72,7 +75,10 @@ class Work:
     lr: float = 1e-5
 
     def examples(self, seed: int = 0) -> list[Example]:
-        """Random tokens, all wanted: their loss is the negative log-likelihood, which 50 steps can lower."""
+        """Return examples of random tokens, all with weight 1.
+
+        Their loss is the negative log-likelihood, which 50 steps can lower.
+        """
         rng = np.random.default_rng(seed)
         vocab = read_architecture(self.model).vocab_size
         ones = np.ones(self.response, np.float32)
@@ -91,7 +97,7 @@ class Work:
 
 @contextmanager
 def joined(device: str, **layout: Any) -> Iterator[ParallelContext]:
-    """Megatron's groups of a layout; the process group stays for the next."""
+    """Create Megatron's groups of a layout, and destroy them afterwards; torch's process group stays."""
     context = start(ParallelConfig(**layout), device)
     try:
         yield context
@@ -100,7 +106,10 @@ def joined(device: str, **layout: Any) -> Iterator[ParallelContext]:
 
 
 def build(work: Work, context: ParallelContext, offload: float = 0.0, **model: Any) -> Policy:
-    """The checkpoint as a policy that trains. Raises ModelError when it cannot be had here."""
+    """Build a policy that trains, from the checkpoint.
+
+    Raises ValueError or ModelError when this machine cannot run its precision.
+    """
     architecture = read_architecture(work.model)
     config = ModelConfig(**({"path": str(work.model), "dtype": work.dtype} | model))
     for reason in precision_errors(config, context.layout, architecture):
@@ -113,8 +122,10 @@ def build(work: Work, context: ParallelContext, offload: float = 0.0, **model: A
 
 
 def fp8(work: Work, device: str) -> dict[str, Any]:
-    """Loss of `steps` updates on the same examples in each FP8 recipe beside bfloat16: the largest and the mean
-    relative difference of the curves, seconds per step after the first ten, and peak memory.
+    """Compare the loss of `steps` updates on the same examples in each FP8 recipe with that in bfloat16.
+
+    Reports the largest and the mean relative difference of the curves, seconds per step after the first ten, and peak
+    memory.
     """
     results: dict[str, Any] = {}
     with joined(device) as context:
@@ -145,8 +156,9 @@ def _curve(work: Work, policy: Policy) -> dict[str, Any]:
 
 
 def recompute(work: Work, device: str) -> dict[str, Any]:
-    """Peak memory and seconds of forward and backward passes per recompute mode, and the largest difference of any
-    gradient from that without recompute, relative to its norm.
+    """Measure peak memory and seconds of forward and backward passes in each recompute mode.
+
+    Also reports the largest difference of any gradient from that without recompute, relative to its norm.
     """
     with joined(device) as context:
         return _compare(
@@ -157,8 +169,9 @@ def recompute(work: Work, device: str) -> dict[str, Any]:
 
 
 def offload(work: Work, device: str) -> dict[str, Any]:
-    """Peak memory and seconds of an update with 0, half and all of the optimizer on the host, and how far the weights
-    are from those of the device's optimizer after three of them.
+    """Measure peak memory and seconds of an update with 0, half and all of the optimizer on the host.
+
+    Also reports how far the weights after three updates are from those with the optimizer on the device.
     """
     with joined(device) as context:
         if context.device.type != "cuda":
@@ -171,9 +184,10 @@ def offload(work: Work, device: str) -> dict[str, Any]:
 
 
 def checkpoint(work: Work, device: str) -> dict[str, Any]:
-    """Seconds to write and to read a checkpoint tied to its layout and a reshardable one, with the optimizer on the
-    device and half of it on the host; and how far the weights after three updates more are from those of the policy
-    that wrote it.
+    """Measure the seconds to write and read a checkpoint tied to its layout, and a reshardable one.
+
+    With the optimizer on the device and half of it on the host. Also reports how far the weights after three further
+    updates are from those of the policy that wrote the checkpoint.
     """
     examples = work.examples()
 
@@ -207,8 +221,9 @@ def checkpoint(work: Work, device: str) -> dict[str, Any]:
 
 
 def overlap(work: Work, device: str) -> dict[str, Any]:
-    """Seconds of an update with and without overlap over the replicas (as many as there are ranks), and how far the
-    weights are apart after three of them. Every replica has examples of its own.
+    """Measure the seconds of an update with and without overlap over the replicas (one per rank).
+
+    Also reports how far the weights are apart after three updates. Every replica has its own examples.
     """
     results: dict[str, Any] = {}
     kept: dict[str, Any] = {}
@@ -228,8 +243,9 @@ def _compare(
     read: Callable[[Policy], dict[str, torch.Tensor]],
     kept: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Three steps of each setting: median seconds, peak memory, and the largest difference from the first setting of
-    what `read` gives, relative to the norm of each tensor.
+    """Run three steps of each setting; return median seconds, peak memory, and the difference from the first setting.
+
+    The difference is that of what `read` returns: the largest, relative to the norm of each tensor.
     """
     kept = {} if kept is None else kept
 
@@ -244,7 +260,7 @@ def _compare(
 
 
 def _difference(values: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """The largest of any tensor, relative to its norm."""
+    """Return the largest difference of any tensor, relative to its norm."""
     return max(float((values[n] - v).norm() / v.norm().clamp(min=1e-12)) for n, v in expected.items())
 
 
@@ -254,7 +270,7 @@ def _weights(policy: Policy) -> dict[str, torch.Tensor]:
 
 
 def _gradients(policy: Policy) -> dict[str, torch.Tensor]:
-    """By Hugging Face name, as specs name parameters differently. Overwrites the weights."""
+    """Return gradients by Hugging Face name, because the specs name parameters differently. Overwrites the weights."""
     with torch.no_grad():
         for parameter in policy.model.parameters():
             parameter.copy_(parameter.main_grad)
@@ -262,8 +278,9 @@ def _gradients(policy: Policy) -> dict[str, torch.Tensor]:
 
 
 def specs(work: Work, device: str) -> dict[str, Any]:
-    """Transformer Engine's spec against plain torch in both types: log-probs of sequences of different lengths, and the
-    largest relative error of a gradient.
+    """Compare Transformer Engine's spec with plain torch in both dtypes.
+
+    Reports differences of log-probs of sequences of different lengths, and the largest relative error of a gradient.
     """
     rng = np.random.default_rng(0)
     vocab = read_architecture(work.model).vocab_size
@@ -298,7 +315,7 @@ def specs(work: Work, device: str) -> dict[str, Any]:
 
 
 def planned_memory(work: Work, device: str) -> dict[str, Any]:
-    """The planner's bytes of an update's forward and backward passes beside what torch allocated, by spec."""
+    """Compare the planner's bytes of an update with what torch allocated, without and with full recompute."""
     results: dict[str, Any] = {}
     with joined(device) as context:
         spec = choose_spec(ModelConfig(path=""), context.device)
@@ -329,7 +346,7 @@ def _planned(work: Work, context: ParallelContext, spec: Any, mode: str) -> dict
 
 
 def embedded(work: Work, device: str) -> dict[str, Any]:
-    """Tokens per second of the embedded engine, and how far its log-probs of its samples are from the trainer's."""
+    """Measure the embedded engine's tokens per second, and the difference of its log-probs from the trainer's."""
     with joined(device) as context:
         policy = build(work, context)
         engine = EmbeddedEngine(work.model, EmbeddedEngineConfig(dtype=work.dtype), context.device)
@@ -367,12 +384,15 @@ def _wait() -> None:
 
 
 def _peak() -> float | None:
-    """GiB that torch had allocated at most since the last `_freed` began."""
+    """Return the most GiB that torch has allocated since the last `_freed` began."""
     return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
 
 
 def _freed(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The work's result, from an empty GPU; an error is its result, so that the next setting is tried."""
+    """Return the result of the work, begun with an empty GPU cache.
+
+    An error becomes a result, so that the next setting runs.
+    """
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -395,7 +415,7 @@ TRIALS: dict[str, Callable[[Work, str], dict[str, Any]]] = {
 
 
 def main() -> None:
-    """The command line."""
+    """Run the trial of the command line and print its result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trial", choices=TRIALS)
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face checkpoint folder")

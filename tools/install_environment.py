@@ -65,12 +65,12 @@ def install(screen: Screen, environment: Path, extras: str, torch_index: str) ->
 
 
 def matters(line: str) -> bool:
-    """Whether a person should see this line of pip's: downloads with their sizes, and errors."""
+    """Return whether to show this line of pip's output: downloads with their sizes, and errors."""
     return line.strip().startswith(("Downloading", "ERROR", "error:"))
 
 
 def _say_sizes(screen: Screen, command: Sequence[str | Path], report: Path, log: Path) -> None:
-    """Print what pip would download for torch; nothing where torch is installed already."""
+    """Print what pip will download for torch, unless torch is installed already."""
     run(screen, Part("asking for torch's size", [*command, "--report", report], log, lambda line: False))
     files = [entry["download_info"]["url"] for entry in json.loads(report.read_text())["install"]]
     report.unlink()
@@ -87,7 +87,10 @@ def _sizes(screen: Screen, urls: Sequence[str]) -> dict[str, int | None]:
 
 
 def size_sentence(sizes: dict[str, int | None]) -> str:
-    """Say how much there is to download. sizes: bytes of each file, None where the index does not tell."""
+    """Return a sentence on how much there is to download.
+
+    sizes: bytes of each file, None where the index does not report it.
+    """
     known = sum(size for size in sizes.values() if size is not None)
     unknown = [name for name, size in sizes.items() if size is None]
     torch = next((name for name in sizes if name.startswith("torch-")), "torch")
@@ -96,7 +99,7 @@ def size_sentence(sizes: dict[str, int | None]) -> str:
         text += f": {(sizes[torch] or 0) / 1e6:,.0f} MB"
     text += ")"
     if unknown:
-        text += f", and {len(unknown)} files whose size the index does not tell: {', '.join(unknown)}"
+        text += f", and {len(unknown)} files of unknown size: {', '.join(unknown)}"
     if any(name.startswith(("nvidia", "cuda")) for name in sizes):
         text += ". This is a build for CUDA; TORCH_INDEX chooses one for CPUs (README)"
     return text
@@ -108,7 +111,7 @@ def file_name(url: str) -> str:
 
 
 def size_of(url: str) -> int | None:
-    """Return the size in bytes of what a URL names, None where nobody tells."""
+    """Return the size in bytes of the file at a URL, None where the server does not report it."""
     try:
         with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=10) as answer:
             length = answer.headers.get("Content-Length")

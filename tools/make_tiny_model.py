@@ -28,7 +28,7 @@ FAMILIES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "q
 
 
 def character_tokenizer(characters: str = CHARACTERS) -> PreTrainedTokenizerFast:
-    """One token per character, and <pad>, <eos>, <unk>."""
+    """Return a tokenizer with one token per character, and <pad>, <eos>, <unk>."""
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
@@ -56,7 +56,7 @@ def make_tiny_model(
 ) -> Path:
     """Write config, weights and tokenizer into the folder `path`; the same arguments give the same weights.
 
-    experts, experts_per_token: of the family qwen3_moe, whose experts have `ffn` channels each.
+    experts, experts_per_token: for the family qwen3_moe; each expert has `ffn` channels.
     """
     path = Path(path)
     tokenizer = character_tokenizer(characters)
@@ -93,7 +93,7 @@ def _expert_sizes(family: str, ffn: int, experts: int, experts_per_token: int) -
 
 
 def main() -> None:
-    """The command line."""
+    """Make the model that the command line describes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--family", choices=FAMILIES, default="llama")

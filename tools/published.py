@@ -1,7 +1,7 @@
-"""What others have published, beside what this planner says of it.
+"""Published measurements of other projects, compared with the planner's estimates.
 
-The two figures that constants of cluster.py are taken from (verl's 30B over NCCL, SGLang's 30B by buckets) are left
-out: they would agree by construction.
+Left out are the two figures from which constants of cluster.py are taken (verl's 30B over NCCL, SGLang's 30B by
+buckets): they agree by construction.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from megatron_hdpo.planner.shapes import SHAPES
 
 @dataclass(frozen=True)
 class Comparison:
-    """A published number of seconds (the middle of a range) and the planned one. note: how alike they are."""
+    """A published time in seconds (the middle of a range) and the planned one. note: how comparable they are."""
 
     what: str
     published_s: float
@@ -35,17 +35,17 @@ class Comparison:
 
     @property
     def error(self) -> float:
-        """Planned over published, less one."""
+        """Planned seconds divided by published seconds, minus one."""
         return self.planned_s / self.published_s - 1.0
 
 
 def comparisons() -> list[Comparison]:
-    """All that can be compared."""
+    """Return all comparisons."""
     return [*_syncs(), *_heads(), *_steps()]
 
 
 NOT_COMPARED = (
-    "NeMo-RL DeepSeek-V3 (128 to 512 H100): latent attention, which the trainer does not know",
+    "NeMo-RL DeepSeek-V3 (128 to 512 H100): latent attention, which the trainer does not support",
     "OPSD 1.7B on 8 H100, about 3 h: number of steps and lengths are not published",
     "vime OPD 4B from 32B on 8 A800, about 2 min/step: lengths and batch are not published",
     "memory of chunked losses (NeMo-RL #2883, verl #6593, SkyRL #1610, #1751): chunk and layout are not published",
@@ -67,7 +67,7 @@ def _syncs() -> list[Comparison]:
 
 
 def _heads() -> list[Comparison]:
-    """Liger's fused linear JSD on an H100, V = 128k: logits of both sides and two products backward."""
+    """Compare Liger's fused linear JSD on an H100, V = 128k: logits of both sides and two products backward."""
     gpu, vocab, hidden = GPUS["h100"], 128_256, 4096
     rows = []
     for tokens, published in ((8192, 0.183), (1024, 0.111)):
@@ -79,9 +79,11 @@ def _heads() -> list[Comparison]:
 
 
 def _steps() -> list[Comparison]:
-    """NeMo-RL's GRPO steps. Tokens per step are those of its table (tokens/s/GPU x GPUs x seconds). It scores by the
-    old weights and by a reference. Its trainer leaves the GPUs to the engine while it samples, which this package's
-    does not: the cache is planned as if it did.
+    """Compare NeMo-RL's GRPO steps.
+
+    Tokens per step are computed from its table (tokens/s/GPU x GPUs x seconds). It scores with the old weights and with
+    a reference. Its trainer frees the GPUs for the engine during sampling, which this package's does not: the cache is
+    planned as if it did.
     """
     note = "layout, lengths assumed; trainer's memory free while sampling"
     scored = (StudentScoring("policy", 1.0, 200), StudentScoring("reference", 1.0, 200))

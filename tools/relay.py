@@ -1,8 +1,8 @@
-"""Run commands, keep what they print, and never be silent: for set-up and quickstart, with Python's own modules only.
+"""Run commands, log their output, and never be silent: for set-up and quickstart, with Python's own modules only.
 
-A command's output goes into a log file. A line that matters is printed at once; any other becomes the state that the
-status tells. On a terminal the status is the last line, written over and over; elsewhere it is a new line whenever
-nothing was printed for a while.
+A command's output is written to a log file. A line that matters is printed at once; any other line becomes the state
+that the status shows. On a terminal the status is the last line, rewritten in place; elsewhere it is a new line
+whenever nothing was printed for a while.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ _PATIENCE_S = 35.0  # torchrun itself waits 30 s for its ranks before it kills t
 
 
 class PartFailed(RuntimeError):
-    """A command ended with an error; the text says which, and has the last lines that it printed."""
+    """A command ended with an error; the message names it and has the last lines that it printed."""
 
 
 class Screen:
-    """Where a person reads: lines that stay, and a status that tells that something still runs.
+    """Output for a person: lines that stay, and a status that shows that something still runs.
 
     silence_s: seconds without output after which a stream that is no terminal gets the status as a line.
     """
@@ -57,7 +57,7 @@ class Screen:
             self._write(("\r\x1b[K" if self._live else "") + text + "\n")
 
     def status(self, text: str) -> None:
-        """Say what runs now: at once on a terminal, elsewhere only when nothing was printed for a while."""
+        """Show what runs now: at once on a terminal, elsewhere only when nothing was printed for a while."""
         with self._lock:
             if self._live:
                 width = os.get_terminal_size(self.stream.fileno()).columns - 1
@@ -73,8 +73,10 @@ class Screen:
 
 @dataclass
 class Part:
-    """A command with a name for people. matters: whether a line of its output is printed. environment: variables
-    beside those of this process. latest: the last other line; `run` sets it.
+    """A command with a name for people.
+
+    matters: whether a line of its output is printed. environment: variables in addition to those of this process.
+    latest: the last line that was not printed; `run` sets it.
     """
 
     name: str
@@ -86,10 +88,10 @@ class Part:
 
 
 def run(screen: Screen, *parts: Part, on_tick: Callable[[], None] = lambda: None) -> float:
-    """Run the commands side by side and wait for all of them; return the seconds that it took.
+    """Run the commands in parallel and wait for all of them; return the seconds it took.
 
-    on_tick: called some times per second meanwhile. Raises PartFailed when one ends with an error. The commands are
-    stopped when one of them fails or this process is interrupted.
+    on_tick: called several times per second. Raises PartFailed when one ends with an error. All commands are stopped
+    when one of them fails or this process is interrupted.
     """
     began = time.monotonic()
     lines: queue.Queue[tuple[Part, str]] = queue.Queue()
@@ -110,7 +112,7 @@ def run(screen: Screen, *parts: Part, on_tick: Callable[[], None] = lambda: None
 
 
 def interrupt_on_signals() -> None:
-    """Let SIGTERM and SIGHUP (a closed terminal) stop this process as Ctrl-C does: by a KeyboardInterrupt."""
+    """Let SIGTERM and SIGHUP (a closed terminal) stop this process with a KeyboardInterrupt, as Ctrl-C does."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -121,13 +123,13 @@ def interrupt_on_signals() -> None:
 
 
 class _Running:
-    """A command that was started, and the thread that reads what it prints."""
+    """A command that was started, and the thread that reads its output."""
 
     def __init__(self, part: Part, lines: queue.Queue[tuple[Part, str]]) -> None:
         self.part, self._lines = part, lines
         self._ended: float | None = None
         part.log.parent.mkdir(parents=True, exist_ok=True)
-        # A session of its own: Ctrl-C on the terminal reaches this process alone, which then stops the command.
+        # In its own session: Ctrl-C on the terminal reaches only this process, which then stops the command.
         self.process = subprocess.Popen(
             [str(word) for word in part.command],
             stdin=subprocess.DEVNULL,
@@ -151,11 +153,11 @@ class _Running:
 
     @property
     def done(self) -> bool:
-        """Whether the command has ended and all that it printed is in the log."""
+        """Whether the command has ended and all its output is in the log."""
         if self.process.poll() is None:
             return False
         self._ended = self._ended or time.monotonic()
-        # A child that outlives it may hold its output open: that is not waited for.
+        # A child that outlives the command may keep its output open; do not wait for that.
         return not self._reader.is_alive() or time.monotonic() - self._ended > _LAST_WORDS_S
 
     def raise_failure(self) -> None:
@@ -174,7 +176,7 @@ class _Running:
 
 
 def _take(screen: Screen, lines: queue.Queue[tuple[Part, str]]) -> None:
-    """Print or remember the lines that have come, waiting a little for the first one."""
+    """Print or store the lines that have arrived, waiting a little for the first one."""
     try:
         part, line = lines.get(timeout=_POLL_S)
         while True:
@@ -188,7 +190,7 @@ def _take(screen: Screen, lines: queue.Queue[tuple[Part, str]]) -> None:
 
 
 def _stop(running: Sequence[_Running], screen: Screen) -> None:
-    """End what still runs: SIGTERM to each command, SIGKILL to what does not end by it, its descendants too."""
+    """Stop what still runs: SIGTERM to each command, then SIGKILL to what remains, its descendants too."""
     began = time.monotonic()
     descendants = [child for command in running for child in _descendants(command.process)]
     for command in running:
@@ -205,8 +207,9 @@ def _stop(running: Sequence[_Running], screen: Screen) -> None:
 
 
 def _descendants(process: subprocess.Popen[str]) -> list[Any]:
-    """Return the processes below one that still runs: ranks have sessions of their own, and their workers ignore
-    SIGTERM and outlive them.
+    """Return the descendants of a running process.
+
+    They must be killed one by one: ranks have sessions of their own, and their workers ignore SIGTERM and outlive them.
     """
     if psutil is None or process.poll() is not None:
         return []

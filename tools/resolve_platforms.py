@@ -39,9 +39,9 @@ MACOS = {"MACOSX_DEPLOYMENT_TARGET": "14.0"}  # the oldest for which torch has w
 
 @dataclass(frozen=True)
 class Resolved:
-    """What was chosen for one system and Python version, or why nothing could be.
+    """Result for one system and Python version: the chosen packages, or why there is no solution.
 
-    built: packages without a wheel there. gigabytes: of all wheels, the largest where several fit.
+    built: packages without a wheel there. gigabytes: size of all wheels, the largest where several fit.
     """
 
     packages: int = 0
@@ -89,14 +89,14 @@ def resolve(platform: str, python: str) -> Resolved:
 
 
 def requirements() -> list[str]:
-    """Return what the package and its extra "quickstart" ask for."""
+    """Return the requirements of the package and its extra "quickstart"."""
     asked = map(Requirement, importlib.metadata.requires("megatron-hdpo") or ())
     chosen = [one for one in asked if one.marker is None or one.marker.evaluate({"extra": "quickstart"})]
     return [f"{one.name}{one.specifier}" for one in chosen]
 
 
 def read_lock(lock: dict) -> Resolved:
-    """Return what a pylock.toml says: uv lists in it the wheels that fit the platform."""
+    """Return the result in a pylock.toml: it lists, per package, the wheels that fit the platform."""
     packages: Sequence[dict] = lock["packages"]
     sizes = [max((wheel.get("size", 0) for wheel in package.get("wheels", ())), default=0) for package in packages]
     built = tuple(package["name"] for package in packages if not package.get("wheels"))

@@ -1,4 +1,4 @@
-"""Weak and strong scaling: the fastest layout that fits, at every number of GPUs."""
+"""Weak and strong scaling: the fastest layout that fits, for every number of GPUs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NODE = 8
 
 @dataclass(frozen=True)
 class Point:
-    """The best plan at a number of GPUs, or why there is none."""
+    """The best plan for a number of GPUs, or the reason why there is none."""
 
     gpus: int
     prompts: int
@@ -24,7 +24,7 @@ class Point:
     refusal: str
 
     def row(self) -> dict[str, object]:
-        """As JSON."""
+        """Return the point as a JSON object."""
         head: dict[str, object] = {"gpus": self.gpus, "prompts": self.prompts}
         if self.plan is None:
             return head | {"fits": False, "why_not": self.refusal}
@@ -50,7 +50,10 @@ def weak(
     rollouts: Rollouts,
     base: Layout | None = None,
 ) -> list[Point]:
-    """Work that grows with the GPUs: `workload.prompts` for each of them. base: what all layouts have in common."""
+    """Return the best plans for work that grows with the GPUs: `workload.prompts` for each GPU.
+
+    base: settings that all layouts share.
+    """
     grown = [replace(workload, prompts=workload.prompts * n) for n in counts]
     return [_best(architecture, gpu, n, work, rollouts, base) for n, work in zip(counts, grown, strict=True)]
 
@@ -63,7 +66,7 @@ def strong(
     rollouts: Rollouts,
     base: Layout | None = None,
 ) -> list[Point]:
-    """The same work on more and more GPUs."""
+    """Return the best plans for the same work on growing numbers of GPUs. base: settings that all layouts share."""
     return [_best(architecture, gpu, n, workload, rollouts, base) for n in counts]
 
 

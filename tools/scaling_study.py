@@ -1,4 +1,4 @@
-"""What a step of a model takes on a cluster, from shapes alone; no GPU and no weights are needed.
+"""Estimate what a step of a model costs on a cluster, from shapes alone; no GPU and no weights are needed.
 
     python tools/scaling_study.py plan --model qwen2.5-32b --gpu h100 --nodes 4 --prompts 128 --samples 16
     python tools/scaling_study.py scaling --gpu h100 --out benchmarks/scaling
@@ -33,7 +33,7 @@ _WEAK_PROMPTS, _STRONG_PROMPTS = 4, 1024
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command of the command line."""
     arguments = _arguments()
     try:
         arguments.run(arguments)
@@ -101,7 +101,7 @@ def _workload(arguments: argparse.Namespace, prompts: int) -> Workload:
 
 
 def _common(arguments: argparse.Namespace) -> Layout:
-    """What a search does not vary."""
+    """Return the settings that a search does not vary."""
     return Layout(fp8=arguments.fp8, offload=arguments.offload, overlap=True)
 
 
@@ -192,7 +192,7 @@ def _draw(studies: dict[str, dict[str, list[Point]]], gpu: str, path: Path) -> N
 
 def _published(arguments: argparse.Namespace) -> None:
     rows = [[c.what, f"{c.published_s:.3g}", f"{c.planned_s:.3g}", f"{c.error:+.0%}", c.note] for c in comparisons()]
-    print(table(["what", "published s", "planned s", "error", "likeness"], rows))
+    print(table(["what", "published s", "planned s", "error", "comparable"], rows))
     print("\nnot compared:")
     print("\n".join(f"  {line}" for line in NOT_COMPARED))
 

@@ -26,7 +26,7 @@ from megatron_hdpo.weights.verify import Tolerance, print_checks, verify
 
 
 def main() -> int:
-    """See the module's docstring for the exit status."""
+    """Run the checks; see the module's docstring for the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("first", type=Path, help="Hugging Face or Megatron checkpoint folder")
     parser.add_argument("second", type=Path, nargs="?", help="checkpoint that should hold the same weights")

@@ -1,4 +1,4 @@
-"""Import this first in a part of compare.py: alone, the part then says so; without packages, one line names them."""
+"""First import of every part of compare.py: a part run alone, or without packages, ends with one line."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The figure of the comparison: one panel per column, one line per method, one dot per seed."""
+"""Figure of the comparison: one panel per column, one bar per method, one dot per seed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ START = "warmed up"
 
 
 def draw(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> bytes:
-    """The PNG. rows: those of `compare_results`; labels: of their columns, of which PANELS are drawn."""
+    """Return the figure as a PNG.
+
+    rows: those of `compare_results`. labels: of their columns; the columns of PANELS are drawn.
+    """
     trained = [row for row in rows if row["method"] not in (START, "teacher")]
     start = next((row for row in rows if row["method"] == START), None)
     figure = Figure(figsize=(15, 1.9 + 2 * 0.27 * max(len(trained), 4)), dpi=130, layout="constrained")

@@ -1,4 +1,4 @@
-"""The runs of the comparison: what each one is, which are complete, and running the others a few at a time."""
+"""Runs of the comparison: what each one is, which are complete, and running the others a few at a time."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ TEACHER = ROOT / "examples" / "compare" / "teacher.yaml"
 TEACHER_SEED = 100
 TIME_LIMIT_S = 1800
 OF_A_WARMUP = ("seed", "model.", "data.", "warmup.", "evaluation.", "rollout.max_new_tokens")
-"""What of a recipe a warm-up and its evaluation depend on: changes elsewhere do not call for a new one."""
+"""Keys that a warm-up and its evaluation depend on: changes of other keys do not require a new one."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run: its recipe, what is changed in it, and the folder that it fills."""
+    """A run: its recipe, the overrides, and the folder that it fills."""
 
     recipe: Path
     folder: Path
@@ -43,16 +43,16 @@ class Job:
 
     @property
     def log(self) -> Path:
-        """What the run prints."""
+        """File with the output of the run."""
         return self.folder / "console.log"
 
     def load(self) -> Recipe:
-        """The recipe after its overrides."""
+        """Return the recipe with its overrides."""
         common = (f"output={self.folder}", "threads_per_rank=1", "rollout.save=false")
         return load_recipe(self.recipe, [*common, *self.overrides])
 
     def is_complete(self) -> bool:
-        """Whether the folder holds this run, to its last step, and not one with other settings."""
+        """Return whether the folder holds this run with the same settings, trained to its last step."""
         recipe = self.load()
         if (dtype := begun_in(self.folder)) is not None:  # the saved recipe shows what auto became
             recipe = resolve(recipe, dtype if recipe.model.dtype == "auto" else recipe.model.dtype)
@@ -67,7 +67,7 @@ class Job:
 
 
 def main(description: str) -> None:
-    """The command line."""
+    """Run all jobs of the command line and write the results."""
     arguments, console = _arguments(description), Console()
     started = time.time()
     out, seeds = arguments.out, arguments.seeds
@@ -113,14 +113,14 @@ def _names(known: Sequence[str]):
 
 
 def _teacher(arguments: argparse.Namespace) -> Job:
-    """The external teacher: a warm-up alone."""
+    """Return the job of the external teacher: a warm-up alone."""
     model = _model(arguments.out / "teacher_model", TEACHER_SEED)
     overrides = [f"model.path={model}", f"seed={TEACHER_SEED}", *_warmup_steps(arguments)]
     return Job(TEACHER, arguments.out / "teacher", tuple(overrides))
 
 
 def _start(arguments: argparse.Namespace, seed: int) -> Job:
-    """The warm-up that all methods of a seed start from; any recipe would do, as they have it in common."""
+    """Return the warm-up job that all methods of a seed start from; all recipes share its settings, so any will do."""
     model = _model(arguments.out / f"seed{seed}" / "model", seed)
     overrides = [f"model.path={model}", f"seed={seed}", "train.steps=0", *_warmup_steps(arguments)]
     return Job(RECIPES / "grpo.yaml", arguments.out / f"seed{seed}" / "start", tuple(overrides))
@@ -149,7 +149,7 @@ def _model(folder: Path, seed: int) -> Path:
 
 
 def _run(jobs: Sequence[Job], at_a_time: int, console: Console) -> dict[Job, str]:
-    """Run what is not complete; the jobs that failed, each with the reason."""
+    """Run the jobs that are not complete; return the reason of each one that failed."""
     waiting = [job for job in jobs if not job.is_complete()]
     console.print(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are complete already")
     failures: dict[Job, str] = {}
@@ -172,19 +172,19 @@ def _run(jobs: Sequence[Job], at_a_time: int, console: Console) -> dict[Job, str
 
 
 def _begin(job: Job) -> BaseProcess:
-    """Start a job from its beginning in a process of its own."""
-    if job.folder.name == "start":  # what the methods of this seed learned, they learned from other weights
+    """Start a job from its beginning in its own process."""
+    if job.folder.name == "start":  # the methods of this seed were trained from the old start: delete them
         _empty(job.folder.parent, keep="model")
     shutil.rmtree(job.folder, ignore_errors=True)
     job.folder.mkdir(parents=True)
-    # Forked: what takes seconds to import is there already, and nothing has computed anything yet.
+    # Forked: slow imports are done already, and no thread has been started yet.
     process = multiprocessing.get_context("fork").Process(target=run_recipe, args=(job.load(), job.log))
     process.start()
     return process
 
 
 def _end(job: Job, process: BaseProcess) -> str | None:
-    """None, or why the job failed."""
+    """Return why the job failed, or None."""
     if process.is_alive():
         process.terminate()
         process.join()

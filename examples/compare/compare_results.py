@@ -1,4 +1,4 @@
-"""What the runs of the comparison say, put together: numbers and their spread over seeds, as JSON, table, figure."""
+"""Results of the comparison: numbers and their spread over seeds, as JSON, table and figure."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ LABELS = {
     "signal": "signal",
     "samples": "samples/step",
 }
-"""Columns: what each is measured by says `measured`."""
+"""Columns and their labels; `measured` documents each column."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A run's folder, and why it failed, if it did."""
+    """A run's folder, and the reason if it failed."""
 
     folder: Path
     failure: str | None
@@ -46,7 +46,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Setting:
-    """How the runs were made. seconds_of_last_call: without what was complete before it."""
+    """Settings of the runs. seconds_of_last_call: excludes runs that were complete before it."""
 
     seeds: list[int]
     steps: int
@@ -66,8 +66,9 @@ def write_results(
     setting: Setting,
     console: Console,
 ) -> None:
-    """Write compare.json, compare.md and compare.png into `out` and print the table. given: what the methods start
-    from and learn from, which is evaluated only.
+    """Write compare.json, compare.md and compare.png into `out` and print the table.
+
+    given: the runs that the methods start from or learn from, which are only evaluated.
     """
     rows = [*_rows(given, trained=False), *_rows(outcomes, trained=True)]
     machine = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}, Python {platform.python_version()}"
@@ -81,7 +82,7 @@ def write_results(
 
 
 def measured(folder: Path, trained: bool) -> dict[str, float]:
-    """The numbers of a run.
+    """Return the numbers of a run.
 
     Evaluation after the last step. Entropy (the mean negative log-prob of sampled tokens, nats) and response tokens of
     the rollouts of the last quarter of the steps. Median seconds of a step without evaluation and saving. Share of
@@ -94,7 +95,7 @@ def measured(folder: Path, trained: bool) -> dict[str, float]:
     numbers = {f"easy_pass@{k}": last[f"eval/n3/pass@{k}"] for k in (1, 8)}
     numbers |= {f"hard_pass@{k}": statistics.fmean(last[f"eval/{n}/pass@{k}"] for n in HARD) for k in (1, 8)}
     if trained:
-        records = [record for record in records if record["step"] > 0]  # step 0: what the machine was like
+        records = [record for record in records if record["step"] > 0]  # step 0 has only the health checks
         end = records[-max(1, len(records) // 4) :]
         numbers["entropy"] = statistics.fmean(record["rollout/nll"] for record in end)
         numbers["response_tokens"] = statistics.fmean(record["rollout/response_tokens"] for record in end)
@@ -134,7 +135,7 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The table, and which methods stand outside the reference's spread on the hard sums."""
+    """Return the table, and which methods are outside the reference's spread on the hard sums."""
     header = ["method", *LABELS.values()]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     lines += ["| " + " | ".join(cells) + " |" for cells in map(_cells, rows)]
@@ -144,7 +145,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def against_reference(rows: Sequence[Row], column: str) -> list[str]:
-    """Which methods' seeds are all above, all below, or overlap those of GRPO in a column. Nothing without GRPO."""
+    """Return which methods are above, below or within GRPO's range over seeds in a column; empty without GRPO."""
     spreads = {
         row["method"]: row["summary"][column] for row in rows if "signal" in row["summary"] and not row["failed"]
     }

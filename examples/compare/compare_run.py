@@ -1,7 +1,7 @@
 """One run of the comparison, trained to its end in this process.
 
-Beside what every run records, each step has `compare/signal_rate`: the share of the sampled groups that can change the
-policy, as the method itself sees it.
+Besides the usual metrics, each step has `compare/signal_rate`: the share of the sampled groups that can change the
+policy, as the method itself defines it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SIGNAL = "compare/signal_rate"
 
 
 def run_recipe(recipe: Recipe, log: Path) -> None:
-    """Train to the recipe's last step; what is printed goes into the file `log`. For a process of its own."""
+    """Train to the recipe's last step and write the output into the file `log`. Needs its own process."""
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -41,7 +41,7 @@ def run_recipe(recipe: Recipe, log: Path) -> None:
 
 
 def _record_signal(objective: Objective) -> None:
-    """Add the share of groups with signal to what the method itself measures."""
+    """Add the share of groups with signal to the method's own metrics."""
     of_the_method = objective.metrics
 
     def metrics(groups: Sequence[Group]) -> dict[str, float]:

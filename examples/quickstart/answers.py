@@ -1,4 +1,4 @@
-"""Let checkpoints answer the first held-out problem of a recipe, with plain `transformers`, and write what they say.
+"""Let checkpoints answer the first held-out problem of a recipe, with plain `transformers`, and write the answers.
 
     python examples/quickstart/answers.py RECIPE OUT.json NAME=FOLDER [NAME=FOLDER ...]
 
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def answers(recipe: dict[str, Any], folders: dict[str, str]) -> dict[str, Any]:
-    """Return the question, its answer, and what each checkpoint (a folder by its name) says to it."""
+    """Return the question, its right answer, and each checkpoint's text. folders: checkpoint folder by name."""
     config = DataConfig.model_validate(recipe["data"])
     task = config.evaluation[0]
     tokenizer = AutoTokenizer.from_pretrained(next(iter(folders.values())))
@@ -65,7 +65,7 @@ def answers(recipe: dict[str, Any], folders: dict[str, str]) -> dict[str, Any]:
 
 
 def _first_that_fits(task: Task, prompts: PromptBuilder) -> Problem:
-    """Return the first problem that the run's evaluation holds, too: it leaves out those with a longer prompt."""
+    """Return the first problem with a prompt that fits: the run's evaluation leaves out longer ones, too."""
     for problem in task.problems(LoadReport()):
         with suppress(PromptTooLong):
             prompts.student(problem)

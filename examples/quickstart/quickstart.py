@@ -36,7 +36,10 @@ BAR = 20
 
 @dataclass(frozen=True)
 class Training:
-    """A run of a recipe. ranks: processes of torchrun; 1: none but its own. overrides: `key.path=value`."""
+    """A run of a recipe.
+
+    ranks: processes of torchrun; 1: without torchrun. overrides: `key.path=value`.
+    """
 
     name: str
     recipe: Path
@@ -46,32 +49,32 @@ class Training:
 
     @property
     def command(self) -> list[str | Path]:
-        """The command that trains it, or goes on with it."""
+        """Command that trains the run, or resumes it."""
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.ranks)]
         start = torchrun if self.ranks > 1 else []
         return [sys.executable, *start, "-m", "megatron_hdpo", "train", self.recipe, *self.arguments]
 
     @property
     def arguments(self) -> list[str]:
-        """The overrides, the output folder among them."""
+        """Overrides of the recipe, with the output folder."""
         return [f"output={self.output}", *self.overrides]
 
     @property
     def is_complete(self) -> bool:
-        """Whether this recipe, as it is now, was trained to its end."""
+        """Whether this recipe, in its current form, was trained to its end."""
         return self._mark.is_file() and self._mark.read_text() == self._fingerprint
 
     def complete(self) -> None:
-        """Note that the run was trained to its end."""
+        """Record that the run was trained to its end."""
         self._mark.write_text(self._fingerprint)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The recipe's file as a tree, without overrides."""
+        """Recipe file as a tree, without overrides."""
         return yaml.safe_load(self.recipe.read_text(encoding="utf-8"))
 
     def records(self) -> list[dict[str, Any]]:
-        """The record of each step so far."""
+        """Return the record of each step so far."""
         return read_metrics(self.output) if (self.output / METRICS_FILE).is_file() else []
 
     @property
@@ -102,7 +105,7 @@ def main() -> None:
         act_one(screen, grpo, hdpo)
         act_two(screen, words)
     except PartFailed as failure:
-        sys.exit(f"\n{failure}\nOnce the cause is mended, the same command goes on from here.")
+        sys.exit(f"\n{failure}\nOnce the cause is fixed, the same command goes on from here.")
     except KeyboardInterrupt:
         screen.line("interrupted: run the same command to go on")
         sys.exit(INTERRUPTED)
@@ -112,7 +115,7 @@ def main() -> None:
 
 
 def act_one(screen: Screen, grpo: Training, hdpo: Training) -> None:
-    """Make the tiny model, train it by both methods side by side, and say the verdict."""
+    """Make the tiny model, train it with both methods in parallel, and print the verdict."""
     screen.line("\nAct one: a tiny model, GRPO and HDPO on the same cliffs with the same seeds")
     settings = hdpo.settings
     make_tiny_model(screen, Path(settings["model"]["path"]))
@@ -128,7 +131,7 @@ def act_one(screen: Screen, grpo: Training, hdpo: Training) -> None:
 
 
 def act_two(screen: Screen, words: Training) -> None:
-    """Fetch the pretrained model, train it on word problems, and show what it says before and after."""
+    """Fetch the pretrained model, train it on word problems, and show its answers before and after."""
     screen.line("\nAct two: SmolLM2-135M-Instruct learns word problems with HDPO, on two ranks")
     if (MODEL / "model.safetensors").is_file():
         screen.line(f"{MODEL} is there already")
@@ -141,7 +144,7 @@ def act_two(screen: Screen, words: Training) -> None:
 
 
 def make_tiny_model(screen: Screen, folder: Path) -> None:
-    """Write the tiny model into the folder, which is whole or not there at all."""
+    """Write the tiny model into the folder, completely or not at all."""
     if folder.is_dir():
         screen.line(f"{folder} is there already")
         return
@@ -153,14 +156,14 @@ def make_tiny_model(screen: Screen, folder: Path) -> None:
 
 
 def train(screen: Screen, *runs: Training, on_tick: Callable[[], None] = lambda: None) -> None:
-    """Train those runs that are not complete, side by side."""
+    """Train the runs that are not complete, in parallel."""
     left = [one for one in runs if not one.is_complete]
     for one in runs:
         state = "is complete" if one not in left else "goes on" if one.records() else "starts"
         screen.line(f"{one.name} {state}: {one.recipe}, output in {one.output}")
     if not left:
         return
-    # One thread per rank: two ranks with a thread per core each would only wait for one another.
+    # One thread per rank: two ranks with a thread per core each would compete for the cores.
     threads = {"OMP_NUM_THREADS": "1"}
     alone = len(runs) == 1
     parts = [
@@ -174,7 +177,7 @@ def train(screen: Screen, *runs: Training, on_tick: Callable[[], None] = lambda:
 
 
 def matters(line: str) -> bool:
-    """Whether a line of a run's console is more than progress: progress lines begin with the time of day."""
+    """Return whether a line of a run's console is more than progress; progress lines begin with the time of day."""
     return bool(line) and not line.startswith("[")
 
 
@@ -187,7 +190,7 @@ def _is_of_fetching(line: str) -> bool:
 
 
 class Curve:
-    """The curve of act one as text: a row for each evaluation that both runs have done."""
+    """Curve of act one as text: a row for each evaluation that both runs have done."""
 
     def __init__(self, screen: Screen, grpo: Training, hdpo: Training, samples: int) -> None:
         self._screen, self._runs, self._samples = screen, (grpo, hdpo), samples
@@ -212,13 +215,13 @@ class Curve:
 
 
 def bar(value: Score) -> str:
-    """Draw a share as a bar of text, with its numbers."""
+    """Return a share as a bar of text, with its numbers."""
     full = round(BAR * value.solved.value)
     return "#" * full + "." * (BAR - full) + f" {value.text}"
 
 
 def show_answers(screen: Screen, words: Training) -> None:
-    """Print what the pretrained and the trained model say to the same held-out problem."""
+    """Print the answers of the pretrained and the trained model to the same held-out problem."""
     file = words.output / "answers.json"
     trained = words.output / "hf"
     if not file.is_file() or file.stat().st_mtime < (trained / "config.json").stat().st_mtime:
@@ -235,7 +238,7 @@ def show_answers(screen: Screen, words: Training) -> None:
 
 
 def act_one_verdicts(grpo: Training, hdpo: Training) -> list[str]:
-    """Return a sentence on the cliffs and one on the sums that were taught, of the last evaluation of both runs."""
+    """Return a sentence on the cliffs and one on the taught sums, from the last evaluation of both runs."""
     samples = hdpo.settings["evaluation"]["samples"]
     sets = {"cliffs": "Held-out sums of 5 and 6 digits", "taught": "Held-out sums of 3 digits, which were taught"}
     texts = []
@@ -261,7 +264,7 @@ def summary(grpo: Training, hdpo: Training, words: Training) -> list[str]:
 
 
 def next_steps(grpo: Training, hdpo: Training, words: Training) -> list[str]:
-    """Return lines with the reports and with what to try next."""
+    """Return lines with the reports and suggestions for what to try next."""
     reports = [f"  {one.output / 'report.html'}" for one in (grpo, hdpo, words)]
     return [
         "",
