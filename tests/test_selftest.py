@@ -96,14 +96,14 @@ def all_faults(recipe: str, overrides: Sequence[str]) -> dict[str, str]:
     for name, fault in FAULTS.items():
         run.sync(0)
         run.engine = run.rollouts.sampler.engine = fault(engine)
-        run.weight_sync = EmbeddedSync(run.engine)
+        run.sync.weight_sync = EmbeddedSync(run.engine)
         with faulty_policy(run.policy, name):
             try:
                 start._self_test(run)
                 messages[name] = "passed"
             except SelfTestError as error:
                 messages[name] = str(error)
-        run.engine, run.weight_sync = engine, EmbeddedSync(engine)
+        run.engine, run.sync.weight_sync = engine, EmbeddedSync(engine)
     before = {name: p.detach().clone() for name, p in run.policy.model.named_parameters()}
     start._self_test(run)
     assert all((p == before[name]).all() for name, p in run.policy.model.named_parameters())

@@ -237,7 +237,8 @@ def measure(setting: Setting, repeats: int, full: bool) -> tuple[list[Row], dict
         logits.copy_(master)
         extra = peak_extra(lambda run=run: one_step(run, logits, anchor), setting.device)
         cpu_s, wall_s = (statistics.median(column) for column in zip(*times[name], strict=True))
-        rows.append(Row(name, shown, 1e3 * cpu_s, 1e3 * wall_s, extra, master.numel() * master.element_size()))
+        size = master.numel() * master.element_size()
+        rows.append(Row(name, shown, ms=1e3 * cpu_s, wall_ms=1e3 * wall_s, extra_bytes=extra, logits_bytes=size))
     for row in rows:
         row.relative = row.ms / rows[0].ms
         if setting.device == "cuda":
@@ -284,7 +285,8 @@ def measure_head(tokens: int, vocab: int, hidden: int, k: int, chunk: int, repea
     rows = []
     for name in ways:
         cpu_s, wall_s = (statistics.median(column) for column in zip(*times[name], strict=True))
-        rows.append(Row(name, shown, 1e3 * cpu_s, 1e3 * wall_s, extra[name], tokens * vocab * 4))
+        size = tokens * vocab * 4
+        rows.append(Row(name, shown, ms=1e3 * cpu_s, wall_ms=1e3 * wall_s, extra_bytes=extra[name], logits_bytes=size))
         rows[-1].relative = rows[-1].ms / rows[0].ms
     return rows
 
@@ -311,7 +313,16 @@ def check_kernels() -> dict[str, float]:
 
     worst: dict[str, float] = {}
     for dtype in (torch.float32, torch.bfloat16):
-        setting = Setting(64, 50_304, 64, 1, str(dtype).removeprefix("torch."), "cuda", 0, None)
+        setting = Setting(
+            tokens=64,
+            vocab=50_304,
+            k=64,
+            tp=1,
+            dtype=str(dtype).removeprefix("torch."),
+            device="cuda",
+            rank=0,
+            group=None,
+        )
         logits, ids, topk, _ = setting.tensors()
         for kind, tail in (
             ("jsd", "outside"),
@@ -355,14 +366,29 @@ def run_rank(rank: int, port: int, options: argparse.Namespace) -> None:
         print(HEADER + ("  copy %" if options.device == "cuda" else ""), flush=True)
     for vocab in options.vocab:
         for i, k in enumerate(options.k):
-            setting = Setting(options.tokens, vocab, k, options.tp, options.dtype, options.device, rank, group)
+            setting = Setting(
+                tokens=options.tokens,
+                vocab=vocab,
+                k=k,
+                tp=options.tp,
+                dtype=options.dtype,
+                device=options.device,
+                rank=rank,
+                group=group,
+            )
             some, absent = measure(setting, options.repeats, full=options.full and i == 0)
             rows, missing = rows + some, missing | absent
             if not rank:
                 print("\n".join(row.line() for row in some), flush=True)
     if options.head and options.tp == 1:
         some = measure_head(
-            4096, 32768, options.hidden, 64, options.chunk, max(2, options.repeats // 3), options.device
+            tokens=4096,
+            vocab=32768,
+            hidden=options.hidden,
+            k=64,
+            chunk=options.chunk,
+            repeats=max(2, options.repeats // 3),
+            device=options.device,
         )
         print("\n".join(row.line() for row in some), flush=True)
         rows += some

@@ -55,7 +55,9 @@ def weak(
     base: settings that all layouts share.
     """
     grown = [replace(workload, prompts=workload.prompts * n) for n in counts]
-    return [_best(architecture, gpu, n, work, rollouts, base) for n, work in zip(counts, grown, strict=True)]
+    return [
+        _best(architecture, gpu, n, work, rollouts=rollouts, base=base) for n, work in zip(counts, grown, strict=True)
+    ]
 
 
 def strong(
@@ -67,7 +69,7 @@ def strong(
     base: Layout | None = None,
 ) -> list[Point]:
     """Return the best plans for the same work on growing numbers of GPUs. base: settings that all layouts share."""
-    return [_best(architecture, gpu, n, workload, rollouts, base) for n in counts]
+    return [_best(architecture, gpu, n, workload, rollouts=rollouts, base=base) for n in counts]
 
 
 def _best(

@@ -140,8 +140,8 @@ def _scaling(arguments: argparse.Namespace) -> None:
     studies: dict[str, dict[str, list[Point]]] = {"weak": {}, "strong": {}}
     for name, architecture in SHAPES.items():
         few, many = (_workload(arguments, prompts) for prompts in (_WEAK_PROMPTS, _STRONG_PROMPTS))
-        studies["weak"][name] = weak(architecture, gpu, _COUNTS, few, rollouts, _common(arguments))
-        studies["strong"][name] = strong(architecture, gpu, _COUNTS, many, rollouts, _common(arguments))
+        studies["weak"][name] = weak(architecture, gpu, _COUNTS, few, rollouts=rollouts, base=_common(arguments))
+        studies["strong"][name] = strong(architecture, gpu, _COUNTS, many, rollouts=rollouts, base=_common(arguments))
     rows = {kind: {name: [p.row() for p in points] for name, points in of.items()} for kind, of in studies.items()}
     options = {key: value for key, value in vars(arguments).items() if key not in ("run", "out")}
     head = {

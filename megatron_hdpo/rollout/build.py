@@ -80,7 +80,12 @@ def _on_servers(
     engine = together(
         context,
         lambda: SGLangEngine(
-            config, urls, architecture.vocab_size, architecture.max_positions, servers, _experts(architecture)
+            config=config,
+            urls=urls,
+            vocab_size=architecture.vocab_size,
+            context_length=architecture.max_positions,
+            servers=servers,
+            experts=_experts(architecture),
         ),
         close=servers.close if servers else None,
     )
@@ -91,8 +96,14 @@ def _on_servers(
     receivers: Receivers = "leader" if all(places[owner].leads for owner in owners) else "all"
     gate = None
     if config.sync.verify:
-        sizes = architecture.num_kv_heads, architecture.vocab_size
-        gate = Gate(*sizes, device, config.sync.timeout_s, config.sync.min_peak, architecture.num_experts)
+        gate = Gate(
+            kv_heads=architecture.num_kv_heads,
+            vocab_size=architecture.vocab_size,
+            device=device,
+            timeout_s=config.sync.timeout_s,
+            min_peak=config.sync.min_peak,
+            num_experts=architecture.num_experts,
+        )
     transport = _transport(rollout, plan, model_path, context, output)
     return BuiltEngine(engine, ServerSync(WeightPush(engine, transport, gate), receivers, context), owners)
 
@@ -122,7 +133,16 @@ def _started(
     config.check(device)
     config.check_interpreter(device)
     node = os.environ.get("GROUP_RANK", "0")
-    launches = [Launch(model_path, device, server.index, server.first_gpu, rollout.routing_replay) for server in mine]
+    launches = [
+        Launch(
+            model=model_path,
+            device=device,
+            index=server.index,
+            first_gpu=server.first_gpu,
+            routed_experts=rollout.routing_replay,
+        )
+        for server in mine
+    ]
     servers = Servers(config, launches, output / "logs" / f"node{node}")
     servers.start()
     return servers

@@ -22,8 +22,8 @@ def train(run: Run) -> None:
         )
     _record_start(run)
     while run.step < last:
-        run.performance.begin()
-        with run.profiler.step(run.step + 1):
+        run.measurements.performance.begin()
+        with run.measurements.profiler.step(run.step + 1):
             metrics = _step(run)
         _record_and_save(run, metrics)
     if recipe.checkpoint.export:
@@ -38,10 +38,10 @@ def _record_start(run: Run) -> None:
     Startup time is logged in step 0 or not at all; it never counts towards step 1.
     """
     before = run.step == 0 and run.recipe.evaluation.before
-    metrics = run.health | (evaluate_now(run) if before else {})
+    metrics = run.measurements.health | (evaluate_now(run) if before else {})
     times = run.console.timer.metrics()
-    if run.step == 0 and (run.health or before):
-        run.tracker.log(0, metrics | times)
+    if run.step == 0 and (run.measurements.health or before):
+        run.record.log(0, metrics | times)
     if passed := [step for step in run.recipe.profile.steps if step <= run.step]:
         run.console.warn(f"profile.steps: {passed} are done already, so they are not traced")
 
@@ -52,7 +52,7 @@ def _step(run: Run) -> dict[str, float]:
     begin_next_rollouts(run)
     metrics |= run.learner.learn(groups, run.step)
     run.step += 1
-    metrics |= run.stragglers.metrics(run.step)
+    metrics |= run.measurements.stragglers.metrics(run.step)
     if recipe.rollout.replay is None:
         metrics |= sync(run)
     if due(run.step, recipe.evaluation.every, recipe.train.steps):
@@ -79,15 +79,15 @@ def _record_and_save(run: Run, metrics: dict[str, float]) -> None:
     missing for ever.
     """
     metrics |= run.console.timer.metrics()
-    metrics |= run.performance.metrics(metrics)
+    metrics |= run.measurements.performance.metrics(metrics)
     run.console.step(run.step, run.recipe.train.steps, metrics)
-    run.tracker.log(run.step, metrics)
+    run.record.log(run.step, metrics)
     if due(run.step, run.recipe.checkpoint.every, run.recipe.train.steps):
         with run.console.phase("save"):
             run.checkpoints.save(run.step, run.policy, run.learner.memory())
         saving = run.console.timer.metrics()
         seconds = metrics[STEP_SECONDS] + saving[STEP_SECONDS]
-        run.tracker.log(run.step, saving | {STEP_SECONDS: seconds} | over_longer_step(metrics, seconds))
+        run.record.log(run.step, saving | {STEP_SECONDS: seconds} | over_longer_step(metrics, seconds))
 
 
 def due(step: int, every: int | None, last: int) -> bool:

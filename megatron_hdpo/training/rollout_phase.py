@@ -31,7 +31,7 @@ def rollouts_of_step(run: Run) -> tuple[list[Group], dict[str, float]]:
         check_versions(groups, run.step, rollout.ahead)
         if rollout.save and run.context.is_leader:
             _save_rollouts(run.recipe.output / "rollouts" / file, groups, run)
-        run.performance.rollouts(groups)
+        run.measurements.performance.rollouts(groups)
     metrics = rollout_metrics(groups) | run.objective.metrics(groups)
     if rollout.refill_rounds:
         sampled, groups = len(groups), with_signal(groups, rollout.prompts_per_step, run.objective)

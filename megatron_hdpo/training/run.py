@@ -7,24 +7,20 @@ is reported before any weight is read.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
-from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from megatron_hdpo.checkpoint.store import CheckpointStore
-from megatron_hdpo.config import Recipe, RecipeError, check_recipe, save_recipe
+from megatron_hdpo.config import Recipe, RecipeError, check_recipe
 from megatron_hdpo.config.check import DEFAULT_IMPORTANCE_CAP
 from megatron_hdpo.config.precision import begun_in, choose_precision, resolve
 from megatron_hdpo.data.load import LoadedData, load
 from megatron_hdpo.health.check import check_health
-from megatron_hdpo.health.stragglers import StragglerWatch
 from megatron_hdpo.model.architecture import Architecture, read_architecture
 from megatron_hdpo.model.build import build_model, wrap_data_parallel
 from megatron_hdpo.model.config import ModelError
@@ -38,72 +34,61 @@ from megatron_hdpo.parallel.cores import usable_cores
 from megatron_hdpo.rewards.pool import RewardPool
 from megatron_hdpo.rollout.build import build_engine
 from megatron_hdpo.rollout.engine import Engine
-from megatron_hdpo.rollout.weight_sync import WeightSync
 from megatron_hdpo.sampling.ahead import StepRollouts
 from megatron_hdpo.sampling.coordinator import RolloutCoordinator
 from megatron_hdpo.sampling.sampler import Sampler
-from megatron_hdpo.teachers.teacher import PolicyTeacher, Teacher
+from megatron_hdpo.teachers.teacher import PolicyTeacher
 from megatron_hdpo.tracking.console import Console
 from megatron_hdpo.tracking.logging import configure_logging
-from megatron_hdpo.tracking.performance import Performance
-from megatron_hdpo.tracking.profile import StepProfiler
-from megatron_hdpo.tracking.tracker import Tracker
 from megatron_hdpo.training.learner import Learner
-from megatron_hdpo.training.measurements import build_performance
+from megatron_hdpo.training.measurements import Measurements, build_measurements
+from megatron_hdpo.training.policy_sync import PolicySync
+from megatron_hdpo.training.record import RunRecord
 from megatron_hdpo.types.learning import Objective
 from megatron_hdpo.weights.load import load_hf
-from megatron_hdpo.weights.stream import Receivers, stream_hf
 
 
 @dataclass
 class Run:
-    """State of a run between its steps."""
+    """State of a run between its steps.
+
+    engine: samples the rollouts; `sync` sends weights to it. prefetched: rollouts of the current or the next step.
+    checkpoints, record: what the run leaves in its folder. step: number of steps that have been taken.
+    """
 
     recipe: Recipe
     context: ParallelContext
-    architecture: Architecture
+    console: Console
     data: LoadedData
     policy: Policy
-    engine: Engine
-    weight_sync: WeightSync
-    rewards: RewardPool
-    rollouts: RolloutCoordinator
-    objective: Objective
     learner: Learner
-    checkpoints: CheckpointStore
-    tracker: Tracker
-    console: Console
+    engine: Engine
+    sync: PolicySync
+    rewards: RewardPool
     step_rollouts: StepRollouts
-    profiler: StepProfiler
-    performance: Performance
-    health: dict[str, float]
-    stragglers: StragglerWatch
+    checkpoints: CheckpointStore
+    record: RunRecord
+    measurements: Measurements
     step: int = 0
-    lock: FileLock | None = None
 
-    def sync(self, version: int, norm_scale: float = 1.0) -> dict[str, float]:
-        """Stream the policy's weights into the engine, stamped with `version`; return metrics. Collective.
+    @property
+    def architecture(self) -> Architecture:
+        """Sizes of the policy."""
+        return self.policy.architecture
 
-        norm_scale: multiplies the final norm, for the self-test.
-        """
+    @property
+    def objective(self) -> Objective:
+        """Objective that the learner trains for."""
+        return self.learner.objective
 
-        def open_stream(to: Receivers) -> Iterator[tuple[str, Tensor]]:
-            stream = stream_hf(self.policy.model, self.architecture, self.context, to=to)
-            return scaled_final_norm(stream, norm_scale)
-
-        return self.weight_sync(open_stream, version)
-
-    def restore_weights(self) -> None:
-        """Give engines that lost them the weights of the present step again. Collective."""
-        self.sync(self.step)
+    @property
+    def rollouts(self) -> RolloutCoordinator:
+        """Sampling of groups on all ranks."""
+        return self.step_rollouts.coordinator
 
     def decode(self, token_ids: np.ndarray) -> str:
         """Return the text of a response, without special tokens."""
         return self.rollouts.sampler.decode(token_ids)
-
-    def set_teacher(self, teacher: Teacher) -> None:
-        """Use this teacher from now on."""
-        self.learner.teacher = teacher
 
     def rebuild_optimizer(self, config: OptimizerConfig, total_steps: int) -> None:
         """Build a new optimizer and schedule for the model's current weights."""
@@ -111,43 +96,13 @@ class Run:
             config, self.policy.ddp, self.context, total_steps
         )
 
-    def open_record(self, resume_step: int | None) -> None:
-        """Write recipe.yaml and open metrics and trackers; from here on the run folder is this run's.
-
-        Not before everything that can be wrong with the recipe is known: what is refused must leave the folder of the
-        run that it would have resumed as it was. resume_step: the step of the loaded checkpoint, None at a fresh start.
-        Collective. Raises RecipeError when another run is at work in the folder.
-        """
-        recipe, leader = self.recipe, self.context.is_leader
-        self._lock_folder()
-        self.tracker = Tracker(recipe.tracking, recipe.output, self.console, resume_step=resume_step, enabled=leader)
-        self.tracker.log_config(recipe.model_dump(mode="json"))
-        if leader:
-            save_recipe(recipe, recipe.output / "recipe.yaml")
-
-    def _lock_folder(self) -> None:
-        """Two runs in one folder would overwrite each other's checkpoints. The system lets go of a dead run's lock."""
-        taken = False
-        if self.context.is_leader:
-            self.lock = FileLock(self.recipe.output / "run.lock")
-            try:
-                self.lock.acquire(timeout=0)
-            except Timeout:
-                taken = True
-        if self.context.broadcast_object(taken):
-            raise RecipeError(
-                f"output: another run is at work in {self.recipe.output}: wait for its end, or use another folder"
-            )
-
     def close(self, failed: bool) -> None:
-        """Stop workers and engine, and close the trackers."""
+        """Stop workers and engine, and close the record."""
         self.step_rollouts.close()
         self.rewards.close()
-        self.weight_sync.close()
+        self.sync.close()
         self.engine.close()
-        self.tracker.close(failed)
-        if self.lock is not None:
-            self.lock.release()
+        self.record.close(failed)
 
 
 def build_run(
@@ -170,40 +125,50 @@ def build_run(
     for warning in check_recipe(recipe, architecture, context.world_size):
         console.warn(warning)
     health = check_health(recipe.health, context, console, recipe.output, recipe.model_dump_json())
-    store = CheckpointStore(recipe.output, context, recipe.checkpoint.keep, recipe.checkpoint.reshardable)
-    if resumes and (latest := store.latest()) is not None:
-        store.check(latest, architecture, recipe.model.dtype)
+    checkpoints = CheckpointStore(recipe.output, context, recipe.checkpoint.keep, recipe.checkpoint.reshardable)
+    if resumes and (latest := checkpoints.latest()) is not None:
+        checkpoints.check(latest, architecture, recipe.model.dtype)
     tokenizer = load_tokenizer(recipe.model.path)
     rewards = RewardPool(recipe.data.tasks, recipe.reward)
     data = _load_data(recipe, context, console, tokenizer, rewards)
     policy = _build_policy(recipe, context, console, architecture)
     with console.phase("start engine"):
         built = build_engine(recipe.rollout, Path(recipe.model.path), architecture, context, recipe.output)
-    engine = built.engine
-    sampler = Sampler(engine, rewards, partial(_decode, tokenizer), recipe.rollout.max_retries)
-    stops = stop_token_ids(tokenizer, recipe.model.path)
-    rollouts = RolloutCoordinator(
-        recipe.rollout, context, sampler, data.prompts, stops, recipe.seed, built.sampling_ranks
-    )
-    objective = objective or _build_objective(recipe, data)
-    tracker = Tracker(recipe.tracking, recipe.output, console, enabled=False)
+    sync = PolicySync(policy, built.sync)
     learner = Learner(
-        policy,
-        objective,
-        PolicyTeacher(policy),
-        console,
-        recipe.train.updates_per_step,
-        recipe.train.max_skipped_updates,
+        policy=policy,
+        objective=objective or _build_objective(recipe, data),
+        # The recipe's teacher may be the model after the warm-up: `start.prepare` sets it.
+        teacher=PolicyTeacher(policy),
+        console=console,
+        updates_per_step=recipe.train.updates_per_step,
+        max_skipped_updates=recipe.train.max_skipped_updates,
     )
-    run = Run(
-        recipe, context, architecture, data, policy, engine, built.sync, rewards, rollouts, objective, learner, store,
-        tracker, console, StepRollouts(rollouts),
-        StepProfiler(recipe.profile, recipe.output / "profile", context.rank, context.device, console),
-        build_performance(recipe, policy, learner.work), health,
-        StragglerWatch(recipe.health, context, console, policy, health.get("health/allreduce_gb_per_s")),
-    )  # fmt: skip
-    rollouts.restore_weights = run.restore_weights
-    return run
+    rollouts = RolloutCoordinator(
+        config=recipe.rollout,
+        context=context,
+        sampler=Sampler(built.engine, rewards, partial(_decode, tokenizer), recipe.rollout.max_retries),
+        prompts=data.prompts,
+        stop_token_ids=stop_token_ids(tokenizer, recipe.model.path),
+        seed=recipe.seed,
+        sampling_ranks=built.sampling_ranks,
+        restore_weights=sync.restore,
+    )
+    return Run(
+        recipe=recipe,
+        context=context,
+        console=console,
+        data=data,
+        policy=policy,
+        learner=learner,
+        engine=built.engine,
+        sync=sync,
+        rewards=rewards,
+        step_rollouts=StepRollouts(rollouts),
+        checkpoints=checkpoints,
+        record=RunRecord(recipe, context, console),
+        measurements=build_measurements(recipe, policy, learner.work, console, health),
+    )
 
 
 def settle_precision(
@@ -252,12 +217,6 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_path: str | Path) -
 def rollouts_file(step: int) -> str:
     """Return the name of the file with the rollouts of a step, counted from 1."""
     return f"step_{step:08d}.jsonl"
-
-
-def scaled_final_norm(stream: Iterable[tuple[str, Tensor]], scale: float) -> Iterator[tuple[str, Tensor]]:
-    """Yield the stream with its final norm multiplied by `scale`, which changes every log-prob."""
-    for name, tensor in stream:
-        yield name, tensor * scale if name == "model.norm.weight" and scale != 1.0 else tensor
 
 
 def set_threads(recipe: Recipe, local_world_size: int) -> None:

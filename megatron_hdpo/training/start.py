@@ -37,7 +37,7 @@ def prepare(run: Run) -> None:
 
 def _begin(run: Run) -> None:
     _check_replay(run)
-    run.open_record(None)
+    run.record.open(None)
     if run.recipe.warmup.kind == "sft":
         _warm_up_once(run)
     _build_optimizer(run)
@@ -56,7 +56,7 @@ def _resume(run: Run, latest: Path) -> None:
     _check_replay(run)
     if changes := recipe_changes(run.recipe.output / "recipe.yaml", run.recipe):
         run.console.warn("the recipe has changed since this run was last started: " + "; ".join(changes))
-    run.open_record(run.step)
+    run.record.open(run.step)
     run.console.print(f"resumed from {latest.name}")
 
 
@@ -95,7 +95,7 @@ def _set_teachers(run: Run, start: FrozenTeacher | None = None) -> None:
     if recipe.objective.needs_reference:
         run.learner.reference = start
     frozen = recipe.teacher.kind == "frozen" and start is not None
-    run.set_teacher(start if frozen else build_teacher(recipe.teacher, run.policy, recipe.model))
+    run.learner.teacher = start if frozen else build_teacher(recipe.teacher, run.policy, recipe.model)
 
 
 def _restore_teachers(run: Run) -> None:
@@ -144,7 +144,15 @@ def _self_test(run: Run) -> None:
 
     exact = recipe.model.dtype == "float32" and recipe.rollout.engine_dtype == "float32"
     with run.console.phase("self-test"):
-        result = run_self_test(config, run.policy, sample, sync, run.step, exact, recipe.rollout.temperature)
+        result = run_self_test(
+            config=config,
+            policy=run.policy,
+            sample=sample,
+            sync=sync,
+            version=run.step,
+            exact=exact,
+            temperature=recipe.rollout.temperature,
+        )
     run.console.print(
         f"self-test passed: engine and trainer differ by {result.mean_difference:.2g} nats per token on average, "
         f"{result.max_difference:.2g} at most, over {result.tokens} tokens; divergence of an equal teacher "

@@ -79,7 +79,9 @@ def watch(checkpoint: str, steps: int, first_gb_per_s: float) -> dict[str, Any]:
     config = HealthConfig(straggler_steps=2, straggler_ratio=1.05, every=steps)
     now, dawdle = [0.0], [0.0]
     console = Console(context.is_leader, stream=stream)
-    stragglers = StragglerWatch(config, context, console, policy, first_gb_per_s, lambda: now[0])
+    stragglers = StragglerWatch(
+        config, context, console, policy, first_gb_per_s=first_gb_per_s, host_seconds=lambda: now[0]
+    )
     clock = ComputeClock(context.device, lambda: now[0])
     clock.attach(policy)
 

@@ -73,7 +73,7 @@ def coordinator(context: Any, fails: Fails = lambda request, index: False, seed:
     engine.deterministic = False  # one that repeats itself exactly is asked in two phases
     sampler = Sampler(engine, Judge(lambda text: text.startswith("4")), text_of)  # type: ignore[arg-type]
     config = RolloutConfig(samples_per_prompt=3, max_new_tokens=8, routing_replay=True)
-    return RolloutCoordinator(config, context, sampler, Prompts(), (1,), seed)  # type: ignore[arg-type]
+    return RolloutCoordinator(config, context, sampler, Prompts(), stop_token_ids=(1,), seed=seed)  # type: ignore[arg-type]
 
 
 class SecondTry(BaseObjective):

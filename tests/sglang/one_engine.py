@@ -64,7 +64,7 @@ def one_engine(
 ) -> Iterator[tuple[SGLangEngine, WeightPush]]:
     """An engine, and the push that fills it."""
     config = SGLangConfig.model_validate({"placement": "given", "urls": list(urls)} | settings)
-    engine = SGLangEngine(config, urls, VOCAB, CONTEXT, servers, experts)
+    engine = SGLangEngine(config, urls, VOCAB, CONTEXT, servers=servers, experts=experts)
     checks = Gate(kv_heads, VOCAB, "cpu", 600.0) if gate else None
     try:
         yield engine, WeightPush(engine, TensorTransport(600.0), checks)

@@ -90,7 +90,7 @@ def _routed_experts(meta: dict[str, Any], tokens: int, choice: ExpertChoice) -> 
     flat = np.frombuffer(base64.b64decode(meta["routed_experts"], validate=True), dtype="<i4")
     shape = tokens, choice.layers, choice.per_token
     if flat.size != np.prod(shape):
-        raise BadAnswerError(f"routed experts: {flat.size} numbers, want {shape} (tokens, layers, per token)")
+        raise BadAnswerError(f"routed experts: {flat.size} numbers, {shape} (tokens, layers, per token) expected")
     if flat.min(initial=0) < 0 or flat.max(initial=0) >= choice.experts:
         raise BadAnswerError(f"routed experts from {flat.min()} to {flat.max()}, the model has {choice.experts}")
     sorted_TLK = np.sort(flat.reshape(shape), axis=-1)

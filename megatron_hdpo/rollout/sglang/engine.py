@@ -181,7 +181,8 @@ class SGLangEngine:
         info = await api.info()
         if info.data_parallel != 1:
             raise ValueError(f"{url}: dp_size is {info.data_parallel}; weight updates need servers with dp_size 1")
-        return Replica(index, api, ask, info, asyncio.Semaphore(self.config.max_concurrency), own)
+        slots = asyncio.Semaphore(self.config.max_concurrency)
+        return Replica(index=index, api=api, ask=ask, info=info, slots=slots, own=own)
 
     async def _end_tasks(self) -> None:
         """Cancel all running samples and wait for their end."""

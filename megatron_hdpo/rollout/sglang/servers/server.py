@@ -158,7 +158,14 @@ class ServerProcess:
         self._port, nccl_port = (held.number for held in self._ports)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self._write_key()
-        command = server_command(self.config, self.launch, self.host, self._port, nccl_port, self._key_file)
+        command = server_command(
+            config=self.config,
+            launch=self.launch,
+            host=self.host,
+            port=self._port,
+            nccl_port=nccl_port,
+            key_file=self._key_file,
+        )
         guarded = [sys.executable, "-IS", supervisor.__file__, str(os.getpid()), str(self.config.stop_timeout_s)]
         environment = server_environment(self.config, self.launch.device, os.environ)
         with self.log.open("a") as log:

@@ -41,8 +41,8 @@ def _of_words(tensor: Tensor) -> int:
     for start in range(0, len(words), _TILE_WORDS * _CHUNK_TILES):
         part = words[start : start + _TILE_WORDS * _CHUNK_TILES].to(torch.int64) & _MASK
         place = (torch.arange(start, start + len(part), device=part.device) & _MASK).to(torch.int64)
-        first = _tiles(part, place, 0x27D4EB2D, seeds[0], 15, num_bytes)
-        second = _tiles(part, place, 0x165667B1, seeds[1], 13, num_bytes)
+        first = _tiles(part, place, factor=0x27D4EB2D, seed=seeds[0], turn=15, num_bytes=num_bytes)
+        second = _tiles(part, place, factor=0x165667B1, seed=seeds[1], turn=13, num_bytes=num_bytes)
         for high, low in zip(first.tolist(), second.tolist(), strict=True):
             total += (high << 32) | low
     return _splitmix(total)
