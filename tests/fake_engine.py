@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from megatron_hdpo.rollout.engine import EngineHealth
 from megatron_hdpo.types.rollouts import Completion, GenerationRequest, GenerationResult
 
 Fails = Callable[[GenerationRequest, int], bool]
@@ -36,9 +35,6 @@ class FakeEngine:
 
     def make_room(self) -> None:
         """It takes none."""
-
-    def health(self) -> EngineHealth:
-        return EngineHealth(True, self.weight_version)
 
     def close(self) -> None:
         self._waiting.clear()

@@ -15,7 +15,7 @@ the same sample in a batch differ sooner or later: the flatter the distribution,
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -26,12 +26,10 @@ from transformers import Cache, PretrainedConfig
 
 from megatron_hdpo.rollout.embedded_model import EmbeddedModel
 from megatron_hdpo.rollout.embedded_state import PendingRequest, SequenceState
-from megatron_hdpo.rollout.engine import EngineHealth, WeightStream
+from megatron_hdpo.rollout.engine import WeightStream
 from megatron_hdpo.rollout.request_check import problem_with
 from megatron_hdpo.rollout.sampling import Draw, RowParams, row_params, sample, uniforms
 from megatron_hdpo.types.rollouts import FinishReason, GenerationRequest, GenerationResult
-
-OnProgress = Callable[[int, int], None]
 
 
 class EmbeddedEngineConfig(BaseModel):
@@ -76,7 +74,6 @@ class EmbeddedEngine:
         model: PretrainedConfig | str | Path,
         config: EmbeddedEngineConfig,
         device: torch.device | str = "cpu",
-        on_progress: OnProgress | None = None,
     ) -> None:
         if config.dtype == "auto":
             raise ValueError("EmbeddedEngineConfig.dtype: auto is not resolved yet: pass the precision of the model")
@@ -85,7 +82,6 @@ class EmbeddedEngine:
         dtype = getattr(torch, self.config.dtype)
         self._model = EmbeddedModel(model, dtype, self._device, self.config.vocab_size)
         self._cache = self._model.new_cache(self.config.max_batch_tokens)
-        self._on_progress = on_progress
         self._version = -1
         self._unusable = "no weights yet: call update_weights"
         self._waiting: deque[PendingRequest] = deque()
@@ -93,7 +89,6 @@ class EmbeddedEngine:
         self._params: RowParams | None = None  # of _active; None when it changed
         self._outstanding: set[str] = set()
         self._finished: deque[GenerationResult] = deque()
-        self._generated, self._completed = 0, 0
 
     @property
     def weight_version(self) -> int:
@@ -108,8 +103,6 @@ class EmbeddedEngine:
             if request.request_id in taken:
                 raise ValueError(f"request {request.request_id}: this id is already outstanding")
             taken.add(request.request_id)
-        if not self._outstanding:
-            self._generated, self._completed = 0, 0
         self._outstanding = taken
         self._waiting.extend(PendingRequest(request) for request in requests)
 
@@ -153,10 +146,6 @@ class EmbeddedEngine:
         self._model.load(stream)
         self._version = version
         self._unusable = ""
-
-    def health(self) -> EngineHealth:
-        """Whether requests can be served now, and why not."""
-        return EngineHealth(alive=not self._unusable, weight_version=self._version, detail=self._unusable)
 
     def make_room(self) -> None:
         """Do nothing: where this engine is used, there is memory for the trainer, weights and cache."""
@@ -210,8 +199,6 @@ class EmbeddedEngine:
                 self._params = self._row_params(self._active)
             ended = self._sample(self._active, logits_BV, self._params)
             self._remove(ended)
-        if self._on_progress:
-            self._on_progress(self._generated, self._completed)
 
     def _admit(self) -> None:
         """Move waiting requests into free slots, when enough slots are free to justify a prefill."""
@@ -322,7 +309,6 @@ class EmbeddedEngine:
             sequence.ids.append(ids[row])
             sequence.logprobs.append(logprobs[row])
             sequence.versions.append(self._version)
-            self._generated += 1
             if sampling.top_logprobs:
                 sequence.top_ids.append(top_ids[row, : sampling.top_logprobs])
                 sequence.top_logprobs.append(top_logprobs[row, : sampling.top_logprobs])
@@ -356,7 +342,6 @@ class EmbeddedEngine:
         if pending.finished:
             self._outstanding.discard(pending.request.request_id)
             self._finished.append(pending.result())
-            self._completed += 1
 
     def _remove(self, ended: list[int]) -> None:
         """Close the gaps: rows from the end move into freed slots, so that the active rows stay a prefix."""

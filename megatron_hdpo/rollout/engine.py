@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -18,15 +17,6 @@ class EngineLostWeights(RuntimeError):
 
     Outstanding requests are dropped; they can be submitted again after a weight update.
     """
-
-
-@dataclass(frozen=True)
-class EngineHealth:
-    """alive: requests can be served now. detail: one line for a person, the reason when not alive."""
-
-    alive: bool
-    weight_version: int
-    detail: str = ""
 
 
 class Engine(Protocol):
@@ -69,9 +59,6 @@ class Engine(Protocol):
 
         Call it only when no request is outstanding and none will be submitted before that update.
         """
-
-    def health(self) -> EngineHealth:
-        """Whether requests can be served now; never raises."""
 
     def close(self) -> None:
         """Release memory, processes and ports. Idempotent."""

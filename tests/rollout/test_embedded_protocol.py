@@ -71,12 +71,12 @@ def test_wrong_update_is_refused_and_nothing_is_served_until_the_next(case):
     before = tokens(engine, ask())
     with pytest.raises(ValueError, match=message):
         engine.update_weights(stream, version=1)
-    assert not engine.health().alive and "version 1" in engine.health().detail and engine.weight_version == 0
+    assert "version 1 did not complete" in engine._unusable and engine.weight_version == 0
     engine.submit([ask()])
     with pytest.raises(RuntimeError, match="version 1 did not complete"):
         next(engine.results())
     engine.update_weights(weights(UNTIED).items(), version=2)
-    assert engine.health().alive and engine.weight_version == 2
+    assert not engine._unusable and engine.weight_version == 2
     (result,) = engine.results()
     assert [c.token_ids.tolist() for c in result.completions] == before
     assert result.completions[0].weight_versions.tolist() == [2] * 6
@@ -97,7 +97,7 @@ def test_tied_head_may_come_and_must_then_be_the_embedding():
 
 def test_no_weights_no_samples():
     engine = EmbeddedEngine(TIED, EmbeddedEngineConfig(dtype="float32"))
-    assert engine.weight_version == -1 and not engine.health().alive
+    assert engine.weight_version == -1 and "no weights yet" in engine._unusable
     engine.submit([ask()])
     with pytest.raises(RuntimeError, match="call update_weights"):
         list(engine.results())
@@ -212,7 +212,13 @@ def test_cache_stays_within_its_bound_and_slots_are_reused():
     requests = [ask(f"{i}", length=1 + i % 9, n=1 + i % 3, max_new_tokens=5 + 23 * (i % 4)) for i in range(24)]
     engine.submit(requests)
     sizes = set()
-    engine._on_progress = lambda *_: sizes.add((engine._cache.slots, engine._cache.columns))
+    advance = engine._advance
+
+    def watched():
+        advance()
+        sizes.add((engine._cache.slots, engine._cache.columns))
+
+    engine._advance = watched
     results = {r.request_id: [c.token_ids.tolist() for c in r.completions] for r in engine.results()}
     assert all(slots * columns <= 200 for slots, columns in sizes) and len({s for s, _ in sizes}) > 1
     roomy = engine_with()
@@ -246,17 +252,6 @@ def test_an_exception_of_the_model_passes_and_the_engine_is_empty_afterwards():
     assert len(tokens(engine, ask(n=2))) == 2
 
 
-def test_progress_counts_tokens_and_requests():
-    calls = []
-    engine = EmbeddedEngine(TIED, EmbeddedEngineConfig(dtype="float32"), on_progress=lambda *c: calls.append(c))
-    engine.update_weights(weights(TIED).items(), 0)
-    for _ in range(2):
-        calls.clear()
-        tokens(engine, ask(n=3, max_new_tokens=4))
-        assert calls[-1] == (12, 1) and calls[0][1] == 0
-        assert [c[0] for c in calls] == sorted(c[0] for c in calls)
-
-
 # ---- memory
 
 
@@ -266,7 +261,7 @@ def test_released_memory_is_gone_and_an_update_brings_the_engine_back():
     assert engine._cache.slots and sum(p.numel() for p in engine._model._model.parameters())
     engine.release()
     assert engine._cache.slots == 0 and sum(p.numel() for p in engine._model._model.parameters()) == 0
-    assert "released" in engine.health().detail
+    assert "released" in engine._unusable
     engine.update_weights(weights(TIED).items(), 1)
     assert tokens(engine, ask(n=4)) == before
 
@@ -278,7 +273,7 @@ def test_release_refuses_while_requests_are_outstanding_and_close_does_not():
         engine.release()
     engine.close()
     engine.close()
-    assert not engine.health().alive and list(engine.results()) == []
+    assert engine._unusable == "closed" and list(engine.results()) == []
 
 
 @pytest.mark.parametrize(("dtype", "name"), [("float32", ""), ("bfloat16", "config.json")])

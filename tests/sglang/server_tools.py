@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 
+from megatron_hdpo.rollout.sglang.engine import SGLangEngine
 from megatron_hdpo.rollout.sglang.servers.config import ServerConfig
 from megatron_hdpo.rollout.sglang.servers.server import ServerProcess
 
@@ -71,6 +72,11 @@ def _writes_log_under(folder: Path, process: psutil.Process) -> bool:
     except OSError:
         return False
     return output.is_relative_to(folder) and output.name.startswith("sglang_")
+
+
+def serves(engine: SGLangEngine) -> bool:
+    """Return whether a server of the engine has the run's weights."""
+    return any(replica.state == "serving" for replica in engine.replicas)
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 120.0) -> bool:

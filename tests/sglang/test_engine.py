@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from fault_proxy import FaultProxy, changed, cut_off, delay, fault_proxy, status
 from one_engine import VOCAB, Weights, collect, completions, one_engine, request
-from server_tools import LiveServer
+from server_tools import LiveServer, serves
 
 from megatron_hdpo.model.policy import TrainingError
 from megatron_hdpo.rollout.engine import EngineLostWeights
@@ -193,9 +193,9 @@ def test_half_updated_servers_serve_nothing(proxy: FaultProxy, weights: Weights)
         proxy.faults["/update_weights_from_tensor"] = [None, None, status(500)]
         with pytest.raises(WeightPushError, match=r"version 2: .*injected"):
             push.push(weights.stream(2), 2)
-        assert not engine.health().alive
+        assert not serves(engine)
         time.sleep(1.0)  # the server answers, and states version 1 still, but half of its weights are of version 2
-        assert not engine.health().alive
+        assert not serves(engine)
         with pytest.raises(EngineLostWeights):
             collect(engine, [request()])
         push.push(weights.stream(2), 2)
@@ -218,7 +218,7 @@ def test_the_probe_knows_a_broken_teacher(proxy: FaultProxy, weights: Weights, c
         proxy.faults["/generate"] = [changed(lambda a: a | {"meta_info": change(a["meta_info"])})]
         with pytest.raises(GateError, match=words):
             push.push(weights.stream(7), 7)
-        assert not engine.health().alive
+        assert not serves(engine)
 
 
 @pytest.mark.parametrize("pause", ["retract", "in_place", "abort"])

@@ -14,7 +14,7 @@ import pytest
 from aiohttp import web
 from fault_proxy import FaultProxy, changed, cut_off, delay, fault_proxy, held, status
 from one_engine import Weights, collect, completions, one_engine, request
-from server_tools import LiveServer, wait_until
+from server_tools import LiveServer, serves, wait_until
 
 from megatron_hdpo.rollout.engine import EngineLostWeights
 from megatron_hdpo.rollout.sglang.engine import SGLangEngine
@@ -143,7 +143,7 @@ def test_a_folder_that_cannot_be_written_costs_the_update_alone(
             with pytest.raises(WeightPushError, match="No space left"):
                 push.push(((read.append(n), (n, t))[1] for n, t in weights.stream(2)), 2)
         assert len(read) == len(list(weights.stream(2))), "other ranks gather for every tensor of the stream"
-        assert not engine.watch.paused and not engine.health().alive
+        assert not engine.watch.paused and not serves(engine)
         push.push(weights.stream(3), 3)
         (sample,) = completions(within(120, lambda: collect(engine, [request()])))
         assert weights.worst(request().prompt_ids, sample, 3) < TOLERANCE
@@ -183,7 +183,7 @@ def test_nothing_that_a_server_answers_ends_the_watch_over_it(proxy: FaultProxy,
         proxy.faults["/server_info"] = [changed(lambda a: []), changed(lambda a: a | {"version": "no number"})]  # type: ignore
         proxy.faults["/model_info"] = [changed(lambda a: [])]  # type: ignore
         engine.thread.run(engine.watch.mark_down(engine.replicas[0], "a test"))
-        assert wait_until(lambda: not proxy.faults["/server_info"] and engine.health().alive), engine.health()
+        assert wait_until(lambda: not proxy.faults["/server_info"] and serves(engine)), engine.replicas
 
 
 def test_requests_of_one_id_are_refused(sglang_server: LiveServer, weights: Weights) -> None:
@@ -225,7 +225,7 @@ def test_memory_that_is_lent_is_not_looked_at(proxy: FaultProxy, weights: Weight
         ]
         proxy.faults["/release_memory_occupation"] = [status(500)]
         engine.make_room()
-        assert not engine.health().alive, "it is taken out, and the trainer goes on"
+        assert not serves(engine), "it is taken out, and the trainer goes on"
 
 
 def test_a_router_may_not_hand_over_samples_of_older_weights(proxy: FaultProxy, weights: Weights) -> None:
@@ -290,6 +290,6 @@ def test_weights_travel_in_the_type_that_servers_hold(proxy: FaultProxy, weights
     with one_engine([proxy.url], gate=False) as (engine, push):
         report = push.push(weights.stream(1), 1)
         whole = sum(tensor.numel() for _, tensor in weights.stream(1))
-        assert report.num_bytes == 2 * whole and engine.health().alive
+        assert report.num_bytes == 2 * whole and serves(engine)
     with one_engine([proxy.url]) as (_, push):
         assert push.push(weights.stream(2), 2).num_bytes == 4 * whole

@@ -88,7 +88,7 @@ def test_the_other_server_takes_over_from_one_that_is_killed(engine_of_two: Any,
     wanted = submit_and_freeze(engine, servers, 0, "p")
     signal_group(servers, 0, signal.SIGKILL)
     check_complete(engine, weights, wanted, 2)
-    assert wait_until(lambda: states(engine) == ["stale", "serving"], 900), engine.health()
+    assert wait_until(lambda: states(engine) == ["stale", "serving"], 900), engine.replicas
     assert len(completions(collect(engine, [request(n=3)]))) == 3, "a server without the run's weights is not asked"
     push.push(weights.stream(3), 3)
     assert states(engine) == ["serving", "serving"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from one_engine import Weights, collect, completions, one_engine, request
 from recipes import make_model
-from server_tools import LiveServer, is_scheduler, session_processes
+from server_tools import LiveServer, is_scheduler, serves, session_processes
 from transformers import AutoModelForCausalLM
 
 from megatron_hdpo.rollout.sglang.servers.command import Launch
@@ -123,7 +123,7 @@ def test_the_gate_sees_one_number_that_is_wrong(served: Any) -> None:
             served_name = name.replace("k_proj", "qkv_proj")
             with pytest.raises(GateError, match=rf"step 5: server {server.url}.*{served_name} has checksum"):
                 push.push(stream(case, weights, 5), 5)
-            assert not engine.health().alive
+            assert not serves(engine)
         del transport.prepare
         push.push(stream(case, weights, 6), 6)
-        assert engine.health().alive
+        assert serves(engine)

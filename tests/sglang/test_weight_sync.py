@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from distributed_helper import run_ranks
-from server_tools import LiveServer
+from server_tools import LiveServer, serves
 from sglang_ranks import engine_on, policy_on, push, sampled_groups, scale_weights, worst_difference
 
 PATHS = ("tensor", "distributed", "disk")
@@ -82,7 +82,7 @@ def push_wrong(url: str, model: Path, folder: Path) -> list[str]:
             except TrainingError as error:
                 messages.append(str(error))
             del transport.prepare
-        assert not built.engine.health().alive or not built.engine.replicas, "what failed the gate serves nothing"
+        assert not serves(built.engine), "what failed the gate serves nothing"
         push(built, policy, 6)
         own, _, _ = worst_difference(policy, sampled_groups(built, policy.context))
         assert own < TOLERANCE

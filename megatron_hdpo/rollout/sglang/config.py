@@ -9,8 +9,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from megatron_hdpo.rollout.sglang.servers.config import ServerConfig
 
-SyncPath = Literal["tensor", "distributed", "disk"]
-
 
 class WeightSyncConfig(BaseModel):
     """How the trainer's weights reach the servers."""

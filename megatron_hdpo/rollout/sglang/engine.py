@@ -22,7 +22,7 @@ from typing import Any
 import aiohttp
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from megatron_hdpo.rollout.engine import EngineHealth, EngineLostWeights
+from megatron_hdpo.rollout.engine import EngineLostWeights
 from megatron_hdpo.rollout.request_check import problem_with
 from megatron_hdpo.rollout.sglang.answers import UNVERSIONED, BadAnswerError, ExpertChoice, completion_of
 from megatron_hdpo.rollout.sglang.api import ApiError, ServerApi
@@ -139,12 +139,6 @@ class SGLangEngine:
             elif replica.state == "serving":
                 replica.state, replica.reason = "stale", f"it missed the weights of version {version}"
         self._version = version
-
-    def health(self) -> EngineHealth:
-        """Whether any server has the run's weights; the state of each."""
-        detail = "; ".join(f"{r.url}: {r.state} {r.reason}".rstrip() for r in self.replicas)
-        alive = not self._closed and any(replica.state == "serving" for replica in self.replicas)
-        return EngineHealth(alive, self._version, detail)
 
     def close(self) -> None:
         """Cancel requests, close connections and stop the servers that were started. Idempotent."""
