@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_hdpo.health.config import HealthConfig
-from megatron_hdpo.health.findings import Finding, HealthError, Place, place_here
+from megatron_hdpo.health.findings import Finding, HealthError
 from megatron_hdpo.health.links import check_devices, check_links, matmul_seconds
 from megatron_hdpo.health.machines import (
     check_clocks,
@@ -18,6 +18,7 @@ from megatron_hdpo.health.machines import (
 )
 from megatron_hdpo.health.versions import check_versions, versions_here
 from megatron_hdpo.parallel.context import ParallelContext
+from megatron_hdpo.parallel.location import RankLocation, locate_rank
 from megatron_hdpo.tracking.console import Console
 
 
@@ -32,30 +33,30 @@ def check_health(
     """
     if not config.enabled:
         return {}
-    places = context.gather_objects(place_here(context.rank))
+    locations = context.gather_objects(locate_rank(context.rank, context.is_replica_leader))
     with console.phase("health checks"):
         found = Finding()
         digest = hashlib.sha256(recipe_json.encode()).hexdigest()[:12]
-        found.add(check_versions(context, places, versions_here(digest)))
-        found.add(check_clocks(context, places, config.max_clock_offset_s))
-        found.add(check_shared_folder(context, places, folder, config.shared_folder_timeout_s))
-        found.add(check_disk(context, places, folder, config.min_free_disk_gb))
-        found.add(check_gpu_memory(context, places, free_gpu_share(context.device), config.min_free_gpu_share))
+        found.add(check_versions(context, locations, versions_here(digest)))
+        found.add(check_clocks(context, locations, config.max_clock_offset_s))
+        found.add(check_shared_folder(context, locations, folder, config.shared_folder_timeout_s))
+        found.add(check_disk(context, locations, folder, config.min_free_disk_gb))
+        found.add(check_gpu_memory(context, locations, free_gpu_share(context.device), config.min_free_gpu_share))
         _stop_at(found)
-        found.add(check_devices(context, places, matmul_seconds(context.device), config.slow_device_ratio))
-        found.add(check_links(context, places, config.min_allreduce_gb_per_s))
+        found.add(check_devices(context, locations, matmul_seconds(context.device), config.slow_device_ratio))
+        found.add(check_links(context, locations, config.min_allreduce_gb_per_s))
         _stop_at(found)
     for warning in found.warnings:
         console.warn(warning)
-    console.print(summary(places, found.metrics))
+    console.print(summary(locations, found.metrics))
     return found.metrics
 
 
-def summary(places: Sequence[Place], metrics: Mapping[str, float]) -> str:
+def summary(locations: Sequence[RankLocation], metrics: Mapping[str, float]) -> str:
     """Return the line that the console shows for the health metrics of a run."""
-    nodes = len({place.node for place in places})
-    parts = [f"{len(places)} ranks on {nodes} nodes agree"] if len(places) > 1 else []
-    if len(places) > 1:
+    nodes = len({location.node for location in locations})
+    parts = [f"{len(locations)} ranks on {nodes} nodes agree"] if len(locations) > 1 else []
+    if len(locations) > 1:
         parts.append(f"clocks within {metrics['health/clock_offset_s']:.3f} s")
         parts.append(f"slowest device {metrics['health/matmul_slowest_ratio']:.2f} x the median")
         inside = metrics.get("health/allreduce_node_gb_per_s_min")

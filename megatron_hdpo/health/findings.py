@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from megatron_hdpo.parallel.location import RankLocation
 
 _NAMED = 8
 
@@ -35,24 +35,7 @@ class Finding:
         self.warnings += other.warnings
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a rank is. node: the first rank of its torchrun agent."""
-
-    rank: int
-    host: str
-    node: int
-
-    def __str__(self) -> str:
-        return f"{self.host}:{self.rank}"
-
-
-def place_here(rank: int, environment: Mapping[str, str] = os.environ) -> Place:
-    """Return the location of this process."""
-    return Place(rank, socket.gethostname(), rank - int(environment.get("LOCAL_RANK", "0")))
-
-
-def named(places: Sequence[Place]) -> str:
+def named(locations: Sequence[RankLocation]) -> str:
     """Return hosts and ranks as text, such as `node3:24, node3:25`; at most eight of them."""
-    more = f" and {len(places) - _NAMED} more" if len(places) > _NAMED else ""
-    return ", ".join(map(str, places[:_NAMED])) + more
+    more = f" and {len(locations) - _NAMED} more" if len(locations) > _NAMED else ""
+    return ", ".join(map(str, locations[:_NAMED])) + more

@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
-from megatron_hdpo.health.findings import Finding, Place, named
+from megatron_hdpo.health.findings import Finding, named
 from megatron_hdpo.parallel.context import ParallelContext
+from megatron_hdpo.parallel.location import RankLocation
 
 _BYTES = {"cuda": 256 * 2**20, "cpu": 2 * 2**20}
 _MATRIX = {"cuda": 8192, "cpu": 256}
@@ -24,7 +25,9 @@ def matmul_seconds(device: torch.device) -> float:
     return min(_timed(lambda: torch.mm(left, right), device) for _ in range(_TRIES[device.type]))
 
 
-def check_devices(context: ParallelContext, places: Sequence[Place], own_seconds: float, slow_ratio: float) -> Finding:
+def check_devices(
+    context: ParallelContext, locations: Sequence[RankLocation], own_seconds: float, slow_ratio: float
+) -> Finding:
     """Compare the ranks' `matmul_seconds`; warn of slow devices. Collective.
 
     own_seconds: of this rank. slow_ratio: multiple of the median from which a device is slow.
@@ -32,7 +35,7 @@ def check_devices(context: ParallelContext, places: Sequence[Place], own_seconds
     seconds = context.gather_objects(own_seconds)
     median = statistics.median(seconds)
     ratios = [own / median for own in seconds]
-    slow = [place for place, ratio in zip(places, ratios, strict=True) if ratio > slow_ratio]
+    slow = [location for location, ratio in zip(locations, ratios, strict=True) if ratio > slow_ratio]
     warnings = []
     if slow:
         warnings = [
@@ -40,7 +43,7 @@ def check_devices(context: ParallelContext, places: Sequence[Place], own_seconds
             "all other ranks wait for these (heat, a power limit, or another process?)"
         ]
     metrics = {"health/matmul_ms_median": median * 1e3}
-    if len(places) > 1:
+    if len(locations) > 1:
         metrics["health/matmul_slowest_ratio"] = max(ratios)
     return Finding(metrics, warnings=warnings)
 
@@ -62,42 +65,44 @@ def allreduce_gb_per_s(context: ParallelContext, group: dist.ProcessGroup | None
     return 2 * (size - 1) / size * numbers.nbytes / seconds / 1e9
 
 
-def check_links(context: ParallelContext, places: Sequence[Place], min_gb_per_s: float | None) -> Finding:
+def check_links(context: ParallelContext, locations: Sequence[RankLocation], min_gb_per_s: float | None) -> Finding:
     """Measure an all-reduce over all ranks and, with several nodes, inside each node. Collective.
 
     Returns an empty Finding for one rank.
     """
-    if len(places) == 1:
+    if len(locations) == 1:
         return Finding()
     everywhere = max(context.gather_objects(allreduce_gb_per_s(context)))
     finding = Finding({"health/allreduce_gb_per_s": everywhere})
-    nodes = ranks_of_nodes(places)
+    nodes = ranks_of_nodes(locations)
     if len(nodes) > 1 and max(map(len, nodes)) > 1:
-        finding.add(_check_nodes(context, places, nodes))
+        finding.add(_check_nodes(context, locations, nodes))
     if min_gb_per_s is not None and everywhere < min_gb_per_s:
         finding.problems.append(
-            f"an all-reduce over all {len(places)} ranks runs at {everywhere:.3g} GB/s, health.min_allreduce_gb_per_s "
-            f"is {min_gb_per_s:g}: does it use the right network (NCCL_DEBUG=INFO shows which one it uses)?"
+            f"an all-reduce over all {len(locations)} ranks runs at {everywhere:.3g} GB/s, "
+            f"health.min_allreduce_gb_per_s is {min_gb_per_s:g}: does it use the right network (NCCL_DEBUG=INFO shows which one it uses)?"
         )
     return finding
 
 
-def ranks_of_nodes(places: Sequence[Place]) -> list[list[int]]:
+def ranks_of_nodes(locations: Sequence[RankLocation]) -> list[list[int]]:
     """Return the ranks of each node, in rank order."""
     nodes: dict[int, list[int]] = {}
-    for place in places:
-        nodes.setdefault(place.node, []).append(place.rank)
+    for location in locations:
+        nodes.setdefault(location.node, []).append(location.rank)
     return list(nodes.values())
 
 
-def _check_nodes(context: ParallelContext, places: Sequence[Place], nodes: list[list[int]]) -> Finding:
+def _check_nodes(context: ParallelContext, locations: Sequence[RankLocation], nodes: list[list[int]]) -> Finding:
     group, groups = dist.new_subgroups_by_enumeration(nodes)
     own = allreduce_gb_per_s(context, group) if dist.get_world_size(group) > 1 else None
-    speeds = {place: gb for place, gb in zip(places, context.gather_objects(own), strict=True) if gb is not None}
+    speeds = {
+        location: gb for location, gb in zip(locations, context.gather_objects(own), strict=True) if gb is not None
+    }
     for used in groups:
         if used is not dist.GroupMember.NON_GROUP_MEMBER:
             dist.destroy_process_group(used)
-    worst = min(speeds, key=lambda place: speeds[place])
+    worst = min(speeds, key=lambda location: speeds[location])
     median = statistics.median(speeds.values())
     warnings = []
     if speeds[worst] < median / 2:

@@ -10,15 +10,16 @@ from pathlib import Path
 
 import torch
 
-from megatron_hdpo.health.findings import Finding, Place, named
+from megatron_hdpo.health.findings import Finding, named
 from megatron_hdpo.parallel.context import ParallelContext
+from megatron_hdpo.parallel.location import RankLocation
 
 _ROUNDS = 5
 _GB = 1e9
 
 
 def check_clocks(
-    context: ParallelContext, places: Sequence[Place], limit_s: float, clock: Callable[[], float] = time.time
+    context: ParallelContext, locations: Sequence[RankLocation], limit_s: float, clock: Callable[[], float] = time.time
 ) -> Finding:
     """Compare every rank's clock (Unix seconds) with rank 0's. Collective.
 
@@ -29,21 +30,23 @@ def check_clocks(
     for _ in range(_ROUNDS):
         context.barrier("clocks")
         rounds.append(context.gather_objects(clock()))
-    offsets = [min((read[i] - read[0] for read in rounds), key=abs) for i in range(len(places))]
+    offsets = [min((read[i] - read[0] for read in rounds), key=abs) for i in range(len(locations))]
     worst = max(offsets, key=abs)
-    off = [(place, offset) for place, offset in zip(places, offsets, strict=True) if abs(offset) > limit_s]
+    off = [(location, offset) for location, offset in zip(locations, offsets, strict=True) if abs(offset) > limit_s]
     problems = []
     if off:
-        place, offset = max(off, key=lambda pair: abs(pair[1]))
+        location, offset = max(off, key=lambda pair: abs(pair[1]))
         problems = [
-            f"the clock of {place} is {abs(offset):.1f} s {'ahead of' if offset > 0 else 'behind'} that of {places[0]} "
-            f"(health.max_clock_offset_s: {limit_s:g}); clocks to correct: {named([place for place, _ in off])}: "
-            "synchronise them with a time service such as chrony"
+            f"the clock of {location} is {abs(offset):.1f} s {'ahead of' if offset > 0 else 'behind'} that of "
+            f"{locations[0]} (health.max_clock_offset_s: {limit_s:g}); clocks to correct: "
+            f"{named([location for location, _ in off])}: synchronise them with a time service such as chrony"
         ]
     return Finding({"health/clock_offset_s": abs(worst)}, problems)
 
 
-def check_shared_folder(context: ParallelContext, places: Sequence[Place], folder: Path, timeout_s: float) -> Finding:
+def check_shared_folder(
+    context: ParallelContext, locations: Sequence[RankLocation], folder: Path, timeout_s: float
+) -> Finding:
     """Check that every rank sees, within `timeout_s`, a file that rank 0 writes into the run folder. Collective."""
     token = uuid.uuid4().hex if context.is_leader else ""
     if context.is_leader:
@@ -56,24 +59,26 @@ def check_shared_folder(context: ParallelContext, places: Sequence[Place], folde
     everyone = context.gather_objects(seen)
     if context.is_leader:
         path.unlink(missing_ok=True)
-    blind = [place for place, saw in zip(places, everyone, strict=True) if not saw]
+    blind = [location for location, saw in zip(locations, everyone, strict=True) if not saw]
     if not blind:
         return Finding()
     return Finding(
         problems=[
-            f"output: {folder} is not shared by all ranks: {named(blind)} did not see a file of {places[0]} within "
+            f"output: {folder} is not shared by all ranks: {named(blind)} did not see a file of {locations[0]} within "
             f"{timeout_s:g} s: use the absolute path of a folder on a file system that all nodes mount"
         ]
     )
 
 
-def check_disk(context: ParallelContext, places: Sequence[Place], folder: Path, min_free_gb: float) -> Finding:
+def check_disk(
+    context: ParallelContext, locations: Sequence[RankLocation], folder: Path, min_free_gb: float
+) -> Finding:
     """Check the free space for checkpoints, rollouts and logs, as rank 0 sees it. Collective."""
     free_gb = context.broadcast_object(shutil.disk_usage(folder).free / _GB if context.is_leader else 0.0)
     problems = []
     if free_gb < min_free_gb:
         problems = [
-            f"output: {folder} has {free_gb:.1f} GB of free space on {places[0]}, health.min_free_disk_gb is "
+            f"output: {folder} has {free_gb:.1f} GB of free space on {locations[0]}, health.min_free_disk_gb is "
             f"{min_free_gb:g}: free some space, or use another folder"
         ]
     return Finding({"health/free_disk_gb": free_gb}, problems)
@@ -88,14 +93,14 @@ def free_gpu_share(device: torch.device) -> float:
 
 
 def check_gpu_memory(
-    context: ParallelContext, places: Sequence[Place], own_share: float, min_free_share: float
+    context: ParallelContext, locations: Sequence[RankLocation], own_share: float, min_free_share: float
 ) -> Finding:
     """Check that no other process holds memory of the GPUs. Collective.
 
     own_share: `free_gpu_share` of this rank. min_free_share: smallest share allowed.
     """
     shares = context.gather_objects(own_share)
-    taken = [place for place, share in zip(places, shares, strict=True) if share < min_free_share]
+    taken = [location for location, share in zip(locations, shares, strict=True) if share < min_free_share]
     metrics = {"health/free_gpu_share_min": min(shares)} if context.device.type == "cuda" else {}
     if not taken:
         return Finding(metrics)

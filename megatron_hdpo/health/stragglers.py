@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from megatron_hdpo.health.config import HealthConfig
-from megatron_hdpo.health.findings import Place, place_here
 from megatron_hdpo.health.links import allreduce_gb_per_s
 from megatron_hdpo.model.chunks import chunks_of
 from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.parallel.context import ParallelContext
+from megatron_hdpo.parallel.location import RankLocation, locate_rank
 from megatron_hdpo.tracking.console import Console
 
 Moment = Any
@@ -93,14 +93,16 @@ class StragglerWatch:
         self._first_gb_per_s = first_gb_per_s
         self._clock = ComputeClock(context.device, host_seconds)
         self._clock.attach(policy)
-        self._places: list[Place] = context.gather_objects(place_here(context.rank))
+        self._locations: list[RankLocation] = context.gather_objects(
+            locate_rank(context.rank, context.is_replica_leader)
+        )
         self._stages: list[int] = context.gather_objects(context.groups.pp.rank())
         self._suspect, self._times = -1, 0
 
     def metrics(self, step: int) -> dict[str, float]:
         """Return the metrics of step `step`, counted from 1, after its updates; {} for a run of one rank."""
         own = self._clock.seconds()
-        if len(self._places) == 1:
+        if len(self._locations) == 1:
             return {}
         seconds = self._context.gather_objects(own)
         metrics = compare(seconds, self._stages)
@@ -117,7 +119,7 @@ class StragglerWatch:
         self._suspect = slowest
         if self._times == self._config.straggler_steps:
             self._console.warn(
-                f"rank {slowest} on {self._places[slowest].host} has been the slowest of {len(self._places)} for "
+                f"rank {slowest} on {self._locations[slowest].host} has been the slowest of {len(self._locations)} for "
                 f"{self._times} steps, {ratio:.1f} x the median in the last one: all others wait for it (or for "
                 "another rank of its replica)"
             )

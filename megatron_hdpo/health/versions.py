@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 import megatron_hdpo
-from megatron_hdpo.health.findings import Finding, Place, named
+from megatron_hdpo.health.findings import Finding, named
 from megatron_hdpo.parallel.context import ParallelContext
+from megatron_hdpo.parallel.location import RankLocation
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "megatron-hdpo")
 ABSENT = "absent"
@@ -39,12 +40,12 @@ def source_digest(folder: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def check_versions(context: ParallelContext, places: Sequence[Place], own: Mapping[str, str]) -> Finding:
+def check_versions(context: ParallelContext, locations: Sequence[RankLocation], own: Mapping[str, str]) -> Finding:
     """Compare `own` with the versions of every rank. Collective."""
-    return Finding(problems=differences(places, context.gather_objects(dict(own))))
+    return Finding(problems=differences(locations, context.gather_objects(dict(own))))
 
 
-def differences(places: Sequence[Place], versions: Sequence[Mapping[str, str]]) -> list[str]:
+def differences(locations: Sequence[RankLocation], versions: Sequence[Mapping[str, str]]) -> list[str]:
     """Return a sentence for each value that is not equal on all ranks, naming the ranks of the minority."""
     lines = []
     for name in dict.fromkeys(name for own in versions for name in own):
@@ -53,10 +54,10 @@ def differences(places: Sequence[Place], versions: Sequence[Mapping[str, str]]) 
         if len(counts) > 1:
             most, count = counts[0]
             others = "; ".join(
-                f"{value} on {named([p for p, v in zip(places, values, strict=True) if v == value])}"
+                f"{value} on {named([p for p, v in zip(locations, values, strict=True) if v == value])}"
                 for value, _ in counts[1:]
             )
-            lines.append(f"{name} differs: {most} on {count} of {len(places)} ranks, but {others}: make them equal")
+            lines.append(f"{name} differs: {most} on {count} of {len(locations)} ranks, but {others}: make them equal")
     return lines
 
 

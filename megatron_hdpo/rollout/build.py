@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.parallel.context import ParallelContext
+from megatron_hdpo.parallel.location import locate_rank
 from megatron_hdpo.rollout.config import RolloutConfig
 from megatron_hdpo.rollout.embedded import EmbeddedEngine
 from megatron_hdpo.rollout.engine import Engine
@@ -21,7 +22,7 @@ from megatron_hdpo.rollout.sglang.engine import SGLangEngine
 from megatron_hdpo.rollout.sglang.servers.command import Launch
 from megatron_hdpo.rollout.sglang.servers.fleet import Servers
 from megatron_hdpo.rollout.sglang.servers.server import ServerError
-from megatron_hdpo.rollout.sglang.servers.topology import Place, PlannedServer, given_urls, planned_servers
+from megatron_hdpo.rollout.sglang.servers.topology import PlannedServer, given_urls, planned_servers
 from megatron_hdpo.rollout.sglang.weights.gate import Gate
 from megatron_hdpo.rollout.sglang.weights.push import Transport, WeightPush
 from megatron_hdpo.rollout.sglang.weights.same_model import check_served_models
@@ -60,23 +61,16 @@ def build_engine(
     return _on_servers(config, model_path, architecture, context, output)
 
 
-def place_of(context: ParallelContext) -> Place:
-    """Return the location of this rank, from torchrun's variables."""
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    leads = context.is_replica_leader
-    return Place(context.rank, int(os.environ.get("LOCAL_RANK", "0")), local_size, leads)
-
-
 def _on_servers(
     rollout: RolloutConfig, model_path: Path, architecture: Architecture, context: ParallelContext, output: Path
 ) -> BuiltEngine:
     """Build the engine on SGLang servers: start, connect, check, and choose the transport of weights."""
     config, device = rollout.sglang, context.device.type
-    places = context.gather_objects(place_of(context))
-    plan = together(context, lambda: planned_servers(config, places, device))
+    locations = context.gather_objects(locate_rank(context.rank, context.is_replica_leader))
+    plan = together(context, lambda: planned_servers(config, locations, device))
     mine = [server for server in plan if server.owner == context.rank]
     servers = together(context, lambda: _started(rollout, mine, model_path, device, output))
-    urls = servers.urls if servers else given_urls(config, places).get(context.rank, [])
+    urls = servers.urls if servers else given_urls(config, locations).get(context.rank, [])
     engine = together(
         context,
         lambda: SGLangEngine(
@@ -92,8 +86,8 @@ def _on_servers(
     together(context, lambda: check_served_models(engine, architecture), close=engine.close)
     if rollout.routing_replay:
         together(context, lambda: check_returns_experts(engine), close=engine.close)
-    owners = sorted({server.owner for server in plan} | set(given_urls(config, places)))
-    receivers: Receivers = "leader" if all(places[owner].leads for owner in owners) else "all"
+    owners = sorted({server.owner for server in plan} | set(given_urls(config, locations)))
+    receivers: Receivers = "leader" if all(locations[owner].leads for owner in owners) else "all"
     gate = None
     if config.sync.verify:
         gate = Gate(

@@ -15,7 +15,7 @@ from megatron_hdpo.rollout.slot_cache import SlotCache
 SUPPORTED = ("llama", "qwen2", "qwen3", "qwen3_moe")
 
 
-class Place(NamedTuple):
+class WeightSlice(NamedTuple):
     """Part of a parameter that a checkpoint's tensor fills: parameter name, index, and the part's shape."""
 
     parameter: str
@@ -42,7 +42,7 @@ class EmbeddedModel:
         for layer in self._model.model.layers:
             if hasattr(layer.mlp, "gate"):
                 layer.mlp.gate.register_forward_hook(self._note_experts)
-        self._places = {name: place for parameter in self._shapes.items() for name, place in _places(*parameter)}
+        self._slices = {name: piece for parameter in self._shapes.items() for name, piece in _slices_of(*parameter)}
 
     @property
     def context_length(self) -> int:
@@ -88,26 +88,26 @@ class EmbeddedModel:
             if name in seen:
                 raise ValueError(f"weight {name} arrived twice in one update: every parameter must come exactly once")
             seen.add(name)
-            if name == "lm_head.weight" and name not in self._places:
+            if name == "lm_head.weight" and name not in self._slices:
                 head = tensor
                 continue
             self._check_weight(name, tensor)
-            place = self._places[name]
-            target = parameters[place.parameter]
+            piece = self._slices[name]
+            target = parameters[piece.parameter]
             if target.numel() == 0:
-                target.data = torch.empty(self._shapes[place.parameter], dtype=self.dtype, device=self.device)
-            target[place.part].copy_(tensor)
-        missing = sorted(self._places.keys() - seen)
+                target.data = torch.empty(self._shapes[piece.parameter], dtype=self.dtype, device=self.device)
+            target[piece.part].copy_(tensor)
+        missing = sorted(self._slices.keys() - seen)
         if missing:
-            raise ValueError(f"update lacks {len(missing)} of {len(self._places)} weights: {', '.join(missing[:5])}")
+            raise ValueError(f"update lacks {len(missing)} of {len(self._slices)} weights: {', '.join(missing[:5])}")
         if head is not None:
             self._check_tied_head(head)
 
     def _check_weight(self, name: str, tensor: torch.Tensor) -> None:
-        if name not in self._places:
+        if name not in self._slices:
             raise ValueError(f"unknown weight {name}: {self.config.model_type} with this config.json does not have it")
-        if tuple(tensor.shape) != self._places[name].shape:
-            wanted = self._places[name].shape
+        if tuple(tensor.shape) != self._slices[name].shape:
+            wanted = self._slices[name].shape
             raise ValueError(f"weight {name} has shape {tuple(tensor.shape)}, this model needs {wanted}")
         if not tensor.is_floating_point():
             raise ValueError(f"weight {name} has dtype {tensor.dtype}, not a floating point dtype")
@@ -163,24 +163,24 @@ class EmbeddedModel:
         return self._model.lm_head(hidden_BH)[:, : self.vocab_size]
 
 
-def _places(parameter: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Place]]:
-    """Yield (name in a checkpoint, place) of each tensor that a parameter consists of.
+def _slices_of(parameter: str, shape: tuple[int, ...]) -> Iterator[tuple[str, WeightSlice]]:
+    """Yield (name in a checkpoint, piece) of each tensor that a parameter consists of.
 
     `transformers` holds a layer's experts in two parameters, gates above ups in one of them; checkpoints have separate
     matrices for every expert.
     """
     stem, _, leaf = parameter.rpartition(".")
     if not stem.endswith(".experts"):
-        yield parameter, Place(parameter, (), shape)
+        yield parameter, WeightSlice(parameter, (), shape)
         return
     experts, rows, columns = shape
     for expert in range(experts):
         if leaf == "down_proj":
-            yield f"{stem}.{expert}.down_proj.weight", Place(parameter, (expert,), (rows, columns))
+            yield f"{stem}.{expert}.down_proj.weight", WeightSlice(parameter, (expert,), (rows, columns))
         else:
             for number, name in enumerate(("gate_proj", "up_proj")):
                 half = slice(number * rows // 2, (number + 1) * rows // 2)
-                yield f"{stem}.{expert}.{name}.weight", Place(parameter, (expert, half), (rows // 2, columns))
+                yield f"{stem}.{expert}.{name}.weight", WeightSlice(parameter, (expert, half), (rows // 2, columns))
 
 
 def _read_config(path: Path) -> PretrainedConfig:

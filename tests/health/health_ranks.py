@@ -12,13 +12,14 @@ from tiny_policy import ONE_PER_MICRO_BATCH, OPTIMIZER, SPEC, build_policy, make
 
 from megatron_hdpo.health.check import check_health
 from megatron_hdpo.health.config import HealthConfig
-from megatron_hdpo.health.findings import HealthError, Place
+from megatron_hdpo.health.findings import HealthError
 from megatron_hdpo.health.links import check_devices, check_links, matmul_seconds
 from megatron_hdpo.health.machines import check_clocks, check_disk, check_gpu_memory, check_shared_folder
 from megatron_hdpo.health.stragglers import ComputeClock, StragglerWatch
 from megatron_hdpo.health.versions import check_versions, versions_here
 from megatron_hdpo.parallel.context import ParallelContext, start
 from megatron_hdpo.parallel.layout import ParallelConfig
+from megatron_hdpo.parallel.location import RankLocation
 from megatron_hdpo.tracking.console import Console
 
 
@@ -27,30 +28,30 @@ def visit(folder: str) -> dict[str, Any]:
     context = start(ParallelConfig(timeout_minutes=1.0), "cpu")
     last = context.rank == context.world_size - 1
     # Two ranks to a node, with names that no machine here has.
-    places = [Place(rank, f"host{rank // 2}", rank - rank % 2) for rank in range(context.world_size)]
+    locations = [RankLocation(rank, rank % 2, 2, f"host{rank // 2}") for rank in range(context.world_size)]
     shared, own = Path(folder) / "shared", Path(folder) / f"of-rank-{context.rank}"
     for path in (shared, own):
         path.mkdir(parents=True, exist_ok=True)
     versions = versions_here("digest")
     odd = versions | ({"torch": "0.0.1", "NCCL": "9.9"} if last else {})
     seen = {
-        "versions": check_versions(context, places, versions),
-        "odd versions": check_versions(context, places, odd),
-        "clocks": check_clocks(context, places, 2.0),
-        "fast clock": check_clocks(context, places, 2.0, lambda: time.time() + (60.0 if last else 0.0)),
-        "slow clock": check_clocks(context, places, 2.0, lambda: time.time() - (60.0 if last else 0.0)),
-        "folder": check_shared_folder(context, places, shared, 10.0),
-        "own folder": check_shared_folder(context, places, own if last else shared, 0.5),
+        "versions": check_versions(context, locations, versions),
+        "odd versions": check_versions(context, locations, odd),
+        "clocks": check_clocks(context, locations, 2.0),
+        "fast clock": check_clocks(context, locations, 2.0, lambda: time.time() + (60.0 if last else 0.0)),
+        "slow clock": check_clocks(context, locations, 2.0, lambda: time.time() - (60.0 if last else 0.0)),
+        "folder": check_shared_folder(context, locations, shared, 10.0),
+        "own folder": check_shared_folder(context, locations, own if last else shared, 0.5),
         "left in the folder": [path.name for path in shared.iterdir()],
-        "disk": check_disk(context, places, shared, 0.0),
-        "full disk": check_disk(context, places, shared, 1e9),
-        "memory": check_gpu_memory(context, places, 1.0, 0.8),
-        "used memory": check_gpu_memory(context, places, 0.25 if last else 1.0, 0.8),
-        "devices": check_devices(context, places, 0.010, 1.3),
-        "slow device": check_devices(context, places, 0.030 if last else 0.010, 1.3),
+        "disk": check_disk(context, locations, shared, 0.0),
+        "full disk": check_disk(context, locations, shared, 1e9),
+        "memory": check_gpu_memory(context, locations, 1.0, 0.8),
+        "used memory": check_gpu_memory(context, locations, 0.25 if last else 1.0, 0.8),
+        "devices": check_devices(context, locations, 0.010, 1.3),
+        "slow device": check_devices(context, locations, 0.030 if last else 0.010, 1.3),
         "matmul": matmul_seconds(context.device),
-        "links": check_links(context, places, None),
-        "slow links": check_links(context, places, 1e6),
+        "links": check_links(context, locations, None),
+        "slow links": check_links(context, locations, 1e6),
     }
     return seen | _whole(context, shared)
 

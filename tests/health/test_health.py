@@ -14,10 +14,11 @@ from health_ranks import train_with_own_seed, visit, watch
 from recipes import Tree
 from tiny_policy import make_checkpoint
 
-from megatron_hdpo.health.findings import Place, named, place_here
+from megatron_hdpo.health.findings import named
 from megatron_hdpo.health.links import ranks_of_nodes
 from megatron_hdpo.health.stragglers import compare
 from megatron_hdpo.health.versions import differences, source_digest, versions_here
+from megatron_hdpo.parallel.location import RankLocation, locate_rank
 
 Seen = list[dict[str, Any]]
 
@@ -104,15 +105,15 @@ def test_all_reasons_are_one_error_on_every_rank(seen: Seen) -> None:
 
 
 def test_the_minority_is_named() -> None:
-    places = [Place(rank, f"n{rank // 8}", rank - rank % 8) for rank in range(24)]
+    locations = [RankLocation(rank, rank % 8, 8, f"n{rank // 8}") for rank in range(24)]
     versions = [{"torch": "2" if rank < 14 else "1", "Python": "3.11"} for rank in range(24)]
-    assert differences(places, versions) == [
+    assert differences(locations, versions) == [
         "torch differs: 2 on 14 of 24 ranks, but 1 on n1:14, n1:15, n2:16, n2:17, n2:18, n2:19, n2:20, n2:21 and 2 "
         "more: make them equal"
     ]
     del versions[3]["Python"]
-    assert "Python differs: 3.11 on 23 of 24 ranks, but absent on n0:3" in differences(places, versions)[1]
-    assert named(places[:2]) == "n0:0, n0:1"
+    assert "Python differs: 3.11 on 23 of 24 ranks, but absent on n0:3" in differences(locations, versions)[1]
+    assert named(locations[:2]) == "n0:0, n0:1"
 
 
 def test_an_edited_source_file_is_another_version(tmp_path: Path) -> None:
@@ -124,8 +125,8 @@ def test_an_edited_source_file_is_another_version(tmp_path: Path) -> None:
 
 
 def test_nodes_are_told_by_their_first_rank() -> None:
-    places = [place_here(rank, {"LOCAL_RANK": str(rank % 2)}) for rank in range(4)]
-    assert ranks_of_nodes(places) == [[0, 1], [2, 3]]
+    locations = [locate_rank(rank, True, {"LOCAL_RANK": str(rank % 2)}) for rank in range(4)]
+    assert ranks_of_nodes(locations) == [[0, 1], [2, 3]]
 
 
 def test_a_straggler_is_found_among_the_ranks_of_its_stage() -> None:

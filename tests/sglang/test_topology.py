@@ -7,16 +7,17 @@ from typing import Any
 
 import pytest
 
+from megatron_hdpo.parallel.location import RankLocation
 from megatron_hdpo.rollout.sglang.config import SGLangConfig
-from megatron_hdpo.rollout.sglang.servers.topology import Place, TopologyError, given_urls, planned_servers
+from megatron_hdpo.rollout.sglang.servers.topology import TopologyError, given_urls, planned_servers
 
 Owned = list[tuple[int, int, int]]
 
 
-def places(nodes: int, per_node: int, replica: int) -> list[Place]:
+def locations(nodes: int, per_node: int, replica: int) -> list[RankLocation]:
     """Ranks node by node; every `replica`-th leads a data-parallel replica, as with TP innermost and no pipeline."""
     ranks = range(nodes * per_node)
-    return [Place(rank, rank % per_node, per_node, rank % replica == 0) for rank in ranks]
+    return [RankLocation(rank, rank % per_node, per_node, leads=rank % replica == 0) for rank in ranks]
 
 
 def config(placement: str, tensor_parallel: int = 1, **settings: Any) -> SGLangConfig:
@@ -25,7 +26,7 @@ def config(placement: str, tensor_parallel: int = 1, **settings: Any) -> SGLangC
     )
 
 
-def owned(settings: SGLangConfig, where: list[Place], device: str = "cuda") -> Owned:
+def owned(settings: SGLangConfig, where: list[RankLocation], device: str = "cuda") -> Owned:
     """(owner, number on its node, first GPU)."""
     return [(s.owner, s.index, s.first_gpu) for s in planned_servers(settings, where, device)]
 
@@ -47,28 +48,28 @@ def test_colocated_servers_stand_on_the_gpus_of_their_ranks(
     nodes: int, per_node: int, size: int, replicas: int | None, wanted: Owned
 ) -> None:
     for replica in (1, 2, per_node):
-        where = places(nodes, per_node, replica)
+        where = locations(nodes, per_node, replica)
         assert owned(config("colocated", size, replicas=replicas), where) == wanted
 
 
 def test_separate_servers_belong_to_leaders_of_their_node() -> None:
     one = config("separate", 1, gpus=[6, 4, 5, 7])
-    assert owned(one, places(1, 4, 2)) == [(0, 0, 4), (2, 1, 5), (0, 2, 6), (2, 3, 7)]
-    assert owned(config("separate", 2, gpus=[4, 5, 6, 7]), places(1, 4, 4)) == [(0, 0, 4), (0, 1, 6)]
-    assert owned(config("separate", 2, gpus=[4, 5, 6, 7], replicas=1), places(1, 4, 4)) == [(0, 0, 4)]
-    assert owned(config("separate", 1, gpus=[2]), places(2, 2, 2)) == [(0, 0, 2), (2, 0, 2)]
+    assert owned(one, locations(1, 4, 2)) == [(0, 0, 4), (2, 1, 5), (0, 2, 6), (2, 3, 7)]
+    assert owned(config("separate", 2, gpus=[4, 5, 6, 7]), locations(1, 4, 4)) == [(0, 0, 4), (0, 1, 6)]
+    assert owned(config("separate", 2, gpus=[4, 5, 6, 7], replicas=1), locations(1, 4, 4)) == [(0, 0, 4)]
+    assert owned(config("separate", 1, gpus=[2]), locations(2, 2, 2)) == [(0, 0, 2), (2, 0, 2)]
 
 
 def test_a_node_without_a_leader_gives_its_servers_to_its_first_rank() -> None:
-    where = places(2, 2, 4)
+    where = locations(2, 2, 4)
     assert owned(config("separate", 1, gpus=[2]), where) == [(0, 0, 2), (2, 0, 2)]
     assert owned(config("colocated"), where, "cpu") == [(0, 0, 0), (2, 0, 0)]
 
 
 def test_on_a_cpu_one_server_per_node_or_as_many_as_are_asked_for() -> None:
-    assert owned(config("colocated", 2), places(1, 4, 1), "cpu") == [(0, 0, 0)]
-    assert owned(config("colocated", replicas=3), places(1, 4, 2), "cpu") == [(0, 0, 0), (2, 1, 0), (0, 2, 0)]
-    assert owned(config("separate", gpus=[0]), places(2, 2, 1), "cpu") == [(0, 0, 0), (2, 0, 0)]
+    assert owned(config("colocated", 2), locations(1, 4, 1), "cpu") == [(0, 0, 0)]
+    assert owned(config("colocated", replicas=3), locations(1, 4, 2), "cpu") == [(0, 0, 0), (2, 1, 0), (0, 2, 0)]
+    assert owned(config("separate", gpus=[0]), locations(2, 2, 1), "cpu") == [(0, 0, 0), (2, 0, 0)]
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def test_on_a_cpu_one_server_per_node_or_as_many_as_are_asked_for() -> None:
 )
 def test_too_few_gpus_are_said(settings: SGLangConfig, per_node: int, words: str) -> None:
     with pytest.raises(TopologyError, match=words):
-        planned_servers(settings, places(1, per_node, 1), "cuda")
+        planned_servers(settings, locations(1, per_node, 1), "cuda")
 
 
 ALL = itertools.product(("colocated", "separate"), (1, 2), (2, 4), (1, 2, 4), (1, 2), ("cuda", "cpu"))
@@ -95,7 +96,7 @@ def test_every_server_has_one_owner_on_its_own_node(
     placement: str, nodes: int, per_node: int, replica: int, size: int, device: str
 ) -> None:
     gpus = {"gpus": [per_node + i for i in range(4)]} if placement == "separate" else {}
-    where = places(nodes, per_node, replica)
+    where = locations(nodes, per_node, replica)
     plan = planned_servers(config(placement, size, **gpus), where, device)
     by_node: dict[int, list[Any]] = {}
     for server in plan:
@@ -116,8 +117,8 @@ def test_given_servers_are_shared_among_leaders() -> None:
     urls = [f"http://h{i}:1" for i in range(3)]
     settings = config("given", urls=urls)
     for device in ("cpu", "cuda"):
-        assert planned_servers(settings, places(2, 2, 2), device) == []
-    assert given_urls(settings, places(1, 4, 4)) == {0: urls}
-    assert given_urls(settings, places(2, 2, 2)) == {0: [urls[0], urls[2]], 2: [urls[1]]}
-    assert given_urls(settings, places(1, 4, 1)) == {0: [urls[0]], 1: [urls[1]], 2: [urls[2]]}
-    assert given_urls(config("colocated"), places(1, 2, 1)) == {}
+        assert planned_servers(settings, locations(2, 2, 2), device) == []
+    assert given_urls(settings, locations(1, 4, 4)) == {0: urls}
+    assert given_urls(settings, locations(2, 2, 2)) == {0: [urls[0], urls[2]], 2: [urls[1]]}
+    assert given_urls(settings, locations(1, 4, 1)) == {0: [urls[0]], 1: [urls[1]], 2: [urls[2]]}
+    assert given_urls(config("colocated"), locations(1, 2, 1)) == {}

@@ -5,30 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_hdpo.parallel.location import RankLocation
 from megatron_hdpo.rollout.sglang.config import SGLangConfig
 
 
 class TopologyError(ValueError):
     """The servers do not fit the ranks or the GPUs; the message says which key to change."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Location of a rank.
-
-    local_rank: number on its node. local_size: ranks of the node. leads: whether it leads its data-parallel replica
-    (and so receives whole tensors when only leaders do).
-    """
-
-    rank: int
-    local_rank: int
-    local_size: int
-    leads: bool
-
-    @property
-    def node(self) -> int:
-        """First rank of this rank's node."""
-        return self.rank - self.local_rank
 
 
 @dataclass(frozen=True)
@@ -44,25 +26,25 @@ class PlannedServer:
     first_gpu: int = 0
 
 
-def planned_servers(config: SGLangConfig, places: Sequence[Place], device: str) -> list[PlannedServer]:
+def planned_servers(config: SGLangConfig, locations: Sequence[RankLocation], device: str) -> list[PlannedServer]:
     """Return the servers that the run starts, over all nodes; none with placement=given.
 
     Raises TopologyError when they do not fit.
     """
     if config.placement == "given":
         return []
-    nodes: dict[int, list[Place]] = {}
-    for place in places:
-        nodes.setdefault(place.node, []).append(place)
+    nodes: dict[int, list[RankLocation]] = {}
+    for location in locations:
+        nodes.setdefault(location.node, []).append(location)
     return [server for node in nodes.values() for server in _of_node(config, node, device)]
 
 
-def _of_node(config: SGLangConfig, places: list[Place], device: str) -> list[PlannedServer]:
+def _of_node(config: SGLangConfig, locations: list[RankLocation], device: str) -> list[PlannedServer]:
     size = config.servers.tensor_parallel
     if config.placement == "colocated" and device == "cuda":
-        count = _count(config, len(places), "colocated servers share the ranks' GPUs", "ranks")
-        return [PlannedServer(places[s * size].rank, s, s * size) for s in range(count)]
-    leaders = [place.rank for place in places if place.leads] or [places[0].rank]
+        count = _count(config, len(locations), "colocated servers share the ranks' GPUs", "ranks")
+        return [PlannedServer(locations[s * size].rank, s, s * size) for s in range(count)]
+    leaders = [location.rank for location in locations if location.leads] or [locations[0].rank]
     if config.placement == "separate" and device == "cuda":
         gpus = sorted(config.gpus)
         if gpus != list(range(gpus[0], gpus[0] + len(gpus))):
@@ -83,9 +65,9 @@ def _count(config: SGLangConfig, available: int, why: str, what: str) -> int:
     return count
 
 
-def given_urls(config: SGLangConfig, places: Sequence[Place]) -> dict[int, list[str]]:
+def given_urls(config: SGLangConfig, locations: Sequence[RankLocation]) -> dict[int, list[str]]:
     """Return the given addresses by the rank that uses each one: the leaders of the replicas, in turn."""
-    leaders = [place.rank for place in places if place.leads]
+    leaders = [location.rank for location in locations if location.leads]
     shared: dict[int, list[str]] = {}
     for i, url in enumerate(config.urls):
         shared.setdefault(leaders[i % len(leaders)], []).append(url)
