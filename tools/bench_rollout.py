@@ -47,7 +47,7 @@ from megatron_hdpo.rollout.sglang.weights.gate import Gate
 from megatron_hdpo.rollout.sglang.weights.push import Transport, WeightPush
 from megatron_hdpo.rollout.sglang.weights.transports import BroadcastTransport, DiskTransport, TensorTransport
 from megatron_hdpo.sampling.coordinator import RolloutCoordinator
-from megatron_hdpo.sampling.sampler import Sampler
+from megatron_hdpo.sampling.sampler import RolloutSampler
 from megatron_hdpo.types.rollouts import GenerationRequest, SamplingParams
 
 SIZES = {"small": {"layers": 4, "hidden": 96, "ffn": 256}, "large": {"layers": 12, "hidden": 512, "ffn": 1536}}
@@ -240,7 +240,7 @@ def overlap(options: argparse.Namespace, url: str, model: Path, context: Any) ->
         loaded = load(data, tokenizer, rewards)
         problems = loaded.train[:16]
         objective = HDPO(HDPOConfig(), 1.0)
-        sampler = Sampler(engine, rewards, lambda ids: tokenizer.decode(ids.tolist(), skip_special_tokens=True))
+        sampler = RolloutSampler(engine, rewards, lambda ids: tokenizer.decode(ids.tolist(), skip_special_tokens=True))
         for turn in range(options.rounds + 1):
             for at_once in (True, False):
                 settings = RolloutConfig(

@@ -80,7 +80,8 @@ def check_links(context: ParallelContext, locations: Sequence[RankLocation], min
     if min_gb_per_s is not None and everywhere < min_gb_per_s:
         finding.problems.append(
             f"an all-reduce over all {len(locations)} ranks runs at {everywhere:.3g} GB/s, "
-            f"health.min_allreduce_gb_per_s is {min_gb_per_s:g}: does it use the right network (NCCL_DEBUG=INFO shows which one it uses)?"
+            f"health.min_allreduce_gb_per_s is {min_gb_per_s:g}: does it use the right network (NCCL_DEBUG=INFO shows "
+            "which one it uses)?"
         )
     return finding
 

@@ -28,7 +28,7 @@ from megatron_hdpo.rollout.embedded_model import EmbeddedModel
 from megatron_hdpo.rollout.embedded_state import PendingRequest, SequenceState
 from megatron_hdpo.rollout.engine import WeightStream
 from megatron_hdpo.rollout.request_check import problem_with
-from megatron_hdpo.rollout.sampling import Draw, RowParams, row_params, sample, uniforms
+from megatron_hdpo.rollout.token_sampling import Draw, RowParams, row_params, sample, uniforms
 from megatron_hdpo.types.rollouts import FinishReason, GenerationRequest, GenerationResult
 
 

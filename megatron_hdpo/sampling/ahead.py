@@ -12,7 +12,7 @@ from megatron_hdpo.types.problem import Problem
 from megatron_hdpo.types.rollouts import Group
 
 
-class StepRollouts:
+class PrefetchedRollouts:
     """Samples the rollouts of the next step in a thread.
 
     `begin` starts a step on each rank independently; `take` is collective and returns its groups on all ranks.

@@ -19,7 +19,14 @@ from megatron_hdpo.data.prompts import PromptBuilder
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.rollout.config import RolloutConfig
 from megatron_hdpo.rollout.engine import EngineLostWeights
-from megatron_hdpo.sampling.sampler import OnProgress, RolloutRequest, Rollouts, Sampler, Sampling, rollout_seed
+from megatron_hdpo.sampling.sampler import (
+    OnProgress,
+    RolloutRequest,
+    Rollouts,
+    RolloutSampler,
+    SamplingJob,
+    rollout_seed,
+)
 from megatron_hdpo.types.learning import Objective
 from megatron_hdpo.types.problem import Problem
 from megatron_hdpo.types.rollouts import Group, SamplingParams
@@ -39,9 +46,9 @@ class SampledShare:
     problems: int
     groups: dict[int, Group] = field(default_factory=dict)
     complete: bool = True
-    unfinished: Sampling | None = None
+    unfinished: SamplingJob | None = None
 
-    def run(self, sampling: Sampling) -> None:
+    def run(self, sampling: SamplingJob) -> None:
         """Sample to the end, or until the engine loses its weights."""
         try:
             sampling.run()
@@ -62,7 +69,7 @@ class RolloutCoordinator:
         self,
         config: RolloutConfig,
         context: ParallelContext,
-        sampler: Sampler,
+        sampler: RolloutSampler,
         prompts: PromptBuilder,
         stop_token_ids: tuple[int, ...],
         seed: int,

@@ -61,7 +61,7 @@ def rollout_seed(*parts: object) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-class Sampler:
+class RolloutSampler:
     """Samples and judges the requests of one rank.
 
     decode: token ids to text, without special tokens. max_retries: retries of a request that failed.
@@ -91,14 +91,14 @@ class Sampler:
         requests: Sequence[RolloutRequest],
         on_progress: OnProgress | None = None,
         then: Then = lambda request, rollouts: (),
-    ) -> Sampling:
+    ) -> SamplingJob:
         """Return a job that samples these requests when it is `run`.
 
         then(request, rollouts) is called once per request, when its last rollout has been judged; the requests that it
         returns join the others at once, while those are still being sampled. on_progress gets the number of new samples
         with each result.
         """
-        return Sampling(self, requests, on_progress, then)
+        return SamplingJob(self, requests, on_progress, then)
 
 
 @dataclass
@@ -126,14 +126,14 @@ class _Check:
     text: str
 
 
-class Sampling:
+class SamplingJob:
     """Job that samples and judges requests.
 
     done: judged rollouts by request key, complete when `run` has returned.
     """
 
     def __init__(
-        self, sampler: Sampler, requests: Sequence[RolloutRequest], on_progress: OnProgress | None, then: Then
+        self, sampler: RolloutSampler, requests: Sequence[RolloutRequest], on_progress: OnProgress | None, then: Then
     ) -> None:
         self.sampler, self.on_progress, self.then = sampler, on_progress, then
         self.done: dict[str, Rollouts] = {}

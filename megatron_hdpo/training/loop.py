@@ -5,7 +5,7 @@ from __future__ import annotations
 from megatron_hdpo.evaluation.evaluate import evaluate, evaluation_samples
 from megatron_hdpo.tracking.names import STEP_SECONDS
 from megatron_hdpo.tracking.performance import over_longer_step
-from megatron_hdpo.training.rollout_phase import begin_next_rollouts, rollouts_of_step, share_of
+from megatron_hdpo.training.rollout_phase import begin_next_rollouts, collect_step_rollouts, share_of
 from megatron_hdpo.training.run import Run
 from megatron_hdpo.training.start import prepare
 from megatron_hdpo.weights.save import save_hf
@@ -48,7 +48,7 @@ def _record_start(run: Run) -> None:
 
 def _step(run: Run) -> dict[str, float]:
     recipe = run.recipe
-    groups, metrics = rollouts_of_step(run)
+    groups, metrics = collect_step_rollouts(run)
     begin_next_rollouts(run)
     metrics |= run.learner.learn(groups, run.step)
     run.step += 1
@@ -67,7 +67,7 @@ def sync(run: Run) -> dict[str, float]:
     """
     if run.recipe.rollout.ahead and run.recipe.rollout.swap == "after_batch":
         with run.console.phase("rollouts ahead"):
-            run.step_rollouts.wait()
+            run.prefetched.wait()
     with run.console.phase("sync"):
         return run.sync(run.step)
 
@@ -100,7 +100,7 @@ def evaluate_now(run: Run) -> dict[str, float]:
     config, problems = run.recipe.evaluation, run.data.evaluation
     if not problems or run.recipe.rollout.replay is not None:
         return {}
-    run.step_rollouts.wait()  # only one thread at a time may read an engine's results
+    run.prefetched.wait()  # only one thread at a time may read an engine's results
     total = share_of(run, evaluation_samples(config, problems))
     with run.console.phase("evaluate", total=total, unit="sample") as phase:
         return evaluate(config, problems, run.rollouts, phase.advance)

@@ -16,7 +16,7 @@ from megatron_hdpo.types.errors import DataError
 from megatron_hdpo.types.rollouts import Group
 
 
-def rollouts_of_step(run: Run) -> tuple[list[Group], dict[str, float]]:
+def collect_step_rollouts(run: Run) -> tuple[list[Group], dict[str, float]]:
     """Return the groups that the next step learns from, and metrics of all sampled groups.
 
     The groups are judged and hold their privileged rollouts. Raises TrainingError when an engine missed a weight
@@ -44,7 +44,7 @@ def _sampled(run: Run) -> list[Group]:
     rollout, size = run.recipe.rollout, run.recipe.rollout.prompts_per_step
     problems = run.data.order.batch(run.step, size)
     with run.console.phase("rollout", total=share_of(run, size * rollout.samples_per_prompt), unit="sample") as phase:
-        groups = run.step_rollouts.take(problems, run.step, run.objective, phase.advance)
+        groups = run.prefetched.take(problems, run.step, run.objective, phase.advance)
 
         def sample_more(turn: int, count: int, leave_out: Collection[str]) -> list[Group]:
             more = run.data.order.further(run.step, turn, count, leave_out)
@@ -131,7 +131,7 @@ def begin_next_rollouts(run: Run) -> None:
         return
     if rollout.ahead and run.step + 1 < run.recipe.train.steps:
         problems = run.data.order.batch(run.step + 1, rollout.prompts_per_step)
-        run.step_rollouts.begin(problems, run.step + 1, run.objective)
+        run.prefetched.begin(problems, run.step + 1, run.objective)
     else:
         run.engine.make_room()
 

@@ -34,9 +34,9 @@ from megatron_hdpo.parallel.cores import usable_cores
 from megatron_hdpo.rewards.pool import RewardPool
 from megatron_hdpo.rollout.build import build_engine
 from megatron_hdpo.rollout.engine import Engine
-from megatron_hdpo.sampling.ahead import StepRollouts
+from megatron_hdpo.sampling.ahead import PrefetchedRollouts
 from megatron_hdpo.sampling.coordinator import RolloutCoordinator
-from megatron_hdpo.sampling.sampler import Sampler
+from megatron_hdpo.sampling.sampler import RolloutSampler
 from megatron_hdpo.teachers.teacher import PolicyTeacher
 from megatron_hdpo.tracking.console import Console
 from megatron_hdpo.tracking.logging import configure_logging
@@ -65,7 +65,7 @@ class Run:
     engine: Engine
     sync: PolicySync
     rewards: RewardPool
-    step_rollouts: StepRollouts
+    prefetched: PrefetchedRollouts
     checkpoints: CheckpointStore
     record: RunRecord
     measurements: Measurements
@@ -84,7 +84,7 @@ class Run:
     @property
     def rollouts(self) -> RolloutCoordinator:
         """Sampling of groups on all ranks."""
-        return self.step_rollouts.coordinator
+        return self.prefetched.coordinator
 
     def decode(self, token_ids: np.ndarray) -> str:
         """Return the text of a response, without special tokens."""
@@ -98,7 +98,7 @@ class Run:
 
     def close(self, failed: bool) -> None:
         """Stop workers and engine, and close the record."""
-        self.step_rollouts.close()
+        self.prefetched.close()
         self.rewards.close()
         self.sync.close()
         self.engine.close()
@@ -147,7 +147,7 @@ def build_run(
     rollouts = RolloutCoordinator(
         config=recipe.rollout,
         context=context,
-        sampler=Sampler(built.engine, rewards, partial(_decode, tokenizer), recipe.rollout.max_retries),
+        sampler=RolloutSampler(built.engine, rewards, partial(_decode, tokenizer), recipe.rollout.max_retries),
         prompts=data.prompts,
         stop_token_ids=stop_token_ids(tokenizer, recipe.model.path),
         seed=recipe.seed,
@@ -164,7 +164,7 @@ def build_run(
         engine=built.engine,
         sync=sync,
         rewards=rewards,
-        step_rollouts=StepRollouts(rollouts),
+        prefetched=PrefetchedRollouts(rollouts),
         checkpoints=checkpoints,
         record=RunRecord(recipe, context, console),
         measurements=build_measurements(recipe, policy, learner.work, console, health),

@@ -16,7 +16,7 @@ from test_sampler import Judge, text_of
 from megatron_hdpo.objectives.base import BaseObjective
 from megatron_hdpo.rollout.config import RolloutConfig
 from megatron_hdpo.sampling.coordinator import RolloutCoordinator
-from megatron_hdpo.sampling.sampler import Sampler
+from megatron_hdpo.sampling.sampler import RolloutSampler
 from megatron_hdpo.types.problem import Problem
 from megatron_hdpo.types.rollouts import Group
 
@@ -71,7 +71,7 @@ class Context:
 def coordinator(context: Any, fails: Fails = lambda request, index: False, seed: int = 3) -> RolloutCoordinator:
     engine = FakeEngine(fails)
     engine.deterministic = False  # one that repeats itself exactly is asked in two phases
-    sampler = Sampler(engine, Judge(lambda text: text.startswith("4")), text_of)  # type: ignore[arg-type]
+    sampler = RolloutSampler(engine, Judge(lambda text: text.startswith("4")), text_of)  # type: ignore[arg-type]
     config = RolloutConfig(samples_per_prompt=3, max_new_tokens=8, routing_replay=True)
     return RolloutCoordinator(config, context, sampler, Prompts(), stop_token_ids=(1,), seed=seed)  # type: ignore[arg-type]
 

@@ -16,7 +16,7 @@ from hypothesis.strategies import DrawFn
 
 from megatron_hdpo.objectives.hdpo import HDPO, HDPOConfig
 from megatron_hdpo.rewards.pool import Judgement, RewardConfig, RewardPool
-from megatron_hdpo.sampling.sampler import RolloutRequest, Rollouts, Sampler, _attempt, rollout_seed
+from megatron_hdpo.sampling.sampler import RolloutRequest, Rollouts, RolloutSampler, _attempt, rollout_seed
 from megatron_hdpo.types.load_report import LoadReport
 from megatron_hdpo.types.problem import Problem
 from megatron_hdpo.types.rollouts import GenerationRequest, GenerationResult, Group, SamplingParams
@@ -47,8 +47,8 @@ def request(key: str, n: int = 4, seed: int = 7) -> RolloutRequest:
     return RolloutRequest(key, problem, np.array([1, 2, 3], dtype=np.int32), SamplingParams(8, n=n), seed)
 
 
-def sampler(engine: FakeEngine, judge: Any = None, max_retries: int = 2) -> Sampler:
-    return Sampler(engine, judge or Judge(), text_of, max_retries)
+def sampler(engine: FakeEngine, judge: Any = None, max_retries: int = 2) -> RolloutSampler:
+    return RolloutSampler(engine, judge or Judge(), text_of, max_retries)
 
 
 def first_try(request: GenerationRequest) -> bool:

@@ -159,12 +159,12 @@ def train_with_swaps_amid_groups(file: str) -> None:
     from megatron_hdpo import cli
     from megatron_hdpo.rollout.sglang.engine import SGLangEngine
     from megatron_hdpo.rollout.sglang.weights.push import WeightPush
-    from megatron_hdpo.sampling.ahead import StepRollouts
+    from megatron_hdpo.sampling.ahead import PrefetchedRollouts
 
     tree = yaml.safe_load(Path(file).read_text())
     if tree["rollout"]["swap"] == "mid_generation":
         half = Half(tree["rollout"]["prompts_per_step"] * tree["rollout"]["samples_per_prompt"] // 2)
-        begin, ask, push = StepRollouts.begin, SGLangEngine._ask, WeightPush.push
+        begin, ask, push = PrefetchedRollouts.begin, SGLangEngine._ask, WeightPush.push
 
         def begin_half(self: Any, problems: Any, step: int, objective: Any) -> None:
             half.version, half.over = step, 0
@@ -182,7 +182,7 @@ def train_with_swaps_amid_groups(file: str) -> None:
                 assert wait_until(lambda: half.over >= half.size)
             return push(self, stream, version)
 
-        StepRollouts.begin, SGLangEngine._ask, WeightPush.push = begin_half, ask_half, push_after_half  # type: ignore
+        PrefetchedRollouts.begin, SGLangEngine._ask, WeightPush.push = begin_half, ask_half, push_after_half  # type: ignore
     cli.main(["train", file])
 
 
@@ -279,10 +279,10 @@ def train_and_break(file: str) -> None:
     """An error of the trainer's own, while the next step's rollouts, which never come, are being sampled."""
     from megatron_hdpo import cli
     from megatron_hdpo.rollout.sglang.api import ServerApi
-    from megatron_hdpo.sampling.ahead import StepRollouts
+    from megatron_hdpo.sampling.ahead import PrefetchedRollouts
     from megatron_hdpo.training.learner import Learner
 
-    begin = StepRollouts.begin
+    begin = PrefetchedRollouts.begin
 
     async def never(*args: Any) -> Any:
         await asyncio.sleep(600)
@@ -295,7 +295,7 @@ def train_and_break(file: str) -> None:
         time.sleep(0.5)
         raise RuntimeError("the trainer broke")
 
-    StepRollouts.begin, Learner.learn = begin_in_vain, learn  # type: ignore[method-assign]
+    PrefetchedRollouts.begin, Learner.learn = begin_in_vain, learn  # type: ignore[method-assign]
     cli.main(["train", file])
 
 
@@ -321,9 +321,9 @@ def kill_servers_of(folder: Path) -> None:
 def train_and_lose_the_server(file: str) -> None:
     """The only server is killed when the first of step 2's rollouts has come."""
     from megatron_hdpo import cli
-    from megatron_hdpo.sampling.sampler import Sampling
+    from megatron_hdpo.sampling.sampler import SamplingJob
 
-    take, versions = Sampling._take, []
+    take, versions = SamplingJob._take, []
 
     def take_and_kill(self: Any, result: Any) -> None:
         take(self, result)
@@ -332,7 +332,7 @@ def train_and_lose_the_server(file: str) -> None:
             kill_servers_of(Path(file).parent)
         versions.append(version)
 
-    Sampling._take = take_and_kill  # type: ignore[method-assign]
+    SamplingJob._take = take_and_kill  # type: ignore[method-assign]
     cli.main(["train", file])
 
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megatron_hdpo.rollout.sampling import inverse_cdf, row_params, sample, truncate, uniforms
+from megatron_hdpo.rollout.token_sampling import inverse_cdf, row_params, sample, truncate, uniforms
 
 CPU = torch.device("cpu")
 FIRST_OF_7_3 = [0.4821286018761155, 0.7241355726248441, 0.05025403948627161]
