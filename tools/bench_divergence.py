@@ -224,7 +224,7 @@ def measure(setting: Setting, repeats: int, full: bool) -> tuple[list[Row], dict
             start, cpu = clock(setting.device), time.thread_time()
             try:
                 one_step(runs[name], logits, anchor)
-            except Exception as error:  # a contender that does not run here is named, not hidden
+            except Exception as error:  # report contenders that do not run here
                 missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"
                 del runs[name], times[name]
                 continue

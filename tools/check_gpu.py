@@ -52,7 +52,7 @@ def main() -> None:
     """Run the checks of the command line; exit with 1 when one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
-    parser.add_argument("--device", default="cuda", help="cpu tries the script itself, without what needs a GPU")
+    parser.add_argument("--device", default="cuda", help="cpu: only to test this script, without what needs a GPU")
     parser.add_argument("--model", type=Path, help="Hugging Face checkpoint folder; default: random weights")
     parser.add_argument("--problems", type=Path, help="JSON lines to learn from, such as GSM8K's")
     parser.add_argument("--only", nargs="*", choices=CHECKS, help="run only these checks")

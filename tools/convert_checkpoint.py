@@ -44,7 +44,7 @@ def main() -> int:
     parser.add_argument(
         "--config", type=Path, help="Hugging Face folder with config and tokenizer, where source has none"
     )
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the shards rest meanwhile")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="device that holds the shards")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
     arguments = parser.parse_args()
     try:
@@ -52,7 +52,7 @@ def main() -> int:
             tensor=arguments.tensor,
             pipeline=arguments.pipeline,
             expert=arguments.expert,
-            sequence=arguments.tensor > 1,  # without it experts are not for tensor-parallel ranks
+            sequence=arguments.tensor > 1,  # Megatron needs it to combine experts with tensor parallelism
         )
         context = start(layout, device=arguments.device)
         read = convert(

@@ -29,7 +29,7 @@ def main() -> None:
     """Read the command line and install."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("environment", type=Path, help="folder of the virtual environment")
-    parser.add_argument("extras", help="extras of setup.py, by commas")
+    parser.add_argument("extras", help="extras of setup.py, separated by commas")
     parser.add_argument("--torch-index", default="", help="package index that torch is taken from; default: pip's own")
     arguments = parser.parse_args()
     if sys.version_info < OLDEST_PYTHON:
@@ -50,7 +50,7 @@ def main() -> None:
 def install(screen: Screen, environment: Path, extras: str, torch_index: str) -> None:
     """Install torch, then the project with its extras. Raises PartFailed with what pip said."""
     log = environment / "install.log"
-    screen.line(f"set-up: {environment}, with the extras {extras}; all that pip says goes to {log}")
+    screen.line(f"set-up: {environment}, with the extras {extras}; output of pip in {log}")
     python = environment / "bin" / "python"
     if not python.exists():
         run(screen, Part("virtual environment", [sys.executable, "-m", "venv", environment], log))

@@ -166,7 +166,7 @@ class _Running:
             log = self.part.log
             last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-SHOWN_OF_A_FAILURE:]
             shown = "\n".join(f"  {line}" for line in last)
-            raise PartFailed(f"{self.part.name} failed with exit code {code}:\n{shown}\nall that it printed: {log}")
+            raise PartFailed(f"{self.part.name} failed with exit code {code}:\n{shown}\nfull output: {log}")
 
     def signal(self, number: int) -> None:
         """Send a signal to the command and its children, if it still runs."""

@@ -48,7 +48,7 @@ def main() -> int:
             tensor=arguments.tensor,
             pipeline=arguments.pipeline,
             expert=arguments.expert,
-            sequence=arguments.tensor > 1,  # without it experts are not for tensor-parallel ranks
+            sequence=arguments.tensor > 1,  # Megatron needs it to combine experts with tensor parallelism
         )
         context = start(layout, device=arguments.device)
         checks = verify(

@@ -93,9 +93,11 @@ def main(description: str) -> None:
 def _arguments(description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     every = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-    parser.add_argument("--methods", type=_names(every), default=every, help="recipes, by commas; default: all")
+    parser.add_argument(
+        "--methods", type=_names(every), default=every, help="recipes, separated by commas; default: all"
+    )
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, help="steps of every method; default: what its recipe says")
+    parser.add_argument("--steps", type=int, help="steps of every method; default: those of its recipe")
     parser.add_argument("--warmup-steps", type=int, help="steps of warm-up and teacher; default: their recipes'")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))

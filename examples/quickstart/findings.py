@@ -54,19 +54,19 @@ def verdict(ours: Score, theirs: Score, what: str) -> str:
         return f"{what}: HDPO solves more than GRPO ({numbers}; the 95 % intervals do not overlap)."
     if theirs.solved.low > ours.solved.high:
         return f"{what}: GRPO solves more than HDPO ({numbers}; the 95 % intervals do not overlap)."
-    return f"{what}: no difference can be told ({numbers}; the 95 % intervals overlap)."
+    return f"{what}: no clear difference ({numbers}; the 95 % intervals overlap)."
 
 
 def change(before: Score, after: Score, what: str) -> str:
     """Return a sentence: a run solves more or fewer of `what` after its steps, or there is no clear change."""
     numbers = f"{before.text} before, {after.text} after"
     if lost := before.lost_samples + after.lost_samples:
-        return f"{what}: nothing can be said of the change, because {lost} samples were lost ({numbers})."
+        return f"{what}: no verdict on the change, because {lost} samples were lost ({numbers})."
     if after.solved.low > before.solved.high:
         return f"{what}: more are solved than before ({numbers}; the 95 % intervals do not overlap)."
     if before.solved.low > after.solved.high:
         return f"{what}: fewer are solved than before ({numbers}; the 95 % intervals do not overlap)."
-    return f"{what}: no change can be told ({numbers}; the 95 % intervals overlap)."
+    return f"{what}: no clear change ({numbers}; the 95 % intervals overlap)."
 
 
 def signal(records: Records, prompts_per_step: int) -> str:

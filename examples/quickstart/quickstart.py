@@ -255,7 +255,7 @@ def summary(grpo: Training, hdpo: Training, words: Training) -> list[str]:
     samples, name = settings["evaluation"]["samples"], settings["data"]["evaluation"][0]["name"]
     before, after = (score(record, name, f"pass@{samples}", samples) for record in (records[0], records[-1]))
     what = f"Act two, held-out word problems that one of {samples} samples solves"
-    lost = f"{what}: nothing can be said of the change, because an evaluation is missing."
+    lost = f"{what}: no verdict on the change, because an evaluation is missing."
     return [
         f"Act one. {act_one_verdicts(grpo, hdpo)[0]}",
         lost if before is None or after is None else change(before, after, what),

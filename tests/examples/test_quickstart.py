@@ -28,8 +28,8 @@ def of(right: int, total: int = 64, lost: int = 0) -> Score:
     [
         (of(30), of(2), "s: HDPO solves more than GRPO (HDPO 47 % (35 to 59 %), GRPO 3 % (1 to 11 %); the 95 %"),
         (of(2), of(30), "s: GRPO solves more than HDPO (HDPO 3 % (1 to 11 %), GRPO 47 % (35 to 59 %); the 95 %"),
-        (of(8), of(5), "s: no difference can be told (HDPO 12 % (6 to 23 %), GRPO 8 % (3 to 17 %); the 95 % intervals"),
-        (of(0), of(0), "s: no difference can be told (HDPO 0 % (0 to 6 %), GRPO 0 % (0 to 6 %); the 95 % intervals"),
+        (of(8), of(5), "s: no clear difference (HDPO 12 % (6 to 23 %), GRPO 8 % (3 to 17 %); the 95 % intervals"),
+        (of(0), of(0), "s: no clear difference (HDPO 0 % (0 to 6 %), GRPO 0 % (0 to 6 %); the 95 % intervals"),
         (of(30), of(2, lost=3), "s: no verdict, because 3 samples of the last evaluation were lost (HDPO 47 %"),
     ],
     ids=["HDPO wins", "GRPO wins", "overlap", "tie", "lost samples"],
@@ -43,8 +43,8 @@ def test_the_verdict_follows_from_the_intervals(hdpo: Score, grpo: Score, said: 
     [
         (of(1, 20), of(12, 20), "w: more are solved than before (5 % (1 to 24 %) before, 60 % (39 to 78 %) after; the"),
         (of(12, 20), of(1, 20), "w: fewer are solved than before (60 %"),
-        (of(4, 20), of(6, 20), "w: no change can be told (20 % (8 to 42 %) before, 30 % (15 to 52 %) after; the 95 %"),
-        (of(4, 20, lost=2), of(19, 20), "w: nothing can be said of the change, because 2 samples were lost ("),
+        (of(4, 20), of(6, 20), "w: no clear change (20 % (8 to 42 %) before, 30 % (15 to 52 %) after; the 95 %"),
+        (of(4, 20, lost=2), of(19, 20), "w: no verdict on the change, because 2 samples were lost ("),
     ],
 )
 def test_the_change_follows_from_the_intervals(before: Score, after: Score, said: str) -> None:
