@@ -186,7 +186,9 @@ def test_three_sentences_say_what_was_seen(folder: Path) -> None:
     assert sentences[0].startswith("Act one. Held-out sums of 5 and 6 digits: GRPO solves more than HDPO (")
     assert ": more are solved than before (5 % (1 to 24 %) before, 75 % (" in sentences[1]
     assert "6 of 12 prompts of its 2 steps were cliffs" in sentences[2]
-    assert act_one_verdicts(grpo, hdpo)[1].startswith("Held-out sums of 3 digits, which were taught: no clear difference")
+    assert act_one_verdicts(grpo, hdpo)[1].startswith(
+        "Held-out sums of 3 digits, which were taught: no clear difference"
+    )
     write_records(grpo, {"step": 40})
     assert summary(grpo, hdpo, words)[0].endswith("no verdict, because the last step of a run has no evaluation.")
 

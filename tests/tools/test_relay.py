@@ -89,7 +89,9 @@ def test_the_size_of_a_download_is_said(tmp_path: Path) -> None:
         "to download for torch: 196 MB in 2 files (torch-2.whl: 190 MB)"
     )
     said = size_sentence({"torch-2.whl": 900_000_000, "nvidia_cublas.whl": None})
-    assert said.startswith("to download for torch: 900 MB in 1 files (torch-2.whl: 900 MB), and 1 files of unknown size: ")
+    assert said.startswith(
+        "to download for torch: 900 MB in 1 files (torch-2.whl: 900 MB), and 1 files of unknown size: "
+    )
     assert said.endswith("nvidia_cublas.whl. This is a build for CUDA; TORCH_INDEX chooses one for CPUs (README)")
 
 
