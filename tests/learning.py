@@ -157,6 +157,7 @@ class _WrongReference:
 
 
 def _objective(variant: str, recipe):
+    from megatron_hdpo.objectives.base import ObjectiveDeps
     from megatron_hdpo.objectives.hdpo import HDPO
 
     class Failures(HDPO):
@@ -189,4 +190,4 @@ def _objective(variant: str, recipe):
     if variant in ("grpo", "warmed_up"):
         distill = config.distill.model_copy(update={"coefficient": 0.0})
         config = config.model_copy(update={"distill": distill})
-    return kinds.get(variant, HDPO)(config, recipe.rollout.temperature, leakage=recipe.data.leakage)
+    return kinds.get(variant, HDPO)(config, ObjectiveDeps(recipe.rollout.temperature, leakage=recipe.data.leakage))

@@ -12,6 +12,7 @@ from pydantic import Field, TypeAdapter
 
 from megatron_hdpo.config import RecipeError, load_recipe
 from megatron_hdpo.data.tasks import DigitSumsTask
+from megatron_hdpo.objectives.base import ObjectiveDeps
 from megatron_hdpo.objectives.registry import ObjectiveConfig
 from megatron_hdpo.types.load_report import LoadReport
 from megatron_hdpo.types.problem import Problem
@@ -33,7 +34,7 @@ def test_the_example_objective_of_the_docs_works_as_written():
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     namespace: dict = {}
     exec(code, namespace)
-    objective = namespace["Rejection"](namespace["RejectionConfig"](), temperature=1.0)
+    objective = namespace["Rejection"](namespace["RejectionConfig"](), ObjectiveDeps())
     group = Group(Problem("p/0", "p", "q", "1"), np.array([5, 6], np.int32), [_sample(1.0, 3), _sample(0.0, 4)])
     (example,) = objective.examples([group], {})
     assert objective.privileged(group, 0) == 0 and objective.scorings([group]) == []

@@ -33,6 +33,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_hdpo.data.load import DataConfig, load
+from megatron_hdpo.objectives.base import ObjectiveDeps
 from megatron_hdpo.objectives.hdpo import HDPO, HDPOConfig
 from megatron_hdpo.parallel.context import start
 from megatron_hdpo.parallel.layout import ParallelConfig
@@ -239,7 +240,7 @@ def overlap(options: argparse.Namespace, url: str, model: Path, context: Any) ->
     ):
         loaded = load(data, tokenizer, rewards)
         problems = loaded.train[:16]
-        objective = HDPO(HDPOConfig(), 1.0)
+        objective = HDPO(HDPOConfig(), ObjectiveDeps())
         sampler = RolloutSampler(engine, rewards, lambda ids: tokenizer.decode(ids.tolist(), skip_special_tokens=True))
         for turn in range(options.rounds + 1):
             for at_once in (True, False):

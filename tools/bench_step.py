@@ -32,6 +32,7 @@ from megatron_hdpo.model.build import build_model, wrap_data_parallel
 from megatron_hdpo.model.config import DTYPES, ModelConfig
 from megatron_hdpo.model.optimizer import OptimizerConfig, build_optimizer
 from megatron_hdpo.model.policy import Policy
+from megatron_hdpo.objectives.base import ObjectiveDeps
 from megatron_hdpo.objectives.grpo import GRPO, GRPOConfig
 from megatron_hdpo.objectives.hdpo import HDPO, HDPOConfig
 from megatron_hdpo.parallel.context import ParallelContext, start, stop
@@ -119,9 +120,9 @@ def _methods(policy: Policy, groups: list[Group], arguments: argparse.Namespace)
     """Measure the training side of a step in seconds, by method and phase."""
     console = PhaseConsole(enabled=False)
     objectives = {
-        "GRPO": GRPO(GRPOConfig(), 1.0),
-        "HDPO, teacher from the trainer": HDPO(HDPOConfig(), 1.0),
-        "HDPO, teacher from the rollout": HDPO(HDPOConfig(logits_from="rollout"), 1.0),
+        "GRPO": GRPO(GRPOConfig(), ObjectiveDeps()),
+        "HDPO, teacher from the trainer": HDPO(HDPOConfig(), ObjectiveDeps()),
+        "HDPO, teacher from the rollout": HDPO(HDPOConfig(logits_from="rollout"), ObjectiveDeps()),
     }
     teacher = PolicyTeacher(policy)
     learners = {name: Learner(policy, objective, teacher, console) for name, objective in objectives.items()}

@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from megatron_hdpo.model.policy import Policy, share_examples
-from megatron_hdpo.objectives.targets import own_scoring
+from megatron_hdpo.objectives.examples import own_scoring
 from megatron_hdpo.types.learning import (
     DistillConfig,
     Example,

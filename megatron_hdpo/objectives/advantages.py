@@ -12,11 +12,11 @@ _MIN_STD = 1e-6
 
 
 def advantages(rewards_G: np.ndarray, kind: AdvantageKind = "leave_one_out") -> np.ndarray:
-    """Advantages [G] of rewards [G].
+    """Return the advantages, float64 [G], of the rewards [G] of one group.
 
     leave_one_out: (R_i - mean of the others) / (std of the others + 1e-6), unscaled where that std is below 1e-6
     (HDPO's Algorithm 1 read as in its code base); rloo: without the std; group: (R - mean) / (std + 1e-6) with one
-    degree of freedom taken off (GRPO), 0 for a single rollout; none: the rewards. A group of one has advantage 0
+    degree of freedom less (GRPO), 0 for a single rollout; none: the rewards. A group of one has advantage 0
     for every kind but `none`.
     """
     rewards = np.asarray(rewards_G, dtype=np.float64)
@@ -34,8 +34,11 @@ def advantages(rewards_G: np.ndarray, kind: AdvantageKind = "leave_one_out") -> 
 
 
 def _divide_by_others_std(rewards: np.ndarray, centred: np.ndarray) -> np.ndarray:
-    """Each row by the sample std of the other rewards; computed from the centred values of those others, because
-    E[R^2] - E[R]^2 turns rewards that are equal but not binary into noise."""
+    """Return each centred reward divided by the sample std of the other rewards.
+
+    The std is computed from centred values, because E[R^2] - E[R]^2 turns rewards that are equal but not binary into
+    noise.
+    """
     size = len(rewards)
     if size < 3:
         return centred

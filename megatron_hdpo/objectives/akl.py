@@ -1,9 +1,9 @@
-"""AKL: distillation by a mix of forward and reverse KL that adapts to where the student is off.
+"""AKL: distillation by a mix of forward and reverse KL, by where student and teacher differ.
 
 arXiv 2404.02657: the teacher's most likely tokens up to a mass (distill.beta) are its head, the rest its tail; with g
-the sum of |p - q| over each, L = g_head / g * KL(p || q) + g_tail / g * KL(q || p), the weights constant. On the
-student's own rollouts, taught by another model at the same prompt; or on the teacher's: rollouts sampled with the
-privileged prompt, taught by a model that reads it too.
+the sum of |p - q| over each, L = g_head / g * KL(p || q) + g_tail / g * KL(q || p), the weights constant. Either on the
+student's own rollouts, with another model as teacher at the same prompt; or on the teacher's: rollouts sampled with the
+privileged prompt, scored by a teacher that reads it too.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from megatron_hdpo.objectives.distillation import Distillation, DistillationConfig
-from megatron_hdpo.objectives.grpo import group_shares
-from megatron_hdpo.objectives.opd import SamePromptDistillation
+from megatron_hdpo.objectives.base import ObjectiveDeps, group_shares
+from megatron_hdpo.objectives.distillation import Distillation, DistillationConfig, SamePromptDistillation
+from megatron_hdpo.objectives.examples import SampleKey, is_masked, privileged_samples
 from megatron_hdpo.objectives.settings import Surroundings
-from megatron_hdpo.objectives.targets import Place
 from megatron_hdpo.types.learning import DistillConfig, Objective
 from megatron_hdpo.types.rollouts import Group, Sample
 
@@ -28,7 +27,8 @@ class AKLConfig(DistillationConfig):
 
     name: Literal["akl"] = "akl"
     tokens: Literal["student", "teacher"] = Field(
-        "student", description="Whose rollouts are learned from: the student's, or those with the privileged prompt."
+        "student",
+        description="Train on the student's rollouts, or on the teacher's: those sampled with the privileged prompt.",
     )
     rollouts: int = Field(1, ge=1, description="Privileged rollouts per prompt, for tokens=teacher.")
     distill: DistillConfig = Field(
@@ -38,11 +38,11 @@ class AKLConfig(DistillationConfig):
 
     @property
     def needs_privileged(self) -> bool:
-        """For the teacher's rollouts."""
+        """Return whether the rollouts are the teacher's."""
         return self.tokens == "teacher"
 
     def errors(self, around: Surroundings) -> Iterator[str]:
-        """A divergence that cannot be computed or is another; a teacher that would agree with the student."""
+        """Yield why the divergence cannot be computed, or why the teacher would equal the student."""
         yield from super().errors(around)
         if self.distill.kind != "akl":
             yield f"distill.kind: {self.distill.kind}, but objective akl is about kind=akl"
@@ -55,43 +55,30 @@ class AKLConfig(DistillationConfig):
             yield "distill.importance_cap: the student did not sample the tokens of tokens=teacher; leave it out"
 
 
-def build_akl(config: AKLConfig, temperature: float, updates_per_step: int = 1) -> Objective:
-    """The objective for the tokens that the config names."""
-    if config.tokens == "student":
-        return SamePromptDistillation(config, temperature, updates_per_step)
-    return TeacherTokens(config, temperature, updates_per_step)
+def build_akl(config: AKLConfig, deps: ObjectiveDeps) -> Objective:
+    """Return the objective for the tokens that the config names."""
+    return (SamePromptDistillation if config.tokens == "student" else TeacherTokens)(config, deps)
 
 
 class TeacherTokens(Distillation):
-    """Distillation on privileged rollouts of every prompt, right or wrong: the teacher's own tokens."""
+    """Distillation on privileged samples of every prompt, right or wrong."""
 
     config: AKLConfig
 
-    def __init__(self, config: AKLConfig, temperature: float, updates_per_step: int = 1) -> None:
-        self.config = config
-        self.temperature = temperature
-        self.updates_per_step = updates_per_step
-
     def privileged(self, group: Group, step: int) -> int:
-        """As many for every prompt."""
+        """Return the same number for every group."""
         return self.config.rollouts
 
     def teacher_context(self, group: Group, index: int) -> np.ndarray | None:
-        """The prompt that they were sampled with."""
+        """Return the prompt that the privileged samples were sampled with, int32 [P]."""
         return group.privileged_prompt_ids
 
-    def has_signal(self, group: Group) -> bool:
-        """Whether any of them is trained on."""
-        return any(True for _ in self.trained([group]))
-
-    def trained(self, groups: Sequence[Group]) -> Iterator[tuple[Place, Group, Sample]]:
-        """Privileged rollouts, with their places."""
-        for g, group in enumerate(groups):
-            for s, sample in enumerate(group.privileged):
-                masked = self.config.overlong == "mask" and sample.completion.finish_reason == "length"
-                if sample.length and not masked:
-                    yield (g, "privileged", s), group, sample
+    def trained(self, groups: Sequence[Group]) -> Iterator[tuple[SampleKey, Group, Sample]]:
+        """Yield the privileged samples that have tokens and are not masked, with key and group."""
+        for key, group, sample in privileged_samples(groups):
+            if sample.length and not is_masked(sample, self.config.overlong):
+                yield key, group, sample
 
     def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Shares of kinds of groups, and how many privileged rollouts there are."""
+        """Return the shares of solved, mixed and cliff groups, and the number of privileged samples."""
         return group_shares(groups) | {"privileged/kept": float(sum(len(group.privileged) for group in groups))}

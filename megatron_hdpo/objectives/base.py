@@ -1,59 +1,142 @@
-"""What most objectives answer alike, so that a method's file holds only what is its own."""
+"""Base class of the objectives, what they are built from, and the metrics that they share."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
+
+from megatron_hdpo.data.leakage import LeakageConfig
+from megatron_hdpo.data.prompts import Hint
+from megatron_hdpo.objectives.examples import SampleKey, student_samples
+from megatron_hdpo.objectives.settings import ObjectiveSettings
 from megatron_hdpo.types.learning import Score, Scoring, ScoringKey
-from megatron_hdpo.types.rollouts import Group
+from megatron_hdpo.types.problem import Problem
+from megatron_hdpo.types.rollouts import Group, Sample
 
 NO_TOTALS: Mapping[str, float] = MappingProxyType({})
 
 
+class PrivilegedPrompts(Protocol):
+    """Maker of the prompts that a teacher reads: `data.prompts.PromptBuilder`, or a stand-in. Ids are int32 [P]."""
+
+    @property
+    def markers(self) -> Sequence[str]:
+        """Return the strings of privileged prompts that no honest response contains."""
+
+    def privileged(self, problem: Problem) -> np.ndarray:
+        """Return the prompt that shows the ground truth."""
+
+    def hinted(self, problem: Problem, hint: Hint) -> np.ndarray:
+        """Return the prompt that shows a hint."""
+
+
+class NoPrompts:
+    """Prompts of an objective whose teacher reads none; asking for one raises ValueError."""
+
+    markers: tuple[str, ...] = ()
+
+    def privileged(self, problem: Problem) -> np.ndarray:
+        """Raise ValueError."""
+        raise ValueError(f"problem {problem.id}: this objective needs prompts; pass ObjectiveDeps(prompts=...)")
+
+    def hinted(self, problem: Problem, hint: Hint) -> np.ndarray:
+        """Raise ValueError."""
+        return self.privileged(problem)
+
+
+@dataclass(frozen=True)
+class ObjectiveDeps:
+    """What an objective is built from in addition to its settings.
+
+    temperature: sampling temperature of the rollouts. updates_per_step: optimizer updates on the rollouts of one step.
+    prompts: makes the teacher's prompts. leakage: which privileged responses give the help away.
+    """
+
+    temperature: float = 1.0
+    updates_per_step: int = 1
+    prompts: PrivilegedPrompts = field(default_factory=NoPrompts)
+    leakage: LeakageConfig = field(default_factory=LeakageConfig)
+
+
 class BaseObjective:
-    """No privileged rollouts, no scorings, no totals, no memory. `step` is the present rollout step."""
+    """Defaults of an objective: no privileged samples, no scorings, no totals, no saved state.
+
+    `step` is the current rollout step, counted from 0. A method defines `loss` and `examples`
+    (`types.learning.Objective` lists the methods), and reads `config`, `temperature`, `updates_per_step` and `prompts`.
+    """
 
     max_privileged_prompts: int | None = None
     privileged_top_logprobs: int = 0
     step: int = 0
 
+    def __init__(self, config: ObjectiveSettings, deps: ObjectiveDeps) -> None:
+        self.config = config
+        self.temperature = deps.temperature
+        self.updates_per_step = deps.updates_per_step
+        self.prompts = deps.prompts
+
     def privileged(self, group: Group, step: int) -> int:
-        """None: the method learns from the student's own rollouts."""
+        """Return the number of privileged samples that the group gets. Default: 0."""
         return 0
 
     def begin_step(self, step: int, groups: Sequence[Group]) -> None:
-        """Remember the step."""
+        """Store the step."""
         self.step = step
 
     def keep_privileged(self, group: Group) -> Group:
-        """All of them."""
+        """Return the group with the privileged samples that are used. Default: all."""
         return group
 
+    def is_trained(self, group: Group, index: int) -> bool:
+        """Return whether the method trains on a student sample. Default: if it has any token."""
+        return group.samples[index].length > 0
+
+    def trained(self, groups: Sequence[Group]) -> Iterator[tuple[SampleKey, Group, Sample]]:
+        """Yield the samples that the method trains on, with key and group. Default: the student's, by `is_trained`."""
+        for key, group, sample in student_samples(groups):
+            if self.is_trained(group, key[2]):
+                yield key, group, sample
+
     def has_signal(self, group: Group) -> bool:
-        """Whether there is a judged rollout at all."""
+        """Return whether the group can change the policy. Default: if it has a judged sample."""
         return bool(group.samples)
 
     def scorings(self, groups: Sequence[Group]) -> list[Scoring]:
-        """None."""
+        """Return the forward passes needed before the update. Default: none."""
         return []
 
     def totals(self, groups: Sequence[Group], scores: Mapping[ScoringKey, Score]) -> dict[str, float]:
-        """None."""
+        """Return this replica's part of the sums over the step. Default: none."""
         return {}
 
     def totals_metrics(self, totals: Mapping[str, float]) -> dict[str, float]:
-        """None."""
+        """Return metrics made of the totals over all replicas. Default: none."""
         return {}
 
     def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
-        """None."""
+        """Return metrics over all groups of the step. Default: none."""
         return {}
 
     def state(self) -> dict[str, Any]:
-        """Nothing."""
+        """Return the state to save in a checkpoint, as JSON values. Default: none."""
         return {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Nothing."""
+        """Restore what `state` returned. Default: do nothing."""
+
+
+def group_shares(groups: Sequence[Group], success: float = 1.0) -> dict[str, float]:
+    """Return the shares of solved, mixed and cliff groups among those with a judged sample; {} if there is none.
+
+    Solved: every reward is at least `success`; cliff: none is; mixed: the others, the only ones with an advantage.
+    """
+    judged = [[s.reward >= success for s in group.samples] for group in groups if group.samples]
+    if not judged:
+        return {}
+    solved = sum(all(group) for group in judged) / len(judged)
+    cliffs = sum(not any(group) for group in judged) / len(judged)
+    return {"rollout/solved_rate": solved, "rollout/cliff_rate": cliffs, "rollout/mixed_rate": 1 - solved - cliffs}

@@ -1,7 +1,7 @@
-"""GRPO: the group's rewards are the baseline, each response's advantage is shared by its tokens.
+"""GRPO: policy gradient whose baseline is the mean reward of the group; a response's tokens share its advantage.
 
 Shao et al. 2024; advantages by leave-one-out as in HDPO (arXiv 2603.23871, Algorithm 1 and Table 2). Its descendants
-are options: DAPO (clip_high above clip_low, aggregation=token, groups without signal sampled anew), GSPO
+are options: DAPO (clip_high above clip_low, aggregation=token, groups without signal replaced), GSPO
 (surrogate.ratio=sequence, aggregation=sequence), Dr. GRPO (advantage=rloo), a KL penalty.
 
 The penalty is k2, half the squared log-ratio of policy to reference at the sampled tokens. As a loss on the policy's
@@ -18,24 +18,17 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from megatron_hdpo.objectives.advantages import AdvantageKind, advantages
-from megatron_hdpo.objectives.base import NO_TOTALS, BaseObjective
+from megatron_hdpo.objectives.base import NO_TOTALS, BaseObjective, group_shares
+from megatron_hdpo.objectives.examples import SampleKey, is_masked, own_scoring, student_example, student_samples
 from megatron_hdpo.objectives.settings import ObjectiveSettings
-from megatron_hdpo.objectives.targets import Place, own_scoring
-from megatron_hdpo.types.learning import (
-    Example,
-    LossSpec,
-    Score,
-    Scoring,
-    ScoringKey,
-    SurrogateConfig,
-)
+from megatron_hdpo.types.learning import Example, LossSpec, Score, Scoring, ScoringKey, SurrogateConfig
 from megatron_hdpo.types.rollouts import Group, Sample
 
 OverlongPolicy = Literal["keep", "mask", "penalise"]
 
 
 class KLConfig(BaseModel):
-    """The penalty for leaving the model as reinforcement learning found it."""
+    """KL penalty towards the reference: the model before reinforcement learning started."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -51,8 +44,8 @@ class GRPOConfig(ObjectiveSettings):
     advantage: AdvantageKind = Field("leave_one_out", description="Baseline and scale of the advantages.")
     overlong: OverlongPolicy = Field(
         "keep",
-        description="Responses cut at the length limit: train on them as they are, mask them out of the loss, or take "
-        "overlong_penalty off their reward before advantages are computed.",
+        description="Responses cut at the length limit: train on them as they are, mask them out of the loss, or "
+        "subtract overlong_penalty from their reward before advantages are computed.",
     )
     overlong_penalty: float = Field(0.5, ge=0, description="Penalty of a cut response, for overlong=penalise.")
     aggregation: Literal["token", "sequence"] = Field(
@@ -63,88 +56,74 @@ class GRPOConfig(ObjectiveSettings):
 
     @property
     def needs_reference(self) -> bool:
-        """For the KL penalty."""
+        """Return whether there is a KL penalty."""
         return self.kl.coefficient > 0
 
 
-def student_example(
-    group: Group,
-    sample: Sample,
-    advantages: float | np.ndarray,
-    config: GRPOConfig,
-    old: Score | None = None,
-    reference: Score | None = None,
-) -> Example:
-    """The example of one student rollout: one advantage for all its tokens, or one each [T]. Masked rollouts count
-    nothing; others count their tokens, or 1 with a mean over sequences."""
-    length = sample.length
-    counts = length > 0 and not is_masked(sample, config)
-    by_sequence = config.aggregation == "sequence"
-    weight = 0.0 if not counts else 1.0 / length if by_sequence else 1.0
-    return Example(
-        prompt_ids=group.prompt_ids,
-        response_ids=sample.completion.token_ids,
-        advantages_T=np.broadcast_to(np.asarray(advantages, dtype=np.float32), (length,)),
-        surrogate_weights_T=np.full(length, weight, dtype=np.float32),
-        surrogate_count=0.0 if not counts else 1.0 if by_sequence else float(length),
-        old_logprobs_T=None if old is None else old.logprobs_T,
-        rollout_logprobs_T=sample.completion.logprobs,
-        reference_logprobs_T=None if reference is None else reference.logprobs_T,
-        routed_experts=sample.completion.routed_experts,
-    )
-
-
-def is_masked(sample: Sample, config: GRPOConfig) -> bool:
-    """Whether the rollout was cut and cut ones are left out of the loss."""
-    return config.overlong == "mask" and sample.completion.finish_reason == "length"
-
-
 class GRPO(BaseObjective):
-    """See GRPOConfig. updates_per_step > 1 asks for the policy's own log-probs before the first update."""
+    """Policy gradient with one advantage per sample; with several updates per step the policy scores itself before."""
 
-    def __init__(self, config: GRPOConfig, temperature: float, updates_per_step: int = 1) -> None:
-        self.config = config
-        self.updates_per_step = updates_per_step
-        self.temperature = temperature
+    config: GRPOConfig
 
     @property
     def loss(self) -> LossSpec:
-        """The surrogate and the penalty."""
+        """Return the surrogate and the penalty."""
         return LossSpec(self.config.surrogate, None, self.temperature, self.config.kl.coefficient)
 
+    def is_trained(self, group: Group, index: int) -> bool:
+        """Return whether the sample has tokens and is not masked for its length."""
+        return super().is_trained(group, index) and not is_masked(group.samples[index], self.config.overlong)
+
     def has_signal(self, group: Group) -> bool:
-        """Whether any rollout that is trained on has an advantage. A KL penalty is no signal: it teaches nothing."""
-        trained = [sample.length > 0 and not is_masked(sample, self.config) for sample in group.samples]
+        """Return whether any trained sample has an advantage. A KL penalty alone is no signal: it teaches nothing."""
+        trained = [self.is_trained(group, s) for s in range(len(group.samples))]
         return bool(np.any(self._advantages(group) * trained))
 
     def scorings(self, groups: Sequence[Group]) -> list[Scoring]:
-        """The denominators of the ratio, needed only when the policy moves within a step; the reference's log-probs,
-        needed only for the penalty."""
-        return [
-            scoring
-            for g, group in enumerate(groups)
-            for s, sample in enumerate(group.samples)
-            for scoring in self._sample_scorings((g, "student", s), group, sample)
-        ]
+        """Return the policy's scorings if it moves within a step, and the reference's if there is a penalty."""
+        samples = student_samples(groups)
+        return [scoring for key, group, sample in samples for scoring in self._sample_scorings(key, group, sample)]
 
-    def _sample_scorings(self, place: Place, group: Group, sample: Sample) -> Iterator[Scoring]:
+    def _sample_scorings(self, key: SampleKey, group: Group, sample: Sample) -> Iterator[Scoring]:
         ids = sample.completion.token_ids
         if self.updates_per_step > 1:
-            yield own_scoring(place, "old", group, sample, self.temperature)
-        if self.config.needs_reference and not is_masked(sample, self.config):
-            yield Scoring((*place, "reference"), group.prompt_ids, ids, "reference", temperature=self.temperature)
+            yield own_scoring(key, "old", group, sample, self.temperature)
+        if self.config.needs_reference and not is_masked(sample, self.config.overlong):
+            yield Scoring((*key, "reference"), group.prompt_ids, ids, "reference", temperature=self.temperature)
 
     def examples(
         self, groups: Sequence[Group], scores: Mapping[ScoringKey, Score], totals: Mapping[str, float] = NO_TOTALS
     ) -> list[Example]:
-        """One example per student rollout."""
-        examples = []
-        for g, group in enumerate(groups):
-            values = self._advantages(group)
-            for s, sample in enumerate(group.samples):
-                old, reference = (scores.get((g, "student", s, name)) for name in ("old", "reference"))
-                examples.append(student_example(group, sample, float(values[s]), self.config, old, reference))
-        return examples
+        """Return one example per student sample."""
+        values = [self._advantages(group) for group in groups]
+        return [
+            self._example(key, group, sample, float(values[key[0]][key[2]]), scores)
+            for key, group, sample in student_samples(groups)
+        ]
+
+    def _example(
+        self,
+        key: SampleKey,
+        group: Group,
+        sample: Sample,
+        advantages: float | np.ndarray,
+        scores: Mapping[ScoringKey, Score],
+    ) -> Example:
+        """Return the example of a student sample; advantages: one for all its tokens, or one each [T].
+
+        Samples that are not trained count nothing; others count their tokens, or 1 with a mean over sequences.
+        """
+        counts = self.is_trained(group, key[2])
+        by_sequence = self.config.aggregation == "sequence"
+        return student_example(
+            group,
+            sample,
+            advantages,
+            weight=0.0 if not counts else 1.0 / sample.length if by_sequence else 1.0,
+            count=0.0 if not counts else 1.0 if by_sequence else None,
+            old=scores.get((*key, "old")) if self.updates_per_step > 1 else None,
+            reference=scores.get((*key, "reference")),
+        )
 
     def _advantages(self, group: Group) -> np.ndarray:
         return advantages(np.array([self._reward(sample) for sample in group.samples]), self.config.advantage)
@@ -154,15 +133,5 @@ class GRPO(BaseObjective):
         return sample.reward - (self.config.overlong_penalty if cut else 0.0)
 
     def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Shares of groups that are solved (all right), cliffs (all wrong) and mixed (the only ones with signal)."""
+        """Return the shares of solved groups (all right), cliffs (all wrong) and mixed ones."""
         return group_shares(groups)
-
-
-def group_shares(groups: Sequence[Group], success: float = 1.0) -> dict[str, float]:
-    """Shares of solved, mixed and cliff groups among those with a judged rollout; empty when there is none."""
-    judged = [[s.reward >= success for s in group.samples] for group in groups if group.samples]
-    if not judged:
-        return {}
-    solved = sum(all(group) for group in judged) / len(judged)
-    cliffs = sum(not any(group) for group in judged) / len(judged)
-    return {"rollout/solved_rate": solved, "rollout/cliff_rate": cliffs, "rollout/mixed_rate": 1 - solved - cliffs}

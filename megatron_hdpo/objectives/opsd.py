@@ -32,8 +32,8 @@ class OPSDConfig(DistillationConfig):
 
 
 class OPSD(Distillation):
-    """See OPSDConfig."""
+    """Distillation from a teacher that reads the privileged prompt."""
 
     def teacher_context(self, group: Group, index: int) -> np.ndarray:
-        """The prompt with the ground truth."""
+        """Return the prompt that shows the ground truth, int32 [P]."""
         return self.prompts.privileged(group.problem)

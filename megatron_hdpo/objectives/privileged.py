@@ -1,4 +1,4 @@
-"""Privileged rollouts that become distillation data: right, distinct, honest ones."""
+"""Filter of privileged samples: the right, distinct and honest ones become distillation data."""
 
 from __future__ import annotations
 
@@ -14,26 +14,29 @@ RIGHT_BUT_DROPPED = ("leaked", "duplicate", "over_cap")
 
 
 class PrivilegedRolloutConfig(BaseModel):
-    """Rollouts after the prompt that shows the answer, and which of them become distillation data."""
+    """Rollouts sampled with the prompt that shows the answer, and which of them become distillation data."""
 
     model_config = ConfigDict(extra="forbid")
 
-    rollouts: int = Field(8, ge=1, description="Privileged rollouts per prompt that gets any.")
+    rollouts: int = Field(8, ge=1, description="Privileged rollouts per prompt that has any.")
     success_threshold: float = Field(1.0, description="Reward from which a rollout counts as right.")
     max_kept_per_prompt: int | None = Field(None, ge=1, description="Right rollouts kept per prompt, at most.")
-    drop_duplicates: bool = Field(True, description="Keep one of several equal rollouts of a prompt.")
+    drop_duplicates: bool = Field(True, description="Keep only the first of several equal rollouts of a prompt.")
 
 
 @dataclass(frozen=True)
 class PrivilegedFilter:
-    """Which privileged rollouts are kept. markers: strings of their prompt that no honest response contains."""
+    """Choice of the privileged samples to keep. markers: strings of their prompt that no honest response contains."""
 
     config: PrivilegedRolloutConfig
     leakage: LeakageConfig
     markers: tuple[str, ...] = ()
 
     def keep(self, group: Group) -> Group:
-        """The group with its right, distinct, honest privileged rollouts, first come first kept; others counted."""
+        """Return the group with only its right, distinct, honest privileged samples, in order of arrival.
+
+        The group is changed. Dropped samples are counted in `group.dropped` by reason.
+        """
         kept: list[Sample] = []
         seen: set[bytes] = set()
         for sample in group.privileged:
@@ -47,7 +50,7 @@ class PrivilegedFilter:
         return group
 
     def is_right(self, sample: Sample) -> bool:
-        """Whether a rollout counts as right."""
+        """Return whether the reward of a sample reaches the success threshold."""
         return sample.reward >= self.config.success_threshold
 
     def _why_drop(self, sample: Sample, seen: set[bytes], kept: int) -> str | None:
@@ -63,7 +66,7 @@ class PrivilegedFilter:
 
 
 def privileged_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Privileged rollouts that were judged, how many were right, and why right ones were dropped."""
+    """Return the number of judged privileged samples, the share of right ones, and why right ones were dropped."""
     kept = sum(len(group.privileged) for group in groups)
     dropped = {r: sum(g.dropped.get(r, 0) for g in groups) for r in ("wrong", *RIGHT_BUT_DROPPED)}
     right = kept + sum(dropped[reason] for reason in RIGHT_BUT_DROPPED)

@@ -1,16 +1,14 @@
-"""Every objective by name. To add one, write its file (docs/adding-an-objective.md) and name it here, in two places."""
+"""Register of the objectives. To add one, write its file (docs/adding-an-objective.md) and name it here twice."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from pydantic import Field
 
-from megatron_hdpo.data.leakage import LeakageConfig
-from megatron_hdpo.data.prompts import PromptBuilder
 from megatron_hdpo.objectives.akl import AKLConfig, build_akl
+from megatron_hdpo.objectives.base import ObjectiveDeps
 from megatron_hdpo.objectives.contrastive_opsd import ContrastiveOPSD, ContrastiveOPSDConfig
 from megatron_hdpo.objectives.grpo import GRPO, GRPOConfig
 from megatron_hdpo.objectives.hdpo import HDPO, HDPOConfig
@@ -42,34 +40,23 @@ ObjectiveConfig = Annotated[
 ]
 
 
-@dataclass(frozen=True)
-class Materials:
-    """What methods are built from, beside their settings. temperature: of the rollouts."""
-
-    temperature: float
-    updates_per_step: int
-    prompts: PromptBuilder
-    leakage: LeakageConfig = field(default_factory=LeakageConfig)
-
-
-_BUILDERS: dict[type[ObjectiveSettings], Callable[[Any, Materials], Objective]] = {
-    GRPOConfig: lambda config, m: GRPO(config, m.temperature, m.updates_per_step),
-    HDPOConfig: lambda config, m: HDPO(config, m.temperature, m.updates_per_step, m.leakage, m.prompts.markers),
-    OPDConfig: lambda config, m: build_opd(config, m.temperature, m.updates_per_step),
-    VOPDConfig: lambda config, m: VOPD(config, m.temperature, m.updates_per_step),
-    AKLConfig: lambda config, m: build_akl(config, m.temperature, m.updates_per_step),
-    OPSDConfig: lambda config, m: OPSD(config, m.temperature, m.prompts, m.updates_per_step),
-    SDPOConfig: lambda config, m: SDPO(config, m.temperature, m.prompts, m.updates_per_step),
-    SRPOConfig: lambda config, m: SRPO(config, m.temperature, m.prompts, m.updates_per_step),
-    RLSDConfig: lambda config, m: RLSD(config, m.temperature, m.prompts, m.updates_per_step),
-    RLCSDConfig: lambda config, m: RLCSD(config, m.temperature, m.prompts, m.updates_per_step),
-    ContrastiveOPSDConfig: lambda config, m: ContrastiveOPSD(config, m.temperature, m.prompts, m.updates_per_step),
-    PACEDConfig: lambda config, m: PACED(
-        config, m.temperature, m.prompts, m.updates_per_step, m.leakage, m.prompts.markers
-    ),
+OBJECTIVES: dict[type[ObjectiveSettings], Callable[[Any, ObjectiveDeps], Objective]] = {
+    GRPOConfig: GRPO,
+    HDPOConfig: HDPO,
+    OPDConfig: build_opd,
+    VOPDConfig: VOPD,
+    AKLConfig: build_akl,
+    OPSDConfig: OPSD,
+    SDPOConfig: SDPO,
+    SRPOConfig: SRPO,
+    RLSDConfig: RLSD,
+    RLCSDConfig: RLCSD,
+    ContrastiveOPSDConfig: ContrastiveOPSD,
+    PACEDConfig: PACED,
 }
+"""The class, or the function, that makes the objective of each settings class."""
 
 
-def build_objective(config: ObjectiveSettings, materials: Materials) -> Objective:
-    """The objective of a recipe's section."""
-    return _BUILDERS[type(config)](config, materials)
+def build_objective(config: ObjectiveSettings, deps: ObjectiveDeps) -> Objective:
+    """Return the objective of a recipe's section. Raises KeyError for settings that OBJECTIVES does not name."""
+    return OBJECTIVES[type(config)](config, deps)

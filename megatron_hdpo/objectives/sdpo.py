@@ -5,8 +5,8 @@ masked out and do not count. w_t = min(2, q / q when sampled), detached. The div
 one bucket for the rest; the teacher is an average of the policy's past weights (`teacher.kind: ema`). The sample itself
 is never its own demonstration; a sibling's thinking is removed.
 
-Where its paper and code differ: a rollout is right from reward 1 on (its configuration file says 0.5); both sources are
-shown where both exist.
+Where its paper and code differ: a rollout with a reward of 1 or more is right (its configuration file says 0.5); both
+sources are shown where both exist.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import numpy as np
 from pydantic import Field
 
 from megatron_hdpo.data.prompts import Hint
-from megatron_hdpo.objectives.demonstrations import DemonstrationConfig, demonstration
+from megatron_hdpo.objectives.demonstrations import (
+    DemonstrationConfig,
+    demonstration,
+    demonstration_shares,
+    sdpo_divergence,
+)
 from megatron_hdpo.objectives.distillation import Distillation, DistillationConfig
 from megatron_hdpo.objectives.settings import OWN_TEACHERS, TeacherKind
 from megatron_hdpo.types.learning import DistillConfig
 from megatron_hdpo.types.rollouts import Group
-
-
-def sdpo_divergence() -> DistillConfig:
-    """SDPO's divergence: JSD on the student's top 100 and a bucket, importance weights up to 2."""
-    return DistillConfig(coefficient=1.0, tail="bucket", support="student", top_k=100, importance_cap=2.0)
 
 
 class SDPOConfig(DistillationConfig):
@@ -37,45 +37,33 @@ class SDPOConfig(DistillationConfig):
 
     name: Literal["sdpo"] = "sdpo"
     demonstration: DemonstrationConfig = Field(
-        default_factory=DemonstrationConfig, description="What the teacher reads besides the problem."
+        default_factory=DemonstrationConfig, description="What the teacher reads in addition to the problem."
     )
     distill: DistillConfig = Field(default_factory=sdpo_divergence, description="The divergence and its weight.")
 
     @property
     def hint_shows(self) -> frozenset[str]:
-        """What the hint template must show."""
+        """Return the variables that the hint template must contain."""
         return self.demonstration.shows
 
 
 class SDPO(Distillation):
-    """See SDPOConfig."""
+    """Distillation from a teacher that reads a demonstration; samples without one are masked."""
 
     config: SDPOConfig
 
     def is_trained(self, group: Group, index: int) -> bool:
-        """Only samples with a demonstration."""
+        """Return whether the sample has a demonstration, and what every distillation asks for."""
         return super().is_trained(group, index) and self._hint(group, index) is not None
 
     def teacher_context(self, group: Group, index: int) -> np.ndarray | None:
-        """The prompt with the demonstration."""
+        """Return the prompt that shows the demonstration, int32 [P]; None without one."""
         hint = self._hint(group, index)
         return None if hint is None else self.prompts.hinted(group.problem, hint)
 
     def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Besides those of every distillation, the shares of rollouts with a successful sibling and with feedback."""
+        """Return the metrics of every distillation, and the shares of samples with a sibling and with feedback."""
         return super().metrics(groups) | demonstration_shares(groups, self.config.demonstration)
 
     def _hint(self, group: Group, index: int) -> Hint | None:
         return demonstration(group, index, self.config.demonstration)
-
-
-def demonstration_shares(groups: Sequence[Group], config: DemonstrationConfig) -> dict[str, float]:
-    """Shares of all rollouts that have a successful sibling, and feedback; {} without rollouts."""
-    hints = [demonstration(group, s, config) for group in groups for s in range(len(group.samples))]
-    if not hints:
-        return {}
-    shown = [hint for hint in hints if hint is not None]
-    return {
-        "distill/sibling_share": sum(bool(hint.attempt) for hint in shown) / len(hints),
-        "distill/feedback_share": sum(bool(hint.feedback) for hint in shown) / len(hints),
-    }

@@ -1,4 +1,4 @@
-"""What the rest of the program can ask an objective's section of a recipe, whatever the method."""
+"""Base class of the `objective` sections of a recipe: what the program asks of every method's settings."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from megatron_hdpo.types.learning import SurrogateConfig
 
 TeacherKind = Literal["policy", "frozen", "snapshot", "ema", "external"]
 OWN_TEACHERS: tuple[TeacherKind, ...] = ("policy", "frozen", "snapshot", "ema")
-"""The policy at one age or another: what self-distillation needs."""
+"""Teachers made of the policy's own weights, current or past: what self-distillation needs."""
 OTHER_TEACHERS: tuple[TeacherKind, ...] = ("frozen", "snapshot", "ema", "external")
-"""All but the policy itself, which agrees with the student after the same prompt."""
+"""All teachers except the policy itself, which agrees with the student after the same prompt."""
 ANY_TEACHER: tuple[TeacherKind, ...] = (*OWN_TEACHERS, "external")
 
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What of the rest of a recipe an objective's settings must agree with. temperature: of the rollouts."""
+    """Values of other sections that an objective's settings must agree with. temperature: of the rollouts."""
 
     vocab_size: int
     teacher: TeacherKind
@@ -30,35 +30,35 @@ class Surroundings:
 
 
 class ObjectiveSettings(BaseModel):
-    """What every objective's section of a recipe can be asked. A section has a `name`, a Literal, besides."""
+    """Base of an objective's settings. Each method adds a `name`, a Literal."""
 
     model_config = ConfigDict(extra="forbid")
 
     teachers: ClassVar[tuple[TeacherKind, ...]] = ()
-    """Teachers that the method can learn from; () for a method without one."""
+    """Kinds of teacher that the method can learn from; () for a method without one."""
     privileged_prompts: ClassVar[bool] = False
-    """Whether prompts that show the answer are needed, whatever the settings."""
+    """Whether prompts that show the answer are needed with all settings."""
 
     @property
     def needs_privileged(self) -> bool:
-        """Whether prompts that show the answer are needed with these settings."""
+        """Return whether prompts that show the answer are needed with these settings."""
         return self.privileged_prompts
 
     @property
     def hint_shows(self) -> frozenset[str]:
-        """Variables that the template of hints must show: `attempt` for siblings, `feedback`; empty without hints."""
+        """Return the variables that the hint template must contain: `attempt` (siblings), `feedback`; or none."""
         return frozenset()
 
     @property
     def needs_reference(self) -> bool:
-        """Whether scorings by the reference policy are asked for."""
+        """Return whether the method asks for scorings by the reference."""
         return False
 
     def errors(self, around: Surroundings) -> Iterator[str]:
-        """Why the recipe cannot be run with these settings, as `key below this section: reason`."""
+        """Yield why the recipe cannot run with these settings, as `key below this section: reason`."""
         yield from ()
 
 
 def surrogate_of(config: ObjectiveSettings) -> SurrogateConfig | None:
-    """The section `surrogate` of an objective that has one."""
+    """Return the section `surrogate` of an objective, or None."""
     return getattr(config, "surrogate", None)

@@ -1,7 +1,7 @@
-"""Hints from the other rollouts of a group: which of them may serve, which are drawn, and what is shown of them.
+"""Hints from the other samples of a group: which of them can serve, which are drawn, and what is shown of them.
 
-A sibling is another rollout of the group, told from the sample itself by its place: a copy that another draw gave is a
-sibling.
+A sibling is any other student sample of the same group. Samples are compared by index, so an identical text still
+counts.
 """
 
 from __future__ import annotations
@@ -10,25 +10,12 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Protocol
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from megatron_hdpo.data.prompts import Hint
 from megatron_hdpo.rewards.extraction import extract_answer, visible_text
-from megatron_hdpo.types.problem import Problem
 from megatron_hdpo.types.rollouts import Group, Sample
-
-
-class PrivilegedPrompts(Protocol):
-    """What a method asks of the prompts: `PromptBuilder`, or a stand-in. Both give ids int32 [P]."""
-
-    def privileged(self, problem: Problem) -> np.ndarray:
-        """The prompt that shows the ground truth."""
-
-    def hinted(self, problem: Problem, hint: Hint) -> np.ndarray:
-        """The prompt that shows a hint."""
 
 
 class SiblingConfig(BaseModel):
@@ -37,46 +24,52 @@ class SiblingConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     success_threshold: float = Field(1.0, description="Reward from which a rollout counts as right.")
-    remove_thinking: bool = Field(False, description="Show a sibling from its last </think> on.")
+    remove_thinking: bool = Field(False, description="Show only the part of a sibling after its last </think>.")
 
 
 class PairConfig(SiblingConfig):
-    """Right and wrong siblings as hints, shown by one template in the same words."""
+    """Right and wrong siblings as hints, shown by the same template."""
 
     wrong_need_answer: bool = Field(
-        True, description="Show no wrong sibling without an answer in a box; false for tasks that ask for none."
+        True, description="Use only wrong siblings with an answer in a box; false for tasks without boxed answers."
     )
 
 
 def others(group: Group, index: int) -> list[Sample]:
-    """All samples of the group but one."""
+    """Return all student samples of the group except one."""
     return [sample for s, sample in enumerate(group.samples) if s != index]
 
 
 def right_siblings(group: Group, index: int, config: SiblingConfig) -> list[Sample]:
-    """The right ones among the others that show any text."""
+    """Return the right siblings that have any text to show."""
     return [s for s in others(group, index) if s.reward >= config.success_threshold and _shown(s, config)]
 
 
 def wrong_siblings(group: Group, index: int, config: PairConfig) -> list[Sample]:
-    """The wrong ones among the others that show any text, and an answer where one is needed."""
+    """Return the wrong siblings that have any text to show, and an answer in a box if the config needs one."""
     wrong = [s for s in others(group, index) if s.reward < config.success_threshold and _shown(s, config)]
     return [s for s in wrong if not config.wrong_need_answer or _boxed_answer(s.text)]
 
 
 def has_pair(group: Group, index: int, config: PairConfig) -> bool:
-    """Whether there is a right and a wrong sibling. A lone success has no right one, a lone failure no wrong one."""
+    """Return whether the sample has a right and a wrong sibling.
+
+    The only right sample of a group has no right sibling, the only wrong one no wrong sibling.
+    """
     return bool(right_siblings(group, index, config) and wrong_siblings(group, index, config))
 
 
 def sibling_hint(sample: Sample, config: SiblingConfig) -> Hint:
-    """A sibling as a hint: its text, and the answer that it gives in a box, if any."""
+    """Return a sibling as a hint: its text, and the answer that it gives in a box, if any."""
     return Hint(_shown(sample, config), _boxed_answer(sample.text))
 
 
 def draw(candidates: Sequence[Sample], count: int, target: Sample, *seed: object) -> list[Sample]:
-    """`count` of the candidates as hints for `target`, each set of them equally likely over seeds; all where there are
-    fewer. The order in which they come does not matter: what decides is a hash of the seed and everybody's tokens."""
+    """Return `count` of the candidates as hints for `target`, or all if there are fewer.
+
+    Over seeds every set is equally likely. A hash of the seed and of all tokens decides, so the order of the candidates
+    does not matter.
+    """
     salt = "/".join(map(str, seed)).encode() + _digest(target.completion.token_ids.tobytes())
     seen: Counter[bytes] = Counter()
     ranked: list[tuple[bytes, int, Sample]] = []
@@ -87,13 +80,24 @@ def draw(candidates: Sequence[Sample], count: int, target: Sample, *seed: object
     return [candidate for *_, candidate in sorted(ranked, key=lambda entry: entry[:2])[:count]]
 
 
+def pair_hints(group: Group, index: int, config: PairConfig, step: int, wrong: int = 1) -> list[Hint]:
+    """Return the hints of one right sibling and of up to `wrong` wrong ones, in this order, drawn for a sample.
+
+    The draw depends on the step, the problem and the tokens alone. Needs `has_pair`.
+    """
+    found = {"right": (right_siblings(group, index, config), 1), "wrong": (wrong_siblings(group, index, config), wrong)}
+    target = group.samples[index]
+    drawn = (draw(c, count, target, step, group.problem.id, name) for name, (c, count) in found.items())
+    return [sibling_hint(sample, config) for samples in drawn for sample in samples]
+
+
 def _shown(sample: Sample, config: SiblingConfig) -> str:
     return (visible_text(sample.text) if config.remove_thinking else sample.text).strip()
 
 
 @lru_cache(maxsize=256)
 def _boxed_answer(text: str) -> str:
-    """The answer in the last box, "" without one. Every sibling of a group asks it of the same long texts."""
+    """Return the answer in the last box, or "". Cached, because every sibling asks for the same long texts."""
     answer = extract_answer(text)
     return answer.text if answer else ""
 

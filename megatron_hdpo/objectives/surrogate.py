@@ -12,7 +12,10 @@ from megatron_hdpo.types.learning import SurrogateConfig
 
 @dataclass(frozen=True)
 class Surrogate:
-    """loss_T has the gradient; ratio_T, clipped_T (bool) and importance_T are detached."""
+    """Loss of each token, with the numbers of its metrics.
+
+    loss_T has the gradient; ratio_T, clipped_T (bool) and importance_T are detached.
+    """
 
     loss_T: Tensor
     ratio_T: Tensor
@@ -27,10 +30,12 @@ def clipped_surrogate(
     advantages_T: Tensor,
     config: SurrogateConfig,
 ) -> Surrogate:
-    """max(-A r, -A clip(r, 1 - low, 1 + high)) with r = exp(log q - log q_old); where A < 0 and `dual_clip` is c, at
-    most -A c. Each token is weighted by the detached, capped probability ratio of trainer to engine when
-    `importance_cap` is set. All inputs [T]; pass logprobs_T.detach() as old_logprobs_T for one update per step.
-    `ratio` is the caller's: a sequence's ratio comes in as denominators that make every token's ratio the sequence's.
+    """Return the clipped surrogate of each token.
+
+    The loss is max(-A r, -A clip(r, 1 - low, 1 + high)) with r = exp(log q - log q_old); where A < 0 and `dual_clip` is
+    c, at most -A c. With `importance_cap` each token is weighted by the detached, capped probability ratio of trainer
+    to engine. All inputs are [T]; pass logprobs_T.detach() as old_logprobs_T for one update per step. `config.ratio` is
+    not read here: for a ratio per sequence, pass denominators that make every token's ratio that of the sequence.
     """
     log_ratio = logprobs_T - old_logprobs_T
     ratio = log_ratio.detach().exp()
@@ -42,7 +47,7 @@ def clipped_surrogate(
         dual = (advantages_T < 0) & (ratio > config.dual_clip)
         bound = torch.where(dual, -advantages_T * config.dual_clip, bound)
         held = held | dual
-    # A ratio that a clip holds has no gradient; exp of it, should it overflow, would make that 0 * inf.
+    # A clipped ratio has no gradient; if its exp overflows, autograd would compute 0 * inf, so use 0 in its place.
     loss = torch.where(held, bound, -advantages_T * torch.where(held, 0.0, log_ratio).exp())
     importance = (old_logprobs_T.detach() - rollout_logprobs_T).exp()
     if config.importance_cap is not None:

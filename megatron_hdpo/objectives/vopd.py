@@ -4,9 +4,9 @@ arXiv 2605.07865. With r = ln p - ln q of the sampled token, the myopic value of
 
     A = r + KL(q || p),        everything detached.
 
-The KL is over the whole vocabulary, or of the two distributions renormalised on the student's top k, whatever the two
-say of the sampled token: any function of the state leaves the estimator unbiased. Whether it lowers the variance is an
-empirical matter; the second moment of the advantage is logged with and without it.
+The KL is over the whole vocabulary, or of the two distributions renormalised on the student's top k, whatever the
+sampled token is: any function of the state leaves the estimator unbiased. Whether it lowers the variance is an
+empirical question; the second moment of the advantage is logged with and without it.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from megatron_hdpo.objectives.examples import SampleKey
 from megatron_hdpo.objectives.opd import SampledConfig, SampledDistillation
 from megatron_hdpo.objectives.settings import Surroundings
-from megatron_hdpo.objectives.targets import Place
 from megatron_hdpo.types.learning import Score, Scoring, ScoringKey
 from megatron_hdpo.types.rollouts import Group, Sample
 
 
 class BaselineConfig(BaseModel):
-    """The baseline of the single sample."""
+    """Baseline that is subtracted from the log-ratio."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -38,34 +38,36 @@ class BaselineConfig(BaseModel):
 
 
 class VOPDConfig(SampledConfig):
-    """On-policy distillation with a value baseline."""
+    """On-policy distillation with the value of the state as baseline."""
 
     name: Literal["vopd"] = "vopd"
-    baseline: BaselineConfig = Field(default_factory=BaselineConfig, description="What is taken off the log-ratio.")
+    baseline: BaselineConfig = Field(
+        default_factory=BaselineConfig, description="What is subtracted from the log-ratio."
+    )
 
     def errors(self, around: Surroundings) -> Iterator[str]:
-        """A k beyond the vocabulary."""
+        """Yield why baseline.top_k is too large."""
         if self.baseline.kind == "top_k" and self.baseline.top_k > around.vocab_size:
             yield f"baseline.top_k: {self.baseline.top_k} exceeds the vocabulary of {around.vocab_size} tokens"
 
 
 class VOPD(SampledDistillation):
-    """See VOPDConfig."""
+    """Single-sample distillation with a baseline."""
 
     config: VOPDConfig
 
-    def sides(self, place: Place, group: Group, sample: Sample) -> tuple[Scoring, Scoring]:
-        """The two scorings, one of which refers to the other for the baseline."""
-        student, teacher = super().sides(place, group, sample)
+    def sides(self, key: SampleKey, group: Group, sample: Sample) -> tuple[Scoring, Scoring]:
+        """Return the student's and the teacher's scoring; for the baseline one refers to the other."""
+        student, teacher = super().sides(key, group, sample)
         if self.config.baseline.kind == "full":
             return replace(student, reverse_kl_to=teacher.key), replace(teacher, hidden=True)
         if self.config.baseline.kind == "top_k":
             return replace(student, top_k=self.config.baseline.top_k), replace(teacher, at=student.key)
         return student, teacher
 
-    def baseline(self, place: Place, scores: Mapping[ScoringKey, Score]) -> np.ndarray:
-        """-KL(q || p) [T]."""
-        student, teacher = scores[*place, "old"], scores[*place, "teacher"]
+    def baseline(self, key: SampleKey, scores: Mapping[ScoringKey, Score]) -> np.ndarray:
+        """Return -KL(q || p), float64 [T], or 0 without a baseline."""
+        student, teacher = scores[*key, "old"], scores[*key, "teacher"]
         if self.config.baseline.kind == "none":
             return np.zeros(())
         if self.config.baseline.kind == "full":
@@ -75,7 +77,7 @@ class VOPD(SampledDistillation):
         return -renormalised_kl(student.top.logprobs_TK, teacher.at_logprobs_TK)
 
     def totals_metrics(self, totals: Mapping[str, float]) -> dict[str, float]:
-        """Second moments of the advantage, per token."""
+        """Return the sampled KL, and the second moment of the advantage with and without the baseline, per token."""
         metrics = super().totals_metrics(totals)
         if count := totals["tokens"]:
             metrics["vopd/second_moment"] = totals["squared_less_baseline"] / count
@@ -84,7 +86,7 @@ class VOPD(SampledDistillation):
 
 
 def renormalised_kl(student_TK: np.ndarray, teacher_TK: np.ndarray) -> np.ndarray:
-    """KL [T] of two distributions renormalised on K tokens, from log-probs, in float64."""
+    """Return the KL, float64 [T], of two distributions renormalised on K tokens, from log-probs [T, K]."""
     lq, lp = (_normalised(values_TK.astype(np.float64)) for values_TK in (student_TK, teacher_TK))
     return (np.exp(lq) * (lq - lp)).sum(-1)
 

@@ -27,7 +27,8 @@ from megatron_hdpo.model.config import ModelError
 from megatron_hdpo.model.dtype_speed import Measure, measure_bfloat16
 from megatron_hdpo.model.optimizer import OptimizerConfig, build_optimizer
 from megatron_hdpo.model.policy import Policy
-from megatron_hdpo.objectives.registry import Materials, build_objective
+from megatron_hdpo.objectives.base import ObjectiveDeps
+from megatron_hdpo.objectives.registry import build_objective
 from megatron_hdpo.objectives.settings import surrogate_of
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.parallel.cores import usable_cores
@@ -281,5 +282,10 @@ def _build_objective(recipe: Recipe, data: LoadedData) -> Objective:
     if biased and surrogate is not None and surrogate.importance_cap is None:
         surrogate = surrogate.model_copy(update={"importance_cap": DEFAULT_IMPORTANCE_CAP})
         config = config.model_copy(update={"surrogate": surrogate})
-    materials = Materials(recipe.rollout.temperature, recipe.train.updates_per_step, data.prompts, recipe.data.leakage)
-    return build_objective(config, materials)
+    deps = ObjectiveDeps(
+        temperature=recipe.rollout.temperature,
+        updates_per_step=recipe.train.updates_per_step,
+        prompts=data.prompts,
+        leakage=recipe.data.leakage,
+    )
+    return build_objective(config, deps)

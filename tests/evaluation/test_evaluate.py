@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_hdpo.evaluation.evaluate import EvaluationConfig, evaluate, evaluation_samples
-from megatron_hdpo.objectives.base import BaseObjective
+from megatron_hdpo.objectives.base import BaseObjective, ObjectiveDeps
+from megatron_hdpo.objectives.settings import ObjectiveSettings
 from megatron_hdpo.types.problem import Problem
 from megatron_hdpo.types.rollouts import Completion, Group, Sample, SamplingParams
 
@@ -121,6 +122,6 @@ def test_seeds_are_the_same_every_time_and_unlike_those_of_training() -> None:
         return [request.seed for request in engine.seen]
 
     training = coordinator(Context(World(1), 0))
-    training.sample_step(PROBLEMS, 0, BaseObjective())
+    training.sample_step(PROBLEMS, 0, BaseObjective(ObjectiveSettings(), ObjectiveDeps()))
     assert seeds(1) == seeds(5) and len(set(seeds(1))) == 2 * len(PROBLEMS)
     assert not set(seeds(1)) & {request.seed for request in training.sampler.engine.seen}  # type: ignore[attr-defined]

@@ -26,7 +26,8 @@ def ids_of(text: str, length: int = 6) -> np.ndarray:
 class StubPrompts:
     """Ids that differ wherever problem or hint do, and a record of the hints that were shown."""
 
-    def __init__(self) -> None:
+    def __init__(self, markers: Sequence[str] = ()) -> None:
+        self.markers = markers
         self.shown: list[Hint] = []
 
     def privileged(self, problem: Problem) -> np.ndarray:

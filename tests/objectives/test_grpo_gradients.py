@@ -25,6 +25,7 @@ from method_gradients import (
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from megatron_hdpo.objectives.base import ObjectiveDeps
 from megatron_hdpo.objectives.grpo import GRPO, GRPOConfig
 from megatron_hdpo.types.rollouts import Group, Sample
 
@@ -35,7 +36,7 @@ SEQUENCE_CLIPS = {"ratio": "sequence", "clip_low": 0.01, "clip_high": 0.02}
 
 
 def objective(updates: int = 1, **keys: object) -> GRPO:
-    return GRPO(GRPOConfig.model_validate({"advantage": "rloo", **keys}), TEMPERATURE, updates)
+    return GRPO(GRPOConfig.model_validate({"advantage": "rloo", **keys}), ObjectiveDeps(TEMPERATURE, updates))
 
 
 def plain() -> GRPO:

@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hint_prompts import StubPrompts
 from rollout_groups import group, sample, top
 
 from megatron_hdpo.data.leakage import LeakageConfig
+from megatron_hdpo.objectives.base import ObjectiveDeps
 from megatron_hdpo.objectives.hdpo import HDPO, HDPOConfig
 from megatron_hdpo.types.learning import Score
 
@@ -17,7 +19,8 @@ CLIFF, SOLVED, MIXED = [0.0] * 3, [1.0] * 3, [1.0, 0.0, 0.0]
 
 def hdpo(updates_per_step: int = 1, leakage: LeakageConfig | None = None, markers=(), **settings) -> HDPO:
     config = HDPOConfig.model_validate({"name": "hdpo", **settings})
-    return HDPO(config, 1.0, updates_per_step, leakage, markers)
+    deps = ObjectiveDeps(1.0, updates_per_step, StubPrompts(markers), leakage or LeakageConfig())
+    return HDPO(config, deps)
 
 
 def test_cliffs_get_a_second_try() -> None:

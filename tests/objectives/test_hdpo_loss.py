@@ -20,6 +20,7 @@ from rollout_groups import group, sample, top
 
 from megatron_hdpo.model.loss import Normalisers, micro_batch_loss
 from megatron_hdpo.model.micro_batch import example_micro_batch, loss_inputs
+from megatron_hdpo.objectives.base import ObjectiveDeps
 from megatron_hdpo.objectives.hdpo import HDPO, HDPOConfig
 from megatron_hdpo.types.learning import Score
 
@@ -89,7 +90,7 @@ def batch_of_hdpo(old: list[np.ndarray] | None, tops):
         [sample(0.0, token_ids=ids) for ids in FAILURES], [sample(1.0, token_ids=ids) for ids in SURVIVORS], prompt=6
     )
     config = HDPOConfig.model_validate({"name": "hdpo", "distill": {"coefficient": LAMBDA, "top_k": K}})
-    objective = HDPO(config, temperature=1.0, updates_per_step=1 if old is None else 2)
+    objective = HDPO(config, ObjectiveDeps(updates_per_step=1 if old is None else 2))
     groups = [mixed, objective.keep_privileged(cliff)]
     scores = {}
     for scoring in objective.scorings(groups):

@@ -7,6 +7,7 @@ import pytest
 from rollout_groups import group, sample
 
 from megatron_hdpo.objectives.akl import AKLConfig, build_akl
+from megatron_hdpo.objectives.base import ObjectiveDeps
 from megatron_hdpo.objectives.opd import OPDConfig, SampledDistillation, build_opd
 from megatron_hdpo.objectives.vopd import VOPD, VOPDConfig, renormalised_kl
 from megatron_hdpo.types.learning import Score, Scoring
@@ -31,7 +32,7 @@ def one_of_each(objective: SampledDistillation, groups: list) -> tuple[list, dic
 
 
 def test_a_token_that_the_teacher_likes_more_has_a_positive_advantage() -> None:
-    objective = build_opd(OPDConfig(), 0.7)
+    objective = build_opd(OPDConfig(), ObjectiveDeps(0.7))
     assert {(s.weights, s.temperature) for s in objective.scorings([group([1.0])])} == {
         ("policy", 0.7),
         ("teacher", 0.7),
@@ -44,12 +45,12 @@ def test_a_token_that_the_teacher_likes_more_has_a_positive_advantage() -> None:
 
 def test_clamps() -> None:
     config = OPDConfig.model_validate({"clamp": {"logprob": -4.0, "log_ratio": 1.2}})
-    (example,), _ = one_of_each(build_opd(config, 1.0), [group([0.0])])
+    (example,), _ = one_of_each(build_opd(config, ObjectiveDeps(1.0)), [group([0.0])])
     np.testing.assert_allclose(example.advantages_T, [-0.5, 1.2, 1.2])
 
 
 def test_value_baseline_and_second_moments() -> None:
-    objective = VOPD(VOPDConfig(), 1.0, updates_per_step=2)
+    objective = VOPD(VOPDConfig(), ObjectiveDeps(1.0, 2))
     (example,), metrics = one_of_each(objective, [group([0.0])])
     np.testing.assert_allclose(example.advantages_T, [-0.25, 1.75, 7.25])
     np.testing.assert_allclose(example.old_logprobs_T, OLD)
@@ -62,7 +63,7 @@ def test_the_value_is_the_expected_log_ratio_on_the_top_k() -> None:
     lq, lp = (np.log(rng.dirichlet(np.ones(6), 4)) for _ in range(2))
     expected = (np.exp(lq) * (lq - lp)).sum(-1)
     np.testing.assert_allclose(renormalised_kl(lq - 3.0, lp - 1.0), expected, rtol=1e-12)
-    objective = VOPD(VOPDConfig.model_validate({"baseline": {"kind": "top_k", "top_k": 6}}), 1.0)
+    objective = VOPD(VOPDConfig.model_validate({"baseline": {"kind": "top_k", "top_k": 6}}), ObjectiveDeps(1.0))
     student, teacher = objective.scorings([group([sample(0.0, 4)])])
     assert student.top_k == 6 and teacher.at == student.key and not teacher.hidden
     scores = {
@@ -75,7 +76,7 @@ def test_the_value_is_the_expected_log_ratio_on_the_top_k() -> None:
 
 @pytest.mark.parametrize("estimator", ["single_sample", "top_k", "full"])
 def test_groups_without_rollouts_and_cut_or_empty_ones(estimator: str) -> None:
-    objective = build_opd(OPDConfig.model_validate({"estimator": estimator, "overlong": "mask"}), 1.0)
+    objective = build_opd(OPDConfig.model_validate({"estimator": estimator, "overlong": "mask"}), ObjectiveDeps(1.0))
     nothing = group([sample(1.0, 4, cut=True), sample(0.0, 0)])
     assert not objective.has_signal(nothing) and not objective.has_signal(group([]))
     assert objective.has_signal(group([1.0, 1.0])) and objective.privileged(group([0.0]), 0) == 0
@@ -84,7 +85,7 @@ def test_groups_without_rollouts_and_cut_or_empty_ones(estimator: str) -> None:
 
 
 def test_akl_of_the_teachers_tokens_reads_both_prompts() -> None:
-    objective = build_akl(AKLConfig.model_validate({"tokens": "teacher", "rollouts": 3}), 1.0)
+    objective = build_akl(AKLConfig.model_validate({"tokens": "teacher", "rollouts": 3}), ObjectiveDeps(1.0))
     taught = group([0.0, 1.0], [sample(0.0, 2), sample(1.0, 3)])
     assert objective.privileged(taught, 0) == 3 and objective.has_signal(taught)
     assert not objective.has_signal(group([0.0]))

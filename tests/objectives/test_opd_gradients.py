@@ -21,6 +21,7 @@ from method_gradients import (
 from torch import Tensor
 
 from megatron_hdpo.objectives.akl import AKLConfig, build_akl
+from megatron_hdpo.objectives.base import ObjectiveDeps
 from megatron_hdpo.objectives.opd import OPDConfig, build_opd
 from megatron_hdpo.objectives.vopd import VOPD, VOPDConfig
 from megatron_hdpo.types.learning import Objective
@@ -161,7 +162,7 @@ def groups_with_privileged() -> list[Group]:
 
 
 def _opd(updates: int = 1, **keys: object) -> Objective:
-    return build_opd(OPDConfig.model_validate(keys), TEMPERATURE, updates)
+    return build_opd(OPDConfig.model_validate(keys), ObjectiveDeps(TEMPERATURE, updates))
 
 
 def opd_single() -> Objective:
@@ -187,7 +188,7 @@ def opd_top_k() -> Objective:
 
 def _vopd(kind: str, updates: int = 1) -> Objective:
     config = VOPDConfig.model_validate({"baseline": {"kind": kind, "top_k": K}})
-    return VOPD(config, TEMPERATURE, updates)
+    return VOPD(config, ObjectiveDeps(TEMPERATURE, updates))
 
 
 def vopd_full() -> Objective:
@@ -208,7 +209,7 @@ def vopd_moved() -> Objective:
 
 def _akl(tokens: str, **keys: object) -> Objective:
     distill = {"coefficient": 1.0, "kind": "akl", "tail": "bucket", "top_k": K, **keys}
-    return build_akl(AKLConfig.model_validate({"tokens": tokens, "distill": distill}), TEMPERATURE)
+    return build_akl(AKLConfig.model_validate({"tokens": tokens, "distill": distill}), ObjectiveDeps(TEMPERATURE))
 
 
 def akl_student() -> Objective:

@@ -11,6 +11,7 @@ import pytest
 from hint_prompts import SUPPORT, StubPrompts, answers
 from rollout_groups import group, sample
 
+from megatron_hdpo.objectives.base import ObjectiveDeps
 from megatron_hdpo.objectives.paced import PACED, PACEDConfig
 from megatron_hdpo.objectives.settings import Surroundings
 
@@ -19,7 +20,7 @@ TOP = {"kind": "forward_kl", "tail": "bucket", "top_k": SUPPORT, "coefficient": 
 
 def paced(switch_step: int = 4, **settings: Any) -> PACED:
     config = PACEDConfig.model_validate({"distill": TOP, "switch_step": switch_step, **settings})
-    return PACED(config, 1.0, StubPrompts())
+    return PACED(config, ObjectiveDeps(1.0, prompts=StubPrompts()))
 
 
 def small(*rewards: float, problem: str = "sums/0", length: int = 2, privileged=()):

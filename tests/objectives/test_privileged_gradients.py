@@ -27,6 +27,7 @@ from method_gradients import (
 from torch import Tensor
 
 from megatron_hdpo.data.prompts import Hint
+from megatron_hdpo.objectives.base import ObjectiveDeps
 from megatron_hdpo.objectives.contrastive_opsd import ContrastiveOPSD, ContrastiveOPSDConfig
 from megatron_hdpo.objectives.opsd import OPSD, OPSDConfig
 from megatron_hdpo.objectives.paced import PACED, PACEDConfig
@@ -130,7 +131,10 @@ def group_advantages(group: Group, ddof_std: bool = True) -> list[float]:
 
 
 def opsd() -> Objective:
-    return OPSD(OPSDConfig.model_validate({"distill": {**FKL, "coefficient": 0.7, "clip": 0.05}}), 1.0, PROMPTS)
+    return OPSD(
+        OPSDConfig.model_validate({"distill": {**FKL, "coefficient": 0.7, "clip": 0.05}}),
+        ObjectiveDeps(1.0, prompts=PROMPTS),
+    )
 
 
 def opsd_loss(models: Models) -> Tensor:
@@ -146,7 +150,7 @@ def opsd_loss(models: Models) -> Tensor:
 
 def opsd_full() -> Objective:
     settings = {"overlong": "mask", "distill": {"beta": 0.3, "support": "full", "temperature": 1.1, "coefficient": 1.0}}
-    return OPSD(OPSDConfig.model_validate(settings), 1.0, PROMPTS)
+    return OPSD(OPSDConfig.model_validate(settings), ObjectiveDeps(1.0, prompts=PROMPTS))
 
 
 def opsd_full_loss(models: Models) -> Tensor:
@@ -162,7 +166,7 @@ def opsd_full_loss(models: Models) -> Tensor:
 
 
 def sdpo(updates: int = 1) -> Objective:
-    return SDPO(SDPOConfig.model_validate({"distill": STUDENT_JSD}), 0.9, PROMPTS, updates)
+    return SDPO(SDPOConfig.model_validate({"distill": STUDENT_JSD}), ObjectiveDeps(0.9, updates, prompts=PROMPTS))
 
 
 def sdpo_moved() -> Objective:
@@ -203,7 +207,7 @@ def sdpo_moved_loss(models: Models) -> Tensor:
 def srpo(updates: int = 1) -> Objective:
     settings = {"distill": STUDENT_JSD | {"coefficient": 1.0}, "entropy_scale": 0.8}
     settings |= {"demonstration": {"sources": ["sibling", "feedback"]}}
-    return SRPO(SRPOConfig.model_validate(settings), 0.9, PROMPTS, updates)
+    return SRPO(SRPOConfig.model_validate(settings), ObjectiveDeps(0.9, updates, prompts=PROMPTS))
 
 
 def srpo_moved() -> Objective:
@@ -235,7 +239,7 @@ def srpo_moved_loss(models: Models) -> Tensor:
 
 
 def rlsd() -> Objective:
-    return RLSD(RLSDConfig(mix=0.8, mix_steps=4, modulation_clip=0.4), 0.9, PROMPTS)
+    return RLSD(RLSDConfig(mix=0.8, mix_steps=4, modulation_clip=0.4), ObjectiveDeps(0.9, prompts=PROMPTS))
 
 
 def rlsd_loss(models: Models) -> Tensor:
@@ -254,7 +258,7 @@ def rlsd_loss(models: Models) -> Tensor:
 
 def rlsd_contrast() -> Objective:
     config = RLSDConfig(evidence="contrast", mix=0.5, mix_steps=None, modulation_clip=0.3, aggregation="sequence")
-    return RLSD(config, 0.9, PROMPTS, 2)
+    return RLSD(config, ObjectiveDeps(0.9, 2, prompts=PROMPTS))
 
 
 def pairs_groups() -> list[Group]:
@@ -287,7 +291,7 @@ def rlsd_contrast_loss(models: Models) -> Tensor:
 
 def rlcsd(aggregation: str = "rollout", updates: int = 1) -> Objective:
     settings = {"evidence_scale": 0.4, "bonus": 0.9, "threshold": 0.3, "moved_weight": 0.7, "aggregation": aggregation}
-    return RLCSD(RLCSDConfig.model_validate(settings), 0.9, PROMPTS, updates)
+    return RLCSD(RLCSDConfig.model_validate(settings), ObjectiveDeps(0.9, updates, prompts=PROMPTS))
 
 
 def rlcsd_pooled() -> Objective:
@@ -333,7 +337,7 @@ def rlcsd_pooled_loss(models: Models) -> Tensor:
 
 def contrastive() -> Objective:
     settings = {"guidance": 0.6, "half_weight": 0.3, "floor": -4.5, "distill": {**FKL, "clip": 0.05}}
-    return ContrastiveOPSD(ContrastiveOPSDConfig.model_validate(settings), 1.0, PROMPTS)
+    return ContrastiveOPSD(ContrastiveOPSDConfig.model_validate(settings), ObjectiveDeps(1.0, prompts=PROMPTS))
 
 
 def contrastive_loss(models: Models) -> Tensor:
@@ -355,7 +359,7 @@ def contrastive_loss(models: Models) -> Tensor:
 
 def paced() -> Objective:
     settings = {"switch_step": 2, "pass_exponent": 2.0, "distill": {**FKL, "coefficient": 0.5}}
-    return PACED(PACEDConfig.model_validate(settings), 1.0, PROMPTS)
+    return PACED(PACEDConfig.model_validate(settings), ObjectiveDeps(1.0, prompts=PROMPTS))
 
 
 def pace(group: Group) -> float:

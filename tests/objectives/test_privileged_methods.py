@@ -14,6 +14,7 @@ from hint_prompts import SUPPORT, StubPrompts, answers
 
 from megatron_hdpo.model.loss import Normalisers, micro_batch_loss
 from megatron_hdpo.model.micro_batch import example_micro_batch, loss_inputs
+from megatron_hdpo.objectives.base import ObjectiveDeps
 from megatron_hdpo.objectives.contrastive_opsd import ContrastiveOPSD, ContrastiveOPSDConfig
 from megatron_hdpo.objectives.opsd import OPSD, OPSDConfig
 from megatron_hdpo.objectives.paced import PACED, PACEDConfig
@@ -46,7 +47,7 @@ METHODS: dict[str, tuple[type, type, dict[str, Any]]] = {
 
 def build(name: str, **more: Any) -> Any:
     objective, config, settings = METHODS[name]
-    return objective(config.model_validate(settings | more), 0.9, StubPrompts())
+    return objective(config.model_validate(settings | more), ObjectiveDeps(0.9, prompts=StubPrompts()))
 
 
 def sample(rng: np.random.Generator, reward: float, length: int, text: str, cut: bool = False) -> Sample:

@@ -10,6 +10,7 @@ import pytest
 from hint_prompts import StubPrompts
 from rollout_groups import group, sample, top
 
+from megatron_hdpo.objectives.base import ObjectiveDeps
 from megatron_hdpo.objectives.contrastive_opsd import ContrastiveOPSD, ContrastiveOPSDConfig, with_rest
 from megatron_hdpo.objectives.opsd import OPSD, OPSDConfig
 from megatron_hdpo.objectives.rlcsd import RLCSD, RLCSDConfig
@@ -37,7 +38,10 @@ def score(logprobs: Any, entropy: float = 0.0, top_logprobs: TopLogprobs | None 
 
 
 def test_opsd_learns_from_every_rollout_right_or_wrong() -> None:
-    made, objective = [boxed(1, 0), boxed(0, 0, 0), group([])], OPSD(OPSDConfig(), 1.0, StubPrompts())
+    made, objective = (
+        [boxed(1, 0), boxed(0, 0, 0), group([])],
+        OPSD(OPSDConfig(), ObjectiveDeps(1.0, prompts=StubPrompts())),
+    )
     scorings = objective.scorings(made)
     assert [s.key for s in scorings] == [(g, "student", s, "teacher") for g, n in ((0, 2), (1, 3)) for s in range(n)]
     assert {(s.weights, s.top_k) for s in scorings} == {("teacher", 100)}
@@ -49,12 +53,12 @@ def test_opsd_learns_from_every_rollout_right_or_wrong() -> None:
 
 def test_a_missing_score_is_an_error() -> None:
     with pytest.raises(ValueError, match="problem sums/0: there is no score for rollout 0"):
-        OPSD(OPSDConfig(), 1.0, StubPrompts()).examples([boxed(1)], {})
+        OPSD(OPSDConfig(), ObjectiveDeps(1.0, prompts=StubPrompts())).examples([boxed(1)], {})
 
 
 def test_sdpo_masks_samples_without_demonstration() -> None:
     """The lone success has no sibling, and nothing was said of it."""
-    made, objective = boxed(0, 1, 0), SDPO(SDPOConfig(), 0.8, StubPrompts())
+    made, objective = boxed(0, 1, 0), SDPO(SDPOConfig(), ObjectiveDeps(0.8, prompts=StubPrompts()))
     scorings = objective.scorings([made])
     assert {s.key[2] for s in scorings} == {0, 2} and objective.prompts.shown[0].attempt == f"{BOX} 1"
     own, taught = scorings[:2]
@@ -72,7 +76,10 @@ def test_sdpo_masks_samples_without_demonstration() -> None:
 
 def test_srpo_routes_by_reward_and_counts_every_token_in_both_normalisers() -> None:
     """All right: plain, although their advantage is 0. All wrong without demonstration: counted, without signal."""
-    groups, objective = [boxed(1, 0, 1), boxed(1, 1), boxed(0, 0)], SRPO(SRPOConfig(), 1.0, StubPrompts())
+    groups, objective = (
+        [boxed(1, 0, 1), boxed(1, 1), boxed(0, 0)],
+        SRPO(SRPOConfig(), ObjectiveDeps(1.0, prompts=StubPrompts())),
+    )
     scorings = objective.scorings(groups)
     assert {s.key[:3] for s in scorings} == {(0, "student", 1)}
     entropies = np.array([0.0, math.log(2), math.log(4)], np.float32)
@@ -100,13 +107,13 @@ def test_srpo_routes_by_reward_and_counts_every_token_in_both_normalisers() -> N
 def test_the_mix_of_rlsd_falls_to_nothing(step: int, mix: float) -> None:
     config = RLSDConfig()
     assert config.mix_at(step) == pytest.approx(mix) and RLSDConfig(mix_steps=None).mix_at(step) == 0.5
-    objective = RLSD(config, 1.0, StubPrompts())
+    objective = RLSD(config, ObjectiveDeps(1.0, prompts=StubPrompts()))
     objective.begin_step(step, [])
     assert bool(objective.scorings([boxed(1, 0)])) == (mix > 0)  # without weight no pass is asked for
 
 
 def test_rlsd_moves_advantages_by_clamped_evidence() -> None:
-    objective = RLSD(RLSDConfig(advantage="none", mix=0.5, mix_steps=None), 0.7, StubPrompts())
+    objective = RLSD(RLSDConfig(advantage="none", mix=0.5, mix_steps=None), ObjectiveDeps(0.7, prompts=StubPrompts()))
     made = group([sample(1.0, 4), sample(-1.0, 4)])
     keys = {(s.key[2], s.key[3], s.weights, s.temperature) for s in objective.scorings([made])}
     assert keys == {(s, *rest, 0.7) for s in (0, 1) for rest in (("hinted", "teacher"), ("old", "policy"))}
@@ -126,7 +133,7 @@ def test_rlsd_moves_advantages_by_clamped_evidence() -> None:
 
 
 def test_rlsd_with_contrast_leaves_rollouts_without_a_pair_plain() -> None:
-    made, objective = boxed(1, 0, 0), RLSD(RLSDConfig(evidence="contrast"), 1.0, StubPrompts())
+    made, objective = boxed(1, 0, 0), RLSD(RLSDConfig(evidence="contrast"), ObjectiveDeps(1.0, prompts=StubPrompts()))
     scorings = objective.scorings([made])
     assert sorted({s.key[2] for s in scorings}) == [1, 2] and {s.key[3] for s in scorings} == {"right", "wrong"}
     scores = {s.key: score([-1.0] * 3 if s.key[3] == "right" else [-9.0] * 3) for s in scorings}
@@ -151,7 +158,7 @@ def rlcsd_scores(objective: RLCSD, made, s: int, right: list[float], wrongs: lis
 def test_rlcsd_moves_masks_and_holds() -> None:
     """Seven right, one wrong: a success has advantage 0.354, less than the move of 0.5, so the sign holds it at 0."""
     made = boxed(1, 1, 1, 1, 1, 1, 1, 0, length=4)
-    objective = RLCSD(RLCSDConfig(), 1.0, StubPrompts())
+    objective = RLCSD(RLCSDConfig(), ObjectiveDeps(1.0, prompts=StubPrompts()))
     scores = {}
     for s in range(7):
         scores |= rlcsd_scores(objective, made, s, [-1.0, -1.0, -1.0, -1.001], [[-1.0, -5.0, -0.5, -1.0005]])
@@ -170,7 +177,7 @@ def test_rlcsd_moves_masks_and_holds() -> None:
 
 def test_rlcsd_takes_the_mean_of_probabilities_over_the_wrong_siblings() -> None:
     made = boxed(1, 0, 0, 0)
-    objective = RLCSD(RLCSDConfig(evidence_scale=5.0, threshold=0.0), 1.0, StubPrompts())
+    objective = RLCSD(RLCSDConfig(evidence_scale=5.0, threshold=0.0), ObjectiveDeps(1.0, prompts=StubPrompts()))
     scores = {}
     for s in (1, 2, 3):
         scores |= rlcsd_scores(objective, made, s, [-2.0, -2.0, -2.0], [[-1.0, -2.0, -3.0], [-4.0, -2.0, -3.0]])
@@ -182,7 +189,7 @@ def test_rlcsd_takes_the_mean_of_probabilities_over_the_wrong_siblings() -> None
 
 
 def test_rlcsd_draws_at_most_k_wrong_siblings_and_draws_anew_each_step() -> None:
-    made, objective = boxed(1, 1, *[0] * 6), RLCSD(RLCSDConfig(negatives=3), 1.0, StubPrompts())
+    made, objective = boxed(1, 1, *[0] * 6), RLCSD(RLCSDConfig(negatives=3), ObjectiveDeps(1.0, prompts=StubPrompts()))
     drawn = set()
     for step in range(20):
         objective.begin_step(step, [made])
@@ -200,7 +207,9 @@ def test_rlcsd_draws_at_most_k_wrong_siblings_and_draws_anew_each_step() -> None
 
 
 def contrastive(**settings: Any) -> tuple[Any, dict, TopLogprobs]:
-    objective = ContrastiveOPSD(ContrastiveOPSDConfig.model_validate(settings), 1.0, StubPrompts())
+    objective = ContrastiveOPSD(
+        ContrastiveOPSDConfig.model_validate(settings), ObjectiveDeps(1.0, prompts=StubPrompts())
+    )
     first = TopLogprobs(np.array([[3, 5]], np.int32), np.log(np.array([[0.6, 0.3]], np.float32)))
     after_wrong = np.log(np.array([[0.2, 0.6]], np.float32))
     scores = {}

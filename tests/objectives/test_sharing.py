@@ -11,6 +11,7 @@ from rollout_groups import group, sample
 
 from megatron_hdpo.costs.flops import forward_flops
 from megatron_hdpo.model.architecture import Architecture
+from megatron_hdpo.objectives.base import ObjectiveDeps
 from megatron_hdpo.objectives.grpo import GRPO, GRPOConfig
 from megatron_hdpo.tracking.console import Console
 from megatron_hdpo.training.learner import Learner
@@ -25,7 +26,7 @@ def shares(groups: list[Group], replicas: int) -> list[list[Group]]:
 
     def of(rank: int) -> list[Group]:
         policy = SimpleNamespace(architecture=QWEN, context=SimpleNamespace(dp_size=replicas, dp_rank=rank))
-        learner = Learner(policy, GRPO(GRPOConfig(), 1.0), None, Console(enabled=False))  # type: ignore[arg-type]
+        learner = Learner(policy, GRPO(GRPOConfig(), ObjectiveDeps(1.0)), None, Console(enabled=False))  # type: ignore[arg-type]
         return learner._share(groups)
 
     return [of(rank) for rank in range(replicas)]

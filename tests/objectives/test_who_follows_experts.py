@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 from rollout_groups import group, sample, top
 
 from megatron_hdpo.objectives.akl import AKLConfig, build_akl
+from megatron_hdpo.objectives.base import ObjectiveDeps
 from megatron_hdpo.objectives.distillation import Distillation, DistillationConfig
 from megatron_hdpo.objectives.grpo import GRPO, GRPOConfig, KLConfig
 from megatron_hdpo.objectives.hdpo import HDPO, HDPOConfig
@@ -42,11 +42,11 @@ class SamePrompt(Distillation):
 
 STUDENT_SUPPORT = DistillConfig(support="student", top_k=3, importance_cap=2.0)
 METHODS: dict[str, Any] = {
-    "grpo": GRPO(GRPOConfig(kl=KLConfig(coefficient=0.1)), 1.0, 2),
-    "hdpo": HDPO(HDPOConfig(distill=DistillConfig(support="student", top_k=3)), 1.0, updates_per_step=2),
-    "distillation": SamePrompt(DistillationConfig(distill=STUDENT_SUPPORT), 1.0, SimpleNamespace(), 2),
-    "opd": SampledDistillation(SampledConfig(), 1.0, 2),
-    "teacher's tokens": build_akl(AKLConfig(tokens="teacher"), 1.0, 2),
+    "grpo": GRPO(GRPOConfig(kl=KLConfig(coefficient=0.1)), ObjectiveDeps(1.0, 2)),
+    "hdpo": HDPO(HDPOConfig(distill=DistillConfig(support="student", top_k=3)), ObjectiveDeps(1.0, 2)),
+    "distillation": SamePrompt(DistillationConfig(distill=STUDENT_SUPPORT), ObjectiveDeps(1.0, 2)),
+    "opd": SampledDistillation(SampledConfig(), ObjectiveDeps(1.0, 2)),
+    "teacher's tokens": build_akl(AKLConfig(tokens="teacher"), ObjectiveDeps(1.0, 2)),
 }
 
 

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from megatron_hdpo.data.order import ProblemOrder
+from megatron_hdpo.objectives.base import ObjectiveDeps
 from megatron_hdpo.objectives.grpo import GRPO, GRPOConfig
 from megatron_hdpo.sampling.refill import refilled, with_signal
 from megatron_hdpo.types.problem import Problem
 from megatron_hdpo.types.rollouts import Completion, Group, Sample
 
-GRPO_OBJECTIVE = GRPO(GRPOConfig(), 1.0)
+GRPO_OBJECTIVE = GRPO(GRPOConfig(), ObjectiveDeps())
 
 
 def group(name: str, *rewards: float) -> Group:

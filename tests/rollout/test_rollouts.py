@@ -13,7 +13,8 @@ import pytest
 from fake_engine import Fails, FakeEngine
 from test_sampler import Judge, text_of
 
-from megatron_hdpo.objectives.base import BaseObjective
+from megatron_hdpo.objectives.base import BaseObjective, ObjectiveDeps
+from megatron_hdpo.objectives.settings import ObjectiveSettings
 from megatron_hdpo.rollout.config import RolloutConfig
 from megatron_hdpo.sampling.coordinator import RolloutCoordinator
 from megatron_hdpo.sampling.sampler import RolloutSampler
@@ -124,7 +125,7 @@ def test_any_number_of_ranks_makes_the_same_step(ranks: int, bound: int | None) 
 def test_each_request_goes_to_one_rank() -> None:
     def asked(context: Any) -> list[str]:
         rollouts = coordinator(context)
-        rollouts.step(PROBLEMS, 0, BaseObjective())
+        rollouts.step(PROBLEMS, 0, BaseObjective(ObjectiveSettings(), ObjectiveDeps()))
         return [request.request_id for request in rollouts.sampler.engine.seen]  # type: ignore[attr-defined]
 
     asked_of = World(2).run(asked)
@@ -139,7 +140,7 @@ def seeds(purpose: Any, seed: int = 3, problems: Sequence[Problem] = PROBLEMS) -
 
 
 def student(step: int) -> Any:
-    return lambda rollouts, problems: rollouts.step(problems, step, BaseObjective())
+    return lambda rollouts, problems: rollouts.step(problems, step, BaseObjective(ObjectiveSettings(), ObjectiveDeps()))
 
 
 def privileged(rollouts: RolloutCoordinator, problems: Sequence[Problem]) -> None:

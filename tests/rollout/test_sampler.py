@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 
+from megatron_hdpo.objectives.base import ObjectiveDeps
 from megatron_hdpo.objectives.hdpo import HDPO, HDPOConfig
 from megatron_hdpo.rewards.pool import Judgement, RewardConfig, RewardPool
 from megatron_hdpo.sampling.sampler import RolloutRequest, Rollouts, RolloutSampler, _attempt, rollout_seed
@@ -93,7 +94,7 @@ def test_a_group_without_samples_is_no_cliff() -> None:
     done = sampler(FakeEngine(lambda request, index: True)).sample([request("a")])["a"]
     assert (done.samples, done.dropped) == ([], {"generation_failed": 4})
     group = Group(request("a").problem, request("a").prompt_ids, done.samples, dropped=done.dropped)
-    objective = HDPO(HDPOConfig(), temperature=1.0)
+    objective = HDPO(HDPOConfig(), ObjectiveDeps())
     assert objective.privileged(group, 0) == 0 and not objective.is_cliff(group)
     assert "rollout/cliff_rate" not in objective.metrics([group])
     assert objective.examples([group], {}) == []

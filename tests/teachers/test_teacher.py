@@ -13,6 +13,7 @@ from layout_cases import share
 from tiny_policy import OPTIMIZER, SPEC, VOCAB, build_policy, joined, make_checkpoint, make_examples, make_scorings
 
 from megatron_hdpo.model.policy import Policy
+from megatron_hdpo.objectives.base import ObjectiveDeps
 from megatron_hdpo.objectives.hdpo import HDPO, HDPOConfig
 from megatron_hdpo.teachers.teacher import PolicyTeacher, Teacher
 from megatron_hdpo.teachers.weight_copies import FrozenTeacher
@@ -85,7 +86,7 @@ def _cliff() -> Group:
 def _divergences(path: Path, context) -> dict[str, float]:
     """Return the learner's metrics with either teacher, before and after an update of the policy."""
     config = HDPOConfig.model_validate({"name": "hdpo", "distill": {"coefficient": 1e-12, "top_k": VOCAB}})
-    objective, found = HDPO(config, temperature=1.0), {}
+    objective, found = HDPO(config, ObjectiveDeps()), {}
     policy = build_policy(path, context, optimizer=OPTIMIZER.model_copy(update={"weight_decay": 0.0}))
     teachers: dict[str, Teacher] = {
         "frozen": FrozenTeacher(policy),
