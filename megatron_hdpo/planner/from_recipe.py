@@ -1,4 +1,4 @@
-"""The planner's inputs, read from a recipe."""
+"""Inputs of the planner, read from a recipe."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from megatron_hdpo.costs.errors import PlanError
 from megatron_hdpo.costs.layout import Layout, Spec
 from megatron_hdpo.costs.workload import Rollouts, Workload
 from megatron_hdpo.model.architecture import Architecture
-from megatron_hdpo.planner.methods import Steps, work_of
+from megatron_hdpo.planner.asked_work import Steps, work_of
 from megatron_hdpo.planner.shapes import architecture_of
 from megatron_hdpo.teachers.config import ExternalTeacherConfig
 
-# A recipe says how long prompts and responses may be, not how long they are. Assumed means, as shares of the longest.
+# A recipe has the limits of prompts and responses, not their mean lengths. Assumed means, as shares of the limits.
 MEAN_PROMPT_SHARE = 0.25
 MEAN_RESPONSE_SHARE = 0.5
 
 
 @dataclass(frozen=True)
 class Guesses:
-    """What a recipe cannot tell. Lengths in tokens; None takes the shares above."""
+    """Assumptions that are not in a recipe. Lengths are means in tokens; None takes the shares above."""
 
     cliff_rate: float = 0.25
     solved_rate: float = 0.0
@@ -32,7 +32,7 @@ class Guesses:
 
 
 def workload_of(recipe: Recipe, guesses: Guesses) -> Workload:
-    """The work of a step. Raises PlanError for objectives whose work is not known here."""
+    """Return the work of a step. Raises PlanError for what is not planned."""
     objective, prompts, rollout = recipe.objective, recipe.data.prompts, recipe.rollout
     if recipe.model.dtype == "float32":  # auto is bfloat16 on GPUs
         raise PlanError("model.dtype=float32 is not planned: GPUs train in bfloat16")
@@ -55,7 +55,15 @@ def workload_of(recipe: Recipe, guesses: Guesses) -> Workload:
         teacher_model=_teacher_model(recipe),
         top_k=0,
     )
-    steps = Steps(recipe.train.steps, updates, prompt, privileged, guesses.cliff_rate, guesses.solved_rate)
+    steps = Steps(
+        count=recipe.train.steps,
+        updates=updates,
+        samples=rollout.samples_per_prompt,
+        prompt=prompt,
+        privileged=privileged,
+        cliff_rate=guesses.cliff_rate,
+        solved_rate=guesses.solved_rate,
+    )
     return replace(work, **work_of(objective, steps))
 
 
@@ -64,12 +72,15 @@ def _mean(given: int | None, longest: int, share: float) -> int:
 
 
 def _teacher_model(recipe: Recipe) -> Architecture | None:
-    """An external teacher's. Raises PlanError where its path is neither a folder nor a shape that is known."""
+    """Return the architecture of an external teacher, or None.
+
+    Raises PlanError if its path is neither a folder nor a known shape.
+    """
     return architecture_of(recipe.teacher.path) if isinstance(recipe.teacher, ExternalTeacherConfig) else None
 
 
 def rollouts_of(recipe: Recipe, guesses: Guesses) -> Rollouts:
-    """Where the recipe samples."""
+    """Return the engine that samples the recipe's rollouts."""
     rollout = recipe.rollout
     if rollout.engine == "embedded":
         return Rollouts("embedded", max_concurrency=rollout.embedded.max_batch_sequences)
@@ -87,12 +98,12 @@ def rollouts_of(recipe: Recipe, guesses: Guesses) -> Rollouts:
 
 
 def layout_of(recipe: Recipe, gpus: int) -> Layout:
-    """The recipe's layout over `gpus` of the trainer. Raises PlanError where they are no multiple."""
+    """Return the recipe's layout over `gpus` GPUs. Raises PlanError if they are not a multiple of the model's ranks."""
     parallel, model = recipe.parallel, recipe.model
     ranks = parallel.model_ranks
     if gpus % ranks:
         raise PlanError(
-            f"{gpus} GPUs are no multiple of parallel.tensor x parallel.context x parallel.pipeline = {ranks}"
+            f"{gpus} GPUs are not a multiple of parallel.tensor x parallel.context x parallel.pipeline = {ranks}"
         )
     spec: Spec = "torch" if model.spec == "torch" else "transformer_engine"
     replicas = gpus // ranks
@@ -115,5 +126,5 @@ def layout_of(recipe: Recipe, gpus: int) -> Layout:
 
 
 def common_of(layout: Layout) -> Layout:
-    """What a search does not vary: the modules, their precision, overlap and offload."""
+    """Return the settings that a search does not vary: the modules, their precision, overlap and offload."""
     return Layout(spec=layout.spec, fp8=layout.fp8, overlap=layout.overlap, offload=layout.offload)

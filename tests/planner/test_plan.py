@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,10 +31,13 @@ from megatron_hdpo.costs.parameters import (
     stage_parameters,
     visited_values,
 )
-from megatron_hdpo.costs.workload import WEIGHTS, Rollouts, Workload
+from megatron_hdpo.costs.workload import WEIGHTS, Rollouts, StudentScoring, Workload
+from megatron_hdpo.objectives.registry import OBJECTIVES
+from megatron_hdpo.objectives.rlcsd import RLCSDConfig
+from megatron_hdpo.objectives.rlsd import RLSDConfig
 from megatron_hdpo.objectives.settings import ObjectiveSettings
+from megatron_hdpo.planner.asked_work import Steps, work_of
 from megatron_hdpo.planner.from_recipe import Guesses, layout_of, rollouts_of, workload_of
-from megatron_hdpo.planner.methods import Steps, work_of
 from megatron_hdpo.planner.plan import Plan, plan, search
 from megatron_hdpo.planner.shapes import SHAPES, architecture_of
 from megatron_hdpo.planner.time import training
@@ -422,7 +426,7 @@ def test_a_recipe_is_read(tree: Tree) -> None:
     assert work.privileged_prompts == 0.5 * work.prompts and work.teacher == "policy"
     assert rollouts_of(recipe, Guesses()).engine == "embedded"
     assert layout_of(recipe, 8) == Layout(2, 1, 4, spec=layout_of(recipe, 8).spec, overlap=True)
-    with pytest.raises(PlanError, match="no multiple"):
+    with pytest.raises(PlanError, match="not a multiple"):
         layout_of(recipe, 3)
 
 
@@ -439,9 +443,38 @@ def test_recipes_that_are_not_planned_yet_say_so(tree: Tree, key: str, value: Tr
         workload_of(parse_recipe(tree | {key: tree.get(key, {}) | value}), Guesses())
 
 
-def test_a_method_of_ones_own_is_not_planned() -> None:
-    with pytest.raises(PlanError, match="objective OwnConfig is not planned"):
-        work_of(type("OwnConfig", (ObjectiveSettings,), {})(), Steps(10, 1, 100, 200, 0.25, 0.0))
+def test_the_objective_of_the_docs_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right rollouts are trained on: all of solved groups, half of mixed ones."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "adding-an-objective.md").read_text(), re.DOTALL)
+    written: dict = {}
+    exec(compile(code, "adding-an-objective.md", "exec", dont_inherit=True), written)
+    monkeypatch.setitem(OBJECTIVES, written["RejectionConfig"], written["Rejection"])
+    work = work_of(written["RejectionConfig"](), _steps(samples=16))
+    assert work == {"student_scorings": (), "trained_share": 0.125 + 0.625 / 2, "distilled": False, "full": False,
+                    "top_k": 0}  # fmt: skip
+
+
+def test_an_objective_that_is_not_registered_is_an_error() -> None:
+    with pytest.raises(KeyError, match="OwnConfig"):
+        work_of(type("OwnConfig", (ObjectiveSettings,), {})(), _steps(samples=4))
+
+
+def test_wrong_rollouts_have_fewer_wrong_siblings() -> None:
+    """RLCSD, 8 rollouts of which 4 are right, up to 4 wrong hints: 1 + 4 prompts for a right one, 1 + 3 for a wrong."""
+    (scoring,) = work_of(RLCSDConfig(), _steps(samples=8, cliff_rate=0.0, solved_rate=0.0))["student_scorings"]
+    assert scoring == StudentScoring("teacher", 4.5, 200)
+
+
+def test_evidence_is_planned_although_the_last_steps_need_none() -> None:
+    """RLSD's share of the evidence falls to 0 in 50 steps."""
+    for count in (10, 500):
+        asked = {s.weights: s.per_rollout for s in work_of(RLSDConfig(), _steps(count=count))["student_scorings"]}
+        assert asked == {"policy": 0.625, "teacher": 0.625}
+
+
+def _steps(**fields: float) -> Steps:
+    whole = {"count": 10, "updates": 1, "samples": 4, "prompt": 100, "privileged": 200, "cliff_rate": 0.25}
+    return Steps(**(whole | {"solved_rate": 0.125} | fields))  # type: ignore[arg-type]
 
 
 def _work(tree: Tree, objective: Tree, **sections: Tree) -> Workload:
@@ -462,7 +495,7 @@ def _work(tree: Tree, objective: Tree, **sections: Tree) -> Workload:
             "policy",
             2,
             10,
-            {"policy": 10, "reference": 10, "teacher": 50},
+            {"policy": 10, "reference": 10, "teacher": 25},
         ),
         ({"name": "hdpo", "distill": {"coefficient": 0.0}}, "policy", 1, 10, {}),
         ({"name": "hdpo"}, "policy", 1, 26, {"teacher": 16}),
