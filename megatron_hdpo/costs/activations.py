@@ -1,4 +1,4 @@
-"""What a micro-batch's forward pass leaves in memory for the backward pass, tensor by tensor."""
+"""Activation memory: what a forward pass keeps for the backward pass, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _INT64 = 8
 
 
 def layer_bytes(architecture: Architecture, layout: Layout, shape: PackedShape) -> int:
-    """Bytes that one decoder layer keeps of a micro-batch (rows as `PackedShape.padded` gives them)."""
+    """Return the bytes that one decoder layer keeps of a micro-batch; rows as `PackedShape.padded` returns them."""
     return _norm_bytes(architecture, layout, shape.rows) + attention_bytes(architecture, layout, shape) + ffn_bytes(
         architecture, layout, shape.rows
     )  # fmt: skip
@@ -27,15 +27,20 @@ def _plain(layout: Layout) -> bool:
 
 
 def _norm_bytes(a: Architecture, layout: Layout, rows: int) -> int:
-    """Of both norms of a layer, by row: 1 / rms and the input. The plain one computes in fp32 and keeps the normed rows
-    before their scale."""
+    """Return the bytes of a layer's two norms. Per row: 1 / rms and the input.
+
+    The norm of plain torch computes in fp32 and also keeps the normed rows before their scale.
+    """
     own, value = rows // layout.sequence_ranks, layout.value_bytes
     return 2 * own * (_FP32 + a.hidden_size * ((_FP32 + value) if _plain(layout) else value))
 
 
 def _input_bytes(a: Architecture, layout: Layout, rows: int, norm_apart: bool = False) -> int:
-    """Rows that QKV, or the FFN, reads: normed and scaled. norm_apart: under Transformer Engine too the norm before the
-    router is a module of its own, which can be recomputed; the others are fused into the product after them."""
+    """Return the bytes of the rows that QKV, or the FFN, reads: normed and scaled.
+
+    norm_apart: the norm before the router is a module of its own, also under Transformer Engine, and can be recomputed;
+    the other norms are fused into the product after them.
+    """
     if norm_apart and "layernorm" in layout.recomputed:
         return 0
     fp8 = layout.fp8 and not norm_apart
@@ -43,7 +48,7 @@ def _input_bytes(a: Architecture, layout: Layout, rows: int, norm_apart: bool = 
 
 
 def attention_bytes(a: Architecture, layout: Layout, shape: PackedShape) -> int:
-    """From the normed rows to the output projection's input."""
+    """Return the bytes that attention keeps, from the normed rows to the input of the output projection."""
     rows, value = shape.rows, layout.value_bytes
     query, key_value, _ = _widths(a, layout)
     core = "core_attn" in layout.recomputed
@@ -56,15 +61,17 @@ def attention_bytes(a: Architecture, layout: Layout, shape: PackedShape) -> int:
     total = _input_bytes(a, layout, rows) + rotation + rows * query * value + _head_norms(a, layout, rows)
     if layout.context == 1:  # the value is a view of query, key and value; the other two are rotated copies
         total += rows * (query + 2 * key_value) * value + rows * (query + key_value) * value
-    else:  # all rows' keys and values, and their order
+    else:  # keys and values of all ranks' rows, and their order
         every = rows * layout.context
         total += rows * query * value + every * (2 * key_value * value + _INT64)
     return total + (0 if core else rows * query * value + statistics + _mask_bytes(layout, shape))
 
 
 def _mask_bytes(layout: Layout, shape: PackedShape) -> int:
-    """Plain torch under context parallelism: the mask of each chunk of queries over the keys up to its end, on average
-    over the ranks; the first chunk of a sequence needs none."""
+    """Return the bytes of attention masks, which only plain torch with context parallelism has; mean over the ranks.
+
+    Each chunk of queries has a mask over the keys up to its end; the first chunk of a sequence needs none.
+    """
     if layout.context == 1:
         return 0
     chunks, sequences = 2 * layout.context, shape.rows * layout.context // shape.length
@@ -74,7 +81,7 @@ def _mask_bytes(layout: Layout, shape: PackedShape) -> int:
 
 
 def ffn_bytes(a: Architecture, layout: Layout, rows: int) -> int:
-    """From the normed rows to the FFN's last product."""
+    """Return the bytes that the FFN keeps, from the normed rows to its last product."""
     value, inputs = layout.value_bytes, _input_bytes(a, layout, rows, norm_apart=a.num_experts > 0)
     if a.num_experts:
         return inputs + (0 if "moe" in layout.recomputed else _experts_bytes(a, layout, rows))
@@ -86,7 +93,10 @@ def ffn_bytes(a: Architecture, layout: Layout, rows: int) -> int:
 
 
 def _experts_bytes(a: Architecture, layout: Layout, rows: int) -> int:
-    """Router and experts, if the router is even: a rank's experts see as many rows as its own tokens have places."""
+    """Return the bytes of router and experts.
+
+    Assumes a balanced router: the experts of a rank process own tokens x experts per token rows.
+    """
     value, own = layout.value_bytes, rows // layout.sequence_ranks
     places = own * a.experts_per_token * layout.expert_tensor
     ffn = a.expert_ffn_size // layout.expert_tensor
@@ -94,7 +104,7 @@ def _experts_bytes(a: Architecture, layout: Layout, rows: int) -> int:
         fp8 = 1 if layout.fp8 else value
         router = own * (a.num_experts * (2 * _FP32 + 1) + a.experts_per_token * (_FP32 + _INT64))
         return router + places * (a.hidden_size * fp8 + ffn * (2 * value + fp8) + _FP32)
-    # Logits and the chosen ones in fp32, their places; with a softmax before the choice two of them.
+    # Logits and chosen logits in fp32, and their positions; with a softmax before the choice, twice the logits.
     per_expert, per_choice = (_FP32 + 1, 12) if a.normalised_routing else (2 * _FP32 + 1, 8)
     router = own * (a.num_experts * per_expert + a.experts_per_token * per_choice)
     return router + places * (a.hidden_size + 6 * ffn) * value + places * (_FP32 + _INT64)
@@ -110,7 +120,7 @@ def _head_norms(a: Architecture, layout: Layout, rows: int) -> int:
 
 
 def _widths(a: Architecture, layout: Layout) -> tuple[int, int, int]:
-    """This rank's columns of query, of key (or value), and of the FFN."""
+    """Return this rank's number of columns of query, of key (or value), and of the FFN."""
     return (
         a.num_heads * a.head_dim // layout.tensor,
         a.num_kv_heads * a.head_dim // layout.tensor,
@@ -119,20 +129,20 @@ def _widths(a: Architecture, layout: Layout) -> tuple[int, int, int]:
 
 
 def chunk_bytes(architecture: Architecture, layout: Layout, stage: int, shape: PackedShape) -> list[int]:
-    """Bytes that one micro-batch keeps on a stage between its forward and its backward pass, by chunk of layers."""
+    """Return the bytes that one micro-batch keeps on a stage until its backward pass, by chunk of layers."""
     a, rows = architecture, shape.rows
     hidden = rows // layout.sequence_ranks * a.hidden_size
     layers = a.num_layers // (layout.pipeline * layout.virtual_stages)
     per_layer = hidden * layout.value_bytes if layout.recompute else layer_bytes(a, layout, shape)
     sizes = [layers * per_layer] * layout.virtual_stages
-    if stage == 0:  # the tokens' ids, and which of them are another rank's
+    if stage == 0:  # token ids, and a mask of those that are another rank's
         sizes[0] += rows * (_INT64 + (1 if layout.tensor > 1 else 0))
     sizes[-1] += _final_norm(a, layout, stage, rows)
     return sizes
 
 
 def stage_bytes(architecture: Architecture, layout: Layout, stage: int, shape: PackedShape) -> int:
-    """Bytes that one micro-batch keeps on a stage, over all its chunks."""
+    """Return the bytes that one micro-batch keeps on a stage, over all its chunks."""
     return sum(chunk_bytes(architecture, layout, stage, shape))
 
 
@@ -144,7 +154,10 @@ def _final_norm(architecture: Architecture, layout: Layout, stage: int, rows: in
 
 
 def recomputed_bytes(architecture: Architecture, layout: Layout, stage: int, shape: PackedShape) -> int:
-    """What recomputing adds to the peak: a layer's tensors, less those of the final norm, which are gone by then."""
+    """Return the bytes that recomputation adds to the peak.
+
+    These are one layer's tensors, less those of the final norm, which are freed before.
+    """
     if layout.recompute:
         whole = layer_bytes(architecture, layout, shape)
     elif "mlp" in layout.recomputed or "moe" in layout.recomputed:
@@ -161,21 +174,21 @@ def _kept(layout: Layout) -> Layout:
 def activation_peak(
     architecture: Architecture, layout: Layout, stage: int, shape: PackedShape, micro_batches: int
 ) -> float:
-    """Bytes that a stage's micro-batches in flight hold at their worst, what is recomputed left out."""
+    """Return the largest number of bytes that a stage's micro-batches in flight hold, without recomputed tensors."""
     return held_at_most(layout, stage, micro_batches, chunk_bytes(architecture, layout, stage, shape))
 
 
 def pipeline_input_peak(
     architecture: Architecture, layout: Layout, stage: int, shape: PackedShape, micro_batches: int
 ) -> float:
-    """What a stage received of its micro-batches in flight, each kept until its gradient is sent back."""
+    """Return the bytes of received inputs of the micro-batches in flight, each kept until its gradient is sent back."""
     one = shape.rows // layout.sequence_ranks * architecture.hidden_size * layout.value_bytes
     received = [one * int(stage > 0 or chunk > 0) for chunk in range(layout.virtual_stages)]
     return held_at_most(layout, stage, micro_batches, received)
 
 
 def head_chunk_bytes(architecture: Architecture, layout: Layout, shape: PackedShape, chunk: int) -> int:
-    """Logits of one chunk, and fp32 scratch of the sweep over them (three buffers at most, without Triton)."""
+    """Return the bytes of one chunk's logits and of their fp32 scratch (at most three buffers, without Triton)."""
     width = architecture.padded_vocab_size(layout.tensor) // layout.tensor
     chunk = min(chunk, shape.responses)
     logits = chunk * width * layout.value_bytes * (2 if shape.full else 1)
@@ -183,7 +196,10 @@ def head_chunk_bytes(architecture: Architecture, layout: Layout, shape: PackedSh
 
 
 def head_gradient_bytes(architecture: Architecture, layout: Layout, shape: PackedShape) -> int:
-    """Gradients that the head's node holds: the head's, in fp32 and once more in the model's type, and the hidden
-    states'; and the hidden states at the response rows."""
+    """Return the bytes of the gradients that the head's autograd node holds.
+
+    The head's gradient in fp32 and again in the model's type, that of the hidden states, and the hidden states at the
+    response rows.
+    """
     hidden = 2 * shape.responses * architecture.hidden_size * layout.value_bytes
     return head_values(architecture, layout.tensor) * (_FP32 + layout.value_bytes) + hidden

@@ -1,7 +1,7 @@
-"""GPUs, nodes and links, and the share of their peaks that programs reach.
+"""Hardware: GPUs, nodes and links, and the share of their peaks that programs reach.
 
-Peaks are the vendor's data sheets. Every factor below one is a named constant with where it comes from; "assumed" marks
-those that nothing here measured.
+Peaks are the vendor's data sheets. Every factor below one is a named constant with its source; "assumed" marks
+those that were not measured.
 """
 
 from __future__ import annotations
@@ -55,8 +55,10 @@ SHARED_SYNC_BYTES_S = 24.4e9
 
 @dataclass(frozen=True)
 class Gpu:
-    """Peaks: flops_s dense bf16, fp8_flops_s dense FP8, bytes/s of HBM, of NVLink and of InfiniBand per direction;
-    memory in bytes."""
+    """Peak rates of a GPU, and its memory in bytes.
+
+    flops_s: dense bf16. fp8_flops_s: dense FP8. Bytes per second of HBM, and of NVLink and InfiniBand per direction.
+    """
 
     name: str
     flops_s: float
@@ -75,7 +77,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Cluster:
-    """Equal nodes of equal GPUs, each GPU with an InfiniBand port of its own."""
+    """Cluster of equal nodes with equal GPUs; each GPU has an InfiniBand port of its own."""
 
     gpu: Gpu
     nodes: int
@@ -83,19 +85,21 @@ class Cluster:
 
     @property
     def gpus(self) -> int:
-        """All of them."""
+        """Return the number of GPUs of all nodes."""
         return self.nodes * self.gpus_per_node
 
     def link(self, span: int) -> tuple[float, float]:
-        """(bytes/s per direction, seconds per hop) of a group whose ranks lie within `span` consecutive ranks."""
+        """Return (bytes/s per direction, seconds per hop) of a group that lies within `span` consecutive ranks."""
         if span <= self.gpus_per_node:
             return self.gpu.nvlink_bytes_s * NVLINK_EFFICIENCY, NVLINK_HOP_S
         return self.gpu.infiniband_bytes_s * INFINIBAND_EFFICIENCY, INFINIBAND_HOP_S
 
 
 def peak_flops_s(device_name: str) -> float | None:
-    """Dense bf16 peak of the device that CUDA names so; None for others than the SXM parts of the table (PCIe and NVL
-    parts have lower peaks under the same numbers)."""
+    """Return the dense bf16 peak of a CUDA device name; None if it is not an SXM part of the table.
+
+    PCIe and NVL parts have lower peaks under the same model number.
+    """
     words = device_name.lower().split()
     if "pcie" in words or "nvl" in words:
         return None
@@ -103,7 +107,7 @@ def peak_flops_s(device_name: str) -> float | None:
 
 
 def cluster_of(gpu: str, nodes: int, gpus_per_node: int = 8) -> Cluster:
-    """A cluster from a GPU's name. Raises PlanError on a name that is not known and on counts below one."""
+    """Return a cluster by the name of its GPU. Raises PlanError for an unknown name and for counts below one."""
     if gpu.lower() not in GPUS:
         raise PlanError(f"gpu {gpu} is not known; known: {', '.join(GPUS)}")
     if nodes < 1 or gpus_per_node < 1:

@@ -1,4 +1,4 @@
-"""Every collective of an optimizer step, as one rank sees it."""
+"""Collectives of an optimizer step: kind, group, bytes and number on one rank."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ _FP32 = 4
 _INT64 = 8
 # model/step_metrics.py in float64: the two normalisers; thirteen sums and the tokens; one maximum.
 _METRIC_BYTES = (16, 112, 8)
-# Megatron tells the next stage the shape of what it sends: three int64.
+# Megatron sends the shape first, to the next stage: three int64.
 _SHAPE_BYTES = 24
 
 
 @dataclass(frozen=True)
 class Collective:
-    """`count` equal calls. bytes: of one call, the larger side on one rank (what an all-gather gives, a reduce-scatter
-    takes); of an all-to-all what a rank sends, its own part included, if the router is even. what: why it is made."""
+    """Group of `count` equal calls.
+
+    bytes: of one call, the larger side on one rank (the output of an all-gather, the input of a reduce-scatter); of an
+    all-to-all what a rank sends, its own part included, with a balanced router. what: purpose.
+    """
 
     kind: str
     group: str
@@ -33,8 +36,11 @@ class Collective:
     what: str
 
     def seconds(self, layout: Layout, cluster: Cluster) -> float:
-        """On NCCL's rings; all-to-all in pairs, of which those within a node have its links. Host collectives are not
-        on the GPU's links and take none."""
+        """Return the seconds of all calls.
+
+        NCCL's rings; an all-to-all is pairs of ranks, and pairs within a node use its links. Collectives on the host do
+        not use the GPU's links and count 0.
+        """
         if self.group == "host":
             return 0.0
         ranks = layout.ranks(self.group)
@@ -52,7 +58,7 @@ class Collective:
 def step_collectives(
     architecture: Architecture, layout: Layout, stage: int, work: Sequence[Repeated], head_chunk: int
 ) -> list[Collective]:
-    """Those of one optimizer step (`Policy.update`) on a rank of a stage; `work`: its micro-batches."""
+    """Return the collectives of one optimizer step (`Policy.update`) on a rank of a stage. work: micro-batches."""
     made: list[Collective] = []
     for repeated in work:
         shape = repeated.shape.padded(layout)
@@ -69,7 +75,7 @@ def step_collectives(
 def scoring_collectives(
     architecture: Architecture, layout: Layout, stage: int, work: Sequence[Repeated], head_chunk: int
 ) -> list[Collective]:
-    """Those of one scoring with the shapes' top k (`Policy.score`), those on the host left out."""
+    """Return the collectives of one scoring (`Policy.score`) with the shapes' top k, without those on the host."""
     made: list[Collective] = []
     for repeated in work:
         shape = repeated.shape.padded(layout)
@@ -92,12 +98,12 @@ def _times(collective: Collective, count: int) -> Collective:
 
 
 def _passes(layout: Layout, module: str, backward: bool) -> int:
-    """Forward passes of a part of the layers, recomputation included."""
+    """Return the number of forward passes of a part of the layers, recomputation included."""
     return 2 if backward and (layout.recompute or module in layout.recomputed) else 1
 
 
 def _layers(a: Architecture, layout: Layout, stage: int, shape: PackedShape, *, backward: bool) -> Iterator[Collective]:
-    """Of attention and FFN, of the embedding, and of the gather before the head; forward, and backward too."""
+    """Yield the collectives of the layers, of the embedding, and of the gather before the head."""
     layers, whole = a.num_layers // layout.pipeline, shape.rows * a.hidden_size * layout.value_bytes
     first, last = int(stage == 0), int(stage == layout.pipeline - 1)
     if layout.tensor > 1 and layout.sequence:
@@ -114,9 +120,15 @@ def _layers(a: Architecture, layout: Layout, stage: int, shape: PackedShape, *, 
 def _sequence_parallel(
     a: Architecture, layout: Layout, whole: int, layers: int, first: int, last: int, backward: bool
 ) -> Iterator[Collective]:
-    """Forward: gather before QKV and FC1, scatter after the others. Backward: gather the gradients behind those, and
-    the inputs of QKV and FC1 once more for their weights' gradients; scatter the gradients before these. Experts gather
-    nothing: each rank routes its own rows."""
+    """Yield the collectives of sequence parallelism.
+
+    | product | forward | backward |
+    |---|---|---|
+    | QKV, FC1 | gather the input | gather the input again (weight gradient), scatter the input's gradient |
+    | projection, FC2 | scatter the output | gather the output's gradient |
+
+    Experts gather nothing: each rank routes its own rows.
+    """
     parts = ["attention"] if a.num_experts else ["attention", "mlp"]
     gathers, scatters = last + first * int(backward), first
     for part in parts:
@@ -128,8 +140,10 @@ def _sequence_parallel(
 
 
 def _context(a: Architecture, layout: Layout, shape: PackedShape, layers: int, backward: bool) -> Iterator[Collective]:
-    """Keys and values of all rows; backward the sums of their gradients. Transformer Engine passes them round a ring,
-    as many bytes, and once more in the backward pass."""
+    """Yield the gathers of keys and values, and in the backward pass the reduce-scatters of their gradients.
+
+    Transformer Engine passes them round a ring, with the same bytes, and again in the backward pass.
+    """
     width = 2 * a.num_kv_heads * a.head_dim // layout.tensor
     whole = shape.rows * layout.context * width * layout.value_bytes
     gathers = _passes(layout, "core_attn", backward)
@@ -140,7 +154,10 @@ def _context(a: Architecture, layout: Layout, shape: PackedShape, layers: int, b
 
 
 def _experts(a: Architecture, layout: Layout, shape: PackedShape, layers: int, backward: bool) -> Iterator[Collective]:
-    """Counts of tokens per expert; tokens and their weights to the experts, results back; backward the same again."""
+    """Yield the collectives of experts: counts of tokens, tokens and weights to the experts, results back.
+
+    The backward pass repeats those of tokens and weights.
+    """
     own = shape.rows // layout.sequence_ranks
     passes = _passes(layout, "moe", backward)
     counts = layout.ranks("tp_ep") * a.num_experts * _INT64
@@ -157,8 +174,11 @@ def _experts(a: Architecture, layout: Layout, shape: PackedShape, layers: int, b
 def _expert_tensor(
     a: Architecture, layout: Layout, places: int, layers: int, passes: int, backward: bool
 ) -> Iterator[Collective]:
-    """Tokens and weights are gathered before an expert's shards, results added up after them in fp32; backward the
-    other way round."""
+    """Yield the collectives of expert tensor parallelism.
+
+    Forward: gather tokens and weights before an expert's shards, reduce-scatter the results in fp32. Backward:
+    reversed.
+    """
     rows, weights = places * a.hidden_size, places * _FP32
     yield Collective("all_gather", "expt_tp", rows * layout.value_bytes, layers * passes, "tokens to experts")
     yield Collective("all_gather", "expt_tp", weights, layers * passes, "weights of experts")
@@ -170,7 +190,7 @@ def _expert_tensor(
 
 
 def _head(a: Architecture, layout: Layout, stage: int, shape: PackedShape, chunk: int) -> Iterator[Collective]:
-    """Two all-reduces per chunk of rows, and one of the hidden states' gradient."""
+    """Yield the head's collectives: two all-reduces per chunk of rows, and one of the hidden states' gradient."""
     if layout.tensor == 1 or stage < layout.pipeline - 1:
         return
     chunks = max(1, -(-shape.responses // chunk))
@@ -200,8 +220,12 @@ def _pipeline(
 
 
 def gradient_collectives(a: Architecture, layout: Layout, stage: int) -> Iterator[Collective]:
-    """After the last backward pass: gradients to the shards, copies made equal, the norm, and weights back. Experts
-    apart have an optimizer of their own; where nothing overlaps, Megatron has each of the two gather all weights."""
+    """Yield the collectives after the last backward pass.
+
+    Reduce-scatter of gradients, all-reduce of copied parameters' gradients and of the norm, all-gather of weights.
+    Experts with data-parallel groups of their own have a second optimizer; without overlap each of the two gathers all
+    weights.
+    """
     gathers = 2 if a.num_experts and layout.experts_apart and not layout.overlap else 1
     for buffer in stage_parameters(a, layout, stage).buffers:
         what = "gradients" if buffer.group == "dp_cp" else "gradients of experts"
@@ -218,8 +242,11 @@ def gradient_collectives(a: Architecture, layout: Layout, stage: int) -> Iterato
 
 
 def _host(a: Architecture, layout: Layout, micro_batches: int) -> Iterator[Collective]:
-    """The number of micro-batches (a pickled int and its length), the metrics and the load of every expert of every
-    layer, over all ranks on gloo."""
+    """Yield the collectives of all ranks on gloo.
+
+    The number of micro-batches (a pickled int and its length), the metrics, and the load of every expert of every
+    layer.
+    """
     yield Collective("all_gather", "host", layout.world * 8, 1, "number of micro-batches")
     pickled = len(pickle.dumps(micro_batches))
     yield Collective("all_gather", "host", layout.world * pickled, 1, "number of micro-batches")

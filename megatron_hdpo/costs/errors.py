@@ -1,7 +1,7 @@
-"""What the planner refuses."""
+"""Error of a plan."""
 
 from __future__ import annotations
 
 
 class PlanError(ValueError):
-    """A plan that cannot be made: the trainer cannot run it, or a number is missing; the text says which."""
+    """Plan that is not possible: the trainer cannot run it, or a number is missing. The message says which."""

@@ -1,4 +1,4 @@
-"""One way to lay a model over the GPUs."""
+"""Layout of a model over the GPUs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ Spec = Literal["torch", "transformer_engine"]
 
 @dataclass(frozen=True)
 class Layout:
-    """Ranks per dimension, and what decides over memory and time beside them. Ranks are numbered tensor, context, data,
-    pipeline; those of experts expert_tensor, expert, what is left, pipeline.
+    """Ranks per dimension, and the other settings that decide memory and time.
 
-    data: replicas (context-parallel ranks are of one replica). recompute: whole layers; recomputed: parts of a layer
-    (model.recompute_modules), where not the whole is. spec: whose modules save activations. value_bytes: of a weight or
-    an activation (2: bfloat16). fp8: the layers' products. overlap: gradients and weights travel over the replicas
-    beside computation. offload: share of the optimizer on the host.
+    Rank order, fastest first: tensor, context, data, pipeline; for experts expert_tensor, expert, the rest, pipeline.
+
+    data: replicas (context-parallel ranks belong to one replica). recompute: whole layers; recomputed: parts of a layer
+    (model.recompute_modules), if not whole ones. spec: implementation of the modules. value_bytes: of a weight or an
+    activation (2: bfloat16). fp8: of the layers' products. overlap: collectives over the replicas run during
+    computation. offload: share of the optimizer on the host.
     """
 
     tensor: int = 1
@@ -41,36 +42,36 @@ class Layout:
 
     @property
     def world(self) -> int:
-        """All ranks."""
+        """Return the number of all ranks."""
         return self.tensor * self.context * self.pipeline * self.data
 
     @property
     def sequence_ranks(self) -> int:
-        """Ranks that share the rows outside the tensor-parallel regions."""
+        """Return the number of ranks that share the rows outside the tensor-parallel regions."""
         return self.tensor if self.sequence else 1
 
     @property
     def shards(self) -> int:
-        """Ranks that share the optimizer of all but experts, and add up their gradients."""
+        """Return the number of ranks that share the optimizer of non-expert weights and sum their gradients."""
         return self.data * self.context
 
     @property
     def expert_shards(self) -> int:
-        """Ranks that hold the same experts, share their optimizer and add up their gradients."""
+        """Return the number of ranks that hold the same experts, share their optimizer and sum their gradients."""
         return self.world // (self.pipeline * self.expert * self.expert_tensor)
 
     @property
     def experts_apart(self) -> bool:
-        """Whether the ranks of an expert's copies are others than those of the rest."""
+        """Return whether experts have a data-parallel group of their own."""
         return self.expert > 1 or self.expert_tensor != self.tensor
 
     @property
     def stages(self) -> list[int]:
-        """One pipeline stage of each kind; of the middle ones the first, which holds most micro-batches."""
+        """Return one pipeline stage of each kind: first, last, and the first middle one (most micro-batches)."""
         return sorted({0, min(1, self.pipeline - 1), self.pipeline - 1})
 
     def ranks(self, group: str) -> int:
-        """Members of a group."""
+        """Return the number of ranks of a group."""
         sizes = {
             "tp": self.tensor,
             "cp": self.context,
@@ -85,7 +86,7 @@ class Layout:
         return sizes.get(group, self.world)
 
     def span(self, group: str) -> int:
-        """Consecutive ranks among which a group's ranks lie."""
+        """Return the number of consecutive ranks within which a group lies."""
         spans = {
             "tp": self.tensor,
             "cp": self.tensor * self.context,

@@ -1,4 +1,4 @@
-"""Bytes per GPU, by kind, in each phase of a step; the worst pipeline stage speaks for all."""
+"""Bytes per GPU, by kind, in each phase of a step, on the fullest pipeline stage."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megatron_hdpo.costs.workload import WEIGHTS, Rollouts, Workload
 from megatron_hdpo.model.architecture import Architecture
 
 _FP32 = 4
-_SERVER_SHARE = 0.95  # of a GPU that a server of its own may fill. Assumed
+_SERVER_SHARE = 0.95  # share of a GPU that a separate server may fill. Assumed
 _SYNC_BUCKET_BYTES = 256 * 2**20  # rollout.sglang.sync.bucket_mib; a receiver holds about two
 
 Kinds = dict[str, float]
@@ -30,23 +30,23 @@ Kinds = dict[str, float]
 
 @dataclass(frozen=True)
 class PhaseMemory:
-    """Bytes of one GPU by kind. `others`: what lies on it beside the trainer (engine weights, key-value cache)."""
+    """Bytes of one GPU by kind in one phase, those of the engine on it included (weights, key-value cache)."""
 
     phase: str
     kinds: Kinds
 
     @property
     def total(self) -> float:
-        """All kinds."""
+        """Return the bytes of all kinds."""
         return sum(self.kinds.values())
 
     def excess(self, gpu: Gpu) -> float:
-        """Bytes beyond the GPU's memory; 0 when it fits."""
+        """Return the bytes beyond the GPU's memory; 0 if they fit."""
         return max(0.0, self.total - gpu.memory)
 
 
 def resident(architecture: Architecture, layout: Layout, stage: int) -> Kinds:
-    """What the trainer holds in every phase: the weights' and gradients' buffers, and its shard of the optimizer."""
+    """Return what the trainer holds in every phase: buffers of weights and gradients, and its optimizer shard."""
     parameters = stage_parameters(architecture, layout, stage)
     padded = parameters.buffer_values(layout)
     shard = parameters.shard_values(layout) * (1.0 - layout.offload)
@@ -64,7 +64,7 @@ def resident(architecture: Architecture, layout: Layout, stage: int) -> Kinds:
 
 
 def training(architecture: Architecture, layout: Layout, stage: int, work: Repeated, head_chunk: int) -> Kinds:
-    """Beside what is resident, at the peak of the backward pass."""
+    """Return what training adds to the resident bytes, at the peak of the backward pass."""
     shape = work.shape.padded(layout)
     count = rounded(layout, work.count)
     kinds = {
@@ -80,7 +80,7 @@ def training(architecture: Architecture, layout: Layout, stage: int, work: Repea
 
 
 def scoring(architecture: Architecture, layout: Layout, stage: int, work: Repeated, head_chunk: int) -> Kinds:
-    """Beside what is resident, in a forward pass: one layer's tensors (an upper bound), and the head's chunk."""
+    """Return what scoring adds to the resident bytes: one layer's tensors (an upper bound), and the head's chunk."""
     if not work.count:
         return {}
     shape = work.shape.padded(layout)
@@ -91,7 +91,7 @@ def scoring(architecture: Architecture, layout: Layout, stage: int, work: Repeat
 
 
 def _scoring(architecture: Architecture, layout: Layout, stage: int, workload: Workload) -> Kinds:
-    """Of the scoring that needs most; an external teacher's weights lie beside the policy's."""
+    """Return the bytes of the scoring that needs most; an external teacher's weights come on top of the policy's."""
     found = []
     for weights in WEIGHTS:
         work, scorer = workload.scoring_work(weights, layout), workload.scorer(weights, architecture)
@@ -103,7 +103,7 @@ def _scoring(architecture: Architecture, layout: Layout, stage: int, workload: W
 
 
 def _teachers_head(architecture: Architecture, layout: Layout, stage: int, workload: Workload) -> Kinds:
-    """The copy from which targets over the whole vocabulary are made during an update."""
+    """Return the bytes of the teacher's head, from which an update makes targets over the whole vocabulary."""
     if not workload.full or stage != layout.pipeline - 1:
         return {}
     rows = architecture.padded_vocab_size(layout.tensor) // layout.tensor
@@ -112,18 +112,18 @@ def _teachers_head(architecture: Architecture, layout: Layout, stage: int, workl
 
 
 def cache_bytes_per_token(architecture: Architecture, tensor: int) -> float:
-    """Keys and values of one token on one of a server's GPUs, bfloat16."""
+    """Return the bytes of one token's keys and values on one GPU of a server, bfloat16."""
     heads = max(1.0, architecture.num_kv_heads / tensor)  # beyond one head per GPU, heads are copied
     return 2.0 * architecture.num_layers * heads * architecture.head_dim * 2
 
 
 def engine_weights(architecture: Architecture, rollouts: Rollouts) -> float:
-    """Bytes of the engine's weights on one GPU."""
+    """Return the bytes of the engine's weights on one GPU."""
     return served_bytes(architecture, model_values(architecture), rollouts.fp8) / rollouts.tensor
 
 
 def cache_room(architecture: Architecture, layout: Layout, rollouts: Rollouts, gpu: Gpu) -> float:
-    """Bytes that a key-value cache may take on one of the engine's GPUs, at most; negative when nothing is left."""
+    """Return the largest number of bytes of a key-value cache on one GPU of the engine; negative if nothing is left."""
     weights = engine_weights(architecture, rollouts)
     if rollouts.memory_fraction is not None:
         return rollouts.memory_fraction * gpu.memory - weights
@@ -140,7 +140,7 @@ def by_phase(
     rollouts: Rollouts,
     cache: float,
 ) -> dict[str, PhaseMemory]:
-    """Memory of each phase on the trainer's fullest GPU. cache: bytes of key-value cache per GPU of the engine."""
+    """Return the memory of each phase on the fullest GPU. cache: bytes of key-value cache per GPU of the engine."""
     engine = {"engine weights": engine_weights(architecture, rollouts), "key-value cache": max(0.0, cache)}
     shared = rollouts.engine != "separate"
     stays = shared and not (rollouts.engine == "colocated" and rollouts.saver)
@@ -155,7 +155,7 @@ def by_phase(
         kept = _teachers_head(architecture, layout, stage, workload)
         extra["training"].append(base | training(architecture, layout, stage, trained, chunk) | kept | beside)
         buckets = {"sync buckets": 2.0 * _SYNC_BUCKET_BYTES}
-        # A server that gave its memory back takes it again before it is given weights.
+        # A server that released its memory allocates it again before it receives weights.
         extra["sync"].append(base | buckets | (engine if shared else {}))
     memory = {phase: PhaseMemory(phase, _fullest(stages)) for phase, stages in extra.items()}
     if rollouts.engine == "separate":
@@ -168,8 +168,10 @@ def _fullest(stages: list[Kinds]) -> Kinds:
 
 
 def host_bytes(architecture: Architecture, layout: Layout, workload: Workload) -> float:
-    """Host memory per GPU: of a teacher and a reference that rest there (while they score, the policy's weights rest
-    there too), and of what the optimizer keeps there."""
+    """Return the host memory per GPU, in bytes: of teacher and reference, and of the offloaded optimizer.
+
+    While they score, the policy's weights are on the host too.
+    """
     values = max(stage_parameters(architecture, layout, s).values for s in layout.stages)
     copies: Mapping[str, int] = {
         "frozen": 2 * layout.value_bytes,
@@ -181,13 +183,13 @@ def host_bytes(architecture: Architecture, layout: Layout, workload: Workload) -
     other = 0
     if (teacher := workload.teacher_model) is not None:
         other = max(stage_parameters(teacher, layout, s).values for s in layout.stages) * layout.value_bytes
-    if workload.scored("reference")[0] and workload.teacher != "frozen":  # who is frozen is the reference too
+    if workload.scored("reference")[0] and workload.teacher != "frozen":  # a frozen teacher doubles as the reference
         held += layout.value_bytes if held else 2 * layout.value_bytes
     return values * held + other + layout.offload * offloaded * 3 * _FP32
 
 
 def why_not(memory: Mapping[str, PhaseMemory], gpu: Gpu) -> list[str]:
-    """One line per phase that does not fit: by how much, and its largest kinds."""
+    """Return one line of text per phase that does not fit: by how much, and its largest kinds."""
     lines = []
     for phase in memory.values():
         if excess := phase.excess(gpu):

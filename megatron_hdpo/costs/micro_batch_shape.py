@@ -1,4 +1,4 @@
-"""Micro-batches as the planner sees them: how many rows, responses and targets, not which."""
+"""Shapes of micro-batches: numbers of rows, responses and targets."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from megatron_hdpo.costs.layout import Layout
 
 @dataclass(frozen=True)
 class PackedShape:
-    """A packed micro-batch on one rank.
+    """Shape of a packed micro-batch on one rank.
 
-    rows: tokens, padding included; of context-parallel ranks each has its part. length: of its sequences, for the cost
-    of attention. responses: rows that the head reads. targets: those with a teacher's top k. two_temperatures:
-    surrogate and divergence differ in it. bucket: the divergence keeps the tail in one bucket. full: targets are a
-    teacher's hidden states, so over the whole vocabulary.
+    rows: tokens, padding included; each context-parallel rank has its part. length: of the sequences, for the cost of
+    attention. responses: rows that the head reads. targets: responses with a teacher's top k. two_temperatures:
+    surrogate and divergence have different ones. bucket: the divergence has one bucket for the tail. full: targets are
+    a teacher's hidden states, so over the whole vocabulary.
     """
 
     rows: int
@@ -27,14 +27,14 @@ class PackedShape:
     full: bool = False
 
     def padded(self, layout: Layout) -> PackedShape:
-        """With rows rounded up as sequence parallelism needs."""
+        """Return the shape with rows rounded up as sequence parallelism needs."""
         step = layout.sequence_ranks
         return replace(self, rows=-(-self.rows // step) * step)
 
 
 @dataclass(frozen=True)
 class Repeated:
-    """So many micro-batches of one shape."""
+    """Number of micro-batches of one shape."""
 
     shape: PackedShape
     count: int

@@ -1,7 +1,7 @@
-"""In which order a pipeline rank runs its micro-batches: 1F1B, interleaved where it has several chunks of layers.
+"""Pipeline schedule: 1F1B, interleaved if a rank has several chunks of layers.
 
-megatron.core.pipeline_parallel.schedules, 0.16.1: some forward passes to warm up, then one forward and one backward in
-turns, then the backward passes that are left.
+megatron.core.pipeline_parallel.schedules, 0.16.1: some forward passes as warm-up, then one forward and one backward
+pass in turn, then the remaining backward passes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from megatron_hdpo.costs.layout import Layout
 
 
 def warm_up(layout: Layout, stage: int, micro_batches: int) -> int:
-    """Forward passes of chunks before the first backward pass."""
+    """Return the number of forward passes of chunks before the first backward pass."""
     ahead = layout.pipeline - stage - 1
     if layout.virtual_stages > 1:
         ahead = 2 * ahead + (layout.virtual_stages - 1) * layout.pipeline
@@ -20,11 +20,13 @@ def warm_up(layout: Layout, stage: int, micro_batches: int) -> int:
 
 
 def held_at_most(layout: Layout, stage: int, micro_batches: int, chunk_bytes: Sequence[float]) -> float:
-    """Bytes that a rank holds at its worst, when each chunk of it keeps `chunk_bytes` of a micro-batch until that has
-    gone backward."""
+    """Return the peak of the bytes that a rank holds.
+
+    chunk_bytes: what each chunk keeps of a micro-batch until its backward pass.
+    """
     if layout.virtual_stages == 1:
         return min(micro_batches, layout.pipeline - stage) * chunk_bytes[0]
-    # Everything is periodic in rounds of the pipeline; a few show the worst.
+    # The schedule is periodic in rounds of the pipeline, so a few rounds have the peak.
     micro_batches = min(micro_batches, 4 * layout.pipeline)
     passes = micro_batches * layout.virtual_stages
     round_passes = layout.pipeline * layout.virtual_stages
@@ -41,16 +43,16 @@ def held_at_most(layout: Layout, stage: int, micro_batches: int, chunk_bytes: Se
 
 
 def rounded(layout: Layout, micro_batches: int) -> int:
-    """The interleaved schedule takes whole rounds of the pipeline: empty micro-batches fill the last one."""
+    """Return the number of micro-batches with the empty ones that fill the last round of an interleaved schedule."""
     return micro_batches + (-micro_batches % layout.pipeline if layout.virtual_stages > 1 else 0)
 
 
 def bubble(layout: Layout) -> float:
-    """Micro-batches' worth of time that a rank waits in a step."""
+    """Return the time that a rank waits in a step, in micro-batches."""
     return (layout.pipeline - 1) / layout.virtual_stages
 
 
 def messages(layout: Layout, stage: int) -> tuple[int, int]:
-    """Activations that a rank sends and receives per micro-batch in the forward pass."""
+    """Return how many activations a rank sends and receives per micro-batch in the forward pass."""
     chunks = layout.virtual_stages
     return chunks - int(stage == layout.pipeline - 1), chunks - int(stage == 0)

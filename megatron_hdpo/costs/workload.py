@@ -1,4 +1,4 @@
-"""The work of one step, and where rollouts are sampled."""
+"""Work of one step, and the place where its rollouts are sampled."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ WEIGHTS: tuple[Weights, ...] = ("policy", "teacher", "reference")
 
 @dataclass(frozen=True)
 class StudentScoring:
-    """Forward passes of the trainer over student rollouts: by whose weights, how many per rollout (a share where some
-    are left out), after a prompt of how many tokens."""
+    """Forward passes of the trainer over student rollouts.
+
+    weights: which model scores. per_rollout: mean number of passes. prompt_tokens: of the prompt before the response.
+    """
 
     weights: Weights
     per_rollout: float
@@ -28,15 +30,15 @@ class StudentScoring:
 
 @dataclass(frozen=True)
 class Workload:
-    """One step. Lengths are means, in tokens.
+    """Work of one step. Lengths are means, in tokens.
 
     cliff_rate: share of prompts that all samples fail; solved_rate: that all samples solve; neither has a surrogate
     gradient. privileged_share: share of prompts that get privileged rollouts; None: the cliffs. privileged_success:
-    share of those rollouts that become distillation data. teacher: none for GRPO; teacher_model: an external one's.
-    scored_by_trainer: whether the teacher's top k takes a forward pass of the trainer. student_support: the policy's
-    own top k of those rollouts is taken before; full: the teacher's whole distribution. student_scorings: of methods
-    that have more scored. trained_share: of student rollouts, where others than those with an advantage are trained on;
-    distilled: whether they have targets.
+    share of those rollouts that become distillation data. teacher: none for GRPO; teacher_model: of an external one.
+    scored_by_trainer: whether the teacher's top k needs a forward pass of the trainer. student_support: whether the
+    policy scores those rollouts first, for its own top k; full: targets over the whole vocabulary. student_scorings: of
+    student rollouts. trained_share: share of student rollouts that are trained; None: those with an advantage.
+    distilled: whether these have targets.
     """
 
     prompts: int
@@ -80,7 +82,7 @@ class Workload:
 
     @property
     def privileged_prompts(self) -> float:
-        """Prompts that get privileged rollouts."""
+        """Return the number of prompts per step that get privileged rollouts."""
         if self.teacher == "none":
             return 0.0
         prompts = self.prompts * (self.cliff_rate if self.privileged_share is None else self.privileged_share)
@@ -88,50 +90,49 @@ class Workload:
 
     @property
     def student_sequences(self) -> float:
-        """Sampled."""
+        """Return the number of student sequences sampled per step."""
         return float(self.prompts * self.samples)
 
     @property
     def privileged_sequences(self) -> float:
-        """Sampled."""
+        """Return the number of privileged sequences sampled per step."""
         return self.privileged_prompts * self.privileged_rollouts
 
     @property
     def kept(self) -> float:
-        """Privileged rollouts that are scored by the teacher and distilled."""
+        """Return the number of privileged rollouts that the teacher scores and the student learns from."""
         return self.privileged_sequences * self.privileged_success
 
     @property
     def surrogate_sequences(self) -> float:
-        """Student rollouts that are trained on: by default those with an advantage, of groups neither all wrong nor all
-        right."""
+        """Return the number of trained student rollouts; by default those of mixed groups."""
         if self.trained_share is not None:
             return self.student_sequences * self.trained_share
         return self.student_sequences * (1.0 - self.cliff_rate - self.solved_rate)
 
     @property
     def trained_sequences(self) -> float:
-        """Sequences that go through forward and backward."""
+        """Return the number of sequences with a forward and a backward pass."""
         return self.surrogate_sequences + self.kept
 
     @property
     def sequence_tokens(self) -> int:
-        """Of one trained sequence."""
+        """Return the tokens of one trained sequence."""
         return self.prompt_tokens + self.response_tokens
 
     def training_work(self, layout: Layout) -> Repeated:
-        """Micro-batches of one rank in one optimizer step, its targets spread evenly over them."""
+        """Return the micro-batches of one rank in one optimizer step, its targets spread evenly over them."""
         share = self.trained_sequences / layout.data / self.updates
         aimed = self.trained_sequences if self.distilled else self.kept
         targets = aimed / self.trained_sequences if self.trained_sequences else 0.0
         return self._packed(share, self.prompt_tokens, targets, layout)
 
     def scorer(self, weights: Weights, policy: Architecture) -> Architecture:
-        """The model that scores by these weights."""
+        """Return the architecture of the model that scores."""
         return self.teacher_model if weights == "teacher" and self.teacher_model is not None else policy
 
     def scored(self, weights: Weights) -> tuple[float, int]:
-        """Responses that these weights score in a step, and the mean tokens of their prompts."""
+        """Return the number of responses that a model scores in a step, and the mean tokens of their prompts."""
         parts = [
             (one.per_rollout * self.student_sequences, one.prompt_tokens)
             for one in self.student_scorings
@@ -145,15 +146,17 @@ class Workload:
         return sequences, round(sum(count * prompt for count, prompt in parts) / sequences) if sequences else 0
 
     def scoring_work(self, weights: Weights, layout: Layout) -> Repeated:
-        """Micro-batches of one rank in a step's scoring by these weights; none where it is not asked."""
+        """Return the micro-batches of one rank in a step's scoring by a model; a count of 0 if it scores nothing."""
         sequences, prompt = self.scored(weights)
         if not sequences:
             return Repeated(PackedShape(0, 0, 0), 0)
         return self._packed(sequences / layout.data, prompt, 1.0, layout)
 
     def _packed(self, sequences: float, prompt: int, targets: float, layout: Layout) -> Repeated:
-        """Whole sequences in micro-batches as even as they come: the last one is not left nearly empty.
-        Context-parallel ranks share each sequence, padded to two chunks per rank."""
+        """Return micro-batches of whole sequences, of nearly equal size.
+
+        Context-parallel ranks share each sequence, padded to two chunks per rank.
+        """
         length = prompt + self.response_tokens
         length += -length % (2 * layout.context) if layout.context > 1 else 0
         count = max(1, round(sequences + 0.4999))
@@ -168,11 +171,11 @@ class Workload:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """Where rollouts are sampled.
+    """Engine that samples the rollouts.
 
     embedded: on every GPU of the trainer, with a whole copy of the model. colocated: SGLang servers of `tensor` GPUs on
-    the trainer's GPUs; saver: they give their memory back while the trainer works. separate: SGLang on `gpus` of their
-    own. memory_fraction: of a GPU, for a server's weights and cache; None: what is left. fp8: servers quantise.
+    the trainer's GPUs; saver: they release their memory while the trainer works. separate: SGLang on `gpus` GPUs of
+    their own. memory_fraction: of a GPU, for a server's weights and cache; None: what is left. fp8: servers quantise.
     """
 
     engine: Engine = "colocated"

@@ -50,7 +50,7 @@ class NoPrompts:
 
 @dataclass(frozen=True)
 class ObjectiveDeps:
-    """What an objective is built from in addition to its settings.
+    """Dependencies of an objective in addition to its settings.
 
     temperature: sampling temperature of the rollouts. updates_per_step: optimizer updates on the rollouts of one step.
     prompts: makes the teacher's prompts. leakage: which privileged responses give the help away.

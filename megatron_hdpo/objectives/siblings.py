@@ -19,7 +19,7 @@ from megatron_hdpo.types.rollouts import Group, Sample
 
 
 class SiblingConfig(BaseModel):
-    """Which siblings are right, and what is shown of one."""
+    """Rule for right siblings, and for the part of a sibling that is shown."""
 
     model_config = ConfigDict(extra="forbid")
 

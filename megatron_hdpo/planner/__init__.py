@@ -1,5 +1,6 @@
-"""What a run will take before it is started: memory by kind, time by arithmetic, memory traffic and communication.
+"""Plan of a run before it starts: memory by kind, seconds per phase, communication, and a search over layouts.
 
-Pure functions of an architecture, a cluster, a layout and a workload. Only what the trainer runs today is planned;
-everything else is refused with a PlanError.
+Pure functions of an architecture, a cluster, a layout and a workload; what is not planned raises PlanError.
+May import costs, config, objectives, model.architecture and teachers.config; only the command line imports it.
+Start with plan.py (one layout, and the search), then from_recipe.py and asked_work.py (the workload of a recipe).
 """

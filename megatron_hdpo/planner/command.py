@@ -1,4 +1,4 @@
-"""`python -m megatron_hdpo plan RECIPE`: the recipe's step on a cluster, and the layouts that would be faster."""
+"""Command `python -m megatron_hdpo plan RECIPE`: the recipe's step on a cluster, and faster layouts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_hdpo.planner.text import describe, ranking
 
 
 def plan_recipe(recipe_path: Path, overrides: Sequence[str], options: argparse.Namespace) -> str:
-    """The text of the plan. Raises RecipeError and PlanError."""
+    """Return the text of the plan. Raises RecipeError and PlanError."""
     recipe = load_recipe(recipe_path, overrides)
     architecture = architecture_of(options.model or recipe.model.path)
     cluster = cluster_of(options.gpu, options.nodes, options.gpus_per_node)
@@ -44,12 +44,12 @@ def plan_recipe(recipe_path: Path, overrides: Sequence[str], options: argparse.N
 
 
 def _check(recipe: Recipe, architecture: Architecture) -> None:
-    """Raise PlanError for what the trainer would refuse, and for what Hopper GPUs, all that are known here, lack."""
+    """Raise PlanError for what the trainer would refuse, and for what Hopper GPUs (the only known ones) lack."""
     errors = [
         *length_errors(recipe, architecture),
         *precision_errors(recipe.model, recipe.parallel, architecture),
     ]
     if recipe.model.fp8 is not None and recipe.model.fp8_recipe == "mxfp8":
-        errors.append("model.fp8_recipe: mxfp8 is Blackwell's, H100 and H200 have none")
+        errors.append("model.fp8_recipe: mxfp8 needs a Blackwell GPU; H100 and H200 do not have it")
     if errors:
         raise PlanError("\n".join(errors))

@@ -1,4 +1,4 @@
-"""Options of the planner's command lines. Imports nothing heavy: every command's help builds them."""
+"""Options of the planner's command lines. Imports nothing heavy, because the help of every command builds them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import argparse
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The cluster, and what a recipe cannot tell."""
+    """Add the options of the cluster, and of the assumptions that are not in a recipe."""
     parser.add_argument("--gpu", default="h100", help="h100 or h200")
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpus-per-node", type=int, default=8)
     parser.add_argument("--model", help="shape in place of model.path: a name such as qwen2.5-7b, or a folder")
-    parser.add_argument("--rollout-gpus", type=int, default=0, help="GPUs of servers apart from the trainer")
-    parser.add_argument("--cliff-rate", type=float, default=0.25, help="share of prompts that every sample fails")
-    parser.add_argument("--solved-rate", type=float, default=0.0, help="share of prompts that every sample solves")
+    parser.add_argument("--rollout-gpus", type=int, default=0, help="GPUs of separate servers")
+    parser.add_argument("--cliff-rate", type=float, default=0.25, help="share of prompts with wrong samples only")
+    parser.add_argument("--solved-rate", type=float, default=0.0, help="share of prompts with right samples only")
     parser.add_argument("--privileged-success", type=float, default=0.5, help="share of privileged rollouts kept")
     parser.add_argument("--prompt-tokens", type=int, help="mean; default a quarter of data.prompts.max_prompt_tokens")
     parser.add_argument("--privileged-prompt-tokens", type=int, help="mean; default a quarter of the longest")

@@ -1,4 +1,4 @@
-"""Seconds of one phase of a step, by what they are spent on."""
+"""Seconds of one phase of a step, by cause."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from megatron_hdpo.costs.collectives import Collective
 
 @dataclass(frozen=True)
 class PhaseTime:
-    """Seconds on the busiest GPU. flops: useful ones of the whole phase over all GPUs (nothing recomputed).
+    """Seconds on the busiest GPU.
+
+    flops: useful ones of the whole phase over all GPUs, without recomputation.
 
     other_s: bubble of the pipeline, host transfers, fixed costs. tokens: sampled, scored or trained, over all GPUs.
-    streams: one kernel computes while it reads, so arithmetic and memory traffic overlap. hidden_s: communication
-    beside computation, which is not part of communication_s.
+    streams: one kernel computes while it reads, so arithmetic and memory traffic overlap. hidden_s: communication that
+    overlaps with computation and is not part of communication_s.
     """
 
     phase: str
@@ -30,20 +32,20 @@ class PhaseTime:
 
     @property
     def bound_s(self) -> float:
-        """The roofline: the largest of arithmetic, memory traffic and communication."""
+        """Return the roofline: the largest of arithmetic, memory traffic and communication."""
         return max(self.arithmetic_s, self.memory_s, self.communication_s)
 
     @property
     def time_s(self) -> float:
-        """What is planned with."""
+        """Return the planned seconds of this phase."""
         computed = (self.arithmetic_s, self.memory_s)
         return (max(computed) if self.streams else sum(computed)) + self.communication_s + self.other_s
 
     def mfu(self, cluster: Cluster, gpus: int) -> float:
-        """Useful arithmetic over what `gpus` could have done in bf16."""
+        """Return useful arithmetic divided by the peak of `gpus` GPUs in bf16."""
         return self.flops / (self.time_s * gpus * cluster.gpu.flops_s) if self.time_s else 0.0
 
 
 def nothing(phase: str) -> PhaseTime:
-    """A phase without work."""
+    """Return a phase without work."""
     return PhaseTime(phase, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)

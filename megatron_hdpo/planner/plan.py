@@ -1,4 +1,4 @@
-"""A step's plan for one layout, and the search over layouts."""
+"""Plan of a step on one layout, and the search over layouts."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from megatron_hdpo.planner.sampling_time import Batch, sampling, sync
 from megatron_hdpo.planner.time import scoring, training
 
 _MOST_STAGES = 20  # of a search; deeper pipelines of 80 layers only add bubbles
-_CONTEXT_TOKENS = 4096  # of the longest sequence on each context-parallel rank of a search, at least
+_CONTEXT_TOKENS = 4096  # fewest tokens of the longest sequence per context-parallel rank of a search
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A step on one layout. refusals: why it does not fit; empty when it does."""
+    """Plan of a step on one layout. refusals: why it does not fit; empty if it does."""
 
     architecture: Architecture
     cluster: Cluster
@@ -43,40 +43,42 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether every phase fits the GPU's memory."""
+        """Return whether every phase fits in the GPU's memory."""
         return not self.refusals
 
     @property
     def gpus(self) -> int:
-        """The trainer's and those of servers apart."""
+        """Return the number of GPUs of the trainer and of separate servers."""
         return self.layout.world + self.rollouts.gpus
 
     @property
     def step_s(self) -> float:
-        """Seconds of a step; with rollouts ahead, sampling hides behind the rest or the rest behind it."""
+        """Return the seconds of a step; with rollouts ahead, the longer of sampling and the rest."""
         sampled = sum(p.time_s for p in self.phases if "sampling" in p.phase)
         rest = sum(p.time_s for p in self.phases) - sampled
         return max(sampled, rest) if self.rollouts.ahead else sampled + rest
 
     @property
     def tokens(self) -> float:
-        """Prompt and response tokens of a step's student rollouts."""
+        """Return the prompt and response tokens of a step's student rollouts."""
         return self.workload.student_sequences * self.workload.sequence_tokens
 
     @property
     def tokens_per_second_per_gpu(self) -> float:
-        """Of a step's student rollouts."""
+        """Return the tokens of a step's student rollouts per second and GPU."""
         return self.tokens / self.step_s / self.gpus
 
     @property
     def mfu(self) -> float:
-        """Useful arithmetic of all phases over the peak of all GPUs."""
+        """Return useful arithmetic of all phases divided by the peak of all GPUs."""
         return sum(p.flops for p in self.phases) / (self.step_s * self.gpus * self.cluster.gpu.flops_s)
 
 
 def plan(architecture: Architecture, cluster: Cluster, layout: Layout, workload: Workload, rollouts: Rollouts) -> Plan:
-    """The plan of a step. Raises PlanError where the trainer refuses the layout; memory that is missing is told in the
-    plan's refusals."""
+    """Return the plan of a step.
+
+    Raises PlanError if the trainer refuses the layout; missing memory is listed in the plan's `refusals`.
+    """
     check(layout, architecture)
     if workload.teacher_model is not None:
         check(layout, workload.teacher_model)
@@ -121,10 +123,10 @@ def _engines(layout: Layout, rollouts: Rollouts) -> int:
 def _student_batch(
     a: Architecture, cluster: Cluster, layout: Layout, workload: Workload, rollouts: Rollouts, engines: int
 ) -> tuple[Batch, float]:
-    """What each engine decodes at once, and the bytes of cache per GPU: what that needs, at most what is left."""
+    """Return what each engine decodes at once, and the bytes of cache per GPU: as needed, at most what is left."""
     per_token = cache_bytes_per_token(a, rollouts.tensor)
     longest = (workload.prompt_tokens + workload.longest_response) * per_token
-    # The embedded engine keeps room for the longest response of every sequence; servers give pages as tokens come.
+    # The embedded engine reserves the longest response for every sequence; servers allocate pages as tokens come.
     each = longest if rollouts.engine == "embedded" else workload.sequence_tokens * per_token
     room = cache_room(a, layout, rollouts, cluster.gpu)
     sequences = workload.student_sequences / engines
@@ -137,10 +139,13 @@ def _student_batch(
 def layouts(
     architecture: Architecture, gpus: int, gpus_per_node: int, longest: int, base: Layout | None = None
 ) -> Iterator[Layout]:
-    """Layouts worth a plan: TP within a node, whole layers per stage, with and without recompute. Context parallelism
-    while a rank keeps a few thousand tokens of the longest sequence; whole experts over any ranks of a stage;
-    interleaving in two or four chunks; the optimizer as `base` has it, or on the host. base: what all have in common
-    (spec, precision, overlap)."""
+    """Yield the layouts of a search.
+
+    TP within a node, whole layers per stage, with and without recompute; context parallelism while a rank has a few
+    thousand tokens of the longest sequence; whole experts over any ranks of a stage; interleaving in two or four
+    chunks; the optimizer as in `base`, or on the host. base: the settings that all have in common (spec, precision,
+    overlap).
+    """
     base = base or Layout(overlap=True)
     stages = [p for p in range(1, min(_MOST_STAGES, architecture.num_layers) + 1) if not architecture.num_layers % p]
     for tensor, pipeline, context in product((1, 2, 4, 8), stages, (1, 2, 4, 8)):
@@ -167,7 +172,7 @@ def _possible(layout: Layout, architecture: Architecture) -> bool:
 
 
 def _expert_ranks(architecture: Architecture, ranks: int) -> list[int]:
-    """How many ranks of a stage may share the experts: powers of two, up to one expert each."""
+    """Return the numbers of ranks that can share the experts: powers of two, up to one expert per rank."""
     if not architecture.num_experts:
         return [1]
     sizes = (2**power for power in range(architecture.num_experts.bit_length()))
@@ -176,7 +181,7 @@ def _expert_ranks(architecture: Architecture, ranks: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Search:
-    """Plans that fit, fastest first, and those that do not, by how little they miss."""
+    """Result of a search: plans that fit, fastest first, and those that do not, smallest excess first."""
 
     fitting: tuple[Plan, ...]
     refused: tuple[Plan, ...]
@@ -189,11 +194,14 @@ def search(
     rollouts: Rollouts,
     base: Layout | None = None,
 ) -> Search:
-    """All layouts over the cluster's GPUs, with servers of `rollouts.tensor` GPUs or, for colocated ones, larger. base:
-    what the layouts have in common."""
+    """Return the plans of all layouts over the cluster's GPUs.
+
+    Servers have `rollouts.tensor` GPUs or more. base: the settings that the layouts have in common. Raises PlanError if
+    no GPU is left for the trainer.
+    """
     gpus = cluster.gpus - rollouts.gpus
     if gpus < 1:
-        raise PlanError(f"{rollouts.gpus} rollout GPUs leave none of {cluster.gpus} to the trainer")
+        raise PlanError(f"{rollouts.gpus} rollout GPUs leave none of {cluster.gpus} GPUs for the trainer")
     made = []
     longest = workload.prompt_tokens + workload.longest_response
     for layout in layouts(architecture, gpus, cluster.gpus_per_node, longest, base):

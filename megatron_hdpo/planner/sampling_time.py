@@ -1,4 +1,4 @@
-"""Seconds of sampling, and of handing weights to the engine."""
+"""Seconds of sampling, and of sending weights to the engine."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from megatron_hdpo.planner.phase_time import PhaseTime, nothing
 
 @dataclass(frozen=True)
 class Batch:
-    """What one engine decodes: sequences in all, at once, and their prompts."""
+    """Work of one engine: sequences in total and at once, and their prompts."""
 
     sequences: float
     at_once: float
@@ -37,8 +37,10 @@ class Batch:
 def sampling(
     a: Architecture, phase: str, batch: Batch, engines: int, workload: Workload, rollouts: Rollouts, cluster: Cluster
 ) -> PhaseTime:
-    """Prefill of every prompt once per engine, then decoding; no faster than the longest response alone. Products take
-    their time in bfloat16 also where a server's weights are FP8."""
+    """Return the time of sampling: prefill of every prompt once per engine, then decoding.
+
+    It is at least that of the longest response alone. Products take the time of bfloat16, also with FP8 weights.
+    """
     if not batch.sequences:
         return nothing(phase)
     gpu, tensor = cluster.gpu, rollouts.tensor
@@ -48,7 +50,7 @@ def sampling(
     context = prompt + response / 2
     decode = batch.sequences * decoding_flops(a, prompt, response)
     prefill = batch.prompts * forward_flops(a, [(prompt, 0)])
-    # A new token attends to all before it, a prompt's to half of it.
+    # A new token attends to all tokens before it, a prompt token on average to half of the prompt.
     decode_attention = 2 * tokens * a.num_layers * attention_flops(a, context)
     prefill_attention = prefilled * a.num_layers * attention_flops(a, prompt)
     compute = (decode - decode_attention) / DECODE_MATMUL_EFFICIENCY
@@ -70,7 +72,7 @@ def sampling(
 
 
 def _decode_communication(a: Architecture, tensor: int, tokens: float, steps: float, cluster: Cluster) -> float:
-    """Two all-reduces per layer and step over a server's GPUs."""
+    """Return the seconds of two all-reduces per layer and step over a server's GPUs."""
     if tensor == 1:
         return 0.0
     bandwidth, hop = cluster.link(tensor)
@@ -79,7 +81,7 @@ def _decode_communication(a: Architecture, tensor: int, tokens: float, steps: fl
 
 
 def sync(a: Architecture, layout: Layout, rollouts: Rollouts, cluster: Cluster) -> PhaseTime:
-    """Weights to the engine: shards over the pipeline, joined over tensor- and expert-parallel ranks, handed over."""
+    """Return the time of a weight sync: gather over pipeline, tensor- and expert-parallel ranks, then send."""
     size = 2.0 * model_values(a)
     experts = 2.0 * a.num_layers * sum(expert_matrices(a, Layout()))
     pipeline_bandwidth, _ = cluster.link(layout.world)

@@ -1,4 +1,4 @@
-"""Architectures: from a Hugging Face folder, or from a small table of well-known shapes."""
+"""Architectures from a Hugging Face folder, or from a small table of well-known shapes."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ SHAPES = {
 
 
 def architecture_of(model: str) -> Architecture:
-    """The architecture of a name of the table or of a Hugging Face folder. Raises PlanError."""
+    """Return the architecture of a name of the table or of a Hugging Face folder. Raises PlanError."""
     name = model.lower()
     if name in SHAPES:
         return SHAPES[name]

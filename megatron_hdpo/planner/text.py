@@ -1,4 +1,4 @@
-"""A plan as text."""
+"""Text of a plan."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_hdpo.planner.plan import Plan, Search
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns under their names, the first to the left, numbers to the right."""
+    """Return a table: the first column aligned to the left, the others to the right."""
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
 
     def line(row: Sequence[str]) -> str:
@@ -23,7 +23,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def memory_table(plan: Plan) -> str:
-    """GiB by kind and phase on the fullest GPU."""
+    """Return the table of GiB by kind and phase on the fullest GPU."""
     kinds = list(dict.fromkeys(kind for phase in plan.memory.values() for kind in phase.kinds))
     rows = [
         [kind, *(f"{phase.kinds[kind] / GIB:.2f}" if kind in phase.kinds else "" for phase in plan.memory.values())]
@@ -34,7 +34,7 @@ def memory_table(plan: Plan) -> str:
 
 
 def time_table(plan: Plan) -> str:
-    """Seconds of each phase, and what bounds it."""
+    """Return the table of seconds of each phase, by cause."""
     rows = [
         [
             phase.phase,
@@ -51,7 +51,7 @@ def time_table(plan: Plan) -> str:
 
 
 def collectives_table(plan: Plan) -> str:
-    """Number and bytes of the collectives of the training phase on a rank of the first stage."""
+    """Return the table of the training phase's collectives on a rank of the first stage: number and bytes."""
     training = next(phase for phase in plan.phases if phase.phase == "training")
     count: Counter[tuple[str, str, str]] = Counter()
     size: dict[tuple[str, str, str], float] = {}
@@ -72,7 +72,7 @@ def _bytes(size: float) -> str:
 
 
 def describe(plan: Plan) -> str:
-    """All about one plan."""
+    """Return the text of one plan."""
     gpu = plan.cluster.gpu
     host = f"; host memory {plan.host_bytes / GIB:.1f} GiB per GPU" if plan.host_bytes else ""
     hidden = sum(phase.hidden_s for phase in plan.phases)
@@ -91,7 +91,7 @@ def describe(plan: Plan) -> str:
 
 
 def ranking(found: Search, count: int = 5) -> str:
-    """The fastest layouts that fit, and those that miss by the least, with why."""
+    """Return the text of the fastest layouts that fit, and of those with the smallest excess, with the reason."""
     rows = [_row(plan) for plan in found.fitting[:count]]
     parts = [f"{len(found.fitting)} layouts fit, {len(found.refused)} do not"]
     if rows:

@@ -1,9 +1,9 @@
 """Seconds of training and scoring by arithmetic, memory traffic and communication.
 
-Matrix products and the kernels between them follow each other on one stream, so arithmetic and memory traffic add up,
-and so do the pipeline's bubble and fixed costs. Communication adds up too but for what runs beside computation: over
-the replicas where the layout overlaps, and the ring of context parallelism under Transformer Engine. It hides behind
-OVERLAP_SHARE of the computation that it runs beside, and no longer.
+Matrix products and the kernels between them run one after another on one stream, so arithmetic and memory traffic are
+summed, and so are the pipeline's bubble and fixed costs. Communication is summed too, except what overlaps with
+computation: over the replicas if the layout overlaps, and the ring of context parallelism under Transformer Engine. At
+most OVERLAP_SHARE of the computation can hide it.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ from megatron_hdpo.costs.workload import Weights, Workload
 from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.planner.phase_time import PhaseTime, nothing
 
-# Traffic of a layer beside its matrix products: what it keeps is written once and read once forward, and read once
-# backward, where a gradient of its size is written and read.
+# Memory traffic of a layer without its matrix products. Forward, what it keeps is written and read once; backward, it
+# is read once, and a gradient of its size is written and read.
 _FORWARD_PASSES, _BACKWARD_PASSES = 2, 3
-# fp32 gradients are read and written when a micro-batch's bf16 gradient (written, read) is added.
+# A micro-batch's bf16 gradient is written and read, and the fp32 sum is read and written.
 _GRADIENT_BYTES = 4 + 4 + 2 + 2
 _PHASES: dict[Weights, str] = {"policy": "score", "teacher": "teacher", "reference": "reference"}
-# Adam on the host reads main weight, moments and gradient and writes all but the last.
+# Adam on the host reads main weight, two moments and gradient, and writes all but the gradient.
 _HOST_ADAM_BYTES = 7 * 4
 
 
 @dataclass(frozen=True)
 class _Passes:
-    """Forward passes' worth of arithmetic of a layer's parts."""
+    """Arithmetic of the parts of a layer, in forward passes."""
 
     attention: float
     flash: float
@@ -63,7 +63,7 @@ class _Passes:
 
 
 def _training_passes(layout: Layout) -> _Passes:
-    """Backward: products twice; flash attention 2.5 times, for it makes the scores once more."""
+    """Return forward and backward passes; backward is twice the products, and 2.5 times flash attention."""
     again = int(layout.recompute)
     core = again or int("core_attn" in layout.recomputed)
     ffn = again or int("mlp" in layout.recomputed or "moe" in layout.recomputed)
@@ -71,18 +71,18 @@ def _training_passes(layout: Layout) -> _Passes:
 
 
 def _product_rate(layout: Layout, gpu: Gpu) -> float:
-    """Useful flops per second of the layers' products."""
+    """Return useful flops per second of the layers' products."""
     return gpu.fp8_flops_s * FP8_MATMUL_EFFICIENCY if layout.fp8 else gpu.flops_s * MATMUL_EFFICIENCY
 
 
 def _flash_s(a: Architecture, layout: Layout, shape: PackedShape, passes: _Passes, gpu: Gpu) -> float:
-    """Attention of one layer over a micro-batch on one rank."""
+    """Return the seconds of one layer's attention over a micro-batch on one rank."""
     flops = shape.rows * attention_flops(a, shape.length) / layout.tensor
     return passes.flash * flops / ATTENTION_EFFICIENCY / gpu.flops_s
 
 
 def _layers_s(a: Architecture, layout: Layout, shape: PackedShape, passes: _Passes, gpu: Gpu) -> float:
-    """A stage's layers over a micro-batch on one rank."""
+    """Return the seconds of a stage's layers over a micro-batch on one rank."""
     rate = _product_rate(layout, gpu)
     products = passes.attention * shape.rows * attention_product_flops(a) / layout.tensor / rate
     if a.num_experts:  # every rank of a tensor-parallel group routes its own rows
@@ -99,8 +99,11 @@ def _head_s(a: Architecture, layout: Layout, shape: PackedShape, passes: int, gp
 
 @dataclass(frozen=True)
 class _StageTimes:
-    """Seconds of a stage: per micro-batch of arithmetic, memory traffic and communication; per optimizer step of
-    communication and of the optimizer; and communication hidden, per step."""
+    """Seconds of a stage.
+
+    arithmetic, memory, inside (communication): per micro-batch. after (communication), update (optimizer), hidden
+    (communication behind computation): per optimizer step.
+    """
 
     arithmetic: float
     memory: float
@@ -114,9 +117,9 @@ class _StageTimes:
         return self.arithmetic + self.memory + self.inside
 
 
-@lru_cache(maxsize=64)  # a search asks for every size of servers
+@lru_cache(maxsize=64)  # a search repeats the call for every size of servers
 def training(a: Architecture, layout: Layout, workload: Workload, cluster: Cluster) -> PhaseTime:
-    """All optimizer steps of a step: 1F1B over the micro-batches, reduction, optimizer."""
+    """Return the time of all optimizer updates of a step: 1F1B over the micro-batches, reduction, optimizer."""
     work, updates = workload.training_work(layout), workload.updates
     stages = [_training_stage(a, layout, stage, work, workload, cluster) for stage in layout.stages]
     slowest = max(stages, key=lambda times: times.per_batch)
@@ -161,7 +164,7 @@ def _layer_traffic(a: Architecture, layout: Layout, shape: PackedShape, passes: 
 
 
 def _head_traffic(a: Architecture, layout: Layout, shape: PackedShape, head_chunk: int) -> float:
-    """Logits and their gradient, in chunks; the head's fp32 gradient is added to per chunk."""
+    """Return the bytes of logits and their gradient, in chunks; each chunk adds to the head's fp32 gradient."""
     width = a.padded_vocab_size(layout.tensor) / layout.tensor
     chunks = -(-shape.responses // head_chunk)
     return 6.0 * shape.responses * width * layout.value_bytes + (2 * chunks + 3) * width * a.hidden_size * 4.0
@@ -170,7 +173,7 @@ def _head_traffic(a: Architecture, layout: Layout, shape: PackedShape, head_chun
 def _inside_s(
     a: Architecture, layout: Layout, stage: int, shape: PackedShape, head_chunk: int, cluster: Cluster
 ) -> tuple[float, float]:
-    """Seconds of communication of a micro-batch that are waited for, and those hidden behind its attention."""
+    """Return a micro-batch's seconds of exposed communication, and those hidden behind its attention."""
     made = step_collectives(a, layout, stage, [Repeated(shape, 1)], head_chunk)
     after = _seconds(list(gradient_collectives(a, layout, stage)), layout, cluster)
     ring = _seconds([c for c in made if c.group == "cp"], layout, cluster)
@@ -184,8 +187,11 @@ def _inside_s(
 def _after_s(
     a: Architecture, layout: Layout, stage: int, per_batch: float, updates: int, cluster: Cluster
 ) -> tuple[float, float]:
-    """Seconds of communication of an update that are waited for, and those hidden: gradients behind the last backward
-    pass, weights behind the next update's first forward pass (the last update's are waited for)."""
+    """Return an update's seconds of exposed communication, and those hidden.
+
+    Gradients hide behind the last backward pass, weights behind the next update's first forward pass; the weights of
+    the last update are exposed.
+    """
     made = list(gradient_collectives(a, layout, stage))
     total = _seconds(made, layout, cluster)
     if not layout.overlap:
@@ -201,8 +207,11 @@ def _seconds(collectives: Sequence[Collective], layout: Layout, cluster: Cluster
 
 
 def _swaps(workload: Workload, weights: Weights) -> int:
-    """How often a scoring moves a model's weights between host and device: the policy's go, the others come, the
-    policy's come back; an external teacher's come beside them."""
+    """Return how often a scoring moves a model's weights between host and device.
+
+    The policy's to the host, the other model's to the device, the policy's back; an external teacher's only to the
+    device, because the policy stays.
+    """
     if weights == "policy" or (weights == "teacher" and workload.teacher == "policy"):
         return 0
     return 1 if weights == "teacher" and workload.teacher == "external" else 3
@@ -210,7 +219,7 @@ def _swaps(workload: Workload, weights: Weights) -> int:
 
 @lru_cache(maxsize=256)
 def scoring(a: Architecture, layout: Layout, workload: Workload, weights: Weights, cluster: Cluster) -> PhaseTime:
-    """The trainer's forward passes by some weights, and the swap of weights that rest on the host."""
+    """Return the time of a model's forward passes, and of moving its weights from the host."""
     phase, work = _PHASES[weights], workload.scoring_work(weights, layout)
     if not work.count:
         return nothing(phase)

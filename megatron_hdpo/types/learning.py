@@ -1,4 +1,4 @@
-"""What every objective is: groups of rollouts in, per-token numbers out.
+"""Interface of an objective: groups of rollouts in, per-token numbers out; and the two losses of the trainer.
 
 An objective is pure: it sees no process group, no model and no trainer. It asks for scorings (log-probs, a teacher's
 top k) of responses under contexts, and turns groups and scores into examples. The trainer knows two losses only, a
@@ -32,15 +32,15 @@ ScoringKey = tuple[int, str, int, str]
 
 @dataclass(frozen=True)
 class Scoring:
-    """One forward pass that an objective asks for: `response_ids` after `context_ids`, by whose weights, for what.
+    """Forward pass that an objective asks for: `response_ids` (int32 [T]) after `context_ids` (int32 [P]).
 
-    weights: `policy` is the model before this step's update; `teacher` is what the recipe's teacher section says;
-    `reference` is the model as reinforcement learning found it.
-    top_k: the k largest log-probs of every position, 0 for none. at: the key of another scoring of the same response
-    with top_k > 0, whose ids' log-probs under THESE weights and context are wanted. hidden: keep the hidden states that
-    the head reads, so that a full-vocabulary target can be made of them. reverse_kl_to: the key of another scoring with
-    hidden=True; wanted is KL(these weights || those) over the full vocabulary, per token.
-    All at `temperature`. routed_experts: as in `Example`; for the policy's weights alone.
+    weights: which model scores. `policy` is the model before this step's update; `teacher` is the one of the recipe's
+    teacher section; `reference` is the model before RL training started. top_k: the k largest log-probs of every
+    position, 0 for none. at: the key of another scoring of the same response with top_k > 0; return this model's
+    log-probs, after this context, of that scoring's ids. hidden: keep the input of the head (hidden states), from which
+    a full-vocabulary target is made. reverse_kl_to: the key of another scoring with hidden=True; return KL(this model
+    || that one) over the full vocabulary, per token. All at `temperature`. routed_experts: as in `Example`; for the
+    policy alone.
     """
 
     key: ScoringKey
@@ -57,7 +57,7 @@ class Scoring:
 
 @dataclass(frozen=True)
 class Score:
-    """The answer to a Scoring, one row per response token: log-prob of the token and entropy, float32 [T].
+    """Answer to a Scoring, one row per response token: log-prob of the token and entropy, float32 [T].
 
     at_logprobs_TK: float32 [T, K] for `Scoring.at`, at the ids of that scoring's top. hidden_TH: [T, H] on the host, in
     the model's precision. reverse_kl_T: float32 [T].
@@ -73,23 +73,25 @@ class Score:
 
 @dataclass(frozen=True)
 class HiddenStates:
-    """A full-vocabulary target: the hidden states [T, H] that the teacher's head reads, `Score.hidden_TH` of a scoring
-    by the teacher's weights (no others: the loss has the teacher's head only). A step has targets of one type."""
+    """Full-vocabulary target: the hidden states [T, H] that the teacher's head reads.
+
+    They are `Score.hidden_TH` of a scoring by the teacher; other models are not possible, because the loss has the
+    teacher's head only. All targets of a step have the same type.
+    """
 
     hidden_TH: torch.Tensor
 
 
 @dataclass(frozen=True)
 class Example:
-    """One response to train on, with its per-token numbers (float32 [T], response tokens only).
+    """Response to train on, with its per-token numbers (float32 [T], response tokens only).
 
     old_logprobs_T: denominators of the ratio; None takes the policy's own, detached (ratio 1, one update per step).
-    rollout_logprobs_T: what the engine said, for the mismatch metric and the importance cap.
-    surrogate_count and distill_count: what this response adds to the two normalisers, also where its weights are zero
-    (tokens for a token mean, 1 for a mean over sequences whose weights are 1/T).
-    reference_logprobs_T: of the reference policy, for the KL penalty.
-    routed_experts: `Completion.routed_experts` where prompt and response are what the engine sampled; the tokens go to
-    these experts. None: the router chooses.
+    rollout_logprobs_T: the engine's log-probs, for the mismatch metric and the importance cap. surrogate_count and
+    distill_count: what this response adds to the two normalisers, also if its weights are zero (tokens for a token
+    mean, 1 for a mean over sequences whose weights are 1/T). reference_logprobs_T: of the reference policy, for the KL
+    penalty. routed_experts: `Completion.routed_experts` if the engine sampled this response after this prompt; the
+    tokens then go to these experts. None: the router chooses.
     """
 
     prompt_ids: np.ndarray
@@ -107,12 +109,12 @@ class Example:
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and response."""
+        """Return the number of prompt and response tokens."""
         return len(self.prompt_ids) + len(self.response_ids)
 
     @property
     def inert(self) -> bool:
-        """True when no token has a gradient: it counts in the normalisers and need not be run."""
+        """Return whether no token has a gradient: the example counts in the normalisers and need not be run."""
         surrogate = np.any(self.surrogate_weights_T * self.advantages_T)
         penalty = self.reference_logprobs_T is not None and np.any(self.surrogate_weights_T)
         distill = self.distill_weights_T is not None and np.any(self.distill_weights_T)
@@ -120,7 +122,7 @@ class Example:
 
 
 class SurrogateConfig(BaseModel):
-    """The clipped policy-gradient surrogate (PPO's, with the asymmetric and dual clips that followed it)."""
+    """Configuration of the clipped policy-gradient surrogate (PPO's, with asymmetric and dual clips)."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -139,7 +141,7 @@ class SurrogateConfig(BaseModel):
 
 
 class DistillConfig(BaseModel):
-    """The divergence between a target and the policy, and its weight."""
+    """Configuration of the divergence between a target and the policy, and of its weight."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -162,7 +164,7 @@ class DistillConfig(BaseModel):
     )
 
     def errors(self, vocab_size: int) -> Iterator[str]:
-        """What cannot be computed, as `key below the objective's section: reason`."""
+        """Yield why the divergence cannot be computed, as `key below the objective's section: reason`."""
         if self.support == "full":
             return
         if self.top_k > vocab_size:
@@ -181,9 +183,10 @@ class DistillConfig(BaseModel):
 
 @dataclass(frozen=True)
 class LossSpec:
-    """The loss of one optimizer step. temperature: sampling temperature of the surrogate's log-probs.
+    """Loss of one optimizer step.
 
-    kl_coefficient: weight of half the squared log-ratio to the reference policy (k2).
+    temperature: sampling temperature of the surrogate's log-probs. kl_coefficient: weight of half the squared log-ratio
+    to the reference policy (k2).
     """
 
     surrogate: SurrogateConfig
@@ -193,52 +196,58 @@ class LossSpec:
 
 
 class Objective(Protocol):
-    """A method. One file per method under objectives/, most of them on `BaseObjective`; docs/adding-an-objective.md."""
+    """Interface of a training method; most extend `objectives.base.BaseObjective` (docs/adding-an-objective.md)."""
 
     max_privileged_prompts: int | None
-    """Groups of a step that get privileged rollouts, at most; None for no bound."""
+    """Largest number of groups per step that get privileged rollouts; None for no bound."""
     privileged_top_logprobs: int
-    """The k of the engine's top log-probs that privileged rollouts must bring along; 0 for none."""
+    """The k of the top log-probs that the engine must return with privileged rollouts; 0 for none."""
 
     @property
     def loss(self) -> LossSpec:
-        """The loss of the present step."""
+        """Return the loss of the current step."""
 
     def privileged(self, group: Group, step: int) -> int:
-        """How many privileged rollouts this group gets at this rollout step (counted from 0), 0 for none. Called as
-        soon as the group's last student rollout has been judged, on the rank that sampled it; with rollouts sampled
-        ahead, while an earlier step is still trained on, from another thread."""
+        """Return the number of privileged rollouts of this group at this rollout step (counted from 0); 0 for none.
+
+        Called as soon as the group's last student rollout is judged, on the rank that sampled it. With rollouts sampled
+        ahead, it is called from another thread while an earlier step still trains.
+        """
 
     def keep_privileged(self, group: Group) -> Group:
-        """The group with those privileged samples that the objective uses; what falls is counted in `dropped`."""
+        """Return the group with the privileged samples that the objective uses; count the others in `group.dropped`."""
 
     def has_signal(self, group: Group) -> bool:
-        """Whether the group can change the policy; dynamic sampling replaces those that cannot."""
+        """Return whether the group can change the policy; dynamic sampling replaces groups that cannot."""
 
     def begin_step(self, step: int, groups: Sequence[Group]) -> None:
-        """The step's rollouts are complete and learning begins: schedules move on, statistics are kept. Sees all
-        groups of the step, on every rank; called before the methods below."""
+        """Update schedules and statistics when the rollouts of a step are complete.
+
+        Gets all groups of the step, on every rank; called before the methods below.
+        """
 
     def scorings(self, groups: Sequence[Group]) -> list[Scoring]:
-        """The forward passes needed before the update. Sees the groups of one data-parallel replica."""
+        """Return the forward passes needed before the update, for the groups of one data-parallel replica."""
 
     def totals(self, groups: Sequence[Group], scores: Mapping[ScoringKey, Score]) -> dict[str, float]:
-        """This replica's part of the sums over the whole step that `examples` needs (weights normalised over the batch,
-        ...). The same names on every replica, whatever its groups."""
+        """Return this replica's part of the sums over the whole step that `examples` needs.
+
+        For weights normalised over the batch, for example. Every replica must return the same names.
+        """
 
     def totals_metrics(self, totals: Mapping[str, float]) -> dict[str, float]:
-        """Metrics that only the totals over all replicas can tell; called on every rank."""
+        """Return the metrics that need the totals over all replicas; called on every rank."""
 
     def examples(
         self, groups: Sequence[Group], scores: Mapping[ScoringKey, Score], totals: Mapping[str, float]
     ) -> list[Example]:
-        """What to train on, from the same groups, the answers to their scorings and the totals over all replicas."""
+        """Return the examples to train on: from the same groups, the scores, and the totals over all replicas."""
 
     def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Numbers of the method itself over all groups of the step (cliff rate, ...)."""
+        """Return the method's metrics over all groups of the step (cliff rate, ...)."""
 
     def state(self) -> dict[str, Any]:
-        """What must be saved with a checkpoint, as JSON values; {} for a method without memory."""
+        """Return the state to save in a checkpoint, as JSON values; {} for a method without state."""
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state` gave."""
+        """Restore what `state` returned."""

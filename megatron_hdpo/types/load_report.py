@@ -1,4 +1,4 @@
-"""What loading left out, and why: counted by task and reason, with an example of each."""
+"""Report of the problems that loading dropped, counted by task and reason, with an example of each."""
 
 from __future__ import annotations
 
@@ -9,26 +9,29 @@ from megatron_hdpo.types.errors import DataError
 
 @dataclass
 class LoadReport:
-    """counts[task][reason]: problems left out. examples[task][reason]: where the first of them was. kept[task]."""
+    """Counts of dropped and kept problems.
+
+    counts[task][reason]: dropped problems. examples[task][reason]: where the first of them was. kept[task]: the others.
+    """
 
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     examples: dict[str, dict[str, str]] = field(default_factory=dict)
     kept: dict[str, int] = field(default_factory=dict)
 
     def drop(self, task: str, reason: str, where: str) -> None:
-        """Count one problem of `task` that was left out; `where` says which."""
+        """Count one dropped problem of `task`; `where` says which."""
         reasons = self.counts.setdefault(task, {})
         reasons[reason] = reasons.get(reason, 0) + 1
         self.examples.setdefault(task, {}).setdefault(reason, where)
 
     def reject(self, task: str, policy: str, reason: str, message: str) -> None:
-        """A bad row: DataError under the policy `error`, counted under `drop`."""
+        """Raise DataError for a bad row under the policy `error`; count it as dropped under `drop`."""
         if policy == "error":
             raise DataError(f"{message}; correct the row, or set on_bad_row: drop for task {task!r}")
         self.drop(task, reason, message)
 
     def lines(self) -> list[str]:
-        """One line per task for a person, and one per reason for which something was left out."""
+        """Return one line of text per task, and one per reason for which problems were dropped."""
         lines = []
         for task in sorted(self.kept.keys() | self.counts.keys()):
             lines.append(f"{task}: {self.kept.get(task, 0)} problems")

@@ -1,4 +1,4 @@
-"""A verifiable problem: what the model is asked, and what a right answer is."""
+"""Verifiable problem: the question for the model, and its right answer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Problem:
-    """One verifiable problem.
+    """Verifiable problem with its gold answer.
 
     id: unique within a run and stable between runs (`<task name>/<index>`); data order, seeds and logs refer to it.
     task: name of the task that made the problem, and that scores responses to it.

@@ -1,7 +1,7 @@
-"""What goes into an engine, what comes out of it, and what a judged rollout is.
+"""Requests to an engine, its completions, and judged rollouts in groups.
 
 Token data are numpy arrays on the host: they cross process boundaries, are written to disk and are packed into
-micro-batches later. Response token ids are never detokenised and tokenised again.
+micro-batches later. Response token ids are never decoded and encoded again.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request is sampled.
+    """Sampling parameters of one request.
 
     Log-probs are those of log_softmax(logits / temperature) over the full vocabulary, before top-p and top-k.
     temperature 0 is greedy decoding; its log-probs are those of temperature 1.
     top_logprobs: the k largest log-probs returned for every generated token (0: none).
-    routed_experts: return the experts that every token was sent to; a completion without them is an error.
+    routed_experts: return the experts of every token; a completion without them is an error.
     """
 
     max_new_tokens: int
@@ -38,9 +38,10 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """`sampling.n` completions of one prompt. `seed` fixes them where the engine can (see Engine.deterministic).
+    """Request for `sampling.n` completions of one prompt.
 
-    affinity: requests that share it begin alike, so that one server's prefix cache serves them all.
+    seed: fixes the completions if the engine is deterministic (Engine.deterministic). affinity: requests with the same
+    value share a prefix, so they should go to the same server and its prefix cache.
     """
 
     request_id: str
@@ -52,7 +53,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class TopLogprobs:
-    """The engine's k most likely tokens at each generated position: int32 [T, k] and float32 [T, k]."""
+    """Ids, int32 [T, k], and log-probs, float32 [T, k], of the k most likely tokens at each response position."""
 
     ids_TK: np.ndarray
     logprobs_TK: np.ndarray
@@ -60,10 +61,10 @@ class TopLogprobs:
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled response. The stop token that was sampled is its last token; a response cut by length has none.
+    """Sampled response. The sampled stop token is its last token; a response cut at the length limit has none.
 
-    routed_experts: numbers of the experts in every layer for the prompt's and the response's tokens but the last, which
-    the engine did not run; uint8, or uint16 for more than 256 experts.
+    routed_experts: expert ids in every layer for all prompt and response tokens but the last one, which the engine did
+    not run; uint8, or uint16 for more than 256 experts.
     """
 
     token_ids: np.ndarray  # int32 [T]
@@ -76,8 +77,10 @@ class Completion:
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """What came of one request, or of some of its n samples: `completions` that succeeded, one error text for each that
-    did not, and how many were given up because they were cancelled."""
+    """Result of one request, or of some of its n samples.
+
+    completions: those that succeeded. errors: one text for each that failed. cancelled: number of those cancelled.
+    """
 
     request_id: str
     completions: list[Completion]
@@ -87,8 +90,10 @@ class GenerationResult:
 
 @dataclass
 class Sample:
-    """A completion after judging: its text, its reward and what the task says of it. Samples whose generation or check
-    failed do not exist."""
+    """Judged completion: its text, its reward and the task's feedback.
+
+    If generation or the check failed, there is no sample.
+    """
 
     completion: Completion
     text: str
@@ -97,17 +102,17 @@ class Sample:
 
     @property
     def length(self) -> int:
-        """Number of response tokens, the stop token included."""
+        """Return the number of response tokens, the stop token included."""
         return len(self.completion.token_ids)
 
 
 @dataclass
 class Group:
-    """All rollouts of one problem in one step.
+    """Group of all rollouts of one problem in one step.
 
     samples answer `prompt_ids`; privileged samples answer `privileged_prompt_ids`, which hold the ground truth.
-    dropped counts, by reason, what was asked for and is not here (`generation_failed`, `check_failed`, `duplicate`,
-    `leaked`, `wrong`, ...).
+    dropped: number of samples that were requested and are missing, by reason (`generation_failed`, `check_failed`,
+    `duplicate`, `leaked`, `wrong`, ...).
     """
 
     problem: Problem

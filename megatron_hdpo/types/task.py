@@ -1,4 +1,4 @@
-"""What every task is: a configuration that can list its problems and score a response to one of them.
+"""Interface of a task: a configuration that lists its problems and scores responses to them.
 
 A new task is one class: derive it from `TaskBase`, give it a `kind`, `problems()` and `score()`, and name it in
 `data.tasks.TaskConfig`. Instances are pickled to the reward workers, which call `score` without ever calling
@@ -18,27 +18,27 @@ BadRowPolicy = Literal["error", "drop"]
 
 
 class Task(Protocol):
-    """Where problems come from and how responses to them are scored."""
+    """Source of problems, and scorer of responses to them."""
 
     @property
     def task_name(self) -> str:
-        """Unique within a run; `Problem.task` refers to it."""
+        """Return the name, unique within a run; `Problem.task` refers to it."""
 
     def problems(self, report: LoadReport) -> list[Problem]:
-        """All problems, in an order that is the same on every call. Raises DataError."""
+        """Return all problems, in the same order on every call. Raises DataError."""
 
     def prepare(self) -> None:
-        """Load what `score` needs, ahead of the first call and of its time limit."""
+        """Load what `score` needs, before the first call and outside its time limit."""
 
     def score(self, problem: Problem, response: str) -> float:
-        """Reward in [0, 1] of a response. Raises when the check itself fails; a failure is never a reward."""
+        """Return the reward of a response, in [0, 1]. Raises if the check itself fails; a failure is never a reward."""
 
     def feedback(self, problem: Problem, response: str) -> str | None:
-        """What the environment says of a response, for methods that show it to the teacher; None for nothing."""
+        """Return the environment's feedback on a response, for methods that show it to the teacher; None for none."""
 
 
 class TaskBase(BaseModel):
-    """Keys that all tasks share."""
+    """Base class of the tasks, with the keys that all of them share."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -50,17 +50,19 @@ class TaskBase(BaseModel):
 
     @property
     def task_name(self) -> str:
-        """The configured name, else the one that the source suggests."""
+        """Return the configured name, else the default name."""
         return self.name or self.default_name()
 
     def prepare(self) -> None:
-        """Load what `score` needs; nothing by default."""
+        """Load what `score` needs. Default: do nothing."""
 
     def feedback(self, problem: Problem, response: str) -> str | None:
-        """What the environment says of a response (which test failed, ...), without giving the answer away: methods
-        that learn from feedback show it to the teacher. None, the default, for nothing to say."""
+        """Return feedback on a response (which test failed, ...) that does not reveal the answer. Default: None.
+
+        Methods that learn from feedback show it to the teacher.
+        """
         return None
 
     def default_name(self) -> str:
-        """Name made from the source of the problems."""
+        """Return a name made from the source of the problems."""
         raise NotImplementedError
