@@ -15,14 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from megatron_hdpo.types.divergences import DivergenceKind, DivergenceTail
 from megatron_hdpo.types.rollouts import Group, TopLogprobs
+
+if TYPE_CHECKING:
+    import torch
 
 Weights = Literal["policy", "teacher", "reference"]
 
