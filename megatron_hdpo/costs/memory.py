@@ -18,7 +18,7 @@ from megatron_hdpo.costs.layout import Layout
 from megatron_hdpo.costs.micro_batch_shape import Repeated
 from megatron_hdpo.costs.parameters import model_values, product_values, served_bytes, stage_parameters
 from megatron_hdpo.costs.schedule import rounded
-from megatron_hdpo.costs.workload import WEIGHTS, Rollouts, Workload
+from megatron_hdpo.costs.workload import MODEL_ROLES, Rollouts, Workload
 from megatron_hdpo.model.architecture import Architecture
 
 _FP32 = 4
@@ -93,7 +93,7 @@ def scoring(architecture: Architecture, layout: Layout, stage: int, work: Repeat
 def _scoring(architecture: Architecture, layout: Layout, stage: int, workload: Workload) -> Kinds:
     """Return the bytes of the scoring that needs most; an external teacher's weights come on top of the policy's."""
     found = []
-    for weights in WEIGHTS:
+    for weights in MODEL_ROLES:
         work, scorer = workload.scoring_work(weights, layout), workload.scorer(weights, architecture)
         kinds = scoring(scorer, layout, stage, work, workload.head_chunk)
         if kinds and weights == "teacher" and workload.teacher_model is not None:

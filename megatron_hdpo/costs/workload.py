@@ -9,11 +9,11 @@ from megatron_hdpo.costs.errors import PlanError
 from megatron_hdpo.costs.layout import Layout
 from megatron_hdpo.costs.micro_batch_shape import PackedShape, Repeated
 from megatron_hdpo.model.architecture import Architecture
+from megatron_hdpo.types.learning import ModelRole
 
 TeacherKind = Literal["none", "policy", "frozen", "snapshot", "ema", "external"]
 Engine = Literal["embedded", "colocated", "separate"]
-Weights = Literal["policy", "teacher", "reference"]
-WEIGHTS: tuple[Weights, ...] = ("policy", "teacher", "reference")
+MODEL_ROLES: tuple[ModelRole, ...] = ("policy", "teacher", "reference")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class StudentScoring:
     weights: which model scores. per_rollout: mean number of passes. prompt_tokens: of the prompt before the response.
     """
 
-    weights: Weights
+    weights: ModelRole
     per_rollout: float
     prompt_tokens: int
 
@@ -127,11 +127,11 @@ class Workload:
         targets = aimed / self.trained_sequences if self.trained_sequences else 0.0
         return self._packed(share, self.prompt_tokens, targets, layout)
 
-    def scorer(self, weights: Weights, policy: Architecture) -> Architecture:
+    def scorer(self, weights: ModelRole, policy: Architecture) -> Architecture:
         """Return the architecture of the model that scores."""
         return self.teacher_model if weights == "teacher" and self.teacher_model is not None else policy
 
-    def scored(self, weights: Weights) -> tuple[float, int]:
+    def scored(self, weights: ModelRole) -> tuple[float, int]:
         """Return the number of responses that a model scores in a step, and the mean tokens of their prompts."""
         parts = [
             (one.per_rollout * self.student_sequences, one.prompt_tokens)
@@ -145,7 +145,7 @@ class Workload:
         sequences = sum(count for count, _ in parts)
         return sequences, round(sum(count * prompt for count, prompt in parts) / sequences) if sequences else 0
 
-    def scoring_work(self, weights: Weights, layout: Layout) -> Repeated:
+    def scoring_work(self, weights: ModelRole, layout: Layout) -> Repeated:
         """Return the micro-batches of one rank in a step's scoring by a model; a count of 0 if it scores nothing."""
         sequences, prompt = self.scored(weights)
         if not sequences:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from megatron_hdpo.model.policy import Policy, share_examples
 from megatron_hdpo.objectives.examples import own_scoring
 from megatron_hdpo.types.learning import (
-    DistillConfig,
+    DivergenceConfig,
     Example,
     LossSpec,
     Scoring,
@@ -83,7 +83,7 @@ def check_alignment(policy: Policy, groups: Sequence[Group]) -> float:
     no weight changes.
     """
     # The bucket keeps all of the teacher's probability: with a renormalised top k an equal student is not at 0.
-    distill = DistillConfig(
+    distill = DivergenceConfig(
         coefficient=1.0, kind="jsd", tail="bucket", top_k=min(8, policy.architecture.vocab_size - 1)
     )
     scorings = [

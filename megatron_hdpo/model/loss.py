@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_hdpo.divergence import DivergenceSpec, Losses, head_loss, logit_losses
 from megatron_hdpo.model.micro_batch import LossInputs, MicroBatch
 from megatron_hdpo.objectives.surrogate import Surrogate, clipped_surrogate
-from megatron_hdpo.types.learning import DistillConfig, LossSpec
+from megatron_hdpo.types.learning import DivergenceConfig, LossSpec
 
 MAXIMA = ("mismatch_max",)
 """Names of the numbers of `micro_batch_loss` that are maxima over tokens; all others are sums."""
@@ -68,7 +68,7 @@ def micro_batch_loss(
         merge_sums(sums, chunk_sums)
         return total
 
-    distill = spec.distill or DistillConfig()
+    distill = spec.distill or DivergenceConfig()
     total, _ = head_loss(
         hidden_NH,
         head_weight_VH,

@@ -19,7 +19,7 @@ from megatron_hdpo.divergence import (
     vocab_parallel_topk,
 )
 from megatron_hdpo.model.micro_batch import MicroBatch
-from megatron_hdpo.types.learning import Score, Scoring, ScoringKey, Weights
+from megatron_hdpo.types.learning import ModelRole, Score, Scoring, ScoringKey
 from megatron_hdpo.types.rollouts import TopLogprobs
 
 
@@ -35,7 +35,7 @@ class ScoringSettings:
     top_k: int
     at: int = 0
     hidden: bool = False
-    kl_to: Weights | None = None
+    kl_to: ModelRole | None = None
 
 
 def settings_of(scoring: Scoring, asked: Mapping[ScoringKey, Scoring]) -> ScoringSettings:
@@ -45,7 +45,7 @@ def settings_of(scoring: Scoring, asked: Mapping[ScoringKey, Scoring]) -> Scorin
     return ScoringSettings(scoring.temperature, scoring.top_k, at, scoring.hidden, kl_to)
 
 
-def in_waves(scorings: Sequence[Scoring]) -> dict[tuple[int, Weights], list[Scoring]]:
+def in_waves(scorings: Sequence[Scoring]) -> dict[tuple[int, ModelRole], list[Scoring]]:
     """Group the scorings by (wave, weights), so that each refers only to scorings of earlier waves.
 
     Raises ValueError when a key is used twice, or a scoring refers to one that is missing, is of another response, does
@@ -56,7 +56,7 @@ def in_waves(scorings: Sequence[Scoring]) -> dict[tuple[int, Weights], list[Scor
         raise ValueError("two scorings of a step have the same key")
     for scoring in scorings:
         _check_references(scoring, asked)
-    waves: dict[tuple[int, Weights], list[Scoring]] = {}
+    waves: dict[tuple[int, ModelRole], list[Scoring]] = {}
     for scoring in scorings:
         waves.setdefault((_depth(scoring, asked), scoring.weights), []).append(scoring)
     return waves
@@ -95,7 +95,7 @@ class Answered:
 
     asked: Mapping[ScoringKey, Scoring]
     scores: Mapping[ScoringKey, Score]
-    heads: Mapping[Weights, Tensor]
+    heads: Mapping[ModelRole, Tensor]
 
 
 def score_rows(

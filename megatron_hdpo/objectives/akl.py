@@ -15,14 +15,14 @@ import numpy as np
 from pydantic import Field
 
 from megatron_hdpo.objectives.base import ObjectiveDeps, group_shares
-from megatron_hdpo.objectives.distillation import Distillation, DistillationConfig, SamePromptDistillation
+from megatron_hdpo.objectives.distillation import Distillation, SamePromptDistillation, StudentDistillationConfig
 from megatron_hdpo.objectives.examples import SampleKey, is_masked, privileged_samples
 from megatron_hdpo.objectives.settings import Surroundings
-from megatron_hdpo.types.learning import DistillConfig, Objective
+from megatron_hdpo.types.learning import DivergenceConfig, Objective
 from megatron_hdpo.types.rollouts import Group, Sample
 
 
-class AKLConfig(DistillationConfig):
+class AKLConfig(StudentDistillationConfig):
     """Adaptive KL distillation."""
 
     name: Literal["akl"] = "akl"
@@ -31,8 +31,8 @@ class AKLConfig(DistillationConfig):
         description="Train on the student's rollouts, or on the teacher's: those sampled with the privileged prompt.",
     )
     rollouts: int = Field(1, ge=1, description="Privileged rollouts per prompt, for tokens=teacher.")
-    distill: DistillConfig = Field(
-        default_factory=lambda: DistillConfig(coefficient=1.0, kind="akl", tail="bucket", top_k=100),
+    distill: DivergenceConfig = Field(
+        default_factory=lambda: DivergenceConfig(coefficient=1.0, kind="akl", tail="bucket", top_k=100),
         description="The divergence (kind akl, beta the mass of the head) and its weight.",
     )
 

@@ -20,18 +20,18 @@ import numpy as np
 from pydantic import Field
 
 from megatron_hdpo.objectives.base import NO_TOTALS
-from megatron_hdpo.objectives.distillation import Distillation, DistillationConfig
+from megatron_hdpo.objectives.distillation import Distillation, StudentDistillationConfig
 from megatron_hdpo.objectives.examples import SampleKey, sample_distillation
 from megatron_hdpo.objectives.settings import Surroundings
 from megatron_hdpo.objectives.siblings import PairConfig, has_pair, pair_hints
-from megatron_hdpo.types.learning import DistillConfig, Example, Score, Scoring, ScoringKey
+from megatron_hdpo.types.learning import DivergenceConfig, Example, Score, Scoring, ScoringKey
 from megatron_hdpo.types.rollouts import Group, Sample, TopLogprobs
 
 _SMALLEST_REST = 1e-7
 """Lower bound of the bucket's mass: its logarithm must be finite."""
 
 
-class ContrastiveOPSDConfig(DistillationConfig):
+class ContrastiveOPSDConfig(StudentDistillationConfig):
     """OPSD towards a right sibling and away from a wrong one."""
 
     name: Literal["contrastive_opsd"] = "contrastive_opsd"
@@ -41,8 +41,10 @@ class ContrastiveOPSDConfig(DistillationConfig):
     )
     floor: float = Field(-5.0, le=0, description="Lower bound of the log-probs after the wrong sibling.")
     half_weight: float = Field(1.0, ge=0, description="t: divergence of the two teachers at which a token weighs 1/2.")
-    distill: DistillConfig = Field(
-        default_factory=lambda: DistillConfig(coefficient=1.0, kind="forward_kl", tail="bucket", top_k=100, clip=0.05),
+    distill: DivergenceConfig = Field(
+        default_factory=lambda: DivergenceConfig(
+            coefficient=1.0, kind="forward_kl", tail="bucket", top_k=100, clip=0.05
+        ),
         description="The divergence and its weight.",
     )
 

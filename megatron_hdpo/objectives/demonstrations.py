@@ -9,7 +9,7 @@ from pydantic import Field
 
 from megatron_hdpo.data.prompts import Hint
 from megatron_hdpo.objectives.siblings import SiblingConfig, right_siblings, sibling_hint
-from megatron_hdpo.types.learning import DistillConfig
+from megatron_hdpo.types.learning import DivergenceConfig
 from megatron_hdpo.types.rollouts import Group
 
 Source = Literal["sibling", "feedback"]
@@ -43,9 +43,9 @@ def demonstration(group: Group, index: int, config: DemonstrationConfig) -> Hint
     return Hint(sibling_hint(right[0], config).attempt if right else "", "", feedback or "")
 
 
-def sdpo_divergence() -> DistillConfig:
+def sdpo_divergence() -> DivergenceConfig:
     """Return SDPO's divergence: JSD on the student's top 100 and a bucket, importance weights up to 2."""
-    return DistillConfig(coefficient=1.0, tail="bucket", support="student", top_k=100, importance_cap=2.0)
+    return DivergenceConfig(coefficient=1.0, tail="bucket", support="student", top_k=100, importance_cap=2.0)
 
 
 def demonstration_shares(groups: Sequence[Group], config: DemonstrationConfig) -> dict[str, float]:

@@ -23,11 +23,19 @@ from megatron_hdpo.objectives.examples import (
     target_scorings,
 )
 from megatron_hdpo.objectives.settings import ANY_TEACHER, ObjectiveSettings, Surroundings, TeacherKind
-from megatron_hdpo.types.learning import DistillConfig, Example, LossSpec, Score, Scoring, ScoringKey, SurrogateConfig
+from megatron_hdpo.types.learning import (
+    DivergenceConfig,
+    Example,
+    LossSpec,
+    Score,
+    Scoring,
+    ScoringKey,
+    SurrogateConfig,
+)
 from megatron_hdpo.types.rollouts import Group, Sample
 
 
-class DistillationConfig(ObjectiveSettings):
+class StudentDistillationConfig(ObjectiveSettings):
     """Keys of methods that distil on the student's own rollouts and have no reward in their loss."""
 
     teachers: ClassVar[tuple[TeacherKind, ...]] = ANY_TEACHER
@@ -35,8 +43,8 @@ class DistillationConfig(ObjectiveSettings):
     overlong: Literal["keep", "mask"] = Field(
         "keep", description="Responses cut at the length limit: distil on them, or mask them out of the loss."
     )
-    distill: DistillConfig = Field(
-        default_factory=lambda: DistillConfig(coefficient=1.0, tail="bucket", top_k=100),
+    distill: DivergenceConfig = Field(
+        default_factory=lambda: DivergenceConfig(coefficient=1.0, tail="bucket", top_k=100),
         description="The divergence and its weight.",
     )
 
@@ -48,7 +56,7 @@ class DistillationConfig(ObjectiveSettings):
 class Distillation(BaseObjective):
     """Distillation on student samples. A method defines `teacher_context`, and `is_trained` if that can be missing."""
 
-    config: DistillationConfig
+    config: StudentDistillationConfig
 
     @property
     def loss(self) -> LossSpec:

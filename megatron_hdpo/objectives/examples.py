@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from megatron_hdpo.types.learning import DistillConfig, Example, HiddenStates, Score, Scoring, ScoringKey
+from megatron_hdpo.types.learning import DivergenceConfig, Example, HiddenStates, Score, Scoring, ScoringKey
 from megatron_hdpo.types.rollouts import Group, Sample, TopLogprobs
 
 SampleKey = tuple[int, str, int]
@@ -53,7 +53,7 @@ def own_scoring(key: SampleKey, name: str, group: Group, sample: Sample, tempera
 
 
 def target_scorings(
-    key: SampleKey, student_context: np.ndarray, teacher_context: np.ndarray, sample: Sample, config: DistillConfig
+    key: SampleKey, student_context: np.ndarray, teacher_context: np.ndarray, sample: Sample, config: DivergenceConfig
 ) -> list[Scoring]:
     """Return the scorings that `target_of` needs.
 
@@ -82,7 +82,7 @@ def target_scorings(
 
 
 def target_of(
-    key: SampleKey, scores: Mapping[ScoringKey, Score], config: DistillConfig
+    key: SampleKey, scores: Mapping[ScoringKey, Score], config: DivergenceConfig
 ) -> TopLogprobs | HiddenStates | None:
     """Return the target of a sample from the scores of `target_scorings`; None if the teacher did not score it."""
     score = scores.get((*key, "teacher"))

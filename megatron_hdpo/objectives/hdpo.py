@@ -18,7 +18,7 @@ from megatron_hdpo.objectives.examples import distillation_example, privileged_s
 from megatron_hdpo.objectives.grpo import GRPO, GRPOConfig
 from megatron_hdpo.objectives.privileged import PrivilegedFilter, PrivilegedRolloutConfig, privileged_metrics
 from megatron_hdpo.objectives.settings import OWN_TEACHERS, Surroundings, TeacherKind
-from megatron_hdpo.types.learning import DistillConfig, Example, LossSpec, Score, Scoring, ScoringKey
+from megatron_hdpo.types.learning import DivergenceConfig, Example, LossSpec, Score, Scoring, ScoringKey
 from megatron_hdpo.types.rollouts import Group
 
 
@@ -38,7 +38,7 @@ class HDPOConfig(GRPOConfig):
 
     name: Literal["hdpo"] = "hdpo"  # type: ignore[assignment]
     privileged: PrivilegedConfig = Field(default_factory=PrivilegedConfig, description="Privileged rollouts.")
-    distill: DistillConfig = Field(default_factory=DistillConfig, description="The divergence and its weight.")
+    distill: DivergenceConfig = Field(default_factory=DivergenceConfig, description="The divergence and its weight.")
     logits_from: Literal["trainer", "rollout"] = Field(
         "trainer",
         description="Where the teacher's top k comes from: a forward pass of the trainer, or the engine that sampled "

@@ -20,11 +20,11 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from megatron_hdpo.objectives.base import NO_TOTALS, BaseObjective, ObjectiveDeps, group_shares
-from megatron_hdpo.objectives.distillation import DistillationConfig, SamePromptDistillation
+from megatron_hdpo.objectives.distillation import SamePromptDistillation, StudentDistillationConfig
 from megatron_hdpo.objectives.examples import SampleKey, is_masked, own_scoring, student_example
 from megatron_hdpo.objectives.settings import OTHER_TEACHERS, ObjectiveSettings, Surroundings, TeacherKind
 from megatron_hdpo.types.learning import (
-    DistillConfig,
+    DivergenceConfig,
     Example,
     LossSpec,
     Objective,
@@ -61,15 +61,15 @@ class SampledConfig(ObjectiveSettings):
     )
 
 
-class OPDConfig(SampledConfig, DistillationConfig):
+class OPDConfig(SampledConfig, StudentDistillationConfig):
     """On-policy distillation."""
 
     name: Literal["opd"] = "opd"
     estimator: Literal["single_sample", "full", "top_k"] = Field(
         "single_sample", description="What the loss compares: the sampled token, the whole vocabulary, or the top k."
     )
-    distill: DistillConfig = Field(
-        default_factory=lambda: DistillConfig(coefficient=1.0, kind="reverse_kl", tail="bucket", support="student"),
+    distill: DivergenceConfig = Field(
+        default_factory=lambda: DivergenceConfig(coefficient=1.0, kind="reverse_kl", tail="bucket", support="student"),
         description="The divergence of estimators full and top_k; full is over the vocabulary whatever its support.",
     )
 

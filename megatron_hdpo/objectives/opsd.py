@@ -14,19 +14,21 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from megatron_hdpo.objectives.distillation import Distillation, DistillationConfig
-from megatron_hdpo.types.learning import DistillConfig
+from megatron_hdpo.objectives.distillation import Distillation, StudentDistillationConfig
+from megatron_hdpo.types.learning import DivergenceConfig
 from megatron_hdpo.types.rollouts import Group
 
 
-class OPSDConfig(DistillationConfig):
+class OPSDConfig(StudentDistillationConfig):
     """On-policy self-distillation."""
 
     privileged_prompts: ClassVar[bool] = True
 
     name: Literal["opsd"] = "opsd"
-    distill: DistillConfig = Field(
-        default_factory=lambda: DistillConfig(coefficient=1.0, kind="forward_kl", tail="bucket", top_k=100, clip=0.05),
+    distill: DivergenceConfig = Field(
+        default_factory=lambda: DivergenceConfig(
+            coefficient=1.0, kind="forward_kl", tail="bucket", top_k=100, clip=0.05
+        ),
         description="The divergence and its weight.",
     )
 

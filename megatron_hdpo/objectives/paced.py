@@ -21,7 +21,7 @@ import numpy as np
 from pydantic import Field
 
 from megatron_hdpo.objectives.base import NO_TOTALS, ObjectiveDeps, group_shares
-from megatron_hdpo.objectives.distillation import Distillation, DistillationConfig
+from megatron_hdpo.objectives.distillation import Distillation, StudentDistillationConfig
 from megatron_hdpo.objectives.examples import (
     SampleKey,
     privileged_samples,
@@ -32,18 +32,18 @@ from megatron_hdpo.objectives.examples import (
 from megatron_hdpo.objectives.privileged import PrivilegedFilter, PrivilegedRolloutConfig, privileged_metrics
 from megatron_hdpo.objectives.settings import Surroundings
 from megatron_hdpo.types.divergences import DivergenceKind
-from megatron_hdpo.types.learning import DistillConfig, Example, LossSpec, Score, Scoring, ScoringKey
+from megatron_hdpo.types.learning import DivergenceConfig, Example, LossSpec, Score, Scoring, ScoringKey
 from megatron_hdpo.types.rollouts import Group, Sample
 
 
-class PACEDConfig(DistillationConfig):
+class PACEDConfig(StudentDistillationConfig):
     """Distillation weighted by pass rates, in two stages."""
 
     privileged_prompts: ClassVar[bool] = True
 
     name: Literal["paced"] = "paced"
-    distill: DistillConfig = Field(
-        default_factory=lambda: DistillConfig(coefficient=1.0, kind="forward_kl", tail="bucket", top_k=100),
+    distill: DivergenceConfig = Field(
+        default_factory=lambda: DivergenceConfig(coefficient=1.0, kind="forward_kl", tail="bucket", top_k=100),
         description="The divergence and its weight; its kind is that of the first stage.",
     )
     second_kind: DivergenceKind = Field("reverse_kl", description="Which divergence from switch_step on.")
@@ -69,7 +69,7 @@ class PACEDConfig(DistillationConfig):
             yield "name: paced weights prompts by pass rates, which need rollout.samples_per_prompt of 2 or more"
 
     @property
-    def second(self) -> DistillConfig:
+    def second(self) -> DivergenceConfig:
         """Return the divergence of the second stage."""
         return self.distill.model_copy(update={"kind": self.second_kind})
 

@@ -24,13 +24,13 @@ from megatron_hdpo.objectives.demonstrations import (
     demonstration_shares,
     sdpo_divergence,
 )
-from megatron_hdpo.objectives.distillation import Distillation, DistillationConfig
+from megatron_hdpo.objectives.distillation import Distillation, StudentDistillationConfig
 from megatron_hdpo.objectives.settings import OWN_TEACHERS, TeacherKind
-from megatron_hdpo.types.learning import DistillConfig
+from megatron_hdpo.types.learning import DivergenceConfig
 from megatron_hdpo.types.rollouts import Group
 
 
-class SDPOConfig(DistillationConfig):
+class SDPOConfig(StudentDistillationConfig):
     """Self-distillation policy optimisation."""
 
     teachers: ClassVar[tuple[TeacherKind, ...]] = OWN_TEACHERS
@@ -39,7 +39,7 @@ class SDPOConfig(DistillationConfig):
     demonstration: DemonstrationConfig = Field(
         default_factory=DemonstrationConfig, description="What the teacher reads in addition to the problem."
     )
-    distill: DistillConfig = Field(default_factory=sdpo_divergence, description="The divergence and its weight.")
+    distill: DivergenceConfig = Field(default_factory=sdpo_divergence, description="The divergence and its weight.")
 
     @property
     def hint_shows(self) -> frozenset[str]:

@@ -37,7 +37,15 @@ from megatron_hdpo.objectives.examples import (
 )
 from megatron_hdpo.objectives.grpo import GRPO, GRPOConfig
 from megatron_hdpo.objectives.settings import OWN_TEACHERS, Surroundings, TeacherKind
-from megatron_hdpo.types.learning import DistillConfig, Example, LossSpec, Score, Scoring, ScoringKey, SurrogateConfig
+from megatron_hdpo.types.learning import (
+    DivergenceConfig,
+    Example,
+    LossSpec,
+    Score,
+    Scoring,
+    ScoringKey,
+    SurrogateConfig,
+)
 from megatron_hdpo.types.rollouts import Group, Sample
 
 
@@ -55,7 +63,7 @@ class SRPOConfig(GRPOConfig):
         default_factory=lambda: DemonstrationConfig(sources=["sibling"]),
         description="What the teacher reads in addition to the problem.",
     )
-    distill: DistillConfig = Field(default_factory=sdpo_divergence, description="The divergence and its weight.")
+    distill: DivergenceConfig = Field(default_factory=sdpo_divergence, description="The divergence and its weight.")
     entropy_scale: float = Field(1.0, ge=0, description="b in the weight exp(-b H) of a distilled token; 0: all equal.")
 
     @property

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_hdpo.costs.workload import WEIGHTS, StudentScoring, Weights
+from megatron_hdpo.costs.workload import MODEL_ROLES, StudentScoring
 from megatron_hdpo.data.prompts import Hint
 from megatron_hdpo.objectives.base import ObjectiveDeps
 from megatron_hdpo.objectives.registry import build_objective
 from megatron_hdpo.objectives.settings import ObjectiveSettings
-from megatron_hdpo.types.learning import HiddenStates, Objective, Score, Scoring, ScoringKey
+from megatron_hdpo.types.learning import HiddenStates, ModelRole, Objective, Score, Scoring, ScoringKey
 from megatron_hdpo.types.problem import Problem
 from megatron_hdpo.types.rollouts import Completion, Group, Sample, TopLogprobs
 
@@ -71,7 +71,9 @@ def work_of(config: ObjectiveSettings, steps: Steps) -> dict[str, Any]:
     """
     deps = ObjectiveDeps(updates_per_step=steps.updates, prompts=_Prompts(steps.privileged))
     first, last = (_ask(build_objective(config, deps), steps, step) for step in (0, steps.count - 1))
-    made = [max((_student_scorings(asked, w, steps.samples) for asked in (first, last)), key=_passes) for w in WEIGHTS]
+    made = [
+        max((_student_scorings(asked, w, steps.samples) for asked in (first, last)), key=_passes) for w in MODEL_ROLES
+    ]
     share = sum(s * count for s, count in zip(last.shares, last.trained, strict=True)) / steps.samples
     fields: dict[str, Any] = {
         "student_scorings": tuple(scoring for found in made for scoring in found),
@@ -108,7 +110,7 @@ def _ask(objective: Objective, steps: Steps, step: int) -> _Asked:
     return _Asked(objective, [share for _, share in kinds], groups, wanted, scorings, trained, targets, distilled)
 
 
-def _student_scorings(asked: _Asked, weights: Weights, samples: int) -> list[StudentScoring]:
+def _student_scorings(asked: _Asked, weights: ModelRole, samples: int) -> list[StudentScoring]:
     """Return the scorings of student rollouts by these weights, one entry per prompt length."""
     passes: dict[int, float] = {}
     for scoring in asked.scorings:

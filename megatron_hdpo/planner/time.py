@@ -39,16 +39,17 @@ from megatron_hdpo.costs.layout import Layout
 from megatron_hdpo.costs.micro_batch_shape import PackedShape, Repeated
 from megatron_hdpo.costs.parameters import stage_parameters
 from megatron_hdpo.costs.schedule import bubble
-from megatron_hdpo.costs.workload import Weights, Workload
+from megatron_hdpo.costs.workload import Workload
 from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.planner.phase_time import PhaseTime, nothing
+from megatron_hdpo.types.learning import ModelRole
 
 # Memory traffic of a layer without its matrix products. Forward, what it keeps is written and read once; backward, it
 # is read once, and a gradient of its size is written and read.
 _FORWARD_PASSES, _BACKWARD_PASSES = 2, 3
 # A micro-batch's bf16 gradient is written and read, and the fp32 sum is read and written.
 _GRADIENT_BYTES = 4 + 4 + 2 + 2
-_PHASES: dict[Weights, str] = {"policy": "score", "teacher": "teacher", "reference": "reference"}
+_PHASES: dict[ModelRole, str] = {"policy": "score", "teacher": "teacher", "reference": "reference"}
 # Adam on the host reads main weight, two moments and gradient, and writes all but the gradient.
 _HOST_ADAM_BYTES = 7 * 4
 
@@ -206,7 +207,7 @@ def _seconds(collectives: Sequence[Collective], layout: Layout, cluster: Cluster
     return sum(collective.seconds(layout, cluster) for collective in collectives)
 
 
-def _swaps(workload: Workload, weights: Weights) -> int:
+def _swaps(workload: Workload, weights: ModelRole) -> int:
     """Return how often a scoring moves a model's weights between host and device.
 
     The policy's to the host, the other model's to the device, the policy's back; an external teacher's only to the
@@ -218,7 +219,7 @@ def _swaps(workload: Workload, weights: Weights) -> int:
 
 
 @lru_cache(maxsize=256)
-def scoring(a: Architecture, layout: Layout, workload: Workload, weights: Weights, cluster: Cluster) -> PhaseTime:
+def scoring(a: Architecture, layout: Layout, workload: Workload, weights: ModelRole, cluster: Cluster) -> PhaseTime:
     """Return the time of a model's forward passes, and of moving its weights from the host."""
     phase, work = _PHASES[weights], workload.scoring_work(weights, layout)
     if not work.count:

@@ -18,17 +18,17 @@ from megatron_hdpo.tracking.work import StepWork
 from megatron_hdpo.types.learning import (
     Example,
     HiddenStates,
+    ModelRole,
     Objective,
     Score,
     Scoring,
     ScoringKey,
-    Weights,
 )
 from megatron_hdpo.types.rollouts import Group
 
 _PHASES = {"policy": "score", "teacher": "teacher", "reference": "reference"}
 Answers = dict[ScoringKey, Score]
-Heads = dict[Weights, Tensor]
+Heads = dict[ModelRole, Tensor]
 
 
 class Learner:
@@ -153,7 +153,9 @@ class Learner:
             heads |= {} if head is None else {wave[1]: head}
         return scores, heads
 
-    def _wave(self, scorings: Sequence[Scoring], weights: Weights, answered: Answered) -> tuple[Answers, Tensor | None]:
+    def _wave(
+        self, scorings: Sequence[Scoring], weights: ModelRole, answered: Answered
+    ) -> tuple[Answers, Tensor | None]:
         total = sum(len(s.context_ids) + len(s.response_ids) for s in scorings)
         with (
             self.console.phase(_PHASES[weights], total=total, unit="tok") as phase,
@@ -165,7 +167,7 @@ class Learner:
             keeps = self.policy.context.is_last_stage and any(s.hidden for s in scorings)
             return scores, scorer.head_copy(self.policy.head_rows) if keeps else None
 
-    def _holder(self, weights: Weights) -> Teacher:
+    def _holder(self, weights: ModelRole) -> Teacher:
         if weights == "policy":
             return PolicyTeacher(self.policy)
         if weights == "teacher":

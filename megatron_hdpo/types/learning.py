@@ -26,7 +26,7 @@ from megatron_hdpo.types.rollouts import Group, TopLogprobs
 if TYPE_CHECKING:
     import torch
 
-Weights = Literal["policy", "teacher", "reference"]
+ModelRole = Literal["policy", "teacher", "reference"]
 
 ScoringKey = tuple[int, str, int, str]
 """(index of the group, `student` or `privileged`, index of the sample, name given by the objective)."""
@@ -48,7 +48,7 @@ class Scoring:
     key: ScoringKey
     context_ids: np.ndarray
     response_ids: np.ndarray
-    weights: Weights = "teacher"
+    weights: ModelRole = "teacher"
     top_k: int = 0
     temperature: float = 1.0
     at: ScoringKey | None = None
@@ -142,7 +142,7 @@ class SurrogateConfig(BaseModel):
     )
 
 
-class DistillConfig(BaseModel):
+class DivergenceConfig(BaseModel):
     """Configuration of the divergence between a target and the policy, and of its weight."""
 
     model_config = ConfigDict(extra="forbid")
@@ -192,7 +192,7 @@ class LossSpec:
     """
 
     surrogate: SurrogateConfig
-    distill: DistillConfig | None
+    distill: DivergenceConfig | None
     temperature: float
     kl_coefficient: float = 0.0
 

@@ -21,7 +21,7 @@ from megatron_hdpo.model.optimizer import OptimizerConfig, build_optimizer
 from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.parallel.context import ParallelContext, start
 from megatron_hdpo.parallel.layout import ParallelConfig
-from megatron_hdpo.types.learning import DistillConfig, Example, LossSpec, Scoring, SurrogateConfig
+from megatron_hdpo.types.learning import DivergenceConfig, Example, LossSpec, Scoring, SurrogateConfig
 from megatron_hdpo.types.rollouts import TopLogprobs
 from megatron_hdpo.weights.load import load_hf
 from megatron_hdpo.weights.stream import stream_hf
@@ -56,7 +56,7 @@ MODELS: dict[str, Any] = {
 OPTIMIZER = OptimizerConfig(lr=0.04, warmup_start=0.5, warmup_steps=5, eps=0.01, weight_decay=0.1, clip_grad=0.25)
 SPEC = LossSpec(
     SurrogateConfig(clip_low=0.2, clip_high=0.3, dual_clip=2.5, importance_cap=1.5),
-    DistillConfig(coefficient=8.0, beta=0.4, temperature=1.2, top_k=5),
+    DivergenceConfig(coefficient=8.0, beta=0.4, temperature=1.2, top_k=5),
     temperature=0.9,
 )
 

@@ -12,11 +12,11 @@ from rollout_groups import group, sample, top
 
 from megatron_hdpo.objectives.akl import AKLConfig, build_akl
 from megatron_hdpo.objectives.base import ObjectiveDeps
-from megatron_hdpo.objectives.distillation import Distillation, DistillationConfig
+from megatron_hdpo.objectives.distillation import Distillation, StudentDistillationConfig
 from megatron_hdpo.objectives.grpo import GRPO, GRPOConfig, KLConfig
 from megatron_hdpo.objectives.hdpo import HDPO, HDPOConfig
 from megatron_hdpo.objectives.opd import SampledConfig, SampledDistillation
-from megatron_hdpo.types.learning import DistillConfig, Score
+from megatron_hdpo.types.learning import DivergenceConfig, Score
 from megatron_hdpo.types.rollouts import Group, Sample
 
 
@@ -40,11 +40,11 @@ class SamePrompt(Distillation):
         return np.array([9, 9], dtype=np.int32)
 
 
-STUDENT_SUPPORT = DistillConfig(support="student", top_k=3, importance_cap=2.0)
+STUDENT_SUPPORT = DivergenceConfig(support="student", top_k=3, importance_cap=2.0)
 METHODS: dict[str, Any] = {
     "grpo": GRPO(GRPOConfig(kl=KLConfig(coefficient=0.1)), ObjectiveDeps(1.0, 2)),
-    "hdpo": HDPO(HDPOConfig(distill=DistillConfig(support="student", top_k=3)), ObjectiveDeps(1.0, 2)),
-    "distillation": SamePrompt(DistillationConfig(distill=STUDENT_SUPPORT), ObjectiveDeps(1.0, 2)),
+    "hdpo": HDPO(HDPOConfig(distill=DivergenceConfig(support="student", top_k=3)), ObjectiveDeps(1.0, 2)),
+    "distillation": SamePrompt(StudentDistillationConfig(distill=STUDENT_SUPPORT), ObjectiveDeps(1.0, 2)),
     "opd": SampledDistillation(SampledConfig(), ObjectiveDeps(1.0, 2)),
     "teacher's tokens": build_akl(AKLConfig(tokens="teacher"), ObjectiveDeps(1.0, 2)),
 }

@@ -21,7 +21,7 @@ from megatron_hdpo.costs.schedule import rounded
 from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.model.chunks import chunks_of
 from megatron_hdpo.tracking.communication import TrainingTraffic
-from megatron_hdpo.types.learning import DistillConfig, LossSpec, SurrogateConfig
+from megatron_hdpo.types.learning import DivergenceConfig, LossSpec, SurrogateConfig
 
 # Small, because a product in bfloat16 is slow on most CPUs: 60 times slower than in float32 was measured.
 MODEL = Architecture("qwen2", 4, 64, 176, 8, 2, 8, 400, 4096, 1e-6, 1e4, None, True, False, False)
@@ -31,9 +31,9 @@ PROMPT, RESPONSE, TOP_K, CHUNK = 24, 40, 8, 64
 # Two sequences of 64 tokens fill a micro-batch.
 BUDGET, EXAMPLES = 128, 8
 SHAPE = PackedShape(BUDGET, PROMPT + RESPONSE, 2 * RESPONSE, 2 * RESPONSE, TOP_K)
-OTHER_LOSS = DistillConfig(top_k=TOP_K, temperature=1.3, tail="bucket", kind="forward_kl")
+OTHER_LOSS = DivergenceConfig(top_k=TOP_K, temperature=1.3, tail="bucket", kind="forward_kl")
 OTHER_SHAPE = dataclasses.replace(SHAPE, two_temperatures=True, bucket=True)
-FULL_LOSS = DistillConfig(support="full")
+FULL_LOSS = DivergenceConfig(support="full")
 FULL_SHAPE = dataclasses.replace(SHAPE, top_k=0, full=True)
 # What depends on how many tokens the router gives to whom.
 UNEVEN = {("all_to_all", "ep"), ("all_gather", "expt_tp"), ("reduce_scatter", "expt_tp")}
@@ -49,7 +49,7 @@ class Case:
 
     layout: Layout
     architecture: Architecture = MODEL
-    distill: DistillConfig = field(default_factory=lambda: DistillConfig(top_k=TOP_K))
+    distill: DivergenceConfig = field(default_factory=lambda: DivergenceConfig(top_k=TOP_K))
     shape: PackedShape = SHAPE
 
 

@@ -31,7 +31,7 @@ from megatron_hdpo.costs.parameters import (
     stage_parameters,
     visited_values,
 )
-from megatron_hdpo.costs.workload import WEIGHTS, Rollouts, StudentScoring, Workload
+from megatron_hdpo.costs.workload import MODEL_ROLES, Rollouts, StudentScoring, Workload
 from megatron_hdpo.objectives.registry import OBJECTIVES
 from megatron_hdpo.objectives.rlcsd import RLCSDConfig
 from megatron_hdpo.objectives.rlsd import RLSDConfig
@@ -524,7 +524,7 @@ def test_methods_are_read(tree: Tree, objective: Tree, teacher: str, updates: in
     work = _work(tree, objective, train=tree["train"] | {"updates_per_step": updates}, **sections)
     work = dataclasses.replace(work, privileged_rollouts=32 if work.privileged_rollouts else 0)
     assert work.trained_sequences == trained
-    assert {weights: work.scored(weights)[0] for weights in WEIGHTS if work.scored(weights)[0]} == scored
+    assert {weights: work.scored(weights)[0] for weights in MODEL_ROLES if work.scored(weights)[0]} == scored
     made = _plan(Layout(data=8), work)
     names = {"policy": "score", "teacher": "teacher", "reference": "reference"}
     assert {phase.phase for phase in made.phases if phase.phase in names.values() and phase.time_s} == {
