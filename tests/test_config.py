@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,7 +18,15 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 from recipes import ROOT, Tree, make_model
 
-from megatron_hdpo.config import Recipe, RecipeError, check_recipe, load_recipe, parse_recipe, save_recipe
+from megatron_hdpo.config import (
+    Recipe,
+    RecipeError,
+    check_recipe,
+    check_sections,
+    load_recipe,
+    parse_recipe,
+    save_recipe,
+)
 from megatron_hdpo.config.file import apply_override
 from megatron_hdpo.model.architecture import Architecture, read_architecture
 from megatron_hdpo.teachers.sizes import check_sizes
@@ -231,14 +241,43 @@ def test_routing_replay_needs_experts_and_an_engine_that_tells_them(tree: Tree, 
     with pytest.raises(RecipeError) as error:
         check_recipe(parse_recipe(tree), architecture, 1)
     no_memory, no_experts = sorted(str(error.value).splitlines(), key=lambda line: "no experts" in line)
-    assert no_memory.startswith("rollout.routing_replay: on a CPU SGLang cannot tell experts")
+    assert no_memory.startswith("rollout.routing_replay: SGLang cannot return routed experts on a CPU")
     assert no_experts.startswith("rollout.routing_replay:") and "has no experts" in no_experts
     tree["rollout"]["engine"] = "embedded"
     experts = replace(architecture, num_experts=8, experts_per_token=2, expert_ffn_size=16)
     assert check_recipe(parse_recipe(tree), experts, 1) == []
     tree["rollout"] |= {"engine": "sglang", "ahead": 1, "swap": "mid_generation"}
-    with pytest.raises(RecipeError, match="swap=mid_generation a server would tell the experts of the new weights"):
+    with pytest.raises(RecipeError, match="swap=mid_generation expert choices would come from the new weights"):
         check_recipe(parse_recipe(tree), experts, 1)
+
+
+def test_sections_that_contradict_each_other_need_no_model(tree: Tree) -> None:
+    check_sections(parse_recipe(tree))
+    tree["rollout"]["ahead"] = 1
+    tree["teacher"] = {"kind": "external", "path": "/nowhere"}
+    tree["model"]["path"] = str(Path(tree["output"]) / "hf")
+    with pytest.raises(RecipeError) as error:
+        check_sections(parse_recipe(tree))
+    keys = [line.partition(":")[0] for line in str(error.value).splitlines()]
+    assert keys == ["teacher.kind", "rollout.ahead", "model.path"]
+
+
+WITHOUT_TORCH = """
+import sys
+for name in ("torch", "megatron", "transformers"):
+    sys.modules[name] = None  # an import of it raises ImportError
+from megatron_hdpo.config import check_sections, load_recipe
+recipe = load_recipe(sys.argv[1])
+check_sections(recipe)
+print(recipe.objective.name)
+"""
+
+
+def test_a_recipe_is_read_and_checked_without_torch() -> None:
+    """Importing torch and Megatron takes seconds; a wrong key is reported before that."""
+    recipe = ROOT / "examples" / "methods" / "opd.yaml"
+    ended = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, recipe], cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (0, "opd\n"), ended.stderr
 
 
 def test_limits_are_inclusive(tree: Tree, architecture: Architecture) -> None:

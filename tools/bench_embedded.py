@@ -23,7 +23,8 @@ from rich.progress import track
 from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from megatron_hdpo.rollout.embedded import EmbeddedEngine, EmbeddedEngineConfig
+from megatron_hdpo.rollout.config import EmbeddedEngineConfig
+from megatron_hdpo.rollout.embedded import EmbeddedEngine
 from megatron_hdpo.types.rollouts import GenerationRequest, SamplingParams
 
 

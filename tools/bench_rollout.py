@@ -32,12 +32,14 @@ from make_tiny_model import make_tiny_model
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_hdpo.data.load import DataConfig, load
+from megatron_hdpo.data.config import DataConfig
+from megatron_hdpo.data.load import load
 from megatron_hdpo.objectives.base import ObjectiveDeps
 from megatron_hdpo.objectives.hdpo import HDPO, HDPOConfig
 from megatron_hdpo.parallel.context import start
 from megatron_hdpo.parallel.layout import ParallelConfig
-from megatron_hdpo.rewards.pool import RewardConfig, RewardPool
+from megatron_hdpo.rewards.config import RewardConfig
+from megatron_hdpo.rewards.pool import RewardPool
 from megatron_hdpo.rollout.config import RolloutConfig
 from megatron_hdpo.rollout.sglang.config import SGLangConfig
 from megatron_hdpo.rollout.sglang.engine import SGLangEngine

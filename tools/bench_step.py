@@ -29,8 +29,8 @@ from transformers import AutoModelForCausalLM
 
 from megatron_hdpo.model.architecture import read_architecture
 from megatron_hdpo.model.build import build_model, wrap_data_parallel
-from megatron_hdpo.model.config import DTYPES, ModelConfig
-from megatron_hdpo.model.optimizer import OptimizerConfig, build_optimizer
+from megatron_hdpo.model.config import DTYPES, ModelConfig, OptimizerConfig
+from megatron_hdpo.model.optimizer import build_optimizer
 from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.objectives.base import ObjectiveDeps
 from megatron_hdpo.objectives.grpo import GRPO, GRPOConfig
@@ -201,7 +201,7 @@ def _against_transformers(policy: Policy, groups: list[Group], arguments: argpar
     examples, spec = _examples(groups), LossSpec(SurrogateConfig(), None, 1.0)
     tokens = sum(example.num_tokens for example in examples)
     device = policy.context.device
-    plain = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=DTYPES[arguments.dtype]).to(device)
+    plain = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype)).to(device)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-6)
     times = _rounds(
         {

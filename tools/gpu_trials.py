@@ -36,13 +36,14 @@ from megatron_hdpo.costs.memory import resident, training
 from megatron_hdpo.costs.micro_batch_shape import PackedShape, Repeated
 from megatron_hdpo.model.architecture import read_architecture
 from megatron_hdpo.model.build import build_model, wrap_data_parallel
-from megatron_hdpo.model.config import ModelConfig, choose_spec
+from megatron_hdpo.model.config import ModelConfig, OptimizerConfig, choose_spec
 from megatron_hdpo.model.fp8_rules import precision_errors, runtime_error
-from megatron_hdpo.model.optimizer import OptimizerConfig, build_optimizer
+from megatron_hdpo.model.optimizer import build_optimizer
 from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.parallel.context import ParallelContext, start, stop
 from megatron_hdpo.parallel.layout import ParallelConfig
-from megatron_hdpo.rollout.embedded import EmbeddedEngine, EmbeddedEngineConfig
+from megatron_hdpo.rollout.config import EmbeddedEngineConfig
+from megatron_hdpo.rollout.embedded import EmbeddedEngine
 from megatron_hdpo.types.learning import Example, LossSpec, Scoring, SurrogateConfig
 from megatron_hdpo.types.rollouts import GenerationRequest, SamplingParams
 from megatron_hdpo.weights.load import load_hf

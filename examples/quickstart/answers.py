@@ -22,7 +22,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
-from megatron_hdpo.data.load import DataConfig
+from megatron_hdpo.data.config import DataConfig
 from megatron_hdpo.data.prompts import PromptBuilder, PromptTooLong
 from megatron_hdpo.data.tasks import Task
 from megatron_hdpo.types.load_report import LoadReport

@@ -1,18 +1,18 @@
-"""What only the whole recipe can tell, with the model's shape and the number of ranks: before any weight is read, and
-all reasons at once, each by the path of its key."""
+"""Checks across the sections of a recipe, before any weight is read.
+
+`check_sections` compares sections with each other and needs no model. `check_recipe` adds the model's shape and the
+number of ranks. Both report all reasons at once, each with the path of its key. Importing this module imports no torch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-import torch
 
 from megatron_hdpo.config.recipe import Recipe, RecipeError
 from megatron_hdpo.model.architecture import Architecture, ArchitectureError, read_architecture
+from megatron_hdpo.model.config import transformer_engine_available
 from megatron_hdpo.model.fp8_rules import precision_errors, precision_warnings, size_errors
-from megatron_hdpo.model.packing import RowLayout
-from megatron_hdpo.model.specs import transformer_engine_available
 from megatron_hdpo.objectives.settings import Surroundings, surrogate_of
 from megatron_hdpo.parallel.layout import LayoutError, check_layout
 from megatron_hdpo.teachers.config import ExternalTeacherConfig
@@ -21,25 +21,46 @@ from megatron_hdpo.teachers.sizes import check_sizes
 DEFAULT_IMPORTANCE_CAP = 2.0
 
 
-def check_recipe(recipe: Recipe, architecture: Architecture, world_size: int) -> list[str]:
-    """Return warnings of a recipe that runs but deserves a word.
+def check_sections(recipe: Recipe) -> None:
+    """Raise RecipeError, with all reasons, when sections of the recipe contradict each other.
 
-    recipe: without dtype=auto (`config.precision.resolve`). Raises RecipeError, with all reasons, for a recipe that
-    cannot run.
+    Reads no file and imports no torch: a command calls it before anything slow.
     """
-    errors = [*_layout_errors(recipe, architecture, world_size), *length_errors(recipe, architecture)]
-    errors += [*_objective_errors(recipe, architecture), *_teacher_errors(recipe, architecture, world_size)]
-    errors += [
-        *_engine_errors(recipe, architecture),
-        *_routing_errors(recipe, architecture),
-        *recipe.profile.errors(world_size, recipe.train.steps),
-        *_precision_errors(recipe, architecture),
-    ]
-    if recipe.checkpoint.export and Path(recipe.model.path).resolve() == (recipe.output / "hf").resolve():
-        errors.append(f"model.path: {recipe.model.path} is where this run exports to: choose another output")
+    _raise_for([*_objective_errors(recipe), *_engine_errors(recipe), *_export_errors(recipe)])
+
+
+def check_recipe(recipe: Recipe, architecture: Architecture, world_size: int) -> list[str]:
+    """Return the warnings for a recipe that can run.
+
+    recipe: without dtype=auto (`config.precision.resolve`). Raises RecipeError, with all reasons (those of
+    `check_sections` too), for a recipe that cannot run.
+    """
+    _raise_for(
+        [
+            *_layout_errors(recipe, architecture, world_size),
+            *length_errors(recipe, architecture),
+            *_objective_errors(recipe),
+            *_method_errors(recipe, architecture),
+            *_teacher_errors(recipe, architecture, world_size),
+            *_engine_errors(recipe),
+            *_server_errors(recipe, architecture),
+            *_routing_errors(recipe, architecture),
+            *recipe.profile.errors(world_size, recipe.train.steps),
+            *_precision_errors(recipe, architecture),
+            *_export_errors(recipe),
+        ]
+    )
+    return list(_warnings(recipe))
+
+
+def _raise_for(errors: Sequence[str]) -> None:
     if errors:
         raise RecipeError("\n".join(errors))
-    return list(_warnings(recipe))
+
+
+def _export_errors(recipe: Recipe) -> Iterator[str]:
+    if recipe.checkpoint.export and Path(recipe.model.path).resolve() == (recipe.output / "hf").resolve():
+        yield f"model.path: {recipe.model.path} is where this run exports to: choose another output"
 
 
 def _layout_errors(recipe: Recipe, architecture: Architecture, world_size: int) -> Iterator[str]:
@@ -50,12 +71,14 @@ def _layout_errors(recipe: Recipe, architecture: Architecture, world_size: int) 
 
 
 def max_sequence(recipe: Recipe, architecture: Architecture) -> int:
-    """Longest prompt plus response, in tokens."""
+    """Return the longest prompt plus response, in tokens."""
     return recipe.model.max_sequence or architecture.max_positions
 
 
 def length_errors(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
-    """Reasons why the recipe's longest sequences fit neither the model nor a micro-batch, each with its key."""
+    """Yield the reasons why the longest sequences do not fit the model or a micro-batch, each with its key."""
+    from megatron_hdpo.model.packing import RowLayout  # imports torch
+
     padded_length = RowLayout(context=recipe.parallel.context).padded
     longest, response = max_sequence(recipe, architecture), recipe.rollout.max_new_tokens
     prompts = recipe.data.prompts
@@ -82,23 +105,27 @@ def length_errors(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
         yield f"evaluation.max_new_tokens: {evaluated} does not fit the context of {longest} tokens"
 
 
-def _objective_errors(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
+def _objective_errors(recipe: Recipe) -> Iterator[str]:
     objective, kind = recipe.objective, recipe.teacher.kind
     if not objective.teachers and kind != "policy":
         yield f"teacher.kind: {kind}, but objective {objective.name} has no teacher"
     if objective.teachers and kind not in objective.teachers:
         yield f"teacher.kind: {kind}, but objective {objective.name} learns from {' or '.join(objective.teachers)}"
+    if missing := objective.hint_shows - recipe.data.prompts.hint_shows:
+        names = " and ".join(sorted(missing))
+        yield f"data.prompts.hint: the template does not use {names}, which {objective.name} shows to its teacher"
+
+
+def _method_errors(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
+    """Yield what the objective itself finds wrong; its divergence may depend on the vocabulary's size."""
     around = Surroundings(
         architecture.vocab_size,
-        kind,
+        recipe.teacher.kind,
         recipe.rollout.temperature,
         recipe.train.updates_per_step,
         recipe.rollout.samples_per_prompt,
     )
-    yield from (f"objective.{line}" for line in objective.errors(around))
-    if missing := objective.hint_shows - recipe.data.prompts.hint_shows:
-        names = " and ".join(sorted(missing))
-        yield f"data.prompts.hint: the template does not use {names}, which {objective.name} shows to its teacher"
+    yield from (f"objective.{line}" for line in recipe.objective.errors(around))
 
 
 def _teacher_errors(recipe: Recipe, architecture: Architecture, world_size: int) -> Iterator[str]:
@@ -118,40 +145,31 @@ def _teacher_errors(recipe: Recipe, architecture: Architecture, world_size: int)
         yield f"teacher.path: {teacher.path} has {other.max_positions} positions, sequences may have {longest} tokens"
 
 
-def _engine_errors(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
+def _engine_errors(recipe: Recipe) -> Iterator[str]:
     rollout = recipe.rollout
     if rollout.engine == "embedded":
         for key in ("ahead", "stop_at_reward"):
             if getattr(rollout, key) not in (0, None):
                 yield f"rollout.{key}: needs rollout.engine=sglang, whose servers sample while the trainer works"
         return
-    device = resolved_device(recipe.device)
     sglang = rollout.sglang
-    try:
-        sglang.servers.check(device)
-    except ValueError as error:
-        yield f"rollout.sglang.servers: {error}"
-    if sglang.placement != "given":
-        yield from _server_errors(recipe, architecture, device)
     if rollout.ahead and getattr(recipe.objective, "logits_from", "trainer") == "rollout":
         yield (
             "objective.logits_from: with rollout.ahead=1 the engine's log-probs are of weights one step old, not of "
             "the teacher; set objective.logits_from=trainer"
         )
-    if rollout.ahead and sglang.placement == "colocated" and device == "cuda":
-        yield "rollout.ahead: colocated servers share the GPUs with the trainer, so they cannot sample while it trains"
     if sglang.servers.memory_saver and sglang.placement != "colocated":
         yield "rollout.sglang.servers.memory_saver: only colocated servers have memory to give back to the trainer"
+    if rollout.routing_replay and rollout.ahead and rollout.swap == "mid_generation":
+        yield (
+            "rollout.routing_replay: with swap=mid_generation expert choices would come from the new weights while the "
+            "tokens came from the old ones: use swap=after_batch"
+        )
 
 
 def _routing_errors(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
     if recipe.rollout.routing_replay and not architecture.num_experts:
-        yield f"rollout.routing_replay: {recipe.model.path} has no experts to choose from; leave it out"
-    if recipe.rollout.routing_replay and recipe.rollout.ahead and recipe.rollout.swap == "mid_generation":
-        yield (
-            "rollout.routing_replay: with swap=mid_generation a server would tell the experts of the new weights for "
-            "tokens that the old ones sampled: use swap=after_batch"
-        )
+        yield f"rollout.routing_replay: {recipe.model.path} has no experts; leave it out"
 
 
 def _precision_errors(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
@@ -162,13 +180,28 @@ def _precision_errors(recipe: Recipe, architecture: Architecture) -> Iterator[st
         if resolved_device(recipe.device) == "cpu":
             yield f"{key}.offload: on a CPU the optimizer is in host memory already: leave it out"
         elif recipe.model.dtype == "float32":
-            yield f"{key}.offload: Megatron offloads for model.dtype=bfloat16 alone, not float32"
+            yield f"{key}.offload: Megatron offloads only with model.dtype=bfloat16, not float32"
         elif not transformer_engine_available():
-            yield f"{key}.offload: Megatron's precision-aware optimizer, which it takes, needs Transformer Engine"
+            yield f"{key}.offload: it uses Megatron's precision-aware optimizer, which needs Transformer Engine"
 
 
-def _server_errors(recipe: Recipe, architecture: Architecture, device: str) -> Iterator[str]:
-    """Of servers that the run starts."""
+def _server_errors(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
+    """Yield the reasons why the SGLang servers cannot run on this device."""
+    if recipe.rollout.engine == "embedded":
+        return
+    device, sglang = resolved_device(recipe.device), recipe.rollout.sglang
+    try:
+        sglang.servers.check(device)
+    except ValueError as error:
+        yield f"rollout.sglang.servers: {error}"
+    if sglang.placement != "given":
+        yield from _started_server_errors(recipe, architecture, device)
+    if recipe.rollout.ahead and sglang.placement == "colocated" and device == "cuda":
+        yield "rollout.ahead: colocated servers share the GPUs with the trainer, so they cannot sample while it trains"
+
+
+def _started_server_errors(recipe: Recipe, architecture: Architecture, device: str) -> Iterator[str]:
+    """Yield the reasons why servers that the run starts cannot serve the recipe."""
     servers, prompts = recipe.rollout.sglang.servers, recipe.data.prompts
     prompt = max(prompts.max_prompt_tokens, prompts.privileged_limit)
     context, response = servers.context_length, recipe.rollout.max_new_tokens
@@ -178,7 +211,10 @@ def _server_errors(recipe: Recipe, architecture: Architecture, device: str) -> I
             f"and rollout.max_new_tokens {response}"
         )
     if device == "cpu" and recipe.rollout.routing_replay:
-        yield "rollout.routing_replay: on a CPU SGLang cannot tell experts, it notes them in memory that CUDA pins"
+        yield (
+            "rollout.routing_replay: SGLang cannot return routed experts on a CPU (it needs CUDA pinned memory); set "
+            "rollout.routing_replay=false"
+        )
     if device == "cpu" and architecture.num_kv_heads % servers.tensor_parallel:
         yield (
             f"rollout.sglang.servers.tensor_parallel: {servers.tensor_parallel} ranks do not divide the model's "
@@ -187,9 +223,11 @@ def _server_errors(recipe: Recipe, architecture: Architecture, device: str) -> I
 
 
 def resolved_device(device: str) -> str:
-    """cuda or cpu, for `auto` what is there."""
+    """Return cuda or cpu; for `auto`, cuda where torch finds a GPU."""
     if device != "auto":
         return device
+    import torch
+
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

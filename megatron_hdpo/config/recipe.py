@@ -7,22 +7,19 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from megatron_hdpo.checkpoint.store import CheckpointConfig
+from megatron_hdpo.checkpoint.config import CheckpointConfig
 from megatron_hdpo.config.errors import error_lines
-from megatron_hdpo.data.load import DataConfig
+from megatron_hdpo.data.config import DataConfig
 from megatron_hdpo.data.tasks import TaskConfig
-from megatron_hdpo.evaluation.evaluate import EvaluationConfig
-from megatron_hdpo.health.config import HealthConfig
-from megatron_hdpo.health.selftest import SelfTestConfig
-from megatron_hdpo.model.config import ModelConfig
-from megatron_hdpo.model.optimizer import OptimizerConfig
+from megatron_hdpo.evaluation.config import EvaluationConfig
+from megatron_hdpo.health.config import HealthConfig, SelfTestConfig
+from megatron_hdpo.model.config import ModelConfig, OptimizerConfig
 from megatron_hdpo.objectives.registry import ObjectiveConfig
 from megatron_hdpo.parallel.layout import ParallelConfig
-from megatron_hdpo.rewards.pool import RewardConfig
+from megatron_hdpo.rewards.config import RewardConfig
 from megatron_hdpo.rollout.config import RolloutConfig
 from megatron_hdpo.teachers.config import PolicyTeacherConfig, TeacherConfig
-from megatron_hdpo.tracking.backends import TrackingConfig
-from megatron_hdpo.tracking.profile import ProfileConfig
+from megatron_hdpo.tracking.config import ProfileConfig, TrackingConfig
 
 
 class RecipeError(ValueError):

@@ -9,16 +9,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-
-from megatron_hdpo.data.leakage import LeakageConfig
+from megatron_hdpo.data.config import DataConfig
 from megatron_hdpo.data.order import ProblemOrder
-from megatron_hdpo.data.prompts import Hint, PromptBuilder, PromptConfig, PromptTooLong, TokenizerLike
-from megatron_hdpo.data.tasks import Task, TaskConfig
+from megatron_hdpo.data.prompts import Hint, PromptBuilder, PromptTooLong, TokenizerLike
+from megatron_hdpo.data.tasks import Task
 from megatron_hdpo.data.tasks.files import FileTaskBase
 from megatron_hdpo.data.tasks.rows import question_key
+from megatron_hdpo.rewards.config import RewardConfig
 from megatron_hdpo.rewards.gold import GoldCache, check_golds
-from megatron_hdpo.rewards.pool import RewardConfig, RewardPool
+from megatron_hdpo.rewards.pool import RewardPool
 from megatron_hdpo.types.errors import DataError
 from megatron_hdpo.types.load_report import LoadReport
 from megatron_hdpo.types.problem import Problem
@@ -27,32 +26,6 @@ ENCODED_AT_LOAD = 100
 """Problems of each task that are encoded at load, to find a tokenizer that has no tokens for the text."""
 
 _logger = logging.getLogger(__name__)
-
-
-class DataConfig(BaseModel):
-    """Problems to train and to evaluate on, and how they become prompts."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    train: list[TaskConfig] = Field(min_length=1, description="Tasks to train on.")
-    evaluation: list[TaskConfig] = Field(default_factory=list, description="Tasks to evaluate on.")
-    prompts: PromptConfig = Field(default_factory=PromptConfig, description="How problems become prompts.")
-    leakage: LeakageConfig = Field(default_factory=LeakageConfig, description="Which privileged responses are dropped.")
-    seed: int = Field(0, description="Seed of the order of the training problems.")
-    decontaminate: bool = Field(True, description="Leave out training problems whose question is evaluated on.")
-    cache_dir: Path | None = Field(None, description="Where parsed gold answers are remembered; by default ~/.cache.")
-
-    @model_validator(mode="after")
-    def _names_differ(self) -> DataConfig:
-        names = [task.task_name for task in self.tasks]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"several tasks are called {', '.join(twice)}: give each its own `name`")
-        return self
-
-    @property
-    def tasks(self) -> list[Task]:
-        """All tasks, those to train on first."""
-        return [*self.train, *self.evaluation]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Recipe section `health`."""
+"""Recipe sections `health` and `self_test`."""
 
 from __future__ import annotations
 
@@ -37,3 +37,17 @@ class HealthConfig(BaseModel):
         1.3, gt=1, description="A rank whose forward and backward pass take this many times the median is a straggler."
     )
     straggler_steps: int = Field(3, ge=1, description="Steps in a row after which a straggler is warned of.")
+
+
+class SelfTestConfig(BaseModel):
+    """What the start-up self-test checks, and how exact it wants it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    enabled: bool = Field(True, description="Run the self-test before the first step.")
+    prompts: int = Field(4, ge=1, description="Prompts that it samples one response each of.")
+    max_new_tokens: int = Field(16, ge=1, description="Tokens per response.")
+    mean_logprob_difference: float | None = Field(
+        None, gt=0, description="Mean |engine - trainer| allowed; default 1e-3 when both are float32, else 0.05."
+    )
+    max_divergence: float = Field(1e-5, gt=0, description="Divergence of a teacher with the student's prompt, at most.")

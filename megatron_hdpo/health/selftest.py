@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
 
+from megatron_hdpo.health.config import SelfTestConfig
 from megatron_hdpo.model.policy import Policy, share_examples
 from megatron_hdpo.objectives.examples import own_scoring
 from megatron_hdpo.types.learning import (
@@ -22,20 +22,6 @@ from megatron_hdpo.types.learning import (
     SurrogateConfig,
 )
 from megatron_hdpo.types.rollouts import Group
-
-
-class SelfTestConfig(BaseModel):
-    """What the start-up self-test checks, and how exact it wants it."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    enabled: bool = Field(True, description="Run the self-test before the first step.")
-    prompts: int = Field(4, ge=1, description="Prompts that it samples one response each of.")
-    max_new_tokens: int = Field(16, ge=1, description="Tokens per response.")
-    mean_logprob_difference: float | None = Field(
-        None, gt=0, description="Mean |engine - trainer| allowed; default 1e-3 when both are float32, else 0.05."
-    )
-    max_divergence: float = Field(1e-5, gt=0, description="Divergence of a teacher with the student's prompt, at most.")
 
 
 class SelfTestError(RuntimeError):

@@ -1,16 +1,21 @@
-"""The model section of the recipe."""
+"""Recipe sections `model` and `optimizer`."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import importlib.util
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from megatron_hdpo.model.specs import SpecName, transformer_engine_available
+if TYPE_CHECKING:
+    import torch
+
+SpecName = Literal["transformer_engine", "torch"]
 
 Layers = Annotated[int, Field(ge=0)]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Decay = Annotated[float, Field(ge=0, lt=1)]
+DTYPES = ("float32", "bfloat16")
+"""Names of the types that a model can have; each is an attribute of torch."""
 
 
 class ModelConfig(BaseModel):
@@ -60,7 +65,11 @@ class ModelConfig(BaseModel):
         """Type of the weights. Raises ModelError while `dtype` is still auto: `config.precision` settles it."""
         if self.dtype not in DTYPES:
             raise ModelError("model.dtype: auto is not settled yet: call megatron_hdpo.config.precision.resolve first")
-        return DTYPES[self.dtype]
+        import torch
+
+        dtype = getattr(torch, self.dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
 
     @field_validator("recompute", mode="before")
     @classmethod
@@ -68,8 +77,36 @@ class ModelConfig(BaseModel):
         return ("full" if value else "none") if isinstance(value, bool) else value
 
 
+class OptimizerConfig(BaseModel):
+    """AdamW on fp32 main weights, sharded over the data-parallel ranks."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    lr: float = Field(1e-6, gt=0, allow_inf_nan=False, description="Peak learning rate.")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW's moment decays.")
+    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
+    weight_decay: float = Field(0.01, ge=0, description="Decoupled weight decay of matrices; vectors have none.")
+    clip_grad: float = Field(1.0, ge=0, description="Global gradient norm is clipped to this; 0: not at all.")
+    warmup_steps: int = Field(0, ge=0, description="Optimizer steps of linear warm-up.")
+    warmup_start: float = Field(0.1, ge=0, le=1, description="The warm-up starts at this fraction of lr.")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="After the warm-up.")
+    min_lr: float = Field(0.0, ge=0, description="Where linear and cosine schedules end.")
+    offload: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of a GPU's part of main weights and moments that rests in host memory and is updated there "
+        "by the CPU.",
+    )
+
+
 class ModelError(ValueError):
     """A model section of the recipe that cannot be built on this machine."""
+
+
+def transformer_engine_available() -> bool:
+    """Return whether Transformer Engine is installed, without importing it."""
+    return importlib.util.find_spec("transformer_engine") is not None
 
 
 def choose_spec(config: ModelConfig, device: torch.device) -> SpecName:

@@ -8,14 +8,15 @@ rules are those of megatron-core 0.16.1 and Transformer Engine 2.11, read in the
 from __future__ import annotations
 
 from collections.abc import Iterator
-
-import torch
-from megatron.core.transformer.transformer_config import TransformerConfig
+from typing import TYPE_CHECKING
 
 from megatron_hdpo.model.architecture import Architecture
-from megatron_hdpo.model.config import ModelConfig
-from megatron_hdpo.model.specs import SpecName
+from megatron_hdpo.model.config import ModelConfig, SpecName
 from megatron_hdpo.parallel.layout import ParallelConfig
+
+if TYPE_CHECKING:
+    import torch
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
 # Compute capabilities: the lowest that runs a recipe, and the first above it that does not (Transformer Engine 2.11).
 _CAPABILITIES = {
@@ -111,6 +112,8 @@ def runtime_error(config: ModelConfig, spec: SpecName, device: torch.device) -> 
         return None
     if spec == "torch":  # Megatron would silently compute in bfloat16
         return "model.fp8 needs Transformer Engine on a GPU, and this run has plain torch layers"
+    import torch
+
     least, beyond, known = _CAPABILITIES[config.fp8_recipe]
     found = torch.cuda.get_device_capability(device)
     if found < least or (beyond is not None and found >= beyond):

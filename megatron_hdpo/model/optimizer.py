@@ -2,42 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from megatron_hdpo.model.chunks import chunks_of
+from megatron_hdpo.model.config import OptimizerConfig
 from megatron_hdpo.parallel.context import ParallelContext
-
-Decay = Annotated[float, Field(ge=0, lt=1)]
-
-
-class OptimizerConfig(BaseModel):
-    """AdamW on fp32 main weights, sharded over the data-parallel ranks."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    lr: float = Field(1e-6, gt=0, allow_inf_nan=False, description="Peak learning rate.")
-    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW's moment decays.")
-    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
-    weight_decay: float = Field(0.01, ge=0, description="Decoupled weight decay of matrices; vectors have none.")
-    clip_grad: float = Field(1.0, ge=0, description="Global gradient norm is clipped to this; 0: not at all.")
-    warmup_steps: int = Field(0, ge=0, description="Optimizer steps of linear warm-up.")
-    warmup_start: float = Field(0.1, ge=0, le=1, description="The warm-up starts at this fraction of lr.")
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="After the warm-up.")
-    min_lr: float = Field(0.0, ge=0, description="Where linear and cosine schedules end.")
-    offload: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="Share of a GPU's part of main weights and moments that rests in host memory and is updated there "
-        "by the CPU.",
-    )
 
 
 def build_optimizer(

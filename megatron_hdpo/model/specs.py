@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-from typing import Literal
-
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -19,14 +16,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from megatron_hdpo.model.config import SpecName
 from megatron_hdpo.model.modules import PackedAttention, RMSNorm
-
-SpecName = Literal["transformer_engine", "torch"]
-
-
-def transformer_engine_available() -> bool:
-    """Return whether Transformer Engine is installed, without importing it."""
-    return importlib.util.find_spec("transformer_engine") is not None
 
 
 def layer_spec(

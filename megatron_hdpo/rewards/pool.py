@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -10,9 +9,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
-
 from megatron_hdpo.rewards import worker
+from megatron_hdpo.rewards.config import RewardConfig
 from megatron_hdpo.rewards.gold import GoldVerdict
 from megatron_hdpo.rewards.killable import KillableWorkers
 from megatron_hdpo.types.problem import Problem
@@ -22,24 +20,6 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 READY_SECONDS = 120.0
-
-
-class RewardConfig(BaseModel):
-    """Worker processes that score responses."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    workers: int | None = Field(None, ge=1, description="Worker processes; by default half the cores, at most 16.")
-    time_limit_s: float = Field(5.0, gt=0, description="Seconds after which a check is stopped and its worker killed.")
-    max_retries: int = Field(1, ge=0, description="Further tries of a check that failed, before it counts as failed.")
-    memory_limit_mib: int | None = Field(
-        2048, ge=64, description="Memory that a worker may take beyond its libraries (Linux); null for no limit."
-    )
-
-    @property
-    def worker_count(self) -> int:
-        """Number of worker processes."""
-        return self.workers or max(1, min(16, (os.cpu_count() or 1) // 2))
 
 
 class RewardPoolError(RuntimeError):

@@ -7,9 +7,36 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from megatron_hdpo.rollout.embedded import EmbeddedEngineConfig
 from megatron_hdpo.rollout.sglang.config import SGLangConfig
 from megatron_hdpo.types.rollouts import SamplingParams
+
+
+class EmbeddedEngineConfig(BaseModel):
+    """Size and precision of the embedded engine."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Precision of the engine's weights, activations and key-value cache. auto: that of the model "
+        "(model.dtype), so that engine and trainer agree on log-probs.",
+    )
+    max_batch_sequences: int = Field(64, ge=1, description="Samples that decode together at most.")
+    max_batch_tokens: int = Field(
+        262_144,
+        ge=1,
+        description="Bound of the key-value cache in tokens: samples decoding together times the longest prompt plus "
+        "max_new_tokens among them.",
+    )
+    prefill_tokens: int = Field(
+        8_192, ge=1, description="Prompt tokens, padding included, in one prefill pass; a longer prompt goes alone."
+    )
+    refill_fraction: float = Field(
+        0.25, ge=0, le=1, description="Share of the slots that must be free before waiting requests are admitted."
+    )
+    vocab_size: int | None = Field(
+        None, ge=1, description="Ids from here on are never sampled; for models whose vocabulary is padded."
+    )
 
 
 class RolloutConfig(BaseModel):

@@ -17,47 +17,18 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from transformers import Cache, PretrainedConfig
 
+from megatron_hdpo.rollout.config import EmbeddedEngineConfig
 from megatron_hdpo.rollout.embedded_model import EmbeddedModel
 from megatron_hdpo.rollout.embedded_state import PendingRequest, SequenceState
 from megatron_hdpo.rollout.engine import WeightStream
 from megatron_hdpo.rollout.request_check import problem_with
 from megatron_hdpo.rollout.token_sampling import Draw, RowParams, row_params, sample, uniforms
 from megatron_hdpo.types.rollouts import FinishReason, GenerationRequest, GenerationResult
-
-
-class EmbeddedEngineConfig(BaseModel):
-    """Size and precision of the embedded engine."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto",
-        description="Precision of the engine's weights, activations and key-value cache. auto: that of the model "
-        "(model.dtype), so that engine and trainer agree on log-probs.",
-    )
-    max_batch_sequences: int = Field(64, ge=1, description="Samples that decode together at most.")
-    max_batch_tokens: int = Field(
-        262_144,
-        ge=1,
-        description="Bound of the key-value cache in tokens: samples decoding together times the longest prompt plus "
-        "max_new_tokens among them.",
-    )
-    prefill_tokens: int = Field(
-        8_192, ge=1, description="Prompt tokens, padding included, in one prefill pass; a longer prompt goes alone."
-    )
-    refill_fraction: float = Field(
-        0.25, ge=0, le=1, description="Share of the slots that must be free before waiting requests are admitted."
-    )
-    vocab_size: int | None = Field(
-        None, ge=1, description="Ids from here on are never sampled; for models whose vocabulary is padded."
-    )
 
 
 class EmbeddedEngine:

@@ -13,50 +13,15 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
+from megatron_hdpo.tracking.config import MLflowConfig, WandbConfig
 
 IDS_FILE = "tracking.json"
 """Holds the run ids that W&B and MLflow gave, so that a resumed run goes on in the same one."""
 
 _MLFLOW_PARAM_LENGTH = 500
 _MLFLOW_BATCH = 100
-
-
-class WandbConfig(BaseModel):
-    """Weights & Biases."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    project: str = Field(description="Project that the run belongs to.")
-    entity: str | None = Field(default=None, description="Team or user; none: the account's default.")
-    name: str | None = Field(default=None, description="Name of the run; none: W&B makes one up.")
-    group: str | None = Field(default=None, description="Group that W&B shows this run in.")
-    tags: list[str] = Field(default_factory=list, description="Tags of the run.")
-    mode: Literal["online", "offline"] = Field(
-        default="online", description="offline: write to the run folder, upload later with `wandb sync`."
-    )
-
-
-class MLflowConfig(BaseModel):
-    """MLflow."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    uri: str = Field(description="Tracking server or store, such as http://host:5000 or sqlite:///mlflow.db.")
-    experiment: str = Field(default="megatron_hdpo", description="Experiment; made if it does not exist.")
-    run_name: str | None = Field(default=None, description="Name of the run; none: MLflow makes one up.")
-
-
-class TrackingConfig(BaseModel):
-    """Where the metrics go besides metrics.jsonl, which is always written."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    tensorboard: bool = Field(default=True, description="Write TensorBoard events to the run folder.")
-    wandb: WandbConfig | None = Field(default=None, description="Log to Weights & Biases; none: do not.")
-    mlflow: MLflowConfig | None = Field(default=None, description="Log to MLflow; none: do not.")
 
 
 class BackendMissing(ImportError):

@@ -7,40 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch.profiler import ProfilerActivity, profile
 
+from megatron_hdpo.tracking.config import ProfileConfig
 from megatron_hdpo.tracking.console import Console
 
 _SNAPSHOT_ENTRIES = 200_000
-
-
-class ProfileConfig(BaseModel):
-    """What is recorded beside the metrics that every step has, and what MFU is measured against."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    steps: list[int] = Field(
-        default_factory=list, description="Steps that are traced, counted from 1 as in metrics.jsonl. Default: none."
-    )
-    ranks: list[int] = Field(default_factory=lambda: [0], description="Ranks that write a trace of those steps.")
-    record_shapes: bool = Field(False, description="Shapes of every operator's inputs in the trace.")
-    with_stack: bool = Field(False, description="Python source lines in the trace; makes it several times as large.")
-    memory: bool = Field(
-        False, description="Allocations in the trace; on a GPU also a snapshot for pytorch.org/memory_viz."
-    )
-    peak_tflops: float | None = Field(
-        None,
-        gt=0,
-        description="Peak of one device in TFLOP/s, for MFU; default: the dense bf16 peak where the device is known.",
-    )
-
-    def errors(self, world_size: int, steps: int) -> Iterator[str]:
-        """Why these steps or ranks cannot be traced, by key."""
-        if wrong := [step for step in self.steps if not 1 <= step <= steps]:
-            yield f"profile.steps: {wrong[0]}: the run has steps 1 to {steps} (train.steps)"
-        if wrong := [rank for rank in self.ranks if not 0 <= rank < world_size]:
-            yield f"profile.ranks: {wrong[0]}: the run has ranks 0 to {world_size - 1}"
 
 
 class StepProfiler:

@@ -1,4 +1,4 @@
-"""One call per step for all that records metrics."""
+"""One call per step that writes the metrics to all destinations."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from megatron_hdpo.tracking.backends import (
     BackendMissing,
     MLflowBackend,
     TensorBoardBackend,
-    TrackingConfig,
     WandbBackend,
 )
+from megatron_hdpo.tracking.config import TrackingConfig
 from megatron_hdpo.tracking.console import Console
 from megatron_hdpo.tracking.metrics import MetricsWriter, clean
 
 
 class Tracker:
-    """Writes metrics.jsonl and copies it to the backends of the recipe.
+    """Writer of metrics.jsonl and of its copies in the recipe's backends.
 
     metrics.jsonl is the record: a failure to write it ends the run. A backend that fails is reported once on the
-    console and left out from then on; only one whose library is missing raises (BackendMissing), at the start.
-    resume_step: as for `MetricsWriter`. enabled: false on every rank but 0: nothing is opened or written.
-    As a context manager it closes itself, and tells the backends whether the run failed.
+    console and left out from then on; only a missing library raises (BackendMissing), at the start. resume_step: as for
+    `MetricsWriter`. enabled: false on every rank but 0: nothing is opened or written. As a context manager it closes
+    itself, and reports to the backends whether the run failed.
     """
 
     def __init__(

@@ -23,9 +23,9 @@ from megatron_hdpo.data.load import LoadedData, load
 from megatron_hdpo.health.check import check_health
 from megatron_hdpo.model.architecture import Architecture, read_architecture
 from megatron_hdpo.model.build import build_model, wrap_data_parallel
-from megatron_hdpo.model.config import ModelError
+from megatron_hdpo.model.config import ModelError, OptimizerConfig
 from megatron_hdpo.model.dtype_speed import Measure, measure_bfloat16
-from megatron_hdpo.model.optimizer import OptimizerConfig, build_optimizer
+from megatron_hdpo.model.optimizer import build_optimizer
 from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.objectives.base import ObjectiveDeps
 from megatron_hdpo.objectives.registry import build_objective

@@ -103,7 +103,7 @@ def _stored_dtype_name(checkpoint: Checkpoint) -> str:
     else:
         with HfWeights(checkpoint.path) as weights:
             stored = {FILE_DTYPES[kind] for kind in map(weights.dtype, weights.names) if kind in FILE_DTYPES}
-    names = {dtype: name for name, dtype in DTYPES.items()}
+    names = {getattr(torch, name): name for name in DTYPES}
     foreign = stored - names.keys()
     if foreign or not stored:
         kinds = ", ".join(sorted(map(str, foreign))) or "no floating-point type"

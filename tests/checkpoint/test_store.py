@@ -19,7 +19,7 @@ from tiny_policy import SPEC, build_policy, joined, make_checkpoint, make_exampl
 
 from megatron_hdpo.checkpoint.store import CheckpointError, CheckpointStore, read_state
 from megatron_hdpo.model.architecture import read_architecture
-from megatron_hdpo.model.optimizer import OptimizerConfig
+from megatron_hdpo.model.config import OptimizerConfig
 from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.parallel.layout import ParallelConfig

@@ -11,7 +11,8 @@ from recipes import make_model, small_recipe
 from tiny_tokenizers import byte_tokenizer
 
 from megatron_hdpo.config import RecipeError, check_recipe, parse_recipe
-from megatron_hdpo.data.load import DataConfig, load
+from megatron_hdpo.data.config import DataConfig
+from megatron_hdpo.data.load import load
 from megatron_hdpo.model.architecture import read_architecture
 
 TOP = {"tail": "bucket", "top_k": 5}

@@ -10,8 +10,10 @@ import pytest
 from pydantic import ValidationError
 from tiny_tokenizers import byte_tokenizer
 
-from megatron_hdpo.data.load import DataConfig, load
-from megatron_hdpo.rewards.pool import RewardConfig, RewardPool
+from megatron_hdpo.data.config import DataConfig
+from megatron_hdpo.data.load import load
+from megatron_hdpo.rewards.config import RewardConfig
+from megatron_hdpo.rewards.pool import RewardPool
 from megatron_hdpo.types.errors import DataError
 
 TOKENIZER = byte_tokenizer()

@@ -11,7 +11,8 @@ from fake_engine import FakeEngine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_hdpo.evaluation.evaluate import EvaluationConfig, evaluate, evaluation_samples
+from megatron_hdpo.evaluation.config import EvaluationConfig
+from megatron_hdpo.evaluation.evaluate import evaluate, evaluation_samples
 from megatron_hdpo.objectives.base import BaseObjective, ObjectiveDeps
 from megatron_hdpo.objectives.settings import ObjectiveSettings
 from megatron_hdpo.types.problem import Problem

@@ -20,7 +20,7 @@ from tiny_policy import OPTIMIZER, SPEC, build_policy, joined, make_checkpoint, 
 from torch.overrides import TorchFunctionMode
 
 from megatron_hdpo.checkpoint.store import CheckpointStore
-from megatron_hdpo.model.optimizer import OptimizerConfig
+from megatron_hdpo.model.config import OptimizerConfig
 from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.parallel import cpu
 from megatron_hdpo.parallel.context import ParallelContext

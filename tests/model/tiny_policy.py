@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 from megatron_hdpo.model.architecture import read_architecture
 from megatron_hdpo.model.build import build_model, wrap_data_parallel
 from megatron_hdpo.model.chunks import chunks_of
-from megatron_hdpo.model.config import ModelConfig
-from megatron_hdpo.model.optimizer import OptimizerConfig, build_optimizer
+from megatron_hdpo.model.config import ModelConfig, OptimizerConfig
+from megatron_hdpo.model.optimizer import build_optimizer
 from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.parallel.context import ParallelContext, start
 from megatron_hdpo.parallel.layout import ParallelConfig

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.model.build import build_model, wrap_data_parallel
-from megatron_hdpo.model.config import ModelConfig
-from megatron_hdpo.model.optimizer import OptimizerConfig, build_optimizer
+from megatron_hdpo.model.config import ModelConfig, OptimizerConfig
+from megatron_hdpo.model.optimizer import build_optimizer
 from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.types.learning import Example, HiddenStates

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 
+from megatron_hdpo.rewards.config import RewardConfig
 from megatron_hdpo.rewards.gold import GoldCache, GoldVerdict, check_golds
-from megatron_hdpo.rewards.pool import RewardConfig, RewardPool
+from megatron_hdpo.rewards.pool import RewardPool
 
 
 class Checker:

@@ -16,7 +16,8 @@ import pytest
 from hostile_task import PROBLEM, HostileTask
 
 from megatron_hdpo.data.tasks import JsonlTask
-from megatron_hdpo.rewards.pool import RewardConfig, RewardPool, RewardPoolError
+from megatron_hdpo.rewards.config import RewardConfig
+from megatron_hdpo.rewards.pool import RewardPool, RewardPoolError
 from megatron_hdpo.types.problem import Problem
 
 MATH = Problem(id="math/0", task="math", question="?", answer="1")
@@ -168,7 +169,8 @@ def test_close_ends_everything_at_once():
 PARENT = """
 import sys
 from hostile_task import PROBLEM, HostileTask
-from megatron_hdpo.rewards.pool import RewardConfig, RewardPool
+from megatron_hdpo.rewards.config import RewardConfig
+from megatron_hdpo.rewards.pool import RewardPool
 if __name__ == "__main__":
     pool = RewardPool([HostileTask()], RewardConfig(workers=2, time_limit_s=600))
     pool.judge([(PROBLEM, "pid:" + sys.argv[1])] * 4)

@@ -5,7 +5,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
-from megatron_hdpo.rollout.embedded import EmbeddedEngine, EmbeddedEngineConfig
+from megatron_hdpo.rollout.config import EmbeddedEngineConfig
+from megatron_hdpo.rollout.embedded import EmbeddedEngine
 from megatron_hdpo.types.rollouts import Completion, GenerationRequest, GenerationResult, SamplingParams
 
 VOCAB = 97

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
-from megatron_hdpo.rollout.embedded import EmbeddedEngine, EmbeddedEngineConfig
+from megatron_hdpo.rollout.config import EmbeddedEngineConfig
+from megatron_hdpo.rollout.embedded import EmbeddedEngine
 from megatron_hdpo.types.rollouts import GenerationRequest, SamplingParams
 
 VOCAB = 61

@@ -16,7 +16,8 @@ from hypothesis.strategies import DrawFn
 
 from megatron_hdpo.objectives.base import ObjectiveDeps
 from megatron_hdpo.objectives.hdpo import HDPO, HDPOConfig
-from megatron_hdpo.rewards.pool import Judgement, RewardConfig, RewardPool
+from megatron_hdpo.rewards.config import RewardConfig
+from megatron_hdpo.rewards.pool import Judgement, RewardPool
 from megatron_hdpo.sampling.sampler import RolloutRequest, Rollouts, RolloutSampler, _attempt, rollout_seed
 from megatron_hdpo.types.load_report import LoadReport
 from megatron_hdpo.types.problem import Problem

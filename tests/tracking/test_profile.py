@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 from megatron_hdpo.costs.cluster import GPUS, peak_flops_s
 from megatron_hdpo.costs.flops import attention_flops, decoding_flops, forward_flops, product_flops
 from megatron_hdpo.model.architecture import Architecture, parse_architecture
+from megatron_hdpo.tracking.config import ProfileConfig
 from megatron_hdpo.tracking.console import Console
 from megatron_hdpo.tracking.metrics import read_metrics
-from megatron_hdpo.tracking.profile import ProfileConfig, StepProfiler
+from megatron_hdpo.tracking.profile import StepProfiler
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,

@@ -7,7 +7,8 @@ import types
 import pytest
 from pydantic import ValidationError
 
-from megatron_hdpo.tracking.backends import BackendMissing, MLflowConfig, TrackingConfig, WandbConfig, mlflow_name
+from megatron_hdpo.tracking.backends import BackendMissing, mlflow_name
+from megatron_hdpo.tracking.config import MLflowConfig, TrackingConfig, WandbConfig
 from megatron_hdpo.tracking.console import Console
 from megatron_hdpo.tracking.metrics import read_metrics
 from megatron_hdpo.tracking.tracker import Tracker

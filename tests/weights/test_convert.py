@@ -18,7 +18,8 @@ from tiny_checkpoints import build, layout, make_checkpoint
 
 from megatron_hdpo.checkpoint.store import CheckpointStore
 from megatron_hdpo.model.build import wrap_data_parallel
-from megatron_hdpo.model.optimizer import OptimizerConfig, build_optimizer
+from megatron_hdpo.model.config import OptimizerConfig
+from megatron_hdpo.model.optimizer import build_optimizer
 from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.weights.convert import convert, inspect, open_model

@@ -1,0 +1,71 @@
+"""The tracking and profile sections of the recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class WandbConfig(BaseModel):
+    """Weights & Biases."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    project: str = Field(description="Project that the run belongs to.")
+    entity: str | None = Field(default=None, description="Team or user; none: the account's default.")
+    name: str | None = Field(default=None, description="Name of the run; none: W&B makes one up.")
+    group: str | None = Field(default=None, description="Group that W&B shows this run in.")
+    tags: list[str] = Field(default_factory=list, description="Tags of the run.")
+    mode: Literal["online", "offline"] = Field(
+        default="online", description="offline: write to the run folder, upload later with `wandb sync`."
+    )
+
+
+class MLflowConfig(BaseModel):
+    """MLflow."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    uri: str = Field(description="Tracking server or store, such as http://host:5000 or sqlite:///mlflow.db.")
+    experiment: str = Field(default="megatron_hdpo", description="Experiment; made if it does not exist.")
+    run_name: str | None = Field(default=None, description="Name of the run; none: MLflow makes one up.")
+
+
+class TrackingConfig(BaseModel):
+    """Where the metrics go besides metrics.jsonl, which is always written."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tensorboard: bool = Field(default=True, description="Write TensorBoard events to the run folder.")
+    wandb: WandbConfig | None = Field(default=None, description="Log to Weights & Biases; none: do not.")
+    mlflow: MLflowConfig | None = Field(default=None, description="Log to MLflow; none: do not.")
+
+
+class ProfileConfig(BaseModel):
+    """What is recorded beside the metrics that every step has, and what MFU is measured against."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    steps: list[int] = Field(
+        default_factory=list, description="Steps that are traced, counted from 1 as in metrics.jsonl. Default: none."
+    )
+    ranks: list[int] = Field(default_factory=lambda: [0], description="Ranks that write a trace of those steps.")
+    record_shapes: bool = Field(False, description="Shapes of every operator's inputs in the trace.")
+    with_stack: bool = Field(False, description="Python source lines in the trace; makes it several times as large.")
+    memory: bool = Field(
+        False, description="Allocations in the trace; on a GPU also a snapshot for pytorch.org/memory_viz."
+    )
+    peak_tflops: float | None = Field(
+        None,
+        gt=0,
+        description="Peak of one device in TFLOP/s, for MFU; default: the dense bf16 peak where the device is known.",
+    )
+
+    def errors(self, world_size: int, steps: int) -> Iterator[str]:
+        """Why these steps or ranks cannot be traced, by key."""
+        if wrong := [step for step in self.steps if not 1 <= step <= steps]:
+            yield f"profile.steps: {wrong[0]}: the run has steps 1 to {steps} (train.steps)"
+        if wrong := [rank for rank in self.ranks if not 0 <= rank < world_size]:
+            yield f"profile.ranks: {wrong[0]}: the run has ranks 0 to {world_size - 1}"
