@@ -46,7 +46,12 @@ def _for_the_user(error: Exception) -> str | None:
     """Return the one line that stands for an error which the user can mend; None for a defect of ours."""
     if (line := missing_package(error)) is not None:
         return line
-    return f"{type(error).__name__}: {error}" if isinstance(error, user_errors()) else None
+    from megatron_hdpo.config import RecipeError
+
+    line = f"{type(error).__name__}: {error}"
+    if isinstance(error, RecipeError):  # the other classes live in modules that import torch, which takes seconds
+        return line
+    return line if isinstance(error, user_errors()) else None
 
 
 def _leave() -> None:
@@ -141,6 +146,12 @@ def _parser() -> argparse.ArgumentParser:
     _recipe_command(commands, "check", _check, "check recipe, data and layout; loads no weights")
     _recipe_command(commands, "plan", _plan, "memory and time of a step on a cluster, and faster layouts; needs no GPU")
     add_plan_options(commands.choices["plan"])
+    explain = commands.add_parser("explain", help="print meaning, type, default and bounds of recipe keys")
+    explain.add_argument("key", nargs="?", metavar="key.path", help="a key or section, e.g. rollout.temperature")
+    form = explain.add_mutually_exclusive_group()
+    form.add_argument("--markdown", action="store_true", help="print all keys as docs/configuration.md")
+    form.add_argument("--json-schema", action="store_true", help="print the JSON schema, docs/recipe.schema.json")
+    explain.set_defaults(run=_explain)
     report = commands.add_parser("report", help="tables, report.png and report.html of a run folder")
     report.add_argument("run_dir", type=Path)
     report.set_defaults(run=_report)
@@ -181,14 +192,16 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    from megatron_hdpo.config import check_recipe, load_recipe
+    from megatron_hdpo.config import check_recipe, check_sections, load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    check_sections(recipe)  # before the imports below, which take seconds: torch and Megatron
     from megatron_hdpo.config.check import resolved_device
     from megatron_hdpo.config.precision import begun_in, choose_precision, resolve
     from megatron_hdpo.data.load import load
     from megatron_hdpo.model.architecture import read_architecture
     from megatron_hdpo.training.run import load_tokenizer
 
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
     world_size = int(os.environ.get("WORLD_SIZE", recipe.parallel.least_ranks))
     architecture = read_architecture(recipe.model.path)
     choice = choose_precision(recipe, architecture, resolved_device(recipe.device), begun_in(recipe.output))
@@ -211,6 +224,15 @@ def _plan(arguments: argparse.Namespace) -> None:
     print(plan_recipe(arguments.recipe, arguments.overrides, arguments))
 
 
+def _explain(arguments: argparse.Namespace) -> None:
+    from megatron_hdpo.config.explain import explain, json_schema, markdown
+
+    if arguments.markdown or arguments.json_schema:
+        print(markdown() if arguments.markdown else json_schema(), end="")
+    else:
+        print(explain(arguments.key))
+
+
 def _report(arguments: argparse.Namespace) -> None:
     from megatron_hdpo.tracking.console import Console
     from megatron_hdpo.tracking.report import write_report
@@ -227,11 +249,13 @@ def _doctor(arguments: argparse.Namespace) -> None:
 @contextmanager
 def _run(arguments: argparse.Namespace, resumes: bool = False) -> Iterator[Run]:
     """A built run inside its process group; everything is torn down at the end, also after an error."""
-    from megatron_hdpo.config import load_recipe
+    from megatron_hdpo.config import check_sections, load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    check_sections(recipe)  # before the imports below, which take seconds: torch and Megatron
     from megatron_hdpo.parallel.context import start, stop
     from megatron_hdpo.training.run import build_run, set_threads
 
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
     set_threads(recipe, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     context = start(recipe.parallel, recipe.device, recipe.seed)
     run = build_run(recipe, context, resumes=resumes)

@@ -20,7 +20,7 @@ from megatron_hdpo.types.rollouts import Completion, Group, Sample
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMANDS = ("train", "evaluate", "check", "plan", "report", "doctor")
+COMMANDS = ("train", "evaluate", "check", "plan", "explain", "report", "doctor")
 
 
 def _sample(reward: float, length: int) -> Sample:

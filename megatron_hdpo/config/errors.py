@@ -1,4 +1,4 @@
-"""pydantic's validation errors as lines that name keys as the recipe's writer wrote them."""
+"""Validation errors of pydantic as lines that name keys the way a recipe writes them."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ from pydantic.fields import FieldInfo
 
 
 @dataclass(frozen=True)
-class Place:
-    """What may stand at a key. models: the sections, one of which `discriminator` chooses when there are several."""
+class SchemaNode:
+    """What the schema allows at a key.
+
+    models: the section classes; `discriminator` is the key whose value chooses one of them when there are several.
+    items: the annotation of a list's items, None for anything else.
+    """
 
     models: tuple[type[BaseModel], ...] = ()
     discriminator: str | None = None
     items: Any = None
 
     def tagged(self, tag: object) -> type[BaseModel] | None:
-        """The section that a discriminator's value chooses."""
+        """Return the section class that a discriminator's value chooses; None when it chooses none."""
         return next((model for model in self.models if tag in self.tags_of(model)), None)
 
     def tags_of(self, model: type[BaseModel]) -> tuple[Any, ...]:
-        """Values of the discriminator that choose `model`."""
+        """Return the values of the discriminator that choose `model`."""
         if self.discriminator is None:
             return ()
         annotation = model.model_fields[self.discriminator].annotation
@@ -33,34 +37,34 @@ class Place:
 
     @property
     def tags(self) -> list[str]:
-        """All values of the discriminator."""
+        """Return all values of the discriminator."""
         return [str(tag) for model in self.models for tag in self.tags_of(model)]
 
     @property
     def keys(self) -> list[str]:
-        """Keys that any of the sections knows."""
+        """Return the keys that any of the section classes has."""
         return list(dict.fromkeys(key for model in self.models for key in model.model_fields))
 
 
 def error_lines(error: ValidationError, root: type[BaseModel]) -> Iterator[str]:
-    """One line per error, `key.path: what is wrong`."""
+    """Yield one line per error, `key.path: what is wrong`."""
     for item in error.errors():
-        path, place = _locate(item["loc"], root)
-        yield _line(path, place, item)
+        path, node = _locate(item["loc"], root)
+        yield _line(path, node, item)
 
 
-def _line(path: Sequence[str], place: Place, item: Any) -> str:
+def _line(path: Sequence[str], node: SchemaNode, item: Any) -> str:
     kind, given, context = item["type"], item["input"], item.get("ctx", {})
     where = ".".join(path)
     if kind == "extra_forbidden":
-        return f"{where}: unknown key{_suggestion(path[-1], place.keys)}"
+        return f"{where}: unknown key{suggestion(path[-1], node.keys)}"
     if kind == "missing":
         return f"{where}: required key is missing"
     if kind == "union_tag_not_found":
-        return f"{where}.{place.discriminator}: required key is missing, one of {', '.join(place.tags)}"
+        return f"{where}.{node.discriminator}: required key is missing, one of {', '.join(node.tags)}"
     if kind == "union_tag_invalid":
         tag = str(context["tag"])
-        return f"{where}.{place.discriminator}: {tag} is not one of {', '.join(place.tags)}{_close(tag, place.tags)}"
+        return f"{where}.{node.discriminator}: {tag} is not one of {', '.join(node.tags)}{_close(tag, node.tags)}"
     if kind in ("model_type", "model_attributes_type"):
         return f"{where}: must be a section with keys of its own (given: {given!r})"
     message = item["msg"].removeprefix("Value error, ")
@@ -70,42 +74,46 @@ def _line(path: Sequence[str], place: Place, item: Any) -> str:
     return f"{where}: {message} (given: {shown})"
 
 
-def _locate(location: Sequence[int | str], root: type[BaseModel]) -> tuple[list[str], Place]:
-    """The path without the tags that pydantic puts into it, and the innermost section around its last key (or, where
-    the error is about a whole value, what may stand there)."""
+def _locate(location: Sequence[int | str], root: type[BaseModel]) -> tuple[list[str], SchemaNode]:
+    """Return the path without pydantic's tags, and the innermost section around its last key.
+
+    Where the error is about a whole union, return the union's node in place of the section around it.
+    """
     path: list[str] = []
-    here = around = Place((root,))
+    here = around = SchemaNode((root,))
     for part in location:
         chosen = here.tagged(part)
         if chosen is not None:
-            here = Place((chosen,))
+            here = SchemaNode((chosen,))
             continue
         path.append(str(part))
         around, here = here, _child(here, part)
     return path, here if here.discriminator else around
 
 
-def _child(place: Place, key: int | str) -> Place:
+def _child(node: SchemaNode, key: int | str) -> SchemaNode:
     if isinstance(key, int):
-        return Place() if place.items is None else _place(place.items)
-    for model in place.models:
+        return SchemaNode() if node.items is None else schema_node(node.items)
+    for model in node.models:
         if key in model.model_fields:
             field = model.model_fields[key]
-            return _place(field.annotation, field.discriminator)
-    return Place()
+            return schema_node(field.annotation, field.discriminator)
+    return SchemaNode()
 
 
-def _place(annotation: Any, discriminator: Any = None) -> Place:
+def schema_node(annotation: Any, discriminator: Any = None) -> SchemaNode:
+    """Return what a field with this annotation (and discriminator) allows."""
     if get_origin(annotation) is Annotated:
         annotation, *notes = get_args(annotation)
         discriminator = next((n.discriminator for n in notes if isinstance(n, FieldInfo)), discriminator)
     members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
     models = tuple(m for m in members if isinstance(m, type) and issubclass(m, BaseModel))
     items = next((get_args(m)[0] for m in members if get_origin(m) is list), None)
-    return Place(models, discriminator if isinstance(discriminator, str) else None, items)
+    return SchemaNode(models, discriminator if isinstance(discriminator, str) else None, items)
 
 
-def _suggestion(key: str, known: Sequence[str]) -> str:
+def suggestion(key: str, known: Sequence[str]) -> str:
+    """Return the end of a message about an unknown key: the closest known key, else all of them."""
     return _close(key, known) or (f"; known keys: {', '.join(known)}" if known else "")
 
 
