@@ -1,0 +1,4 @@
+"""Evaluation on held-out problems: pass@k with intervals, mean reward, greedy accuracy.
+
+May import `types` and `sampling`. Start reading at `evaluate.py`; `passk.py` has the statistics.
+"""

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class EvaluationConfig(BaseModel):
-    """When and how the model is evaluated on data.evaluation."""
+    """The schedule and the sampling of evaluations on data.evaluation."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -18,8 +18,8 @@ class EvaluationConfig(BaseModel):
     temperature: float = Field(1.0, gt=0, description="Sampling temperature.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling.")
     max_new_tokens: int | None = Field(None, ge=1, description="Longest response; default: rollout.max_new_tokens.")
-    greedy: bool = Field(True, description="One greedy response per problem beside the samples (greedy pass@1).")
-    success_threshold: float = Field(1.0, description="Reward from which a response counts as right.")
+    greedy: bool = Field(True, description="Also sample one greedy response per problem (greedy pass@1).")
+    success_threshold: float = Field(1.0, description="Least reward of a right response.")
     before: bool = Field(True, description="Evaluate before the first step.")
 
     @model_validator(mode="after")

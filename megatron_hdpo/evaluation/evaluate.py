@@ -1,4 +1,12 @@
-"""Evaluation on held-out problems: unbiased pass@k from n samples, mean reward, and greedy pass@1."""
+"""Evaluation on held-out problems: unbiased pass@k from n samples, mean reward, and greedy pass@1.
+
+eval/<task>/pass@<k>          mean over problems of the unbiased estimate (passk.py)
+eval/<task>/greedy            share of problems that the greedy response solves
+.../pass@<k>_low, _high       95 % interval of the mean over problems, of `greedy` too
+eval/<task>/reward_mean       mean reward of all samples
+eval/<task>/response_tokens   mean length of all samples
+eval/<task>/samples, problems how many were judged; samples that failed are left out, not counted as wrong
+"""
 
 from __future__ import annotations
 
@@ -7,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from megatron_hdpo.evaluation.config import EvaluationConfig
-from megatron_hdpo.evaluation.passk import pass_at_k
+from megatron_hdpo.evaluation.passk import interval, pass_at_k
 from megatron_hdpo.sampling.coordinator import RolloutCoordinator
 from megatron_hdpo.sampling.sampler import OnProgress
 from megatron_hdpo.types.problem import Problem
@@ -20,7 +28,10 @@ def evaluate(
     rollouts: RolloutCoordinator,
     on_progress: OnProgress | None = None,
 ) -> dict[str, float]:
-    """`eval/<task>/...` metrics. The seeds are the same at every evaluation, so that runs and steps compare."""
+    """Return the `eval/<task>/...` metrics of the model that the engine serves.
+
+    Every evaluation samples with the same seeds, so that steps and runs can be compared. Collective.
+    """
     limit = config.max_new_tokens or rollouts.config.max_new_tokens
     sampling = SamplingParams(
         max_new_tokens=limit,
@@ -38,7 +49,7 @@ def evaluate(
 
 
 def evaluation_samples(config: EvaluationConfig, problems: Sequence[Problem]) -> int:
-    """Number of responses that an evaluation samples."""
+    """Return the number of responses that an evaluation samples."""
     return len(problems) * (config.samples + config.greedy)
 
 
@@ -49,7 +60,7 @@ def _sampled_metrics(config: EvaluationConfig, groups: Sequence[Group]) -> dict[
         for k in config.k:
             enough = [(n, c) for n, c in counts if n >= k]
             if enough:
-                metrics[f"eval/{task}/pass@{k}"] = float(np.mean([pass_at_k(n, c, k) for n, c in enough]))
+                metrics |= _with_interval(f"eval/{task}/pass@{k}", [pass_at_k(n, c, k) for n, c in enough])
         rewards = [s.reward for g in members for s in g.samples]
         if rewards:
             metrics[f"eval/{task}/reward_mean"] = float(np.mean(rewards))
@@ -61,12 +72,18 @@ def _sampled_metrics(config: EvaluationConfig, groups: Sequence[Group]) -> dict[
 
 
 def _greedy_metrics(config: EvaluationConfig, groups: Sequence[Group]) -> dict[str, float]:
-    metrics = {}
+    metrics: dict[str, float] = {}
     for task, members in _by_task(groups).items():
         judged = [g.samples[0].reward >= config.success_threshold for g in members if g.samples]
         if judged:
-            metrics[f"eval/{task}/greedy"] = float(np.mean(judged))
+            metrics |= _with_interval(f"eval/{task}/greedy", [float(right) for right in judged])
     return metrics
+
+
+def _with_interval(name: str, values: Sequence[float]) -> dict[str, float]:
+    """Return the mean over problems and the ends of its 95 % interval as three metrics."""
+    estimate = interval(values)
+    return {name: float(np.mean(values)), f"{name}_low": estimate.low, f"{name}_high": estimate.high}
 
 
 def _by_task(groups: Sequence[Group]) -> Mapping[str, list[Group]]:

@@ -1,4 +1,4 @@
-"""pass@k and mean@n from repeated samples, with intervals over problems."""
+"""pass@k from repeated samples, and intervals over problems."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from statistics import NormalDist, fmean
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over problems with the interval [low, high] at the confidence that was asked for."""
+    """A mean over problems with the interval [low, high] at the requested confidence."""
 
     value: float
     low: float
@@ -20,9 +20,10 @@ class Estimate:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Unbiased probability that one of k samples is right, when c of n samples were (Chen et al. 2021, equation 1).
+    """Return the unbiased estimate of pass@k when c of n samples are right (Chen et al. 2021, equation 1).
 
-    1 - C(n-c, k) / C(n, k), as the product 1 - prod_{i=n-c+1}^{n} (1 - k/i), which neither overflows nor cancels.
+    pass@k is the probability that at least one of k samples is right: 1 - C(n-c, k) / C(n, k), computed as the product
+    1 - prod_{i=n-c+1}^{n} (1 - k/i), which neither overflows nor cancels.
     Raises ValueError unless 0 <= c <= n and 1 <= k <= n: fewer samples than k allow no unbiased estimate.
     """
     if not 0 <= c <= n:
@@ -34,19 +35,14 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.prod(1.0 - k / i for i in range(n - c + 1, n + 1))
 
 
-def mean_pass_at_k(counts: Sequence[tuple[int, int]], k: int, confidence: float = 0.95, seed: int = 0) -> Estimate:
-    """pass@k over problems, given (n, c) of each, with a bootstrap interval. Raises ValueError without problems."""
-    return bootstrap([pass_at_k(n, c, k) for n, c in counts], confidence, seed=seed)
+def interval(values: Sequence[float], confidence: float = 0.95, seed: int = 0) -> Estimate:
+    """Return the mean over problems with its interval: Wilson's for outcomes of 0 and 1, else a bootstrap.
 
-
-def mean_at_n(rewards: Sequence[Sequence[float]], confidence: float = 0.95, seed: int = 0) -> Estimate:
-    """Mean over problems of the mean over a problem's samples (mean@n), with a bootstrap interval over problems.
-
-    Raises ValueError without problems, or for a problem without samples.
+    values: one per problem, in [0, 1]. Raises ValueError without problems.
     """
-    if not all(rewards):
-        raise ValueError("mean@n: a problem has no samples")
-    return bootstrap([fmean(of_problem) for of_problem in rewards], confidence, seed=seed)
+    if values and all(value in (0.0, 1.0) for value in values):
+        return wilson(round(sum(values)), len(values), confidence)
+    return bootstrap(values, confidence, seed=seed)
 
 
 def bootstrap(
@@ -56,9 +52,10 @@ def bootstrap(
     seed: int = 0,
     statistic: Callable[[Sequence[float]], float] = fmean,
 ) -> Estimate:
-    """The statistic of `values` with its percentile bootstrap interval (Efron 1979).
+    """Return the statistic of `values` with its percentile bootstrap interval (Efron 1979).
 
-    The interval has no width where all values are equal: see `wilson` for single yes-or-no outcomes.
+    The interval has no width where all values are equal; `wilson` is for yes-or-no outcomes. Raises ValueError without
+    values.
     """
     if not values:
         raise ValueError("no problems to average over")
@@ -71,7 +68,10 @@ def bootstrap(
 
 
 def wilson(right: int, total: int, confidence: float = 0.95) -> Estimate:
-    """Share of `right` among `total` independent yes-or-no outcomes, with Wilson's score interval (1927)."""
+    """Return the share of `right` among `total` independent yes-or-no outcomes, with Wilson's score interval (1927).
+
+    Raises ValueError unless 0 <= right <= total and total >= 1.
+    """
     if total < 1 or not 0 <= right <= total:
         raise ValueError(f"{right} right of {total}: total must be positive and right between 0 and total")
     _check_confidence(confidence)

@@ -1,4 +1,4 @@
-"""The final tables of a run: what changed from before to after, and where the time went."""
+"""The final tables of a run: evaluation before and after, training metrics, time per phase."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Records = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class SummaryTable:
-    """title, and rows with the same keys, every cell a text ready to print."""
+    """A title and rows with the same keys; every cell is text ready to print."""
 
     title: str
     rows: list[dict[str, str]]
 
 
 def summarise(records: Records) -> list[SummaryTable]:
-    """Evaluation before and after, training metrics, seconds per phase; tables without a row are left out.
+    """Return tables of evaluation before and after, of training metrics and of seconds per phase, without empty ones.
 
     records: the steps of `read_metrics`. A metric that is absent or null in a step does not count in its mean.
     """
@@ -34,20 +34,20 @@ def summarise(records: Records) -> list[SummaryTable]:
 
 
 def series(records: Records, name: str) -> tuple[list[int], list[float]]:
-    """(steps, values) of a metric, only where it is a number."""
+    """Return (steps, values) of a metric, only where it is a number."""
     points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
     return [step for step, _ in points], [float(value) for _, value in points]
 
 
 def evaluations(records: Records) -> list[tuple[str, str, int]]:
-    """(metric, evaluation set, k) of every pass@k, by set and k. The set of plain `eval/pass@k` is ""."""
+    """Return (metric, evaluation set, k) of every pass@k, by set and k. The set of plain `eval/pass@k` is ""."""
     names = {name for record in records for name in record}
     found = [(name, *parsed) for name in names if (parsed := parse_pass_at(name)) is not None]
     return sorted(found, key=lambda item: item[1:])
 
 
 def phases(records: Records) -> list[tuple[str, str]]:
-    """(metric, phase) of every `time/<phase>_s` but the step's total, the longest in all first."""
+    """Return (metric, phase) of every `time/<phase>_s` except the step's total, the longest total first."""
     names = {name for record in records for name in record}
     found = [(name, phase) for name in names if (phase := parse_phase(name)) is not None]
     return sorted(found, key=lambda item: (-math.fsum(series(records, item[0])[1]), item[1]))
@@ -60,17 +60,24 @@ def _evaluation(records: Records) -> list[dict[str, str]]:
         if not steps:
             continue
         once = len(steps) == 1
+        intervals = _intervals(records, name)
         rows.append(
             {
                 "set": dataset or "held-out",
                 "metric": f"pass@{k}",
-                "before": f"{values[0]:.3f}",
-                "after": "-" if once else f"{values[-1]:.3f}",
+                "before": f"{values[0]:.3f}{intervals.get(steps[0], '')}",
+                "after": "-" if once else f"{values[-1]:.3f}{intervals.get(steps[-1], '')}",
                 "change": "-" if once else f"{values[-1] - values[0]:+.3f}",
                 "steps": str(steps[0]) if once else f"{steps[0]} to {steps[-1]}",
             }
         )
     return rows
+
+
+def _intervals(records: Records, name: str) -> dict[int, str]:
+    """Return ` (low to high)` by step, for the steps that have the interval of a metric."""
+    low, high = (dict(zip(*series(records, f"{name}_{end}"), strict=True)) for end in ("low", "high"))
+    return {step: f" ({low[step]:.3f} to {high[step]:.3f})" for step in low.keys() & high.keys()}
 
 
 def _training(records: Records) -> list[dict[str, str]]:

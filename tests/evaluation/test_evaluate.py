@@ -82,6 +82,13 @@ def test_a_failed_sample_is_not_a_wrong_one() -> None:
     assert metrics([[1.0], []])["eval/task/pass@1"] == 1.0
 
 
+def test_every_share_has_an_interval() -> None:
+    found = metrics([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0]], [[1.0], [0.0], [0.0]], samples=2, k=[1, 2])
+    for name in ("pass@1", "pass@2", "greedy"):
+        value, low, high = (found[f"eval/task/{name}{end}"] for end in ("", "_low", "_high"))
+        assert 0.0 <= low <= value <= high <= 1.0 and low < high
+
+
 def test_greedy() -> None:
     known = Known([[0.0]] * 4, [[1.0], [0.0], [], [1.0]])
     config = EvaluationConfig(samples=1, k=[1], temperature=0.7, top_p=0.9)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_hdpo.evaluation.passk import bootstrap, mean_at_n, mean_pass_at_k, pass_at_k, wilson
+from megatron_hdpo.evaluation.passk import bootstrap, interval, pass_at_k, wilson
 
 
 @pytest.mark.parametrize("n", range(1, 8))
@@ -42,19 +42,19 @@ def test_impossible_counts_are_refused(n, c, k):
 def test_pass_at_k_is_unbiased_where_any_of_k_from_reused_samples_is_not():
     rng, p, n, k = random.Random(0), 0.2, 6, 3
     counts = [(n, sum(rng.random() < p for _ in range(n))) for _ in range(20_000)]
-    estimate = mean_pass_at_k(counts[:2000], k)
+    estimate = interval([pass_at_k(*count, k) for count in counts[:2000]])
     truth = 1 - (1 - p) ** k
     assert sum(pass_at_k(*count, k) for count in counts) / len(counts) == pytest.approx(truth, abs=0.01)
     assert estimate.low < truth < estimate.high
     assert estimate.problems == 2000
 
 
-def test_mean_at_n_weighs_problems_equally():
-    assert mean_at_n([[1.0], [0.0, 0.0, 0.0]]).value == 0.5
-    with pytest.raises(ValueError, match="no samples"):
-        mean_at_n([[1.0], []])
+def test_the_interval_of_outcomes_is_wilsons_and_else_a_bootstrap():
+    assert interval([1.0, 0.0, 0.0]) == wilson(1, 3)
+    assert interval([0.0] * 24).high == wilson(0, 24).high > 0.1  # a bootstrap would have no width
+    assert interval([0.5, 0.25, 1.0]) == bootstrap([0.5, 0.25, 1.0])
     with pytest.raises(ValueError, match="no problems"):
-        mean_at_n([])
+        interval([])
 
 
 def test_wilson_against_published_values():

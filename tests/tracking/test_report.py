@@ -97,6 +97,13 @@ def test_tables_say_before_after_first_last_mean(run):
     assert list(phases) == ["rollout", "train", "evaluation", "whole step"]
 
 
+def test_evaluation_shows_intervals_where_a_step_has_them(tmp_path):
+    first = {"eval/gsm/pass@1": 0.25, "eval/gsm/pass@1_low": 0.125, "eval/gsm/pass@1_high": 0.5}
+    write_run(tmp_path, {0: first, 2: {"eval/gsm/pass@1": 0.5}})
+    (row,) = summarise(read_metrics(tmp_path))[0].rows
+    assert (row["before"], row["after"], row["change"]) == ("0.250 (0.125 to 0.500)", "0.500", "+0.250")
+
+
 def test_final_table_on_the_console(run):
     stream = io.StringIO()
     write_report(run).show(Console(True, stream=stream))
