@@ -1,6 +1,6 @@
-"""Which problems a step trains on: a pure function of problems, weights, seed and step; resuming needs the step alone.
+"""The order of training problems: a pure function of problems, weights, seed and step, so resuming needs only the step.
 
-The order covers the whole batch; ranks take their shares of it, so that it does not depend on their number.
+It orders the whole batch and ranks take shares of the batch, so the number of ranks does not change it.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from megatron_hdpo.types.problem import Problem
 
 
 class ProblemOrder:
-    """Batches of problems. Each task is walked through in epochs, shuffled anew each time, every problem once in each.
+    """Batches of problems. Each task runs through epochs, shuffled for each, every problem once per epoch.
 
-    weights: share of each task in a batch; tasks that are not named weigh as much as they have problems, so that
-    without any weight all problems are seen equally often. No problem is twice in a batch while its task has enough of
-    them, also where a batch spans two epochs.
+    weights: share of each task in a batch; a task without a weight counts by its number of problems, so that without
+    any weight all problems are seen equally often. No problem is twice in a batch while its task has enough of them,
+    also where a batch spans two epochs.
     """
 
     def __init__(self, problems: Sequence[Problem], weights: Mapping[str, float] | None = None, seed: int = 0) -> None:
@@ -33,8 +33,11 @@ class ProblemOrder:
         self._counts: dict[tuple[int, int], dict[str, int]] = {}
 
     def batch(self, step: int, size: int) -> list[Problem]:
-        """The `size` problems of a step (counted from 0), tasks mixed. Every step before it is taken to have had the
-        same size."""
+        """Return the `size` problems of a step (counted from 0), tasks mixed.
+
+        All earlier steps are assumed to have had the same size. Raises ValueError for a negative step or a size below
+        1.
+        """
         if step < 0 or size < 1:
             raise ValueError(f"step must be 0 or more and size 1 or more, not {step} and {size}")
         start, end = self._drawn(step, size), self._drawn(step + 1, size)
@@ -43,8 +46,10 @@ class ProblemOrder:
         return chosen
 
     def further(self, step: int, turn: int, size: int, leave_out: Collection[str]) -> list[Problem]:
-        """Up to `size` problems besides those of the ids to leave out, tasks by their shares: a function of seed, step
-        and turn. They do not count in the walk through the epochs."""
+        """Return up to `size` more problems, without those of the ids in `leave_out`, tasks by their shares.
+
+        A function of seed, step and turn. These problems do not count in the epochs.
+        """
         rng = random.Random(f"{self.seed}/further/{step}/{turn}")
         seen = set(leave_out)
         left = {task: [p for p in problems if p.id not in seen] for task, problems in self._by_task.items()}
@@ -53,11 +58,6 @@ class ProblemOrder:
             (task,) = rng.choices(tasks, [self._shares[task] for task in tasks])
             chosen.append(left[task].pop(rng.randrange(len(left[task]))))
         return chosen
-
-    def epochs(self, step: int, size: int) -> dict[str, float]:
-        """How often each task has been walked through before a step."""
-        drawn = self._drawn(step, size)
-        return {task: drawn[task] / len(problems) for task, problems in self._by_task.items()}
 
     def _normalised(self, weights: Mapping[str, float]) -> dict[str, float]:
         if unknown := weights.keys() - self._by_task.keys():
@@ -69,7 +69,10 @@ class ProblemOrder:
         return {task: weight / total for task, weight in raw.items()}
 
     def _drawn(self, step: int, size: int) -> dict[str, int]:
-        """Problems drawn of each task before `step`: every step tops up the tasks furthest behind their share."""
+        """Return the number of problems drawn of each task before `step`.
+
+        Each step tops up the tasks that are furthest behind their share.
+        """
         if (step, size) in self._counts:
             return self._counts[step, size]
         known = max((s for s, z in self._counts if z == size and s < step), default=0)
@@ -97,7 +100,7 @@ class ProblemOrder:
         return [problems[self._epoch(task, epoch, spacing)[place]] for epoch, place in places]
 
     def _epoch(self, task: str, epoch: int, spacing: int) -> list[int]:
-        """Permutation of an epoch in which no problem comes back within `spacing` draws of the previous epoch."""
+        """Return the permutation of an epoch; no problem repeats within `spacing` draws of the previous epoch."""
         key = (task, spacing)
         known = self._epochs.setdefault(key, {})
         if epoch not in known:
@@ -111,9 +114,10 @@ class ProblemOrder:
 
 
 def spaced_shuffle(count: int, previous: Sequence[int], spacing: int, rng: random.Random) -> list[int]:
-    """A random permutation of range(count); any `spacing` draws in a row across `previous` and it are different.
+    """Return a random permutation of range(count) that repeats nothing soon after `previous`.
 
-    The item at place i of `previous` may come back from place spacing - (count - i) on. Without `previous`, any order.
+    Any `spacing` consecutive draws across `previous` and the result are different: the item at index i of `previous`
+    may come back from index spacing - (count - i) on. Without `previous`, any order.
     """
     if not previous:
         order = list(range(count))

@@ -1,7 +1,7 @@
-"""From a problem to prompt token ids: the student's prompt, and the privileged ones.
+"""Prompts as token ids: the student's prompt, and the privileged ones.
 
-`privileged` shows the ground truth. `hinted` shows what rollouts gave: a sibling's response, a right one and a wrong
-one in the same words, or what the task said of an attempt.
+`privileged` shows the ground truth. `hinted` shows the result of rollouts: a sibling's response (right and wrong ones
+in the same words) or the task's feedback on an attempt.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from megatron_hdpo.types.problem import Problem
 
 
 class PromptTooLong(DataError):
-    """A prompt over max_prompt_tokens that cannot be shortened without losing its problem."""
+    """A prompt over max_prompt_tokens that cannot be shortened without cutting its problem."""
 
 
 class TokenizerLike(Protocol):
-    """What prompts need of a Hugging Face tokenizer."""
+    """The part of a Hugging Face tokenizer that prompts need."""
 
     eos_token_id: int | None
     unk_token_id: int | None
@@ -38,10 +38,10 @@ class TokenizerLike(Protocol):
 
 @dataclass(frozen=True)
 class Hint:
-    """What a privileged prompt shows in place of the ground truth.
+    """The content of a privileged prompt in place of the ground truth.
 
-    attempt: text of a response to the problem. answer: that response's own final answer, right or wrong. feedback: what
-    the task said of an attempt. Empty is nothing.
+    attempt: text of a response to the problem. answer: that response's own final answer, right or wrong. feedback: the
+    task's text about an attempt. An empty text is not shown.
     """
 
     attempt: str = ""
@@ -50,7 +50,11 @@ class Hint:
 
 
 class PromptBuilder:
-    """Renders and encodes prompts with one tokenizer. Stateless after construction."""
+    """Renderer and encoder of prompts with one tokenizer. Stateless after construction.
+
+    Raises DataError when the tokenizer lacks a chat template that the recipe asks for, or a template cannot be
+    rendered.
+    """
 
     def __init__(self, tokenizer: TokenizerLike, config: PromptConfig) -> None:
         if config.chat and not getattr(tokenizer, "chat_template", None):
@@ -65,24 +69,26 @@ class PromptBuilder:
 
     @property
     def markers(self) -> tuple[str, str]:
-        """The reference markers: a response that quotes them has leaked its prompt."""
+        """Return the reference markers: a response that quotes them has leaked its prompt."""
         return self.config.reference_begin, self.config.reference_end
 
     def render_student(self, problem: Problem) -> str:
-        """Text of the student's prompt, chat template included."""
+        """Return the text of the student's prompt, chat template included."""
         return self._wrap(self._student.render(question=problem.question))
 
     def render_privileged(self, problem: Problem, solution: str | None = None) -> str:
-        """Text of the privileged prompt, chat template included; `solution` stands in for the problem's own."""
+        """Return the text of the privileged prompt, chat template included; `solution` replaces the problem's own."""
         return self._wrap(self._render_reference(problem, problem.solution if solution is None else solution))
 
     def render_hinted(self, problem: Problem, hint: Hint) -> str:
-        """Text of the prompt with a hint, chat template included."""
+        """Return the text of the prompt with a hint, chat template included."""
         return self._wrap(self._render_hint(problem, hint))
 
     def student(self, problem: Problem) -> np.ndarray:
-        """Ids int32 [P] of the student's prompt. Raises PromptTooLong beyond max_prompt_tokens, DataError for text that
-        the tokenizer cannot express."""
+        """Return the ids int32 [P] of the student's prompt.
+
+        Raises PromptTooLong beyond max_prompt_tokens, DataError for text that the tokenizer cannot express.
+        """
         ids = self.encode(self.render_student(problem))
         if len(ids) > self.config.max_prompt_tokens:
             limit = self.config.max_prompt_tokens
@@ -90,8 +96,11 @@ class PromptBuilder:
         return ids
 
     def privileged(self, problem: Problem) -> np.ndarray:
-        """Ids int32 [P] of the privileged prompt; a solution that does not fit is cut at its end, and the answer is
-        then given besides. Raises PromptTooLong when even the answer alone does not fit."""
+        """Return the ids int32 [P] of the privileged prompt.
+
+        A solution that does not fit is cut at its end, and the answer is then shown in addition. Raises PromptTooLong
+        when even the answer alone does not fit.
+        """
         ids = self.encode(self.render_privileged(problem))
         limit, solution = self.config.privileged_limit, problem.solution
         while len(ids) > limit and solution:
@@ -105,9 +114,12 @@ class PromptBuilder:
         return ids
 
     def hinted(self, problem: Problem, hint: Hint) -> np.ndarray:
-        """Ids int32 [P] of the prompt with a hint. What does not fit is cut, the problem never: first of the attempt
-        (hint_keep says which part stays), then of the feedback (its beginning stays), then of the answer. Texts of
-        special tokens are left out of the hint. Raises PromptTooLong when not even the problem fits."""
+        """Return the ids int32 [P] of the prompt with a hint.
+
+        A hint that does not fit is cut, the problem never: first the attempt (`hint_keep` says which part stays), then
+        the feedback (its beginning stays), then the answer. Texts of special tokens are removed from the hint. Raises
+        PromptTooLong when not even the problem fits.
+        """
         limit = self.config.privileged_limit
         hint = Hint(*(self._without_special_tokens(text) for text in (hint.attempt, hint.answer, hint.feedback)))
         ids = self.encode(self.render_hinted(problem, hint))
@@ -136,8 +148,11 @@ class PromptBuilder:
             self.hinted(problem, Hint())
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids int32 of rendered text. A chat template brings its own special tokens; raw text gets the tokenizer's,
-        without an end of sequence. Raises DataError for text that the tokenizer has no tokens for."""
+        """Return the ids int32 [P] of rendered text.
+
+        A chat template has its own special tokens; raw text gets the tokenizer's, without an end of sequence. Raises
+        DataError for text that the tokenizer has no tokens for.
+        """
         ids = list(self.tokenizer.encode(text, add_special_tokens=not self.config.chat))
         if not self.config.chat and len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
             ids.pop()
@@ -147,20 +162,9 @@ class PromptBuilder:
         return np.asarray(ids, dtype=np.int32)
 
     def foreign_special_token(self, problem: Problem) -> str | None:
-        """A special token's text inside the problem's own: it would end the message in the middle of the question."""
+        """Return a special token's text found in the problem, where it would end the message early; else None."""
         texts = [problem.question, problem.answer, problem.solution or ""]
         return next((token for token in self._special_texts() if any(token in text for text in texts)), None)
-
-    def round_trip_difference(self, problem: Problem) -> str | None:
-        """None when decoding the prompt's ids gives its text again, else where the two part."""
-        text = self.render_student(problem)
-        decoded = self.tokenizer.decode(self.encode(text), skip_special_tokens=False)
-        if text in decoded:
-            return None
-        at = next(
-            (i for i, (a, b) in enumerate(zip(text, decoded, strict=False)) if a != b), min(len(text), len(decoded))
-        )
-        return f"from character {at}: {text[at : at + 40]!r} became {decoded[at : at + 40]!r}"
 
     def _render_reference(self, problem: Problem, solution: str | None, cut: bool = False) -> str:
         context = self.config.privileged_context
@@ -194,7 +198,10 @@ class PromptBuilder:
         return [token for token in self.tokenizer.all_special_tokens if len(token) > 2]
 
     def _without_special_tokens(self, text: str) -> str:
-        """A sibling may have spelt the text of a special token with ordinary ones: encoded again, it would be one."""
+        """Return the text without texts of special tokens.
+
+        A sibling may have spelled such a text with ordinary tokens; encoded again, it would become the special token.
+        """
         while found := next((token for token in self._special_texts() if token in text), None):
             text = text.replace(found, "")
         return text
@@ -211,8 +218,10 @@ class PromptBuilder:
                 raise DataError(f"a prompt template cannot be rendered: {error}") from error
 
     def _shortened(self, text: str, excess: int, keep: str) -> str:
-        """The beginning or the end of a text, shorter by at least `excess` tokens (or characters, where those are
-        fewer)."""
+        """Return the beginning or the end of a text, shorter by at least `excess` tokens.
+
+        A text of no more than `excess` + 4 tokens becomes empty.
+        """
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         size = max(0, len(ids) - excess - 4)
         kept = self.tokenizer.decode(
@@ -221,7 +230,7 @@ class PromptBuilder:
         return kept.strip("\N{REPLACEMENT CHARACTER}").strip()
 
     def _most_tokens(self, text: str) -> int:
-        """No fewer than the tokens of a message: one per byte, with the chat template, a space and a first token."""
+        """Return an upper bound of a message's tokens: one per byte, chat template and first token included."""
         return len(text.encode()) + self._overhead
 
     def _wrap(self, text: str) -> str:

@@ -1,4 +1,4 @@
-"""What a person sees while it runs: bars on a terminal, dated lines in a log file, one row of numbers per step.
+"""Output for people during a run: bars on a terminal, dated lines in a log file, one row of numbers per step.
 
 Only rank 0 gets an enabled console; on the other ranks every call is silent (phases are still timed).
 """
@@ -47,7 +47,7 @@ _log.addHandler(
 
 
 class Phase:
-    """A running phase: how far it is, and how fast. Made by `Console.phase`."""
+    """A running phase with its progress and speed. `Console.phase` makes it."""
 
     def __init__(self, name: str, total: float | None, unit: str, clock: Callable[[], float]) -> None:
         self.name, self.total, self.unit = name, total, unit
@@ -57,23 +57,18 @@ class Phase:
         self._show: Callable[[Phase], None] = lambda phase: None
 
     def advance(self, n: float = 1) -> None:
-        """Count n more units as done. From any thread."""
+        """Count n more units as done. May be called from any thread."""
         with self._lock:
             self.done += n
         self._show(self)
 
-    def set_total(self, total: float | None) -> None:
-        """Change what is left to do, where it becomes known only on the way."""
-        self.total = total
-        self._show(self)
-
     @property
     def elapsed(self) -> float:
-        """Seconds since the phase began."""
+        """Return the seconds since the phase began."""
         return self._clock() - self._start
 
     def progress_text(self) -> str:
-        """`512/2,048 tok (25 %), 170 tok/s, 9 s to go`, as much of it as is known."""
+        """Return `512/2,048 tok (25 %), 170 tok/s, 9 s to go`, or as much of it as can be computed."""
         if self.total is None and not self.done:
             return ""
         amount = number(self.done) if self.total is None else f"{number(self.done)}/{number(self.total)}"
@@ -92,7 +87,7 @@ class Console:
     """Progress, step rows, tables and warnings for people. Thread-safe.
 
     enabled: false on every rank but 0: nothing is printed. interactive: live bars; None: if `stream` is a terminal.
-    interval_s: least seconds between two progress lines of a phase in a log file. timer: collects `time/<phase>_s`.
+    interval_s: shortest time between two progress lines of a phase in a log file. timer: collects `time/<phase>_s`.
     """
 
     def __init__(
@@ -119,9 +114,10 @@ class Console:
 
     @contextmanager
     def phase(self, name: str, total: float | None = None, unit: str = "it") -> Iterator[Phase]:
-        """Show the block as a phase with its speed and time to go, and time it. Phases may nest and follow each other.
+        """Show the block as a phase with its speed and remaining time, and time it.
 
-        total: units to do, None where unknown. Its seconds become `time/<name>_s` of `self.timer`.
+        Phases may nest and follow each other. total: units to do, None where unknown. The seconds become
+        `time/<name>_s` of `self.timer`.
         """
         with self.timer.measure(name):
             phase = Phase(name, total, unit, self._clock)
@@ -177,7 +173,7 @@ class Console:
         self._line(f"{phase.name}: {_summary(phase)}")
 
     def step(self, step: int, total: int, metrics: Mapping[str, float | None]) -> None:
-        """One row with the most important numbers of a step; a header before every 20 rows. Absent numbers are `-`."""
+        """Print one row with the main numbers of a step, and a header before every 20 rows. Absent numbers are `-`."""
         width = max(4, 2 * len(str(total)) + 1)
         cells = [_cell(metrics.get(column.name), column.spec) for column in _COLUMNS]
         cells.append(_cell(step_seconds(metrics), ".1f"))
@@ -188,7 +184,7 @@ class Console:
             self._print(_row(f"{step}/{total}", cells, width))
 
     def table(self, title: str, rows: Sequence[Mapping[str, object]]) -> None:
-        """A table; columns are the keys of the first row. Numbers stand on the right. No rows: only the title."""
+        """Print a table with the keys of the first row as columns; without rows, only the title."""
         with self._lock:
             if not rows:
                 self._print(f"{title}: nothing to show")
@@ -196,18 +192,18 @@ class Console:
             self.rich.print(_table(title, rows))
 
     def print(self, text: str) -> None:
-        """A plain line."""
+        """Print a plain line."""
         with self._lock:
             self._print(text)
 
     def warn(self, message: str) -> None:
-        """A warning, on the console of rank 0 and in the log file of every rank."""
+        """Print a warning on the console of rank 0 and write it to the log file of every rank."""
         _log.warning(message, extra={SHOWN: True})
         with self._lock:
             self._print(f"warning: {message}", style="yellow")
 
     def once(self, message: str) -> None:
-        """`warn`, the first time only."""
+        """Call `warn` for the first occurrence only."""
         with self._lock:
             if message in self._said:
                 return

@@ -1,4 +1,4 @@
-"""The run's own record: `metrics.jsonl`, one JSON object per step, written whatever else is switched on.
+"""The run's own record: `metrics.jsonl`, one JSON object per step, always written.
 
 A line is `{"step": 12, "time": 1767225600.0, "rollout/reward_mean": 0.25, ...}`; `time` is Unix seconds.
 """
@@ -12,7 +12,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 
 class MetricsFileError(ValueError):
-    """metrics.jsonl holds a line that no writer of this module wrote; the message names file and line."""
+    """A line of metrics.jsonl that this module did not write; the message names file and line."""
 
 
 def check_name(name: str) -> None:
@@ -34,7 +34,10 @@ def check_name(name: str) -> None:
 
 
 def as_number(name: str, value: Any) -> float | int:
-    """`value` as a Python number; scalars of numpy and torch too. TypeError, naming the metric, on anything else."""
+    """Return `value`, which may be a scalar of numpy or torch, as a Python number.
+
+    Raises TypeError, naming the metric, on anything else.
+    """
     if isinstance(value, bool | int):
         return int(value)
     if hasattr(value, "item") and not isinstance(value, float):
@@ -47,19 +50,19 @@ def as_number(name: str, value: Any) -> float | int:
 
 
 def clean(metrics: Mapping[str, Any]) -> dict[str, float | int]:
-    """Checked names, Python numbers (NaN and infinities still in)."""
+    """Return the metrics as Python numbers, with checked names; NaN and infinities are kept."""
     for name in metrics:
         check_name(name)
     return {name: as_number(name, value) for name, value in metrics.items()}
 
 
 class MetricsWriter:
-    """Appends to `<output_dir>/metrics.jsonl`; the file holds one line per step, in rising order of steps.
+    """Writer of `<output_dir>/metrics.jsonl`: one line per step, in rising order of steps.
 
-    resume_step: the last step that the restored checkpoint contains; lines of later steps were written by a run whose
-    weights are lost, so they move to `metrics.superseded.jsonl`. None: a fresh start, and all earlier lines move.
-    A second write for the last step is merged into its line (an evaluation may come after the step's own numbers).
-    `nonfinite` counts, by metric, the NaN and infinities that were written as null.
+    resume_step: the last step in the restored checkpoint; lines of later steps came from a run whose weights are lost,
+    so they move to `metrics.superseded.jsonl`. None: a fresh start, and all earlier lines move. A second write for the
+    last step is merged into its line (an evaluation may come after the step's own numbers). `nonfinite` counts, by
+    metric, the NaN and infinities that were written as null.
     """
 
     def __init__(self, output_dir: str | os.PathLike[str], resume_step: int | None = None) -> None:
@@ -111,10 +114,10 @@ class MetricsWriter:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The steps of a metrics.jsonl (or of the run folder that holds one), in order; null is None.
+    """Return the steps of a metrics.jsonl (or of the run folder that holds one), in order; null becomes None.
 
-    A last line without its line feed is one that is being written, or was when the run died: it is left out.
-    Raises FileNotFoundError, and MetricsFileError on a line that is no step or whose step does not rise.
+    A last line without its line feed is incomplete (being written, or cut when the run died) and is left out. Raises
+    FileNotFoundError, and MetricsFileError on a line that is no step or whose step does not rise.
     """
     file = Path(path)
     if file.is_dir():
@@ -146,7 +149,7 @@ def _parse(line: bytes, file: Path, number: int) -> dict[str, Any]:
 
 
 def _keep_until(path: Path, resume_step: int | None) -> dict[str, Any] | None:
-    """Move what a resumed run will write again (and a torn last line) aside; return the last record that stays."""
+    """Move lines that a resumed run will write again (and an incomplete one) aside; return the last kept record."""
     if not path.exists():
         return None
     records = read_metrics(path)
@@ -188,74 +191,3 @@ def _replace(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-
-
-StatsState = dict[str, tuple[str, float, float]]
-"""name -> (reduction, value, weight): what ranks exchange, plain data."""
-
-
-class MetricStats:
-    """Means, totals and maxima of a step, gathered bit by bit on every rank and merged once.
-
-    A mean over zero items, like a total or maximum of nothing, is absent from `compute`: no name, not 0.
-    """
-
-    def __init__(self) -> None:
-        self._state: StatsState = {}
-
-    def mean(self, name: str, value: Any, weight: float = 1.0) -> None:
-        """Count `value`, itself the mean of `weight` items (a batch's mean and its number of tokens)."""
-        number, weight = as_number(name, value), float(as_number(name, weight))
-        if not weight >= 0:
-            raise ValueError(f"metric {name}: weight {weight}, expected a number >= 0")
-        # A mean over no items is often NaN (0/0); it must not poison the items of the others.
-        self._combine(name, "mean", number * weight if weight else 0.0, weight)
-
-    def total(self, name: str, value: Any) -> None:
-        """Add `value` to a sum over the step and all ranks (tokens distilled, rollouts dropped)."""
-        self._combine(name, "total", as_number(name, value), 1.0)
-
-    def maximum(self, name: str, value: Any) -> None:
-        """Keep the largest value of the step and all ranks (longest response, slowest rank)."""
-        self._combine(name, "maximum", as_number(name, value), 1.0)
-
-    def state(self) -> StatsState:
-        """Everything gathered, as plain data that can be pickled or written as JSON."""
-        return dict(self._state)
-
-    def merge(self, state: Mapping[str, tuple[str, float, float]]) -> None:
-        """Add what another rank gathered. Raises ValueError where a name has another reduction there."""
-        for name, (reduction, value, weight) in state.items():
-            self._combine(name, reduction, value, weight)
-
-    def reduced(self, gather: Callable[[StatsState], list[StatsState]]) -> MetricStats:
-        """The stats of all ranks together. `gather` gives every rank's object to every rank, in rank order
-        (`all_gather_object` on a process group); every rank of it must call this, also one with nothing to add."""
-        merged = MetricStats()
-        for state in gather(self.state()):
-            merged.merge(state)
-        return merged
-
-    def compute(self) -> dict[str, float]:
-        """name -> mean, total or maximum; names without items are absent."""
-        return {
-            name: value / weight if reduction == "mean" else value
-            for name, (reduction, value, weight) in self._state.items()
-            if weight > 0
-        }
-
-    def _combine(self, name: str, reduction: str, value: float, weight: float) -> None:
-        check_name(name)
-        known, old, old_weight = self._state.get(name, (reduction, None, 0.0))
-        if known != reduction:
-            raise ValueError(f"metric {name} is a {known}, added to as a {reduction}")
-        if old is None:
-            self._state[name] = (reduction, value, weight)
-        elif reduction == "maximum":
-            self._state[name] = (reduction, _nan_max(old, value), old_weight + weight)
-        else:
-            self._state[name] = (reduction, old + value, old_weight + weight)
-
-
-def _nan_max(left: float, right: float) -> float:
-    return math.nan if math.isnan(left) or math.isnan(right) else max(left, right)

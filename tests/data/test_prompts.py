@@ -124,16 +124,6 @@ def test_a_special_token_in_a_question_is_found():
     assert builder().foreign_special_token(problem) == "<|end|>"
 
 
-def test_round_trip():
-    assert builder().round_trip_difference(PROBLEM) is None
-    lossy = character_tokenizer("abc ")
-    lossy.backend_tokenizer.normalizer = __import__("tokenizers").normalizers.Lowercase()
-    prompts = builder(lossy, chat=False, student="{{ question }}")
-    assert "from character 1: 'BC' became 'bc'" in prompts.round_trip_difference(
-        dataclasses.replace(PROBLEM, question="aBC")
-    )
-
-
 def test_templates_come_from_files(tmp_path):
     path = tmp_path / "student.jinja"
     path.write_text("From a file: {{ question }}")

@@ -58,7 +58,6 @@ def test_phase_without_total_or_units():
     with console.phase("convert", unit="tensor") as phase:
         clock.now += 6
         phase.advance(12)
-        phase.set_total(24)
     assert lines_of(stream) == [
         "load weights ...",
         "load weights: done in 1 min 15 s",

@@ -7,10 +7,8 @@ import time
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from megatron_hdpo.tracking.metrics import MetricsFileError, MetricStats, MetricsWriter, read_metrics
+from megatron_hdpo.tracking.metrics import MetricsFileError, MetricsWriter, read_metrics
 
 
 def steps(path):
@@ -151,70 +149,6 @@ def test_killed_writer_leaves_only_whole_lines(tmp_path):
     text = (tmp_path / "metrics.jsonl").read_text()
     assert text.endswith("}\n")
     assert text.count("\n") >= 50 and steps(tmp_path) == list(range(1, text.count("\n") + 1))
-
-
-def test_mean_over_nothing_is_absent_and_does_not_poison_the_others():
-    stats = MetricStats()
-    stats.mean("privileged/success_rate", math.nan, weight=0)
-    assert stats.compute() == {}
-    stats.mean("privileged/success_rate", 0.25, weight=4)
-    assert stats.compute() == {"privileged/success_rate": 0.25}
-    stats.mean("privileged/success_rate", math.nan, weight=4)  # items that are NaN are a fact to show
-    assert math.isnan(stats.compute()["privileged/success_rate"])
-
-
-def test_totals_and_maxima():
-    stats = MetricStats()
-    stats.total("distill/tokens", 0)
-    for value in (3, 9, 5):
-        stats.maximum("rollout/length_max", value)
-        stats.total("rollout/tokens", value)
-    assert stats.compute() == {"distill/tokens": 0, "rollout/length_max": 9, "rollout/tokens": 17}
-
-
-def test_wrong_use_of_stats():
-    stats = MetricStats()
-    stats.total("distill/tokens", 1)
-    with pytest.raises(ValueError, match="is a total, added to as a mean"):
-        stats.mean("distill/tokens", 1.0)
-    with pytest.raises(ValueError, match="weight -1"):
-        stats.mean("train/loss", 1.0, weight=-1)
-    with pytest.raises(ValueError, match="room/name"):
-        stats.mean("loss", 1.0)
-
-
-values = st.lists(st.tuples(st.integers(-50, 50), st.integers(0, 5)), max_size=12)
-
-
-@settings(max_examples=100, deadline=None)
-@given(ranks=st.lists(values, min_size=1, max_size=4))
-def test_merged_ranks_equal_one_rank_that_saw_everything(ranks):
-    per_rank = []
-    for items in ranks:
-        stats = MetricStats()
-        for value, weight in items:
-            stats.mean("train/loss", value, weight)
-            stats.total("train/tokens", weight)
-            stats.maximum("train/longest", value)
-        per_rank.append(stats)
-    states = json.loads(json.dumps([stats.state() for stats in per_rank]))  # plain data
-    results = [stats.reduced(lambda state: states).compute() for stats in per_rank]
-    flat = [item for items in ranks for item in items]
-    weight = sum(weight for _, weight in flat)
-    expected = {}
-    if flat:
-        expected = {"train/tokens": weight, "train/longest": max(value for value, _ in flat)}
-    if weight:
-        expected["train/loss"] = sum(value * weight for value, weight in flat) / weight
-    for result in results:
-        assert result == pytest.approx(expected)
-
-
-def test_reducing_leaves_the_rank_its_own_numbers():
-    stats = MetricStats()
-    stats.total("train/tokens", 2)
-    assert stats.reduced(lambda state: [state, state]).compute() == {"train/tokens": 4}
-    assert stats.compute() == {"train/tokens": 2}
 
 
 def with_lines(folder, wanted):
