@@ -1,4 +1,4 @@
-"""How well a step used the machine: tokens per second, model FLOP utilisation, memory peaks, bytes sent.
+"""Use of the machine in a step: tokens per second, model FLOP utilisation, memory peaks, bytes sent.
 
     perf/train_tokens_per_s_per_gpu     tokens that went forward and backward / time/train_s / ranks
     perf/rollout_tokens_per_s_per_gpu   tokens sampled, privileged too / time/rollout_s / ranks; not with rollouts ahead
@@ -6,8 +6,8 @@
     perf/train_tflops_per_gpu           useful arithmetic of the updates / time/train_s / ranks
     perf/step_tflops_per_gpu            useful arithmetic of all phases on these devices / time/step_s / ranks
     perf/train_mfu, perf/step_mfu       the same over the device's peak; absent where no peak is known
-    memory/device_peak_gib              largest of any rank since the step before: what torch's allocator gave out
-    memory/device_reserved_gib          ... and what it held
+    memory/device_peak_gib              most memory allocated by torch since the previous step, largest of any rank
+    memory/device_reserved_gib          most memory reserved by torch since the previous step, largest of any rank
     memory/host_rss_gib                 largest resident memory of any rank's process at the end of the step
     comm/<kind>_<group>_bytes           see communication.py; largest of any rank
 
@@ -36,8 +36,11 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class Sampled:
-    """What the student and its privileged self sampled in a step. tokens: of responses; whole: prompts counted with
-    every student response; flops: of prefills (once per prompt) and decoding."""
+    """Amounts sampled in a step, by the student and with privileged prompts.
+
+    tokens: tokens of all responses. whole: tokens of the student's responses, each with its prompt. flops: of prefills
+    (one per prompt) and decoding.
+    """
 
     tokens: int
     whole: int
@@ -47,8 +50,21 @@ class Sampled:
 NOTHING = Sampled(0, 0, 0.0)
 
 
+@dataclass(frozen=True)
+class RankAmounts:
+    """One rank's amounts of a step, to be reduced over all ranks.
+
+    train_flops, score_flops: added up; 0 on all ranks of a replica but one. largest: metrics of which the largest of
+    any rank counts, by name; a rank may lack some.
+    """
+
+    train_flops: float
+    score_flops: float
+    largest: dict[str, float]
+
+
 def sampled(architecture: Architecture, groups: Sequence[Group]) -> Sampled:
-    """Of the groups of a step."""
+    """Return the amounts that the groups of a step sampled."""
     tokens, whole, flops = 0, 0, 0.0
     for group in groups:
         whole += sum(len(group.prompt_ids) + sample.length for sample in group.samples)
@@ -62,17 +78,20 @@ def sampled(architecture: Architecture, groups: Sequence[Group]) -> Sampled:
 
 
 def device_peak(device: torch.device, peak_tflops: float | None) -> float | None:
-    """FLOP/s that MFU is measured against: the recipe's, else the known device's dense bf16 peak, else none."""
+    """Return the FLOP/s that MFU is measured against; None where no peak is known.
+
+    The recipe's value counts first, then the known device's dense bf16 peak.
+    """
     if peak_tflops is not None:
         return peak_tflops * 1e12
     return peak_flops_s(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 class Performance:
-    """The metrics of a step.
+    """Performance metrics of a step.
 
-    peak_flops_s: of one device, None where it is not known. samples_here: rollouts are sampled on the trainer's
-    devices, so their arithmetic counts as done by these. waits: a step waits for its rollouts (none are sampled ahead).
+    peak_flops_s: peak of one device, None where it is not known. samples_here: rollouts are sampled on the trainer's
+    devices, so their arithmetic counts for these. waits: a step waits for its rollouts (none are sampled ahead).
     """
 
     def __init__(
@@ -91,7 +110,7 @@ class Performance:
         self._sampled = NOTHING
 
     def begin(self) -> None:
-        """What was done before the step that begins now does not count."""
+        """Reset the counters at the start of a step."""
         self.work.take()
         self._sampled = NOTHING
         if self.traffic is not None:
@@ -100,13 +119,16 @@ class Performance:
             torch.cuda.reset_peak_memory_stats(self.context.device)
 
     def rollouts(self, groups: Sequence[Group]) -> None:
-        """All groups that were sampled for the step, those too that it will not learn from."""
+        """Count all groups that were sampled for the step, including those that it will not learn from."""
         self._sampled = sampled(self.architecture, groups)
 
     def metrics(self, known: Mapping[str, float]) -> dict[str, float]:
-        """Of the step that ends now. known: its other metrics, `time/` among them. Collective."""
+        """Return the metrics of the step that ends now. Collective.
+
+        known: the step's other metrics, with `time/`.
+        """
         ranks = self.context.gather_objects(self._own())
-        train, score = (sum(rank[key] for rank in ranks) for key in ("train_flops", "score_flops"))
+        train, score = sum(rank.train_flops for rank in ranks), sum(rank.score_flops for rank in ranks)
         made = self._sampled
         every = train + score + (made.flops if self.samples_here else 0.0)
         rates = {
@@ -117,8 +139,8 @@ class Performance:
         metrics = {f"perf/{name}_per_gpu": rate / len(ranks) for name, rate in rates.items() if rate}
         for name, flops, seconds in (("train", train, "time/train_s"), ("step", every, STEP_SECONDS)):
             metrics |= self._arithmetic(name, _rate(flops, known.get(seconds)))
-        largest = {key for rank in ranks for key in rank if "/" in key}
-        return metrics | {key: max(rank.get(key, 0) for rank in ranks) for key in sorted(largest)}
+        names = sorted({name for rank in ranks for name in rank.largest})
+        return metrics | {name: max(rank.largest.get(name, 0) for rank in ranks) for name in names}
 
     def _arithmetic(self, name: str, flops_s: float | None) -> dict[str, float]:
         if not flops_s:
@@ -127,21 +149,21 @@ class Performance:
         metrics = {f"perf/{name}_tflops_per_gpu": each / 1e12}
         return metrics if self.peak_flops_s is None else metrics | {f"perf/{name}_mfu": each / self.peak_flops_s}
 
-    def _own(self) -> dict[str, float]:
-        """This rank's numbers; one rank of a replica speaks for its arithmetic."""
+    def _own(self) -> RankAmounts:
+        """Return this rank's amounts; one rank of a replica reports the replica's arithmetic."""
         train, score = self.work.take()
-        speaks = self.context.is_replica_leader
-        own = {"train_flops": train if speaks else 0.0, "score_flops": score if speaks else 0.0}
-        own["memory/host_rss_gib"] = psutil.Process().memory_info().rss / _GIB
+        if not self.context.is_replica_leader:
+            train, score = 0.0, 0.0
+        largest: dict[str, float] = {"memory/host_rss_gib": psutil.Process().memory_info().rss / _GIB}
         if self.context.device.type == "cuda":
             device = self.context.device
-            own["memory/device_peak_gib"] = torch.cuda.max_memory_allocated(device) / _GIB
-            own["memory/device_reserved_gib"] = torch.cuda.max_memory_reserved(device) / _GIB
-        return own | (self.traffic.take() if self.traffic is not None else {})
+            largest["memory/device_peak_gib"] = torch.cuda.max_memory_allocated(device) / _GIB
+            largest["memory/device_reserved_gib"] = torch.cuda.max_memory_reserved(device) / _GIB
+        return RankAmounts(train, score, largest | (self.traffic.take() if self.traffic is not None else {}))
 
 
 def over_longer_step(metrics: Mapping[str, float], seconds: float) -> dict[str, float]:
-    """The rates of a whole step, once it is known to have taken `seconds`."""
+    """Return the rates of a whole step, corrected for its final length of `seconds`."""
     longer = seconds / metrics[STEP_SECONDS]
     return {name: value / longer for name, value in metrics.items() if name.startswith("perf/step_")}
 
