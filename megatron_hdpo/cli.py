@@ -1,4 +1,7 @@
-"""The command line. Every command takes a recipe and `key.path=value` overrides; torchrun starts the ranks."""
+"""The command line of megatron_hdpo: train, evaluate, check, plan, explain, report, doctor.
+
+Commands that run a recipe take its YAML file and `key.path=value` overrides; torchrun starts the ranks.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ _FAILED = "megatron_hdpo/failed"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command; exits with 2 and one message for what the user can mend."""
+    """Run a command; for an error that the user can fix, print one message and exit with code 2."""
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
@@ -43,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _for_the_user(error: Exception) -> str | None:
-    """Return the one line that stands for an error which the user can mend; None for a defect of ours."""
+    """Return the one line to print for an error that the user can fix; None for a bug of this package."""
     if (line := missing_package(error)) is not None:
         return line
     from megatron_hdpo.config import RecipeError
@@ -55,8 +58,11 @@ def _for_the_user(error: Exception) -> str | None:
 
 
 def _leave() -> None:
-    """End at once: other ranks may wait in a collective, which a normal exit would wait for. What a normal exit would
-    end, it ends too: Megatron's checkpoints keep a process that would hold on to our output for a while."""
+    """End the process at once, with its child processes.
+
+    Other ranks may wait in a collective, and a normal exit would wait for them. Megatron's checkpoints keep a child
+    process that would hold our output open for a while, so children are killed as a normal exit would do.
+    """
     sys.stdout.flush()
     for child in multiprocessing.active_children():
         child.kill()
@@ -64,7 +70,7 @@ def _leave() -> None:
 
 
 def user_errors() -> tuple[type[Exception], ...]:
-    """Errors whose text is meant for the user, without a traceback."""
+    """Return the error classes whose text is meant for the user, without a traceback."""
     from megatron_hdpo.checkpoint.store import CheckpointError
     from megatron_hdpo.config import RecipeError
     from megatron_hdpo.costs.errors import PlanError
@@ -90,10 +96,10 @@ def user_errors() -> tuple[type[Exception], ...]:
 
 
 def _first_to_fail() -> bool:
-    """Whether this rank is the one to speak: an error of every rank is said once, and one of rank 3 alone is said too.
+    """Return whether this rank prints the message: an error on every rank is printed once, one on rank 3 alone too.
 
-    Ranks count themselves in torchrun's own store, which is there before any process group, or in that of rank 0;
-    without one, the first rank of each node speaks.
+    Ranks count themselves in torchrun's own store, which exists before any process group, or in that of rank 0; without
+    a store, the first rank of each node prints.
     """
     try:
         if (store := _agent_store()) is not None:
@@ -107,7 +113,7 @@ def _first_to_fail() -> bool:
 
 
 def _another_failed() -> bool:
-    """Whether another rank has ended with a message of its own: what breaks here then is only its echo."""
+    """Return whether another rank has already ended with its own message; a failure here only follows from it."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return False
     store = _agent_store()
@@ -121,7 +127,7 @@ def _another_failed() -> bool:
 
 
 def _agent_store() -> Store | None:
-    """torchrun's store, or rank 0's where agents do not share theirs: that one is new in every round."""
+    """Return torchrun's store, or rank 0's where agents do not share theirs (rank 0's is new after each restart)."""
     if "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
         return None
     from torch.distributed import PrefixStore, TCPStore, is_initialized
@@ -142,9 +148,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="megatron_hdpo", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
     _recipe_command(commands, "train", _train, "train, or resume the run in the recipe's output folder")
-    _recipe_command(commands, "evaluate", _evaluate, "evaluate model.path on data.evaluation, without training")
+    _recipe_command(commands, "evaluate", _evaluate, "evaluate model.path on data.evaluation without training")
     _recipe_command(commands, "check", _check, "check recipe, data and layout; loads no weights")
-    _recipe_command(commands, "plan", _plan, "memory and time of a step on a cluster, and faster layouts; needs no GPU")
+    _recipe_command(
+        commands,
+        "plan",
+        _plan,
+        "estimate memory and time of a step on a cluster; needs no GPU",
+    )
     add_plan_options(commands.choices["plan"])
     explain = commands.add_parser("explain", help="print meaning, type, default and bounds of recipe keys")
     explain.add_argument("key", nargs="?", metavar="key.path", help="a key or section, e.g. rollout.temperature")
@@ -152,10 +163,10 @@ def _parser() -> argparse.ArgumentParser:
     form.add_argument("--markdown", action="store_true", help="print all keys as docs/configuration.md")
     form.add_argument("--json-schema", action="store_true", help="print the JSON schema, docs/recipe.schema.json")
     explain.set_defaults(run=_explain)
-    report = commands.add_parser("report", help="tables, report.png and report.html of a run folder")
+    report = commands.add_parser("report", help="write tables, report.png and report.html of a run folder")
     report.add_argument("run_dir", type=Path)
     report.set_defaults(run=_report)
-    doctor = commands.add_parser("doctor", help="what this machine has, and what of it will not work")
+    doctor = commands.add_parser("doctor", help="check this machine's packages and GPUs")
     doctor.set_defaults(run=_doctor)
     return parser
 
@@ -248,7 +259,7 @@ def _doctor(arguments: argparse.Namespace) -> None:
 
 @contextmanager
 def _run(arguments: argparse.Namespace, resumes: bool = False) -> Iterator[Run]:
-    """A built run inside its process group; everything is torn down at the end, also after an error."""
+    """Yield a built run inside its process group, and close everything at the end, also after an error."""
     from megatron_hdpo.config import check_sections, load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)

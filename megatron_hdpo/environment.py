@@ -1,4 +1,4 @@
-"""What a command says when packages are missing: one line in place of a traceback. Needs the standard library only."""
+"""One-line messages about missing packages, in place of tracebacks. Needs the standard library only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ REMEDY = "run `make quickstart`, then `source .venv/bin/activate`"
 
 
 def missing_package(error: BaseException) -> str | None:
-    """Return one line about the package that an import did not find, and what to do; None for any other error."""
+    """Return one line about the package that an import did not find and the remedy; None for any other error."""
     if not isinstance(error, ModuleNotFoundError) or not error.name:
         return None
     package = error.name.partition(".")[0]
@@ -22,12 +22,12 @@ def missing_package(error: BaseException) -> str | None:
 
 
 def remedy(package: str) -> str:
-    """Return what to do about a missing package: set the environment up where it is not in use, else install it."""
+    """Return the command that fixes a missing package: set up the environment, or install the package into it."""
     return f"pip install {package}" if project_is_installed() else REMEDY
 
 
 def explain_missing_packages() -> None:
-    """Let an uncaught error of a script be one line where it is a missing package. The exit code stays 1."""
+    """Print one line in place of the traceback when a script ends by a missing package. The exit code stays 1."""
     usual = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -43,7 +43,7 @@ def explain_missing_packages() -> None:
 def project_is_installed() -> bool:
     """Return whether pip installed the project for this interpreter.
 
-    A setup leaves a folder megatron_hdpo.egg-info in the repository, which every Python that is started there finds;
-    pip's own record of the files is in a real installation only.
+    Setting up the project leaves a folder megatron_hdpo.egg-info in the repository, which every Python started there
+    finds; only a real installation has pip's own record of files.
     """
     return any(found.read_text("RECORD") for found in importlib.metadata.distributions(name=PROJECT))

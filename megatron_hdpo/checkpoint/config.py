@@ -6,15 +6,16 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class CheckpointConfig(BaseModel):
-    """When checkpoints are written, and how many stay."""
+    """Schedule and contents of checkpoints."""
 
     model_config = ConfigDict(extra="forbid")
 
     every: int = Field(50, ge=1, description="Steps between checkpoints; the last step always has one.")
-    keep: int = Field(2, ge=1, description="Newest checkpoints that stay on disk.")
+    keep: int = Field(2, ge=1, description="Number of newest checkpoints that are kept.")
     reshardable: bool = Field(
         False,
-        description="Write the optimizer's state so that a run can go on at any layout (parallel section). For each "
-        "parameter that it holds a rank gathers 12 bytes in host memory, up to 8 on the device in passing.",
+        description="Write the optimizer's state so that a run can resume at any layout (parallel section). A rank "
+        "needs 12 bytes of host memory per parameter that it holds for this, and temporarily up to 8 on "
+        "the device.",
     )
     export: bool = Field(True, description="Write the trained model as a Hugging Face checkpoint at the end (hf/).")

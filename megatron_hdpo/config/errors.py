@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 @dataclass(frozen=True)
 class SchemaNode:
-    """What the schema allows at a key.
+    """A node of the recipe's schema: what is allowed at a key.
 
     models: the section classes; `discriminator` is the key whose value chooses one of them when there are several.
     items: the annotation of a list's items, None for anything else.

@@ -1,4 +1,4 @@
-"""Recipes in YAML files: read with `key.path=value` overrides, written, compared."""
+"""Recipes in YAML files: reading with `key.path=value` overrides, writing, comparing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from megatron_hdpo.config.recipe import Recipe, RecipeError, parse_recipe
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in a YAML file, after `key.path=value` overrides. Raises RecipeError with every error found."""
+    """Return the recipe in a YAML file after `key.path=value` overrides.
+
+    Raises RecipeError with every error found.
+    """
     path = Path(path)
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
@@ -31,7 +34,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set one `key.path=value` in a tree of mappings and lists; the value is read as YAML. Raises RecipeError."""
+    """Set one `key.path=value` in a tree of mappings and lists; the value is parsed as YAML. Raises RecipeError."""
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise RecipeError(f"override '{override}': write key.path=value")
@@ -55,13 +58,13 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write the recipe with every default filled in; reading it back gives the same recipe."""
+    """Write the recipe with every default filled in; reading it back gives an equal recipe."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
 def recipe_changes(path: Path, recipe: Recipe) -> list[str]:
-    """`key.path: old -> new` for every value in which a recipe differs from the one that `save_recipe` wrote."""
+    """Return `key.path: old -> new` for every value that differs from the recipe that `save_recipe` wrote to `path`."""
     if not path.is_file():
         return []
     old, new = dict(_leaves(yaml.safe_load(path.read_text()))), dict(_leaves(recipe.model_dump(mode="json")))
@@ -89,7 +92,7 @@ def _child(node: Any, key: str, override: str, path: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that refuses a key given twice; PyYAML would silently keep the last."""
+    """YAML loader that refuses a key given twice; PyYAML would silently keep the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
@@ -104,7 +107,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _unshared(node: Any) -> Any:
-    """The tree with a copy for every alias (`*name`), so that an override changes the one place that it names."""
+    """Return the tree with a copy for every alias (`*name`), so that an override changes only the place it names."""
     if isinstance(node, dict):
         return {key: _unshared(value) for key, value in node.items()}
     return [_unshared(value) for value in node] if isinstance(node, list) else node

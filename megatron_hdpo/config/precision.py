@@ -1,6 +1,6 @@
-"""The precision of a run: what `dtype: auto` becomes, and what the console says of it.
+"""The precision of a run: what `dtype: auto` becomes, and the line that the console prints about it.
 
-Everything after `resolve` sees the name of a type; only this module and the recipe's schema know `auto`.
+After `resolve`, every setting names a type; only this module and the recipe's schema know `auto`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from megatron_hdpo.model.dtype_speed import Measure, measure_bfloat16
 
 @dataclass(frozen=True)
 class PrecisionChoice:
-    """The model's precision, and what a person is told of it.
+    """The model's precision, and the text about it for the console.
 
-    line: which precision was taken, and why. warning: names the keys that ask for bfloat16 where it is slow.
+    line: the chosen precision and the reason. warning: names the keys that ask for bfloat16 where it is slow.
     """
 
     dtype: str
@@ -38,8 +38,9 @@ def choose_precision(
 ) -> PrecisionChoice:
     """Choose the model's precision on this machine.
 
-    device: cuda or cpu. begun: the precision that the run in the recipe's output folder began in, which `auto` keeps.
-    measure: compares bfloat16 with float32 on this CPU; called at most once, and only where the answer matters.
+    device: cuda or cpu. begun: the precision in which the run in the recipe's output folder began; `auto` keeps it.
+    measure: compares the speed of bfloat16 with float32 on this CPU; called at most once, and only where the result
+    matters.
     """
     asked, on_cpu = recipe.model.dtype, device == "cpu"
     speed = None
@@ -85,10 +86,10 @@ def resolve(recipe: Recipe, dtype: str) -> Recipe:
 
 
 def begun_in(run_dir: Path) -> str | None:
-    """Return the precision that the run in a folder began in; None where nothing of a run is kept there.
+    """Return the precision in which the run in a folder began; None when the folder holds no run.
 
-    The newest checkpoint tells it; before there is one, and for checkpoints of older versions, the saved recipe does.
-    Raises CheckpointError when the checkpoint does not say what it is.
+    It is read from the newest checkpoint; before the first checkpoint, and for checkpoints of older versions, from the
+    saved recipe. Raises CheckpointError when the checkpoint cannot be read.
     """
     latest = latest_checkpoint(run_dir)
     if latest is not None and (dtype := read_state(latest).dtype) is not None:
@@ -103,14 +104,14 @@ def begun_in(run_dir: Path) -> str | None:
 
 
 def _layer_sizes(recipe: Recipe, architecture: Architecture) -> tuple[int, int]:
-    """Hidden size and FFN channels of a rank's layer, or of one expert of it."""
+    """Return the hidden size and the FFN channels of a rank's layer, or of one of its experts."""
     if architecture.num_experts:
         return architecture.hidden_size, architecture.expert_ffn_size // recipe.parallel.expert_tensor
     return architecture.hidden_size, architecture.ffn_size // recipe.parallel.tensor
 
 
 def _needs_bfloat16(recipe: Recipe) -> str | None:
-    """The key, if any, that works with bfloat16 weights alone."""
+    """Return the key that works only with bfloat16 weights; None when the recipe has no such key."""
     if recipe.model.fp8 is not None:
         return "model.fp8"
     sections = {"optimizer": recipe.optimizer, "warmup.optimizer": recipe.warmup.optimizer}
@@ -118,7 +119,7 @@ def _needs_bfloat16(recipe: Recipe) -> str | None:
 
 
 def _engine(recipe: Recipe) -> tuple[str, str] | None:
-    """Key and value of the engine's precision; None where this run does not choose it."""
+    """Return key and value of the engine's precision; None when this run does not choose it."""
     rollout = recipe.rollout
     if rollout.engine == "embedded":
         return "rollout.embedded.dtype", rollout.embedded.dtype
@@ -135,7 +136,7 @@ def _engine_note(recipe: Recipe, dtype: str) -> str:
 
 
 def _bfloat16_keys(recipe: Recipe, dtype: str) -> list[str]:
-    """The settings by which this run computes in bfloat16 without having measured that it is fast."""
+    """Return the settings that make this run compute in bfloat16 without a measurement of its speed."""
     keys = ["model.dtype=bfloat16"] if dtype == "bfloat16" else []
     engine = _engine(recipe)
     if engine is not None and engine[1] == "bfloat16":

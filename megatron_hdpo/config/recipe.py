@@ -1,4 +1,7 @@
-"""The recipe: a typed tree. Each section's class lives beside the code that reads it; this module joins them."""
+"""The recipe as a typed tree: the section classes of all rooms, joined.
+
+Each section's class lives in the room that reads it (`<room>/config.py`, an objective's in its own file).
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ from megatron_hdpo.tracking.config import ProfileConfig, TrackingConfig
 
 
 class RecipeError(ValueError):
-    """A recipe that cannot be run; one line per error, each with the path of its key."""
+    """A recipe that cannot be run; the text has one line per error, each with the path of its key."""
 
 
 class TrainConfig(BaseModel):
@@ -33,11 +36,11 @@ class TrainConfig(BaseModel):
 
     steps: int = Field(100, ge=0, description="Rollout steps.")
     updates_per_step: int = Field(1, ge=1, description="Optimizer steps per rollout step, each on a share of it.")
-    micro_batch_tokens: int = Field(8192, ge=2, description="Tokens of a packed micro-batch, at most.")
+    micro_batch_tokens: int = Field(8192, ge=2, description="Most tokens in a packed micro-batch.")
     max_skipped_updates: int = Field(
         3,
         ge=0,
-        description="Updates in a row that may be skipped because a gradient is not finite, before the run stops.",
+        description="Updates in a row that may be skipped for a gradient that is not finite before the run stops.",
     )
 
 
@@ -48,8 +51,13 @@ class WarmupConfig(BaseModel):
 
     kind: Literal["none", "sft"] = Field("none", description="sft: supervised fine-tuning; none: no warm-up.")
     steps: int = Field(100, ge=1, description="Optimizer steps.")
-    examples_per_step: int = Field(64, ge=1, description="Worked solutions per step.")
-    privileged_share: float = Field(0.4, ge=0, le=1, description="Share of them after the privileged prompt.")
+    examples_per_step: int = Field(64, ge=1, description="Worked solutions per optimizer step.")
+    privileged_share: float = Field(
+        0.4,
+        ge=0,
+        le=1,
+        description="Share of the examples that use the privileged prompt.",
+    )
     plain: list[TaskConfig] = Field(
         default_factory=list, description="Tasks solved after the student's prompt; default: data.train."
     )
@@ -57,18 +65,21 @@ class WarmupConfig(BaseModel):
         default_factory=list, description="Tasks solved after the privileged prompt; default: data.train."
     )
     optimizer: OptimizerConfig = Field(
-        default_factory=lambda: OptimizerConfig(lr=1e-5), description="Its own optimizer, dropped afterwards."
+        default_factory=lambda: OptimizerConfig(lr=1e-5), description="Optimizer of the warm-up, dropped afterwards."
     )
 
 
 class Recipe(BaseModel):
-    """Everything that a run is made of."""
+    """All settings of a run."""
 
     model_config = ConfigDict(extra="forbid")
 
     output: Path = Field(description="Run folder: metrics, checkpoints, rollouts, logs. An existing one is resumed.")
     seed: int = Field(0, ge=0, description="Seed of data order and sampling.")
-    device: Literal["auto", "cuda", "cpu"] = Field("auto", description="Where the model trains.")
+    device: Literal["auto", "cuda", "cpu"] = Field(
+        "auto",
+        description="Device that trains the model; auto: cuda if there is a GPU.",
+    )
     threads_per_rank: int | None = Field(None, ge=1, description="CPU threads of each rank; default: cores / ranks.")
     model: ModelConfig
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
@@ -77,7 +88,7 @@ class Recipe(BaseModel):
     reward: RewardConfig = Field(default_factory=RewardConfig)
     objective: ObjectiveConfig = Field(description="The method, chosen by its name.")
     teacher: TeacherConfig = Field(
-        default_factory=lambda: PolicyTeacherConfig(), description="Whose weights score for a distillation objective."
+        default_factory=lambda: PolicyTeacherConfig(), description="The model that scores for a distillation objective."
     )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
@@ -91,7 +102,7 @@ class Recipe(BaseModel):
 
 
 def parse_recipe(tree: dict[str, Any], origin: str = "recipe") -> Recipe:
-    """The typed recipe. Raises RecipeError with one line per wrong or unknown key."""
+    """Return the typed recipe of a tree. Raises RecipeError with one line per wrong or unknown key."""
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:

@@ -12,17 +12,26 @@ from megatron_hdpo.data.tasks import Task, TaskConfig
 
 
 class DataConfig(BaseModel):
-    """Problems to train and to evaluate on, and how they become prompts."""
+    """Problems to train and to evaluate on, and their prompts."""
 
     model_config = ConfigDict(extra="forbid")
 
     train: list[TaskConfig] = Field(min_length=1, description="Tasks to train on.")
     evaluation: list[TaskConfig] = Field(default_factory=list, description="Tasks to evaluate on.")
-    prompts: PromptConfig = Field(default_factory=PromptConfig, description="How problems become prompts.")
-    leakage: LeakageConfig = Field(default_factory=LeakageConfig, description="Which privileged responses are dropped.")
+    prompts: PromptConfig = Field(
+        default_factory=PromptConfig,
+        description="Templates and length limits of the prompts.",
+    )
+    leakage: LeakageConfig = Field(
+        default_factory=LeakageConfig,
+        description="Filter for privileged responses that reveal their help.",
+    )
     seed: int = Field(0, description="Seed of the order of the training problems.")
-    decontaminate: bool = Field(True, description="Leave out training problems whose question is evaluated on.")
-    cache_dir: Path | None = Field(None, description="Where parsed gold answers are remembered; by default ~/.cache.")
+    decontaminate: bool = Field(
+        True,
+        description="Drop training problems whose question is also in the evaluation data.",
+    )
+    cache_dir: Path | None = Field(None, description="Folder that caches parsed gold answers; by default ~/.cache.")
 
     @model_validator(mode="after")
     def _names_differ(self) -> DataConfig:
@@ -33,5 +42,5 @@ class DataConfig(BaseModel):
 
     @property
     def tasks(self) -> list[Task]:
-        """All tasks, those to train on first."""
+        """Return all tasks, those to train on first."""
         return [*self.train, *self.evaluation]

@@ -1,6 +1,6 @@
-"""Privileged responses that give their help away: they quote the reference's markers, or say that an answer was given.
+"""Filter for privileged responses that reveal their help: they quote the reference's markers or mention a given answer.
 
-A student cannot write such a sentence truthfully, so it must not be taught to.
+A student cannot write such a sentence truthfully, so it must not learn to.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DEFAULT_PHRASES = (
 
 
 class LeakageConfig(BaseModel):
-    """Which privileged responses count as leaked."""
+    """Rules that decide which privileged responses count as leaked."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -48,10 +48,10 @@ class LeakageConfig(BaseModel):
 
 
 def find_leak(response: str, markers: Sequence[str] = (), phrases: Sequence[str] = DEFAULT_PHRASES) -> str | None:
-    """The first piece of `response` that gives the help away, None when there is none.
+    """Return the first piece of `response` that reveals the help; None when there is none.
 
-    markers are literal texts of the privileged prompt, phrases are regular expressions. White space and case do not
-    count in either.
+    markers: literal texts of the privileged prompt. phrases: regular expressions. White space and case are ignored in
+    both.
     """
     text = " ".join(response.split())
     match = _pattern(tuple(markers), tuple(phrases)).search(text)

@@ -1,4 +1,4 @@
-"""From the recipe's data section to problems, prompts and tasks; all that can be wrong with them is found here."""
+"""Loading of the recipe's data section into problems, prompts and tasks, with all checks of the data."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoadedData:
-    """What a run works on. Train and evaluation problems fit their prompts, have readable gold and do not overlap."""
+    """The data of a run. Train and evaluation problems fit their prompts, have readable gold and do not overlap."""
 
     train: list[Problem]
     evaluation: list[Problem]
@@ -49,10 +49,10 @@ def load(
 ) -> LoadedData:
     """Load and check all problems.
 
-    pool: parses gold answers that are not in the cache; without one, a pool is started for as long as that takes.
-    privileged: whether prompts with the ground truth will be asked for, and must fit too. hints: whether prompts with
-    hints will be; their problem must fit.
-    Raises DataError for anything that cannot be used and is not to be dropped, and where nothing is left.
+    pool: parses gold answers that are not in the cache; without one, a pool is started for that time only. privileged:
+    prompts with the ground truth will be requested, so they must fit too. hints: prompts with hints will be requested,
+    so their problem must fit. Raises DataError for anything that cannot be used and may not be dropped, and when no
+    problem is left.
     """
     report, prompts = LoadReport(), PromptBuilder(tokenizer, config.prompts)
     found = {task.task_name: task.problems(report) for task in config.tasks}
@@ -135,7 +135,7 @@ def _without_overlap(train: list[Problem], evaluation: list[Problem], report: Lo
 
 
 def _check_not_empty(config: DataConfig, train: list[Problem], evaluation: list[Problem], report: LoadReport) -> None:
-    """Count what is kept; raise DataError for a task of which nothing is."""
+    """Count the problems that are kept; raise DataError for a task without any."""
     for problem in [*train, *evaluation]:
         report.kept[problem.task] = report.kept.get(problem.task, 0) + 1
     for task in config.tasks:
@@ -145,5 +145,5 @@ def _check_not_empty(config: DataConfig, train: list[Problem], evaluation: list[
 
 
 def default_cache_dir() -> Path:
-    """The user's cache folder (XDG base directory specification)."""
+    """Return the user's cache folder (XDG base directory specification)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_hdpo"

@@ -1,4 +1,4 @@
-"""How problems become prompts: what of it a recipe says, checked before anything is loaded.
+"""The prompts section of the recipe, checked before anything is loaded.
 
 Templates are Jinja2, in the recipe or in a file of their own (a single line that ends in .jinja or .j2 is a path).
 """
@@ -23,7 +23,7 @@ from megatron_hdpo.data.templates import (
 
 
 class PromptConfig(BaseModel):
-    """How problems become prompts."""
+    """Templates, markers and length limits of the prompts."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -87,10 +87,10 @@ class PromptConfig(BaseModel):
 
     @property
     def hint_shows(self) -> frozenset[str]:
-        """The variables that the hint template uses."""
+        """Return the variables that the hint template uses."""
         return variables_of(self.hint)
 
     @property
     def privileged_limit(self) -> int:
-        """Longest privileged prompt in tokens."""
+        """Return the length limit of the privileged prompt in tokens."""
         return self.max_privileged_tokens or 2 * self.max_prompt_tokens

@@ -1,4 +1,4 @@
-"""Supervised examples for the warm-up of models too weak to start with: prompts with their worked solutions."""
+"""Supervised examples for the warm-up of weak models: prompts with their worked solutions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_hdpo.types.problem import Problem
 
 @dataclass(frozen=True)
 class SupervisedExample:
-    """prompt_ids int32 [P] and response_ids int32 [R], the end-of-sequence token last."""
+    """One prompt and its solution: prompt_ids int32 [P], response_ids int32 [R] with the end-of-sequence token last."""
 
     problem: Problem
     prompt_ids: np.ndarray
@@ -25,7 +25,7 @@ class SupervisedExample:
 
 
 class SupervisedData:
-    """Batches of supervised examples, a pure function of problems, seed and step."""
+    """Batches of supervised examples: a pure function of problems, seed and step."""
 
     def __init__(
         self,
@@ -35,10 +35,10 @@ class SupervisedData:
         max_response_tokens: int | None = None,
         seed: int = 0,
     ) -> None:
-        """Keeps the problems whose solution fits max_response_tokens (end included); `left_out` counts the others.
+        """Keep the problems whose solution fits max_response_tokens (end included); `left_out` counts the others.
 
-        Raises DataError when none is left, when the tokenizer has no end-of-sequence token, or for a share outside
-        [0, 1].
+        Raises DataError when none is left, when the tokenizer has no end-of-sequence token, or for a share outside [0,
+        1].
         """
         if not 0.0 <= privileged_share <= 1.0:
             raise DataError(f"privileged_share must be between 0 and 1, not {privileged_share}")
@@ -52,8 +52,11 @@ class SupervisedData:
         self._order = ProblemOrder(kept, seed=seed)
 
     def batch(self, step: int, size: int) -> list[SupervisedExample]:
-        """The `size` examples of a step. The number with privileged prompts is the share of it, rounded up or down at
-        random such that the mean is exact."""
+        """Return the `size` examples of a step.
+
+        The number of privileged prompts is `size` times their share, rounded up or down at random such that the mean is
+        exact.
+        """
         rng = random.Random(f"{self.seed}/sft/{step}")
         problems = self._order.batch(step, size)
         count = int(self.privileged_share * size + rng.random())
@@ -66,7 +69,7 @@ class SupervisedData:
 
 
 def response_ids(solution: str, prompts: PromptBuilder) -> np.ndarray:
-    """Ids int32 [R] of a solution as the model would sample it: no special token but the end of sequence."""
+    """Return the ids int32 [R] of a solution as the model would sample it: no special token but the end of sequence."""
     eos = prompts.tokenizer.eos_token_id
     if eos is None:
         raise DataError("the tokenizer has no end-of-sequence token, so responses cannot be taught to end")

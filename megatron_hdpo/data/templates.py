@@ -1,4 +1,4 @@
-"""Templates of prompts: Jinja2, rendered in a sandbox, their variables known before anything is loaded."""
+"""Templates of prompts: Jinja2, rendered in a sandbox, their variables checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2")
 
 
 class NothingToShow(jinja2.TemplateRuntimeError):
-    """A template shows a variable that this problem has no value for."""
+    """A template uses a variable for which this problem has no value."""
 
 
 def read_template(template: str | None) -> str | None:
-    """The template itself, or the text of the file that it names. Raises ValueError for a file that cannot be read."""
+    """Return the template itself, or the text of the file that it names. Raises ValueError for an unreadable file."""
     if template is None or "\n" in template or not template.endswith(TEMPLATE_SUFFIXES):
         return template
     try:
@@ -65,7 +65,7 @@ def read_template(template: str | None) -> str | None:
 
 
 def variables_of(template: str) -> frozenset[str]:
-    """The variables that a template uses. Raises ValueError when it does not parse."""
+    """Return the variables that a template uses. Raises ValueError when it does not parse."""
     try:
         return frozenset(jinja2.meta.find_undeclared_variables(environment().parse(template)))
     except jinja2.TemplateSyntaxError as error:
@@ -73,7 +73,7 @@ def variables_of(template: str) -> frozenset[str]:
 
 
 def check_template(template: str, variables: frozenset[str]) -> str:
-    """The template itself. Raises ValueError when it does not parse, uses other variables or omits the question."""
+    """Return the template. Raises ValueError when it does not parse, uses other variables or omits the question."""
     used = variables_of(template)
     if unknown := used - variables:
         names = ", ".join(sorted(unknown))
@@ -84,14 +84,14 @@ def check_template(template: str, variables: frozenset[str]) -> str:
 
 
 def environment() -> jinja2.Environment:
-    """Where templates are compiled: sandboxed, strict about what they name, nothing escaped."""
+    """Return the environment that compiles templates: sandboxed, strict about undefined names, without escaping."""
     return jinja2.sandbox.ImmutableSandboxedEnvironment(
         undefined=jinja2.StrictUndefined, autoescape=False, finalize=_shown
     )
 
 
 def _shown(value: Any) -> Any:
-    """Without this, a problem without a solution would get the word None into its prompt."""
+    """Return the value to render, or raise: a problem without a solution must not get the word None into its prompt."""
     if value is None:
         raise NothingToShow("a variable without a value")
     return value

@@ -1,4 +1,4 @@
-"""Recipe sections `model` and `optimizer`."""
+"""The model and optimizer sections of the recipe."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ DTYPES = ("float32", "bfloat16")
 
 
 class ModelConfig(BaseModel):
-    """Which model is trained, and in what precision."""
+    """The model to train, its precision and its memory options."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
     path: str = Field(description="Hugging Face checkpoint folder: config.json, safetensors, tokenizer.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="Type of weights and activations; main weights and gradients are fp32 either way. auto: bfloat16 "
-        "on GPUs, and on a CPU where products in it are measured to be no slower than in float32; a resumed run keeps "
-        "what it began in.",
+        description="Type of weights and activations; main weights and gradients are always fp32. auto: bfloat16 on "
+        "GPUs, and on CPUs where matrix products are measured to be no slower than in float32; a resumed "
+        "run keeps its type.",
     )
     spec: Literal["auto", "transformer_engine", "torch"] = Field(
         "auto",
@@ -41,20 +41,20 @@ class ModelConfig(BaseModel):
     )
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = Field(
         "tensorwise",
-        description="Where FP8 scales come from: delayed, a tensor's past; tensorwise, the tensor as it is; blockwise, "
-        "its blocks of 128; mxfp8, its blocks of 32 (Blackwell).",
+        description="Source of FP8 scales: delayed, earlier values of the tensor; tensorwise, the tensor itself; "
+        "blockwise, its blocks of 128; mxfp8, its blocks of 32 (Blackwell).",
     )
-    fp8_param: bool = Field(False, description="Keep the weights themselves in FP8: refused, docs/precision.md why.")
+    fp8_param: bool = Field(False, description="Keep the weights themselves in FP8: refused, see docs/precision.md.")
     first_last_layers_bf16: tuple[Layers, Layers] = Field(
         (0, 0), description="With fp8: how many layers at the start and at the end of the model stay in bfloat16."
     )
     recompute: Literal["none", "selective", "full"] = Field(
         "none",
-        description="What the backward pass computes again to save memory: nothing, recompute_modules, or whole layers "
+        description="What the backward pass recomputes to save memory: nothing, recompute_modules, or whole layers "
         "(true and false are full and none).",
     )
     recompute_modules: list[Literal["core_attn", "layernorm", "mlp", "moe"]] = Field(
-        ["core_attn"], min_length=1, description="With recompute=selective: parts of a layer that are computed again."
+        ["core_attn"], min_length=1, description="With recompute=selective: parts of a layer that are recomputed."
     )
     max_sequence: int | None = Field(
         None, ge=2, description="Longest sequence (prompt plus response); default: the model's own maximum."
@@ -62,7 +62,10 @@ class ModelConfig(BaseModel):
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Type of the weights. Raises ModelError while `dtype` is still auto: `config.precision` settles it."""
+        """Return the type of the weights.
+
+        Raises ModelError while `dtype` is still auto: `config.precision.resolve` must come first.
+        """
         if self.dtype not in DTYPES:
             raise ModelError("model.dtype: auto is not settled yet: call megatron_hdpo.config.precision.resolve first")
         import torch
@@ -89,8 +92,11 @@ class OptimizerConfig(BaseModel):
     clip_grad: float = Field(1.0, ge=0, description="Global gradient norm is clipped to this; 0: not at all.")
     warmup_steps: int = Field(0, ge=0, description="Optimizer steps of linear warm-up.")
     warmup_start: float = Field(0.1, ge=0, le=1, description="The warm-up starts at this fraction of lr.")
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="After the warm-up.")
-    min_lr: float = Field(0.0, ge=0, description="Where linear and cosine schedules end.")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant",
+        description="Shape of the learning rate after the warm-up.",
+    )
+    min_lr: float = Field(0.0, ge=0, description="Learning rate at the end of linear and cosine schedules.")
     offload: float = Field(
         0.0,
         ge=0,
@@ -105,12 +111,12 @@ class ModelError(ValueError):
 
 
 def transformer_engine_available() -> bool:
-    """Return whether Transformer Engine is installed, without importing it."""
+    """Return whether Transformer Engine's torch part can be imported, without importing it."""
     return importlib.util.find_spec("transformer_engine") is not None
 
 
 def choose_spec(config: ModelConfig, device: torch.device) -> SpecName:
-    """Choose the layer spec of this run; raises ModelError if the recipe needs Transformer Engine and it cannot run."""
+    """Return the layer spec of this run. Raises ModelError when it asks for Transformer Engine and that cannot run."""
     available = device.type == "cuda" and transformer_engine_available()
     if config.spec == "auto":
         return "transformer_engine" if available else "torch"

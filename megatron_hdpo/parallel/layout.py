@@ -1,4 +1,4 @@
-"""How a model is split over ranks, and which splits a model allows."""
+"""Parallel layouts: the split of a model over ranks, and the checks of what a model allows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class ParallelConfig(BaseModel):
-    """The parallel layout. Data parallelism takes what is left: world size / (tensor x context x pipeline)."""
+    """The parallel layout. The data-parallel size is world size / (tensor x context x pipeline)."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -35,17 +35,17 @@ class ParallelConfig(BaseModel):
 
     @property
     def model_ranks(self) -> int:
-        """Ranks that hold one copy of the model (one data-parallel replica)."""
+        """Return the number of ranks that hold one copy of the model (one data-parallel replica)."""
         return self.tensor * self.context * self.pipeline
 
     @property
     def expert_ranks(self) -> int:
-        """Ranks that hold one copy of the experts."""
+        """Return the number of ranks that hold one copy of the experts."""
         return self.expert_tensor * self.expert * self.pipeline
 
     @property
     def least_ranks(self) -> int:
-        """The smallest number of ranks that the layout fits."""
+        """Return the smallest number of ranks that the layout fits."""
         return math.lcm(self.model_ranks, self.expert_ranks)
 
 
@@ -55,9 +55,9 @@ class LayoutError(ValueError):
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """The sizes of a model that a parallel layout must divide.
+    """Sizes of a model that a layout must divide.
 
-    num_experts is 0 for a dense model, whose layers then all have ffn_size channels.
+    num_experts: 0 for a dense model; its ffn_size is then that of every layer.
     """
 
     num_layers: int

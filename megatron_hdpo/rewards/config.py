@@ -8,18 +8,18 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class RewardConfig(BaseModel):
-    """Worker processes that score responses."""
+    """Worker processes that score responses, and their limits."""
 
     model_config = ConfigDict(extra="forbid")
 
     workers: int | None = Field(None, ge=1, description="Worker processes; by default half the cores, at most 16.")
     time_limit_s: float = Field(5.0, gt=0, description="Seconds after which a check is stopped and its worker killed.")
-    max_retries: int = Field(1, ge=0, description="Further tries of a check that failed, before it counts as failed.")
+    max_retries: int = Field(1, ge=0, description="Retries of a failed check before it counts as failed.")
     memory_limit_mib: int | None = Field(
         2048, ge=64, description="Memory that a worker may take beyond its libraries (Linux); null for no limit."
     )
 
     @property
     def worker_count(self) -> int:
-        """Number of worker processes."""
+        """Return the number of worker processes."""
         return self.workers or max(1, min(16, (os.cpu_count() or 1) // 2))

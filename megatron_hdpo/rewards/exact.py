@@ -1,4 +1,4 @@
-"""Exact match after a harmless normalisation: for answers that are words, codes or multiple-choice letters."""
+"""Exact match after a harmless normalisation, for answers that are words, codes or multiple-choice letters."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ _TEXT_COMMAND = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}")
 
 
 def normalise(answer: str) -> str:
-    r"""NFKC, lower case, single spaces, no `\text{}` around words, no `$` around the whole, no final full stop."""
+    r"""Return the text in NFKC and lower case.
+
+    Without `\text{}` around words, `$` around the whole, extra spaces and a final full stop.
+    """
     text = _TEXT_COMMAND.sub(r"\1", unicodedata.normalize("NFKC", answer))
     text = trim(text).strip("$")
     return " ".join(text.casefold().split())
 
 
 def score_exact(gold: str, response: str, answer_format: AnswerFormat = "boxed") -> float:
-    """1.0 when the final answer of `response` equals `gold` after `normalise`, else 0.0."""
+    """Return 1.0 when the final answer of `response` equals `gold` after `normalise`, else 0.0."""
     answer = extract_answer(response, answer_format)
     if answer is None:
         return 0.0

@@ -31,19 +31,22 @@ _TRAILING_PUNCTUATION = re.compile(r"(?<!\\)(?<!\\right)[.,;:\s]+$")
 
 @dataclass(frozen=True)
 class ExtractedAnswer:
-    """text: the answer, trimmed, never empty. source: which rule found it; only box and tag delimit it exactly."""
+    """A final answer and the rule that found it.
+
+    text: the answer, trimmed, never empty. source: the rule; only box and tag delimit the answer exactly.
+    """
 
     text: str
     source: AnswerSource
 
 
 def visible_text(response: str) -> str:
-    """The response without its thoughts: what follows the last `</think>`, up to a `<think>` that is never closed."""
+    """Return the response without its thoughts: the text after the last `</think>`, up to an unclosed `<think>`."""
     return response.rpartition("</think>")[2].partition("<think>")[0]
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Content of the last box in `text`; None without a box or when the last one is never closed.
+    r"""Return the content of the last box in `text`; None without a box or when the last one is never closed.
 
     Braces written as `\{` and `\}` are text, not structure.
     """
@@ -59,7 +62,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def extract_answer(response: str, answer_format: AnswerFormat = "boxed") -> ExtractedAnswer | None:
-    """The final answer of a response, None when it has none by the rule of this module."""
+    """Return the final answer of a response by the rule of this module; None when there is none."""
     text = visible_text(response)
     if _BOX.search(text):
         return _answer(last_boxed(text), "box")
@@ -76,7 +79,7 @@ def extract_answer(response: str, answer_format: AnswerFormat = "boxed") -> Extr
 
 
 def trim(answer: str) -> str:
-    """Without surrounding space and without the full stop or comma that ends a sentence."""
+    """Return the text without surrounding space and without the full stop or comma that ends a sentence."""
     return _TRAILING_PUNCTUATION.sub("", answer.strip())
 
 
@@ -91,7 +94,7 @@ def _last_group(pattern: re.Pattern[str], text: str) -> str | None:
 
 
 def _after_last(pattern: re.Pattern[str], text: str) -> str | None:
-    """The rest of the line after the last match."""
+    """Return the rest of the line after the last match."""
     ends = [match.end() for match in pattern.finditer(text)]
     return text[ends[-1] :].partition("\n")[0] if ends else None
 

@@ -1,4 +1,4 @@
-"""Gold answers are parsed once, before any GPU time is spent: in the pool's workers, with a cache on disk."""
+"""Check of gold answers before any GPU time is spent: parsed once, in the pool's workers, with a cache on disk."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ _LONGEST_ANSWER = 4096
 
 @dataclass(frozen=True)
 class GoldVerdict:
-    """error: why a gold answer cannot be parsed, None when it can. certain: whether another try would say the same."""
+    """The result of parsing a gold answer.
+
+    error: why it cannot be parsed, None when it can. certain: whether another try would give the same result.
+    """
 
     error: str | None
     certain: bool = True
@@ -29,13 +32,13 @@ GoldChecker = Callable[[Sequence[str]], Sequence[GoldVerdict]]
 
 
 class GoldCache:
-    """Verdicts in an SQLite file, by version of math-verify. A file that cannot be used costs a warning, no more."""
+    """Verdicts in an SQLite file, by version of math-verify. A file that cannot be used only causes a warning."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / f"gold-math-verify-{version('math-verify')}.sqlite"
 
     def read(self, answers: Iterable[str]) -> dict[str, GoldVerdict]:
-        """The verdicts that are known."""
+        """Return the verdicts that the file has."""
         query = "SELECT error FROM gold WHERE answer = ?"
         try:
             with self._open() as connection:
@@ -46,7 +49,7 @@ class GoldCache:
         return {answer: GoldVerdict(row[0]) for answer, row in rows.items() if row is not None}
 
     def write(self, verdicts: Mapping[str, GoldVerdict]) -> None:
-        """Remember the verdicts that are certain."""
+        """Store the verdicts that are certain."""
         rows = [(answer, verdict.error) for answer, verdict in verdicts.items() if verdict.certain]
         try:
             with self._open() as connection:
@@ -63,7 +66,7 @@ class GoldCache:
 
 
 def check_golds(answers: Iterable[str], checker: GoldChecker, cache: GoldCache | None = None) -> dict[str, GoldVerdict]:
-    """A verdict for every answer. `checker` is asked about those that are neither plain numbers nor cached."""
+    """Return a verdict for every answer; `checker` parses those that are neither plain numbers nor cached."""
     verdicts = {answer: _obvious(answer) for answer in answers}
     unknown = [answer for answer, verdict in verdicts.items() if verdict is None]
     found = cache.read(unknown) if cache and unknown else {}

@@ -1,8 +1,8 @@
 """Calls in worker processes that are killed when they run too long, on top of Pebble's process pool.
 
-The time limit of a call starts when a worker takes it, not while it waits. Workers start from a fork server, since the
-parent holds torch and its threads, and the kernel kills them when the fork server ends, which it does with the parent.
-They never import torch themselves, unless the parent's main script does so at its top: multiprocessing imports that
+The time limit of a call starts when a worker takes it, not while it waits. Workers start from a fork server, because
+the parent holds torch and its threads. The kernel kills the workers when the fork server ends, and the fork server ends
+with the parent. Workers import torch only if the parent's main script does so at its top: multiprocessing imports that
 script in each worker (but not the `__main__` of a package started by `python -m`).
 """
 
@@ -49,7 +49,7 @@ class KillableWorkers:
     def call(
         self, function: Callable[..., Outcome], args: tuple[object, ...], time_limit_s: float, retries: int = 0
     ) -> Future[Outcome]:
-        """Run `function` in a worker; a call that fails, hangs or kills its worker is tried `retries` times more."""
+        """Run `function` in a worker; a call that fails, hangs or kills its worker is tried `retries` more times."""
         call = _Call(function, args, time_limit_s, retries, Future())
         with self._lock:
             self._waiting.add(call)
@@ -102,7 +102,7 @@ class KillableWorkers:
         return self._pool
 
     def _abandon(self, pool: ProcessPool) -> None:
-        """Replace a broken pool, which forgets the calls in its queue: they fail here, so that they are tried again."""
+        """Replace a broken pool; calls in its queue would be lost, so they fail here and are tried again."""
         with self._lock:
             if self._pool is not pool:
                 return

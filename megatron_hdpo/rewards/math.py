@@ -1,11 +1,11 @@
-r"""Binary reward for mathematical answers by math-verify.
+"""Binary reward for mathematical answers, by math-verify.
 
-math-verify limits its own time by SIGALRM, which works on main threads only and is swallowed by broad `except` clauses
-on the way. Its limits are switched off here; `rewards.pool` runs these functions in worker processes that it kills.
+math-verify limits its own time by SIGALRM, which works only on main threads and is swallowed by broad `except` clauses.
+Its limits are switched off here; `rewards.pool` runs these functions in worker processes that it can kill.
 
-Strings never stand in for expressions: math-verify's string fallback cuts `a + b + c` down to `a +`, which then equals
-`a + d`. A gold answer must parse to an expression, and a prediction that does not parse is wrong unless its text is
-the gold's own.
+Strings never replace expressions: math-verify's string fallback cuts `a + b + c` down to `a +`, which then equals `a +
+d`. A gold answer must parse to an expression, and a prediction that does not parse is wrong unless its text equals the
+gold answer's.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class GoldError(ValueError):
 
 @lru_cache(maxsize=4096)
 def parse_gold(answer: str) -> tuple[Any, ...]:
-    """Expressions that a gold answer stands for.
+    """Return the expressions of a gold answer.
 
-    Raises GoldError when math-verify finds none, or one without a value (1/0, which it also makes of clock times
-    such as `05:00`).
+    Raises GoldError when math-verify finds none, or one without a value (1/0, which it also makes of clock times such
+    as `05:00`).
     """
     expressions = _parse(_boxed(trim(answer)))
     if not expressions:
@@ -43,9 +43,9 @@ def parse_gold(answer: str) -> tuple[Any, ...]:
 
 
 def score_math(gold: str, response: str, answer_format: AnswerFormat = "boxed") -> float:
-    """1.0 when the final answer of `response` equals `gold` mathematically, else 0.0.
+    """Return 1.0 when the final answer of `response` equals `gold` mathematically, else 0.0.
 
-    Raises GoldError for a gold answer that cannot be parsed, and whatever math-verify raises when a comparison breaks
+    Raises GoldError for a gold answer that cannot be parsed, and any error of math-verify when a comparison breaks
     down: that is a failed check, not a wrong answer.
     """
     gold_expressions = list(parse_gold(gold))
@@ -60,7 +60,7 @@ def score_math(gold: str, response: str, answer_format: AnswerFormat = "boxed") 
 
 
 def _parse_prediction(answer: ExtractedAnswer) -> list[Any]:
-    """Delimited answers are parsed as a whole; of a sentence, math-verify searches its last expression."""
+    """Parse a delimited answer as a whole; of a sentence, let math-verify search the last expression."""
     if answer.source in ("phrase", "line"):
         return _parse(answer.text)
     return _parse(_boxed(answer.text))

@@ -23,15 +23,15 @@ READY_SECONDS = 120.0
 
 
 class RewardPoolError(RuntimeError):
-    """The pool cannot work at all: its workers do not start, or it was closed."""
+    """The pool cannot work: its workers do not start, or it was closed."""
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """Outcome of a check: a reward, or None and the error that kept it from being one.
+    """The result of a check: a reward, or None and the error that prevented it.
 
-    seconds: time in the worker; of a failed check, time since it was submitted. feedback: what the task says of the
-    response, None for nothing.
+    seconds: time in the worker; for a failed check, time since it was submitted. feedback: the task's text about the
+    response, None without any.
     """
 
     reward: float | None
@@ -41,10 +41,10 @@ class Judgement:
 
 
 class RewardPool:
-    """Scores responses in killable worker processes, `submit` by `submit` from any thread, or many by `judge`."""
+    """Killable worker processes that score responses: one at a time by `submit` from any thread, or many by `judge`."""
 
     def __init__(self, tasks: Iterable[Task], config: RewardConfig | None = None) -> None:
-        """Nothing is started before the first use. Raises ValueError when two tasks share a name."""
+        """Store the tasks; workers start at the first use. Raises ValueError when two tasks share a name."""
         self.config = config or RewardConfig()
         tasks = list(tasks)
         names = [task.task_name for task in tasks]
@@ -61,7 +61,7 @@ class RewardPool:
             raise RewardPoolError(f"reward workers do not start: {outcome.error}")
 
     def submit(self, problem: Problem, response: str) -> Future[Judgement]:
-        """Check one response. The future never fails: a check that does comes back as a Judgement with an error."""
+        """Check one response. The future never fails: a check that fails gives a Judgement with an error."""
         begin = time.monotonic()
 
         def judgement(outcome: worker.Outcome) -> Judgement:
@@ -73,11 +73,11 @@ class RewardPool:
         return _mapped(self._call(worker.judge, (problem, response)), judgement)
 
     def judge(self, pairs: Sequence[tuple[Problem, str]]) -> list[Judgement]:
-        """Check many responses, answers in the order of `pairs`."""
+        """Check many responses; the results are in the order of `pairs`."""
         return [future.result() for future in [self.submit(problem, response) for problem, response in pairs]]
 
     def check_golds(self, answers: Sequence[str]) -> list[GoldVerdict]:
-        """Whether math-verify can parse each of these gold answers."""
+        """Return for each of these gold answers whether math-verify can parse it."""
         outcomes = [future.result() for future in [self._call(worker.check_gold, (answer,)) for answer in answers]]
         return [
             GoldVerdict(outcome.value) if outcome.error is None else GoldVerdict(outcome.error, certain=False)
@@ -85,7 +85,7 @@ class RewardPool:
         ]
 
     def close(self) -> None:
-        """Stop all workers; checks under way come back as failed. Idempotent."""
+        """Stop all workers; checks in progress come back as failed. Idempotent."""
         self._workers.close()
 
     def __enter__(self) -> RewardPool:
@@ -99,7 +99,7 @@ class RewardPool:
 
 
 def _mapped(source: Future[S], function: Callable[[S], T]) -> Future[T]:
-    """A future of `function` of the result of one that never fails."""
+    """Return a future of `function` applied to the result of a future that never fails."""
     target: Future[T] = Future()
     source.add_done_callback(lambda done: target.set_result(function(done.result())))
     return target

@@ -1,4 +1,4 @@
-"""What runs inside a reward worker: a process without torch that may hang, crash or eat memory; the run goes on.
+"""The code inside a reward worker: a process without torch that may hang, crash or run out of memory without harm.
 
 The tasks live in a module variable: they belong to the process, and calls carry only a problem and a response.
 """
@@ -28,7 +28,7 @@ _LONGEST_ERROR = 2000
 
 
 class Outcome(NamedTuple):
-    """What a call gave: a value, or the error that kept it from giving one."""
+    """The result of a call: a value, or the error that prevented it."""
 
     value: Any
     error: str | None
@@ -44,7 +44,7 @@ _worker = _Worker()
 
 
 def start(pickled_tasks: bytes, memory_limit_mib: int | None) -> None:
-    """Prepare the process. A task that cannot be prepared is reported by every check, not by a worker that dies."""
+    """Prepare the process. A task that cannot be prepared is reported by every check; the worker does not die of it."""
     _die_at_once()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     logging.getLogger("math_verify").setLevel(logging.ERROR)
@@ -59,22 +59,22 @@ def start(pickled_tasks: bytes, memory_limit_mib: int | None) -> None:
 
 
 def judge(problem: Problem, response: str) -> Outcome:
-    """Outcome with (reward, seconds, feedback) of a response, or with the error that its task raised."""
+    """Return an Outcome with (reward, seconds, feedback) of a response, or with the error that its task raised."""
     return _guarded(lambda: _judge(problem, response))
 
 
 def check_gold(answer: str) -> Outcome:
-    """Outcome with the reason why a gold answer cannot be parsed, None when it can."""
+    """Return an Outcome with the reason why a gold answer cannot be parsed, None when it can."""
     return _guarded(lambda: _check_gold(answer))
 
 
 def ready() -> Outcome:
-    """Outcome with the names of the tasks that this worker scores, or with the error of their preparation."""
+    """Return an Outcome with the names of the tasks that this worker scores, or with the error of their preparation."""
     return _guarded(_task_names)
 
 
 def _guarded(function: Callable[[], Any]) -> Outcome:
-    """Exceptions become text here: many cannot be pickled, or not be unpickled, which would break the whole pool."""
+    """Turn exceptions into text: some cannot be pickled or unpickled, which would break the whole pool."""
     try:
         return Outcome(function(), None)
     except BaseException as error:  # SystemExit and math-verify's TimeoutException are no Exceptions
@@ -119,7 +119,7 @@ def _task(problem: Problem) -> Task:
 
 
 def _die_at_once() -> None:
-    """On SIGTERM, also inside a long C call that never comes back to Python's handlers; and with the parent process."""
+    """End on SIGTERM, also inside a long C call that never returns to Python's handlers, and when the parent ends."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

@@ -21,7 +21,7 @@ class EmbeddedEngineConfig(BaseModel):
         description="Precision of the engine's weights, activations and key-value cache. auto: that of the model "
         "(model.dtype), so that engine and trainer agree on log-probs.",
     )
-    max_batch_sequences: int = Field(64, ge=1, description="Samples that decode together at most.")
+    max_batch_sequences: int = Field(64, ge=1, description="Most samples that decode together.")
     max_batch_tokens: int = Field(
         262_144,
         ge=1,
@@ -40,11 +40,11 @@ class EmbeddedEngineConfig(BaseModel):
 
 
 class RolloutConfig(BaseModel):
-    """How a step's rollouts are sampled. The privileged rollouts of a step use the same settings."""
+    """Sampling of a step's rollouts. The privileged rollouts of a step use the same settings."""
 
     model_config = ConfigDict(extra="forbid")
 
-    engine: Literal["embedded", "sglang"] = Field("embedded", description="Which engine samples.")
+    engine: Literal["embedded", "sglang"] = Field("embedded", description="The engine that samples rollouts.")
     embedded: EmbeddedEngineConfig = Field(
         default_factory=EmbeddedEngineConfig, description="The engine on every rank's own device."
     )
@@ -55,22 +55,23 @@ class RolloutConfig(BaseModel):
     temperature: float = Field(1.0, gt=0, description="Sampling temperature; the surrogate's log-probs use it too.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling; below 1 the importance ratios are biased.")
     top_k: int | None = Field(None, ge=1, description="Sample from the k likeliest tokens; biases the ratios too.")
-    max_retries: int = Field(2, ge=0, description="New tries of a failed generation, before it is dropped and counted.")
+    max_retries: int = Field(2, ge=0, description="Retries of a failed generation before it is dropped and counted.")
     overlap_privileged: bool = Field(
         True,
-        description="Ask for a cliff's privileged rollouts as soon as it is known to be one, while other prompts are "
-        "still being sampled; false, and on an engine that repeats itself exactly: after the last student rollout.",
+        description="Request the privileged rollouts of a cliff as soon as its student rollouts have all failed, while "
+        "other prompts are still sampled. false, or a deterministic engine: after the last student "
+        "rollout.",
     )
     refill_rounds: int = Field(
         0,
         ge=0,
-        description="Dynamic sampling (DAPO): groups without signal for the objective are left out of learning, and so "
-        "many times per step further problems are sampled in their place; 0 learns from all groups.",
+        description="Dynamic sampling (DAPO): groups without signal for the objective are dropped, and further "
+        "problems are sampled in their place, at most this many rounds per step; 0 keeps all groups.",
     )
     stop_at_reward: float | None = Field(
         None,
-        description="End a prompt's sampling at its first rollout of so much reward: for objectives that only look for "
-        "cliffs. The surrogate then sees short responses more often than long ones. SGLang only.",
+        description="Stop sampling a prompt at its first rollout with at least this reward, for objectives that only "
+        "look for cliffs. The surrogate then sees short responses more often than long ones. SGLang only.",
     )
     ahead: Literal[0, 1] = Field(
         0,
@@ -79,26 +80,27 @@ class RolloutConfig(BaseModel):
     )
     swap: Literal["after_batch", "mid_generation"] = Field(
         "after_batch",
-        description="With ahead=1: new weights wait for the samples in progress, or come in the middle of them.",
+        description="With ahead=1: update the weights after the samples in progress have finished, or in the middle of "
+        "them.",
     )
     routing_replay: bool = Field(
         False,
-        description="The trainer sends a rollout's tokens to the experts that the engine chose (R3); for models "
-        "with experts. SGLang 0.5.23 can tell them; servers that are given need --enable-return-routed-experts.",
+        description="Route a rollout's tokens to the experts that the engine chose (R3); for models with experts. "
+        "SGLang 0.5.23 returns them; given servers need --enable-return-routed-experts.",
     )
     save: bool = Field(True, description="Write every step's rollouts to rollouts/step_<n>.jsonl in the run folder.")
     replay: Path | None = Field(
-        None, description="Take the rollouts from this folder of saved ones in place of an engine."
+        None, description="Read the rollouts from this folder of saved ones in place of an engine."
     )
 
     @property
     def engine_dtype(self) -> str:
-        """Precision in which the engine computes."""
+        """Return the precision in which the engine computes."""
         return self.embedded.dtype if self.engine == "embedded" else self.sglang.servers.dtype
 
     @property
     def filtered(self) -> bool:
-        """Whether tokens are drawn from a truncated distribution."""
+        """Return whether tokens are sampled from a truncated distribution."""
         return self.top_p < 1.0 or self.top_k is not None
 
     def sampling(self, n: int, stop_token_ids: tuple[int, ...], top_logprobs: int = 0) -> SamplingParams:

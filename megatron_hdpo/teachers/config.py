@@ -1,4 +1,4 @@
-"""The teacher section of a recipe: whose weights score for a distillation objective."""
+"""The teacher section of the recipe: the model that scores for a distillation objective."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ class PolicyTeacherConfig(BaseModel):
 
 
 class FrozenTeacherConfig(BaseModel):
-    """The model as it was when reinforcement learning began: a real copy, which rests in host memory."""
+    """The model before RL training started: a copy in host memory."""
 
     model_config = ConfigDict(extra="forbid")
 
-    kind: Literal["frozen"] = Field(description="The model as reinforcement learning found it.")
+    kind: Literal["frozen"] = Field(description="The model before RL training started.")
 
 
 class SnapshotTeacherConfig(BaseModel):
-    """A copy of the policy that is taken anew every so often."""
+    """A copy of the policy that is replaced at regular steps."""
 
     model_config = ConfigDict(extra="forbid")
 
-    kind: Literal["snapshot"] = Field(description="A copy of the policy, taken anew every so often.")
+    kind: Literal["snapshot"] = Field(description="A copy of the policy, replaced every `every` steps.")
     every: int = Field(10, ge=1, description="Steps between copies; the first one is the model at the start.")
     clock: Clock = _CLOCK
 
@@ -42,7 +42,7 @@ class EmaTeacherConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     kind: Literal["ema"] = Field(description="An exponential moving average of the policy's weights.")
-    decay: float = Field(0.95, ge=0, lt=1, description="Share of the old average at each step of the clock.")
+    decay: float = Field(0.95, ge=0, lt=1, description="Weight of the old average at each step of the clock.")
     clock: Clock = _CLOCK
 
 

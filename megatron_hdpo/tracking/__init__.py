@@ -1,1 +1,5 @@
-"""What a run records of itself, and what people see of it."""
+"""Records of a run: metrics, timing, performance, logs, traces, and the report made of them.
+
+May import `types`, `costs`, `parallel` and `model.architecture`. Start reading at `tracker.py`; `names.py` lists the
+standard metrics.
+"""

@@ -1,7 +1,7 @@
-"""TensorBoard, Weights & Biases and MLflow: optional copies of what metrics.jsonl holds.
+"""TensorBoard, Weights & Biases and MLflow: optional copies of metrics.jsonl.
 
-Each class talks to one library, imports it when it is opened, and raises whatever that library raises; the `Tracker`
-decides what becomes of it. Backends get finite numbers only.
+Each class uses one library, imports it when it is opened, and raises any error of that library; the `Tracker` handles
+it. Backends get finite numbers only.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _MLFLOW_BATCH = 100
 
 
 class BackendMissing(ImportError):
-    """The recipe asks for a backend whose library cannot be imported; the message says how to get it."""
+    """The recipe asks for a backend whose library cannot be imported; the message says how to install it."""
 
 
 class Backend(Protocol):
-    """One place that metrics are copied to."""
+    """A destination that metrics are copied to."""
 
     name: str
 
@@ -40,7 +40,7 @@ class Backend(Protocol):
         """Record the resolved recipe (nested plain data)."""
 
     def close(self, failed: bool) -> None:
-        """Hand over what is buffered and end the run there as finished or failed."""
+        """Send what is buffered and mark the run there as finished or failed."""
 
 
 class TensorBoardBackend:
@@ -67,7 +67,7 @@ class TensorBoardBackend:
 
 
 class WandbBackend:
-    """A Weights & Biases run whose x axis is our step, so that a resumed run may go back behind its last one."""
+    """A Weights & Biases run whose x axis is our step, so that a resumed run may go back to an earlier step."""
 
     name = "Weights & Biases"
 
@@ -132,12 +132,12 @@ class MLflowBackend:
 
 
 def mlflow_name(name: str) -> str:
-    """`name` in the characters that MLflow allows."""
+    """Return `name` in the characters that MLflow allows."""
     return re.sub(r"[^\w./ -]", "_", name.replace("@", "_at_"))
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted path, value) of every leaf of nested mappings."""
+    """Yield (dotted path, value) of every leaf of nested mappings."""
     for key, value in config.items():
         if isinstance(value, Mapping) and value:
             yield from flatten(value, f"{prefix}{key}.")

@@ -1,10 +1,10 @@
 """Bytes that optimizer steps send between ranks, by kind of collective and group.
 
-They are computed, not observed: the planner's arithmetic is applied to the micro-batches that are run. That costs
+They are computed, not observed: the arithmetic of `costs` is applied to the micro-batches that are run. That costs
 nothing, while watching every operator from Python (a TorchDispatchMode) would cost microseconds for each of a step's
-hundred thousands. The planner's tests hold the arithmetic against recorded collectives, to the byte; a profiled step's
-trace shows the collectives themselves. Forward passes that only score, weights on their way to the engine, and objects
-between hosts are not in it; with experts an even router is assumed.
+hundred thousands. The planner's tests compare the arithmetic with recorded collectives, to the byte; a profiled step's
+trace shows the collectives themselves. Not included: forward passes that only score, weights on their way to the
+engine, and objects between hosts. With experts, a balanced router is assumed.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from megatron_hdpo.types.learning import LossSpec
 
 
 class TrainingTraffic:
-    """Counts the bytes of one rank's optimizer steps: given to `Policy.on_training`."""
+    """Counter of the bytes that one rank's optimizer steps send; the callback for `Policy.on_training`."""
 
     def __init__(self, architecture: Architecture, layout: Layout, stage: int, head_chunk: int) -> None:
         self.architecture, self.layout, self.stage, self.head_chunk = architecture, layout, stage, head_chunk
         self._bytes: Counter[str] = Counter()
 
     def __call__(self, work: Sequence[Work], spec: LossSpec) -> None:
-        """An optimizer step runs these micro-batches."""
+        """Count an optimizer step that runs these micro-batches."""
         shapes = [Repeated(_shape(item, spec), 1) for item in work]
         for made in step_collectives(self.architecture, self.layout, self.stage, shapes, self.head_chunk):
             if made.group != "host" and self.layout.ranks(made.group) > 1:
                 self._bytes[f"comm/{made.kind}_{made.group}_bytes"] += round(made.bytes * made.count)
 
     def take(self) -> dict[str, int]:
-        """Metric name -> bytes since the last call; of a collective the larger side on this rank."""
+        """Return metric name -> bytes since the last call; of each collective the larger side on this rank."""
         taken = dict(self._bytes)
         self._bytes.clear()
         return taken
 
 
 def _shape(work: Work, spec: LossSpec) -> PackedShape:
-    """The micro-batch as the planner sees it. Targets are known on the last stage alone, as is what they send."""
+    """Return the micro-batch's shape as the arithmetic needs it; only the last stage has targets and sends for them."""
     target = None if work.inputs is None else work.inputs.target
     targets = 0 if target is None or target.rows is None else len(target.rows)
     distill = spec.distill

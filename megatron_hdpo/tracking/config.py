@@ -9,13 +9,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class WandbConfig(BaseModel):
-    """Weights & Biases."""
+    """Run, project and mode in Weights & Biases."""
 
     model_config = ConfigDict(extra="forbid")
 
     project: str = Field(description="Project that the run belongs to.")
-    entity: str | None = Field(default=None, description="Team or user; none: the account's default.")
-    name: str | None = Field(default=None, description="Name of the run; none: W&B makes one up.")
+    entity: str | None = Field(default=None, description="Team or user; null: the account's default.")
+    name: str | None = Field(default=None, description="Name of the run; null: chosen by W&B.")
     group: str | None = Field(default=None, description="Group that W&B shows this run in.")
     tags: list[str] = Field(default_factory=list, description="Tags of the run.")
     mode: Literal["online", "offline"] = Field(
@@ -24,27 +24,27 @@ class WandbConfig(BaseModel):
 
 
 class MLflowConfig(BaseModel):
-    """MLflow."""
+    """Server, experiment and run name in MLflow."""
 
     model_config = ConfigDict(extra="forbid")
 
     uri: str = Field(description="Tracking server or store, such as http://host:5000 or sqlite:///mlflow.db.")
-    experiment: str = Field(default="megatron_hdpo", description="Experiment; made if it does not exist.")
-    run_name: str | None = Field(default=None, description="Name of the run; none: MLflow makes one up.")
+    experiment: str = Field(default="megatron_hdpo", description="Experiment; created if it does not exist.")
+    run_name: str | None = Field(default=None, description="Name of the run; null: chosen by MLflow.")
 
 
 class TrackingConfig(BaseModel):
-    """Where the metrics go besides metrics.jsonl, which is always written."""
+    """Copies of the metrics in addition to metrics.jsonl, which is always written."""
 
     model_config = ConfigDict(extra="forbid")
 
     tensorboard: bool = Field(default=True, description="Write TensorBoard events to the run folder.")
-    wandb: WandbConfig | None = Field(default=None, description="Log to Weights & Biases; none: do not.")
-    mlflow: MLflowConfig | None = Field(default=None, description="Log to MLflow; none: do not.")
+    wandb: WandbConfig | None = Field(default=None, description="Log to Weights & Biases; null: do not.")
+    mlflow: MLflowConfig | None = Field(default=None, description="Log to MLflow; null: do not.")
 
 
 class ProfileConfig(BaseModel):
-    """What is recorded beside the metrics that every step has, and what MFU is measured against."""
+    """Traces of chosen steps and ranks, and the peak that MFU is measured against."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -53,7 +53,10 @@ class ProfileConfig(BaseModel):
     )
     ranks: list[int] = Field(default_factory=lambda: [0], description="Ranks that write a trace of those steps.")
     record_shapes: bool = Field(False, description="Shapes of every operator's inputs in the trace.")
-    with_stack: bool = Field(False, description="Python source lines in the trace; makes it several times as large.")
+    with_stack: bool = Field(
+        False,
+        description="Python source lines in the trace, which becomes several times larger.",
+    )
     memory: bool = Field(
         False, description="Allocations in the trace; on a GPU also a snapshot for pytorch.org/memory_viz."
     )
@@ -64,7 +67,7 @@ class ProfileConfig(BaseModel):
     )
 
     def errors(self, world_size: int, steps: int) -> Iterator[str]:
-        """Why these steps or ranks cannot be traced, by key."""
+        """Yield the reasons why these steps or ranks cannot be traced, each with its key."""
         if wrong := [step for step in self.steps if not 1 <= step <= steps]:
             yield f"profile.steps: {wrong[0]}: the run has steps 1 to {steps} (train.steps)"
         if wrong := [rank for rank in self.ranks if not 0 <= rank < world_size]:

@@ -21,9 +21,9 @@ def configure_logging(output_dir: str | Path, rank: int, console: Console | None
     """Send this process's logging to `<output_dir>/logs/rank_00003.log` (appended) and return that path.
 
     The file gets INFO and above of everything, Python warnings included. The console (of rank 0 only; None: stderr)
-    gets warnings of this package and errors of others. Libraries imported so far lose their own handlers on the
-    terminal, and transformers its progress bars. Called again, it replaces what it set up before.
-    The first line of every start names rank, host and process.
+    gets warnings of this package and errors of others. Libraries that are already imported lose their own handlers on
+    the terminal, and transformers its progress bars. A further call replaces the previous setup. The first line of
+    every start names rank, host and process.
     """
     path = Path(output_dir) / "logs" / f"rank_{rank:05d}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ def configure_logging(output_dir: str | Path, rank: int, console: Console | None
 
 
 def reset_logging() -> None:
-    """Take away what `configure_logging` installed and close its files."""
+    """Remove the handlers that `configure_logging` installed and close its files."""
     root = logging.getLogger()
     for handler in list(root.handlers):
         if getattr(handler, _MARK, False):

@@ -1,4 +1,4 @@
-"""The standard metrics: what they are called, how people read them, in which unit. One table for console and report."""
+"""The standard metrics: name, label and format. One table for console and report."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ _PHASE = re.compile(r"time/(?P<phase>.+)_s")
 
 
 def parse_pass_at(name: str) -> tuple[str, int] | None:
-    """`eval/pass@4` -> ("", 4), `eval/gsm/pass@4` -> ("gsm", 4); None for any other metric."""
+    """Return ("", 4) for `eval/pass@4`, ("gsm", 4) for `eval/gsm/pass@4`, None for any other metric."""
     match = _PASS_AT.fullmatch(name)
     return None if match is None else (match["set"] or "", int(match["k"]))
 
 
 def parse_phase(name: str) -> str | None:
-    """`time/rollout_s` -> "rollout"; None for any other metric, and for the step's total."""
+    """Return "rollout" for `time/rollout_s`; None for any other metric, and for the step's total."""
     match = _PHASE.fullmatch(name)
     return None if match is None or name == STEP_SECONDS else match["phase"]
 
 
 def step_seconds(metrics: Mapping[str, float | None]) -> float | None:
-    """The seconds of one step: `time/step_s`, else the sum of its phases; None where neither was measured."""
+    """Return the seconds of one step: `time/step_s`, else the sum of its phases; None when neither was measured."""
     if metrics.get(STEP_SECONDS) is not None:
         return metrics[STEP_SECONDS]
     phases = [value for name, value in metrics.items() if parse_phase(name) and value is not None]

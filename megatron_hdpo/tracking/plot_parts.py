@@ -1,4 +1,4 @@
-"""What the figure's panels share: tick labels, running means, bars over ranges of steps."""
+"""Shared parts of the figure's panels: tick labels, running means, bars over ranges of steps."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ MOST_BARS = 50
 
 
 class PlainTicks(Formatter):
-    """Short tick labels with the same number of decimals: 0.80, 1.00; 30k; 2e-8. Each says the whole number, because a
-    factor or offset above the axis, matplotlib's way, would meet the legend there."""
+    """Short tick labels with the same number of decimals: 0.80, 1.00; 30k; 2e-8.
+
+    Each label has the whole number: matplotlib's factor or offset above the axis would overlap the legend there.
+    """
 
     def __call__(self, value: float, pos: int | None = None) -> str:
         return self.format_ticks([value])[0]
@@ -32,7 +34,7 @@ class PlainTicks(Formatter):
 
 
 def running_mean(values: Sequence[float], window: int) -> np.ndarray:
-    """Mean of the last `window` values (of fewer at the start): float64 [len(values)]."""
+    """Return the means of the last `window` values (of fewer at the start): float64 [len(values)]."""
     sums = np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=np.float64))])
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(ends - window, 0)
@@ -40,7 +42,7 @@ def running_mean(values: Sequence[float], window: int) -> np.ndarray:
 
 
 def binned(steps: Sequence[int], rows: Sequence[Sequence[float]]) -> tuple[np.ndarray, np.ndarray, float]:
-    """Means over equal ranges of steps, few enough to be seen as bars: centres [B], means [rows, B], width in steps."""
+    """Return means over equal ranges of steps, few enough for bars: centres [B], means [rows, B], width in steps."""
     size = math.ceil((steps[-1] - steps[0] + 1) / MOST_BARS)
     if size == 1:
         width = min((after - before for before, after in pairwise(steps)), default=1)

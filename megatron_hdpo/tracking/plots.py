@@ -1,4 +1,4 @@
-"""report.png: six panels that show at a glance what a run did."""
+"""The figure report.png: six panels that summarise a run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Handles = list[Line2D | Patch]
 
 
 def draw_report(records: Records) -> bytes:
-    """The PNG of a run. records: its steps, at least one; a panel without data says so."""
+    """Return the PNG of a run. records: its steps, at least one; a panel without data says so."""
     figure = Figure(figsize=(13.5, 7.4), dpi=150)
     FigureCanvasAgg(figure)
     figure.subplots_adjust(left=0.06, right=0.94, top=0.9, bottom=0.1, wspace=0.44, hspace=0.58)
@@ -131,7 +131,7 @@ def _time(axes: Axes, records: Records) -> Handles:
 
 
 def _time_layers(records: Records) -> list[tuple[str, list[float]]]:
-    """The longest phases, and `other`: shorter ones and what no phase measured."""
+    """Return the longest phases, and `other`: shorter phases and time that no phase measured."""
     shown = phases(records)[: len(_COLORS)]
     layers = [(phase, [record.get(name) or 0.0 for record in records]) for name, phase in shown]
     every = [math.fsum(record.get(name) or 0.0 for name, _ in phases(records)) for record in records]
@@ -221,7 +221,7 @@ def _right_axis(axes: Axes, label: str, color: str) -> Axes:
 
 
 def _unit_range(axes: Axes) -> None:
-    """0 to 1 where the data are shares; rewards beyond that get the room they need."""
+    """Limit the axis to 0 to 1 where the data are shares; larger rewards extend it."""
     low, high = axes.get_ylim()
     if low >= -0.2 and high <= 1.2:
         axes.set_ylim(-0.03, 1.03)

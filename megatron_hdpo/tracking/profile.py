@@ -16,7 +16,7 @@ _SNAPSHOT_ENTRIES = 200_000
 
 
 class StepProfiler:
-    """Writes `<folder>/step_<step>_rank_<rank>.json.gz` of the recipe's steps on the recipe's ranks."""
+    """Writer of `<folder>/step_<step>_rank_<rank>.json.gz` for the recipe's steps on the recipe's ranks."""
 
     def __init__(self, config: ProfileConfig, folder: Path, rank: int, device: torch.device, console: Console) -> None:
         self.config, self.folder, self.rank, self.device, self.console = config, folder, rank, device, console
@@ -45,8 +45,10 @@ class StepProfiler:
 
     @contextmanager
     def _memory_history(self, path: Path) -> Iterator[None]:
-        """The allocator's history as `<path>_memory.pickle`, GPU only. Written from torch's documentation: no GPU has
-        run it yet."""
+        """Write the allocator's history as `<path>_memory.pickle`, GPU only.
+
+        Written from torch's documentation: no GPU has run it yet.
+        """
         if not self.config.memory or self.device.type != "cuda":
             yield
             return

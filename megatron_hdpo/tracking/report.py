@@ -19,12 +19,12 @@ ROLLOUTS_FOLDER = "rollouts"
 
 
 class ReportError(ValueError):
-    """There is nothing to report; the message says what is missing where."""
+    """A folder that no report can be made of; the message says which file or step is missing."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `write_report` made: the tables, and where the two files are."""
+    """The result of `write_report`: the tables, and the paths of the two files."""
 
     tables: list[SummaryTable]
     png: Path
@@ -38,10 +38,10 @@ class Report:
 
 
 def write_report(run_dir: str | Path) -> Report:
-    """Write `report.png` and `report.html` into `run_dir`, from its metrics.jsonl and, where there, recipe.yaml and
-    rollouts/*.jsonl. Works on a run that still goes on.
+    """Write `report.png` and `report.html` into `run_dir`; works also while the run still goes on.
 
-    Raises ReportError where `run_dir` is no run folder or has no finished step, MetricsFileError on a damaged record.
+    They are made of its metrics.jsonl and, where they exist, recipe.yaml and rollouts/*.jsonl. Raises ReportError where
+    `run_dir` is no run folder or has no finished step, MetricsFileError on a damaged record.
     """
     run = Path(run_dir)
     records = _load(run)

@@ -16,7 +16,7 @@ _TEXT_LENGTH = 3000
 
 @dataclass(frozen=True)
 class SampleText:
-    """kind: `rollout` or `privileged rollout`."""
+    """The text and reward of one rollout. kind: `rollout` or `privileged rollout`."""
 
     kind: str
     reward: float
@@ -35,10 +35,11 @@ class SampleGroup:
 
 
 def pick_samples(folder: Path) -> tuple[list[SampleGroup], list[str]]:
-    """Groups from the newest `*.jsonl` of `folder`, those with privileged rollouts first; notes on unreadable lines.
+    """Return groups from the newest `*.jsonl` of `folder`, and notes on unreadable lines.
 
-    Lines are those of `rollout.sample_log.write_groups`; only `question`, `answer`, `samples`, `privileged` (`text` and
-    `reward` of each) and `privileged_prompt` are read, so that a report needs no engine. No folder, no groups.
+    Groups with privileged rollouts come first. `sampling.saved.write_groups` writes the lines; only `question`,
+    `answer`, `samples`, `privileged` (`text` and `reward` of each) and `privileged_prompt` are read, so that a report
+    needs no engine. Without the folder there are no groups.
     """
     files = sorted(folder.glob("*.jsonl"), key=lambda path: _natural(path.name))
     if not files:
@@ -67,7 +68,7 @@ def _group(line: Mapping[str, Any], source: str) -> SampleGroup:
 
 
 def _extremes(samples: Sequence[Mapping[str, Any]], kind: str) -> list[SampleText]:
-    """The best and, where it differs in reward, the worst."""
+    """Return the best sample and, if its reward differs, the worst."""
     texts = [SampleText(kind, float(sample["reward"]), _cut(sample["text"])) for sample in samples]
     ranked = sorted(texts, key=lambda sample: -sample.reward)
     return ranked[:1] + [sample for sample in ranked[-1:] if sample.reward != ranked[0].reward]

@@ -12,12 +12,11 @@ from torch.profiler import record_function
 
 
 class PhaseTimer:
-    """Collects the wall seconds of phases and hands them over, once per step, as `time/<phase>_s`.
+    """Timer of phases: collects their wall seconds and returns them, once per step, as `time/<phase>_s`.
 
-    A phase inside another one (of the same thread) is taken out of the outer one's time, so that the phases of one
+    A phase inside another one (of the same thread) is subtracted from the outer one's time, so that the phases of one
     thread add up to no more than `time/step_s`, the wall seconds since the previous `metrics()`. Phases of the same
-    name add up.
-    clock: seconds, monotonic.
+    name add up. clock: seconds, monotonic.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -47,7 +46,7 @@ class PhaseTimer:
                 self._seconds[key] = self._seconds.get(key, 0.0) + elapsed - children[0]
 
     def metrics(self) -> dict[str, float]:
-        """`time/<phase>_s` of every phase that ended since the last call, and `time/step_s`; starts over."""
+        """Return `time/<phase>_s` of every phase that ended since the last call, and `time/step_s`; then start over."""
         with self._lock:
             now = self._clock()
             result = {f"time/{key}_s": seconds for key, seconds in self._seconds.items()}
@@ -57,7 +56,7 @@ class PhaseTimer:
 
 
 def metric_key(phase: str) -> str:
-    """ "privileged rollout" -> "privileged_rollout". Raises ValueError on an empty name and on "step"."""
+    """Return "privileged_rollout" for "privileged rollout". Raises ValueError on an empty name and on "step"."""
     key = re.sub(r"[^a-z0-9]+", "_", phase.lower()).strip("_")
     if key in ("", "step"):
         raise ValueError(f"phase {phase!r}: give it a name of its own (time/step_s is the whole step)")

@@ -1,4 +1,4 @@
-"""What a rank's replica ran through models in a step, in useful floating-point operations."""
+"""Useful floating-point operations of a rank's replica in a step."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from megatron_hdpo.types.learning import Example, Scoring
 
 
 class StepWork:
-    """Adds up the arithmetic of one replica, over the whole model, by true lengths: padding earns nothing."""
+    """Counter of one replica's arithmetic, over the whole model, by true lengths: padding does not count."""
 
     def __init__(self) -> None:
         self.train_flops = self.score_flops = 0.0
 
     def trained(self, architecture: Architecture, examples: Sequence[Example]) -> None:
-        """Examples went forward and backward, inert ones left out."""
+        """Count examples that went forward and backward, without inert ones."""
         sequences = [(e.num_tokens, len(e.response_ids)) for e in examples if not e.inert]
         self.train_flops += FORWARD_AND_BACKWARD * forward_flops(architecture, sequences)
 
     def scored(self, architecture: Architecture, scorings: Sequence[Scoring]) -> None:
-        """Scorings went forward. architecture: of the model that scored."""
+        """Count scorings that went forward. architecture: of the model that scored."""
         sequences = [(len(s.context_ids) + len(s.response_ids), len(s.response_ids)) for s in scorings]
         self.score_flops += forward_flops(architecture, sequences)
 
     def take(self) -> tuple[float, float]:
-        """(training, scoring) since the last call."""
+        """Return (training, scoring) since the last call."""
         taken = self.train_flops, self.score_flops
         self.train_flops = self.score_flops = 0.0
         return taken

@@ -1,4 +1,4 @@
-"""Tasks by kind. To add one, write its class (see `base`) and name it here."""
+"""Tasks by kind. To add one, write its class (`types.task.TaskBase`) and list it in `TaskConfig`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Sums of single digits, answered by running totals: `3+4+8=` wants `7=15`. A task for tests of learning.
+"""Sums of single digits, answered by running totals: `3+4+8=` has the answer `7=15`. A task for tests of learning.
 
-Sixteen characters spell all of it, models of half a million parameters learn it in minutes, and its difficulty is the
-number of digits.
+It needs sixteen characters, models of half a million parameters learn it in minutes, and its difficulty is the number
+of digits.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class DigitSumsTask(TaskBase):
         return "digit_sums"
 
     def problems(self, report: LoadReport) -> list[Problem]:
-        """Different problems, lengths in turn. Raises DataError when there are not that many."""
+        """Return different problems, cycling through the lengths. Raises DataError when there are not that many."""
         if min(self.lengths) < 2:
             raise DataError(f"task {self.task_name!r}: lengths holds {min(self.lengths)}, a sum needs 2 digits or more")
         rng = random.Random(f"digit_sums/{self.seed}")
@@ -43,7 +43,7 @@ class DigitSumsTask(TaskBase):
         ]
 
     def score(self, problem: Problem, response: str) -> float:
-        """1.0 when the last running total is the sum."""
+        """Return 1.0 when the last running total is the sum, else 0.0."""
         return float(response.strip().rpartition("=")[2] == problem.answer)
 
     def _new_digits(self, length: int, rng: random.Random, seen: set[tuple[int, ...]]) -> tuple[int, ...]:

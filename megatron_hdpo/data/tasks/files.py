@@ -1,4 +1,4 @@
-"""Problems from files and from Hugging Face datasets: rows with a question, an answer and perhaps a worked solution."""
+"""Problems from files and Hugging Face datasets: rows with a question, an answer and perhaps a worked solution."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_hdpo.types.task import BadRowPolicy, TaskBase
 
 
 class FileTaskBase(TaskBase):
-    """Keys that all tasks made of rows share. Keys of nested rows are joined by dots: `reward_model.ground_truth`."""
+    """Keys of all tasks that read rows. Keys of nested rows are joined by dots: `reward_model.ground_truth`."""
 
     scorer: Literal["math", "exact"] = Field("math", description="math: math-verify; exact: normalised equal text.")
     answer_format: AnswerFormat = Field("boxed", description="Whether only a box counts as an answer.")
@@ -55,18 +55,18 @@ class FileTaskBase(TaskBase):
 
     @property
     def needs_parsed_gold(self) -> bool:
-        """Whether every gold answer has to be an expression, to be checked at load."""
+        """Return whether every gold answer must parse as an expression, which is checked at load."""
         return self.scorer == "math"
 
     def rows(self, report: LoadReport) -> Iterator[tuple[str, Any]]:
-        """(where, row) pairs in file order; `where` names file and line."""
+        """Yield (where, row) pairs in file order; `where` names file and line."""
         raise NotImplementedError
 
     def problems(self, report: LoadReport) -> list[Problem]:
-        """Rows as problems, filtered, duplicates refused, at most `limit`. Gold answers are parsed later, all at once.
+        """Return the rows as problems, filtered, without duplicates, at most `limit`.
 
-        Raises DataError for a source that cannot be read, for a bad row (unless on_bad_row is drop), and when no
-        problem is left.
+        Gold answers are parsed later, all at once. Raises DataError for a source that cannot be read, for a bad row
+        (unless on_bad_row is drop), and when no problem is left.
         """
         problems = list(self._problems(report))
         if not problems:
@@ -74,12 +74,12 @@ class FileTaskBase(TaskBase):
         return problems
 
     def prepare(self) -> None:
-        """Import sympy and math-verify, half a second that the first check should not pay for."""
+        """Import sympy and math-verify, so that the first check does not pay for it (half a second)."""
         if self.scorer == "math":
             import megatron_hdpo.rewards.math  # noqa: F401
 
     def score(self, problem: Problem, response: str) -> float:
-        """Binary reward of the final answer in `response`."""
+        """Return 1.0 when the final answer in `response` is right, else 0.0."""
         if self.scorer == "exact":
             return score_exact(problem.answer, response, self.answer_format)
         from megatron_hdpo.rewards.math import score_math
@@ -87,7 +87,7 @@ class FileTaskBase(TaskBase):
         return score_math(problem.answer, response, self.answer_format)
 
     def source(self) -> str:
-        """What the rows come from, for messages."""
+        """Return the name of the source, for messages."""
         raise NotImplementedError
 
     def _problems(self, report: LoadReport) -> Iterator[Problem]:
@@ -134,7 +134,7 @@ class JsonlTask(FileTaskBase):
         return str(self.path)
 
     def rows(self, report: LoadReport) -> Iterator[tuple[str, Any]]:
-        """Lines that are not blank. Raises DataError for a missing file or a line that does not parse."""
+        """Yield the lines that are not blank. Raises DataError for a missing file or a line that does not parse."""
         existing(self.path, self.task_name)
         with self.path.open(encoding="utf-8-sig", errors="replace") as file:
             for number, line in enumerate(file, 1):
@@ -161,7 +161,7 @@ class ParquetTask(FileTaskBase):
         return str(self.path)
 
     def rows(self, report: LoadReport) -> Iterator[tuple[str, Any]]:
-        """All rows, counted from 1. Raises DataError for a missing file or one that is not Parquet."""
+        """Yield all rows, counted from 1. Raises DataError for a missing file or one that is not Parquet."""
         import pyarrow
         import pyarrow.parquet
 
@@ -193,7 +193,7 @@ class HuggingFaceTask(FileTaskBase):
         return f"{self.dataset}[{self.split}]"
 
     def rows(self, report: LoadReport) -> Iterator[tuple[str, Any]]:
-        """All rows of the split, counted from 1. Raises DataError when the library cannot load it."""
+        """Yield all rows of the split, counted from 1. Raises DataError when the library cannot load it."""
         import datasets
 
         try:

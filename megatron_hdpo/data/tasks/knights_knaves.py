@@ -1,8 +1,8 @@
-r"""Knights and knaves: who of some people always tells the truth and who always lies, from what each of them says.
+r"""Knights and knaves puzzles: decide from their statements which people always tell the truth and which always lie.
 
-Puzzles are drawn here, or read from rows. They are not reasoning-gym's of the same name: its scorer gives part of the
-points for part of the people and reads sentences. Here an answer is right when the last box names everybody once with
-the right role and nobody else (the grading of arXiv 2606.11709): `\boxed{Ann is a knight, Bob is a knave}`.
+Puzzles are generated here, or read from rows. They differ from reasoning-gym's of the same name: its scorer gives
+partial points for some of the people and reads sentences. Here an answer is right when the last box names everybody
+once with the right role and nobody else (the grading of arXiv 2606.11709): `\boxed{Ann is a knight, Bob is a knave}`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class KnightsKnavesTask(TaskBase):
     seed: int = Field(0, description="Seed of the puzzles.")
     rows: RowSource | None = Field(
         None,
-        description="In place of drawing them: rows with problem, names, roles and perhaps statements and solution.",
+        description="Read puzzles from rows in place of generating them; keys: problem, names, roles, optionally "
+        "statements and solution.",
     )
     on_bad_row: BadRowPolicy = Field("error", description="Stop at a row that cannot be used, or drop and count it.")
 
@@ -70,7 +71,7 @@ class KnightsKnavesTask(TaskBase):
         return self.rows.name if self.rows else "knights_knaves"
 
     def problems(self, report: LoadReport) -> list[Problem]:
-        """Different puzzles, each with one solution. Raises DataError for rows that cannot be used."""
+        """Return different puzzles, each with one solution. Raises DataError for rows that cannot be used."""
         found: dict[str, Problem] = {}
         for problem in self._read(report) if self.rows else self._drawn():
             found.setdefault(problem.question, problem)
@@ -81,11 +82,14 @@ class KnightsKnavesTask(TaskBase):
         return list(found.values())
 
     def score(self, problem: Problem, response: str) -> float:
-        """1.0 when the last box gives everybody's role and all of them are right, else 0.0."""
+        """Return 1.0 when the last box gives everybody's role and all of them are right, else 0.0."""
         return float(_roles_in(last_boxed(visible_text(response))) == _gold(problem))
 
     def feedback(self, problem: Problem, response: str) -> str | None:
-        """Who is missing or does not exist, else whose statements the answer contradicts; None for a right answer."""
+        """Return which people are missing or unknown, else whose statements the answer contradicts.
+
+        None for a right answer.
+        """
         said, gold = _roles_in(last_boxed(visible_text(response))), _gold(problem)
         if said == gold:
             return None
@@ -183,7 +187,7 @@ def _gold(problem: Problem) -> dict[str, bool]:
 
 
 def _roles_in(box: str | None) -> dict[str, bool]:
-    """Role by name in lower case; what is said first of a name counts."""
+    """Return the role by name in lower case; the first mention of a name counts."""
     roles: dict[str, bool] = {}
     for name, role in _ROLE.findall(_TEXT_COMMAND.sub(r"\1", box or "")):
         roles.setdefault(name.casefold(), role.casefold() == "knight")
@@ -209,7 +213,7 @@ def _is_list_of(value: Any, kind: type) -> bool:
 
 
 def _statements(value: Any, roles: Sequence[bool]) -> list[Statement]:
-    """A row's statements, given as nested lists or as the text of nested tuples; [] where it has none."""
+    """Return a row's statements, given as nested lists or as the text of nested tuples; [] when it has none."""
     if not value:
         return []
     try:

@@ -1,8 +1,8 @@
-"""Statements of knights and knaves: what they mean, which assignments of roles they allow, how they are drawn.
+"""Statements of knights and knaves: their meaning, the assignments of roles that they allow, and their generation.
 
-A statement is a tuple: ("telling-truth", i) says that person i is a knight, ("lying", i) that they are a knave;
-("not", s), ("and", s, s), ("or", s, s), ("->", s, s) and ("<=>", s, s) join statements. The same form as in the data of
-Xie et al. 2024 (arXiv 2410.23123) and in reasoning-gym.
+A statement is a tuple: ("telling-truth", i) says that person i is a knight, ("lying", i) that they are a knave; ("not",
+s), ("and", s, s), ("or", s, s), ("->", s, s) and ("<=>", s, s) join statements. The data of Xie et al. 2024 (arXiv
+2410.23123) and reasoning-gym use the same form.
 """
 
 from __future__ import annotations
@@ -23,8 +23,11 @@ _MAX_TRIES = 1000
 
 
 def holds(statement: Statement, roles: Sequence[Any]) -> Any:
-    """Whether a statement is true; roles[i] says whether person i is a knight: booleans, or arrays of them for many
-    assignments at once. Raises ValueError for an operator that there is none of."""
+    """Return whether a statement is true.
+
+    roles[i]: whether person i is a knight; booleans, or arrays of them for many assignments at once. Raises ValueError
+    for an unknown operator.
+    """
     operator, *parts = statement
     if operator in LEAVES:
         role = roles[parts[0]]
@@ -44,12 +47,12 @@ def holds(statement: Statement, roles: Sequence[Any]) -> Any:
 
 
 def violated(statements: Sequence[Statement], roles: Sequence[bool]) -> list[int]:
-    """The people whose statement does not fit their role: a knight's is true, a knave's false."""
+    """Return the people whose statement does not fit their role: a knight's is true, a knave's false."""
     return [i for i, statement in enumerate(statements) if bool(holds(statement, roles)) != roles[i]]
 
 
 def solutions(statements: Sequence[Statement]) -> list[tuple[bool, ...]]:
-    """All assignments of roles under which knights' statements are true and knaves' false."""
+    """Return all assignments of roles under which knights' statements are true and knaves' are false."""
     people = len(statements)
     roles_AP = np.array(list(product((True, False), repeat=people)))
     columns = list(roles_AP.T)
@@ -58,8 +61,10 @@ def solutions(statements: Sequence[Statement]) -> list[tuple[bool, ...]]:
 
 
 def draw_statements(people: int, rng: random.Random) -> tuple[list[Statement], tuple[bool, ...]]:
-    """One statement of each person, and the only assignment that they allow. Raises ValueError where a thousand draws
-    gave none."""
+    """Return one statement of each person, and the only assignment that they allow.
+
+    Raises ValueError when a thousand draws give none.
+    """
     for _ in range(_MAX_TRIES):
         statements = [_draw(speaker, people, rng) for speaker in range(people)]
         found = solutions(statements)
@@ -69,7 +74,7 @@ def draw_statements(people: int, rng: random.Random) -> tuple[list[Statement], t
 
 
 def in_words(statement: Statement, names: Sequence[str]) -> str:
-    """A statement as a clause without capital and full stop."""
+    """Return a statement as a clause without capital and full stop."""
     operator, *parts = statement
     if operator in LEAVES:
         return f"{names[parts[0]]} is a {'knight' if operator == 'telling-truth' else 'knave'}"
@@ -79,7 +84,7 @@ def in_words(statement: Statement, names: Sequence[str]) -> str:
 
 
 def _draw(speaker: int, people: int, rng: random.Random) -> Statement:
-    """By one throw of a die, a leaf or leaves joined; the two that are joined differ."""
+    """Return a random statement: a leaf, or two different statements joined."""
     operator = rng.choice(_DIE)
     first = _leaf(speaker, people, rng)
     if operator == "leaf":
@@ -93,7 +98,7 @@ def _draw(speaker: int, people: int, rng: random.Random) -> Statement:
 
 
 def _leaf(speaker: int, people: int, rng: random.Random) -> Statement:
-    """Nobody says of themselves that they lie: neither a knight nor a knave can."""
+    """Return a random leaf; no person calls themselves a liar, because neither a knight nor a knave can."""
     while True:
         leaf = (rng.choice(LEAVES), rng.randrange(people))
         if leaf != ("lying", speaker):

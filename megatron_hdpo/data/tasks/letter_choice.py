@@ -1,7 +1,7 @@
 r"""Questions with lettered choices, answered by a letter: science sets such as ARC or GPQA, from rows.
 
-The choices become part of the question, in the row's order or shuffled by a seed, so that the right letter says nothing
-about the row's habits. An answer is right when the box (or, if lenient, what stands for it) holds the right letter and
+The choices become part of the question, in the row's order or shuffled by a seed, so that the position of the right
+letter gives nothing away. An answer is right when the box (or, if lenient, its fallback) holds the right letter and
 nothing else, or that letter before its own choice: `\boxed{C}`, `(C)`, `C. Argon`.
 """
 
@@ -31,7 +31,7 @@ class LetterChoiceTask(TaskBase):
     """Choose the right letter."""
 
     kind: Literal["letter_choice"]
-    rows: RowSource = Field(description="Where the rows are.")
+    rows: RowSource = Field(description="Source of the rows.")
     question_key: str = Field("question", description="Key of the question, without its choices.")
     choices_key: str | list[str] = Field(
         "choices",
@@ -54,14 +54,14 @@ class LetterChoiceTask(TaskBase):
         return self.rows.name
 
     def problems(self, report: LoadReport) -> list[Problem]:
-        """Rows as problems, in their order, duplicates refused, at most `limit`. Raises DataError."""
+        """Return the rows as problems, in their order, without duplicates, at most `limit`. Raises DataError."""
         problems = list(self._problems(report))
         if not problems:
             raise DataError(f"task {self.task_name!r}: no question is left of its rows")
         return problems
 
     def score(self, problem: Problem, response: str) -> float:
-        """1.0 when the final answer is the right letter, alone or before its own choice, else 0.0."""
+        """Return 1.0 when the final answer is the right letter, alone or before its own choice, else 0.0."""
         answer = extract_answer(response, self.answer_format)
         match = _LETTER.fullmatch(normalise(answer.text)) if answer else None
         if match is None or match.group(1).upper() != problem.answer:
@@ -109,7 +109,7 @@ class LetterChoiceTask(TaskBase):
         )
 
     def _choices(self, row: Any) -> tuple[list[str], list[str]]:
-        """Labels and texts."""
+        """Return labels and texts of the row's choices. Raises BadRow."""
         if isinstance(self.choices_key, list):
             value: Any = [lookup_or(row, key) for key in self.choices_key]
         else:
@@ -137,7 +137,7 @@ class LetterChoiceTask(TaskBase):
 
 
 def _labelled(value: Any) -> tuple[list[Any], list[Any]]:
-    """Labels and texts of the forms that choices come in; ([], []) for anything else."""
+    """Return labels and texts for each form of choices; ([], []) for anything else."""
     if isinstance(value, Mapping) and isinstance(value.get("text"), list):
         texts = value["text"]
         return list(value.get("label") or ascii_uppercase[: len(texts)]), texts

@@ -35,8 +35,11 @@ class ReasoningGymTask(TaskBase):
     parameters: dict[str, Any] = Field(
         default_factory=dict, description="The set's own parameters, for example its difficulty."
     )
-    binary: bool = Field(True, description="Reward 1 from success_threshold on and 0 below, else the set's own score.")
-    success_threshold: float = Field(1.0, gt=0, le=1, description="Score of the set from which an answer is right.")
+    binary: bool = Field(
+        True,
+        description="true: reward 1 for a score of at least success_threshold, else 0. false: the set's own score.",
+    )
+    success_threshold: float = Field(1.0, gt=0, le=1, description="Least score of a right answer.")
     level_key: str | None = Field(None, description="Metadata field of the set that serves as level, e.g. num_terms.")
     answer_format: AnswerFormat = Field("boxed", description="Whether only a box counts as an answer.")
 
@@ -44,7 +47,10 @@ class ReasoningGymTask(TaskBase):
         return self.dataset
 
     def problems(self, report: LoadReport) -> list[Problem]:
-        """`size` different problems. Raises DataError for an unknown set, wrong parameters, or too few problems."""
+        """Return `size` different problems.
+
+        Raises DataError for an unknown set, wrong parameters, or too few problems.
+        """
         count = min(self.size, self.limit or self.size)
         entries: dict[str, dict[str, Any]] = {}
         for entry in self._entries():
@@ -57,11 +63,11 @@ class ReasoningGymTask(TaskBase):
         )
 
     def prepare(self) -> None:
-        """Import reasoning-gym and make the set's scorer."""
+        """Import reasoning-gym and build the set's scorer."""
         self._score_function()
 
     def score(self, problem: Problem, response: str) -> float:
-        """The set's own score of the extracted answer, 0.0 without one."""
+        """Return the set's own score of the extracted answer, 0.0 without one."""
         answer = extract_answer(response, self.answer_format)
         if answer is None:
             return 0.0
@@ -107,14 +113,17 @@ class ReasoningGymTask(TaskBase):
 
 
 def derived_seed(dataset: str, seed: int, round_number: int) -> int:
-    """A seed far from that of any other number: many sets use seed + index, where neighbouring seeds share problems."""
+    """Return a seed far from that of any other number.
+
+    Many sets use seed + index, so that neighbouring seeds share problems.
+    """
     digest = hashlib.sha256(f"{dataset}/{seed}/{round_number}".encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1
 
 
 @lru_cache(maxsize=64)
 def _scorer(dataset: str, parameters: str) -> Any:
-    """The scorer of a set; in a reward worker this is all that is ever made of it."""
+    """Return the scorer of a set; a reward worker builds nothing else of it."""
     import reasoning_gym
 
     return reasoning_gym.create_dataset(dataset, size=1, seed=0, **json.loads(parameters)).score_answer

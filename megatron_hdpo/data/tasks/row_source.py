@@ -1,4 +1,4 @@
-"""Where a task of its own format reads its rows: a file, or a Hugging Face dataset."""
+"""The source of rows for a task with its own format: a file, or a Hugging Face dataset."""
 
 from __future__ import annotations
 
@@ -34,12 +34,14 @@ class RowSource(BaseModel):
 
     @property
     def name(self) -> str:
-        """What the rows suggest as a task's name."""
+        """Return the task name that the source suggests."""
         return (self.path.stem if self.path is not None else Path(self.dataset or "").name) or "rows"
 
     def rows(self, task: str, on_bad_row: BadRowPolicy, report: LoadReport) -> Iterator[tuple[str, Any]]:
-        """(where, row) pairs in order, `where` ending in `:number`; bad lines are counted for `task`. Raises
-        DataError."""
+        """Yield (where, row) pairs in order, `where` ending in `:number`; bad lines are counted for `task`.
+
+        Raises DataError for a source that cannot be read.
+        """
         return self._reader(task, on_bad_row).rows(report)
 
     def _reader(self, task: str, on_bad_row: BadRowPolicy) -> FileTaskBase:

@@ -1,4 +1,4 @@
-"""From one row of a file to one problem, or to the reason why it cannot be one."""
+"""Conversion of one row of a file to one problem, or to the reason why it cannot be one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ _NOT_PART_OF_A_QUESTION = re.compile(r"\s|\$|\\[,;! ]|\\left|\\right")
 
 
 class BadRow(ValueError):
-    """A row that cannot be used. reason: short, for counting; the message says what is wrong with this row."""
+    """A row that cannot be used.
+
+    reason: short, for counting. The message says what is wrong with this row.
+    """
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -25,7 +28,7 @@ class BadRow(ValueError):
 
 @dataclass(frozen=True)
 class RowKeys:
-    """Where a row holds what; see the keys of the same names in the recipe."""
+    """The keys at which a row holds its parts; see the recipe's keys of the same names."""
 
     question: str
     answer: str | None
@@ -35,17 +38,17 @@ class RowKeys:
 
 
 class RowReader:
-    """Makes problems out of rows of one task."""
+    """Reader that makes problems of the rows of one task."""
 
     def __init__(self, task: str, keys: RowKeys) -> None:
         self.task, self.keys = task, keys
 
     def selected(self, row: Any, wanted: Mapping[str, Sequence[Any]]) -> bool:
-        """Whether the row's value at every key of `wanted` is one of the listed ones."""
+        """Return whether the row's value at every key of `wanted` is one of the listed ones."""
         return all(self._required(row, key) in values for key, values in wanted.items())
 
     def problem(self, row: Any, where: str) -> Problem:
-        """The row as a problem. `where` (file:line) becomes part of its id. Raises BadRow."""
+        """Return the row as a problem; `where` (file:line) becomes part of its id. Raises BadRow."""
         question = self._text(row, self.keys.question, "question")
         solution = self._optional(row, self.keys.solution)
         answer = self._answer(row, solution)
@@ -94,7 +97,7 @@ class RowReader:
 
 
 def lookup(row: Any, key: str) -> Any:
-    """Value at a key, or at a path of keys and list positions joined by dots; `_MISSING` when there is none."""
+    """Return the value at a key, or at a path of keys and list indices joined by dots; else `_MISSING`."""
     if isinstance(row, Mapping) and key in row:
         return row[key]
     for part in key.split("."):
@@ -108,18 +111,21 @@ def lookup(row: Any, key: str) -> Any:
 
 
 def lookup_or(row: Any, key: str, default: Any = None) -> Any:
-    """Value as by `lookup`, `default` when there is none."""
+    """Return the value as `lookup` does, `default` when there is none."""
     value = lookup(row, key)
     return default if value is _MISSING else value
 
 
 def ending_in_answer(solution: str | None, answer: str) -> str | None:
-    """The solution with its answer in a box at the end, added where it has no box: responses must learn to end so."""
+    """Return the solution with its answer in a box at the end, added where it has no box.
+
+    Students learn from these solutions that a response ends in a box.
+    """
     if solution is None or last_boxed(solution) is not None:
         return solution
     return f"{solution}\n\\boxed{{{answer}}}"
 
 
 def question_key(question: str) -> str:
-    """Equal for questions that differ in case, spacing, dollar signs or LaTeX spacing only."""
+    """Return a key that is equal for questions which differ only in case, spacing, dollar signs or LaTeX spacing."""
     return _NOT_PART_OF_A_QUESTION.sub("", unicodedata.normalize("NFKC", question)).casefold().rstrip(".")

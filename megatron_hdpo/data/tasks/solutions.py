@@ -1,7 +1,7 @@
-r"""Worked solutions for reasoning-gym sets, which mostly come without.
+r"""Worked solutions for reasoning-gym sets, most of which have none.
 
 A builder takes an entry of its set (question, answer, metadata) and returns a short solution that ends in
-`\boxed{answer}`, or None where it cannot make one. `@solution_builder("set")` adds one.
+`\boxed{answer}`, or None when it cannot. `@solution_builder("set")` adds one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _TERM = re.compile(rf"\s*([-+*/]?)\s*({_NUMBER})")
 
 
 def solution_builder(dataset: str) -> Callable[[SolutionBuilder], SolutionBuilder]:
-    """Register the decorated function as builder of worked solutions for a reasoning-gym set."""
+    """Register the decorated function as the builder of worked solutions for a reasoning-gym set."""
 
     def register(builder: SolutionBuilder) -> SolutionBuilder:
         SOLUTION_BUILDERS[dataset] = builder
@@ -34,13 +34,13 @@ def solution_builder(dataset: str) -> Callable[[SolutionBuilder], SolutionBuilde
 
 
 def boxed(answer: str) -> str:
-    """The answer as responses should give it."""
+    """Return the answer in the form that responses should have."""
     return "\\boxed{" + answer + "}"
 
 
 @solution_builder("chain_sum")
 def chain_sum(entry: Entry) -> str:
-    """Running totals, one line per operation."""
+    """Return running totals, one line per operation."""
     first, *rest = entry["metadata"]["expression"].split()
     total, lines = int(first), []
     for sign, term in zip(rest[::2], rest[1::2], strict=True):
@@ -52,7 +52,7 @@ def chain_sum(entry: Entry) -> str:
 
 @solution_builder("gsm_symbolic")
 def gsm_symbolic(entry: Entry) -> str | None:
-    """The true equations of the entry's chain of thought where they lead to the answer, else its lines of text."""
+    """Return the true equations of the entry's chain of thought if they lead to the answer, else its lines."""
     thought = entry["metadata"].get("answer_cot")
     if not thought:
         return None
@@ -65,7 +65,7 @@ def gsm_symbolic(entry: Entry) -> str | None:
 
 @solution_builder("knights_knaves")
 def knights_knaves(entry: Entry) -> str:
-    """Everybody's role with the truth of what they say: the check that the assignment is the right one."""
+    """Return everybody's role with the truth of their statement, which shows that the assignment is right."""
     metadata = entry["metadata"]
     names, truth, terms = metadata["names"], metadata["solution"], metadata["knight_knave_terms"]
     lines = []
@@ -77,7 +77,7 @@ def knights_knaves(entry: Entry) -> str:
 
 
 def _true_equations(text: str) -> list[str]:
-    """Equations `a op b ... = c` of a text, without units and currencies, those that hold."""
+    """Return the equations `a op b ... = c` of a text that hold, without units and currencies."""
     plain = re.sub(r"[€$£]", "", text.replace("\N{MULTIPLICATION SIGN}", "*"))
     plain = re.sub(r"(?<=\d)\s*x\s*(?=\d)", " * ", plain)
     plain = re.sub(r"(?<=\d)\s*/?[A-Za-z][A-Za-z' -]*(?:/[a-z]+)?(?=\s*[-+*/=])", "", plain)
@@ -96,7 +96,7 @@ def _is_true(left: str, right: str) -> bool:
 
 
 def _evaluate(expression: str) -> Decimal:
-    """Value of numbers joined by + - * /, products first. `expression` matches the left side of an equation."""
+    """Return the value of numbers joined by + - * /, products first; `expression` is the left side of an equation."""
     terms: list[Decimal] = []
     for operator, number in _TERM.findall(expression):
         value = Decimal(number.replace(",", ""))

@@ -1,4 +1,4 @@
-"""The sglang part of the rollout section: which servers, how requests reach them, how weights do."""
+"""The sglang part of the rollout section: servers, requests, and weight updates."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_hdpo.rollout.sglang.servers.config import ServerConfig
 
 
 class WeightSyncConfig(BaseModel):
-    """How the trainer's weights reach the servers."""
+    """Transfer of the trainer's weights to the servers."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -25,8 +25,9 @@ class WeightSyncConfig(BaseModel):
     timeout_s: float = Field(600, gt=0, description="Longest wait for one answer of a server during a sync.")
     pause: Literal["retract", "in_place", "abort"] = Field(
         "retract",
-        description="What happens to samples in progress: retract puts them back and computes their keys and values "
-        "anew with the new weights; in_place goes on with the old ones; abort gives them up, they are sampled again.",
+        description="Treatment of samples in progress: retract queues them again and recomputes their keys and values "
+        "with the new weights; in_place continues with the old keys and values; abort drops them, they are "
+        "sampled again.",
     )
     folder: Path | None = Field(None, description="For path=disk; by default sync/ in the run folder.")
     verify: bool = Field(
@@ -35,8 +36,8 @@ class WeightSyncConfig(BaseModel):
     min_peak: float = Field(
         2.0,
         ge=0,
-        description="With verify: the likeliest token's probability, times the vocabulary, must be at least this on "
-        "average over a few tokens, or the weights are taken for broken; 0 accepts an untrained model.",
+        description="With verify: the likeliest token's probability times the vocabulary size, averaged over a few "
+        "tokens, must be at least this, or the weights count as broken; 0 accepts an untrained model.",
     )
 
 
@@ -56,7 +57,9 @@ class SGLangConfig(BaseModel):
     )
     urls: list[str] = Field(default_factory=list, description="For placement=given: the servers' own addresses.")
     router: str | None = Field(
-        None, description="Address of an sglang-router before the servers; samples are asked of it, all else of them."
+        None,
+        description="Address of an sglang-router in front of the servers; it gets the sampling requests, the servers "
+        "get all others.",
     )
     api_key_variable: str | None = Field(
         None, description="For placement=given: environment variable that holds the servers' key."
@@ -64,11 +67,16 @@ class SGLangConfig(BaseModel):
     servers: ServerConfig = Field(default_factory=ServerConfig, description="Settings of the servers that are started.")
     max_concurrency: int = Field(256, ge=1, description="Samples in flight per server.")
     request_timeout_s: float = Field(1800, gt=0, description="Deadline of one sample.")
-    max_tries: int = Field(4, ge=1, description="Tries of a sample that got no answer, on any server, with jitter.")
-    health_interval_s: float = Field(15, gt=0, description="Seconds between looks at the health of each server.")
-    health_timeout_s: float = Field(60, gt=0, description="A server that shows no health for so long is hung.")
+    max_tries: int = Field(4, ge=1, description="Tries of a sample without an answer, on any server, with jitter.")
+    health_interval_s: float = Field(15, gt=0, description="Seconds between health checks of each server.")
+    health_timeout_s: float = Field(
+        60,
+        gt=0,
+        description="A server without a successful health check for this long counts as hung.",
+    )
     mixed_versions: Literal["keep", "drop"] = Field(
-        "keep", description="Samples that two versions of the weights have written, with rollouts sampled ahead."
+        "keep",
+        description="With rollouts sampled ahead: keep or drop samples that two versions of the weights generated.",
     )
     sync: WeightSyncConfig = Field(default_factory=WeightSyncConfig, description="How weights reach the servers.")
 

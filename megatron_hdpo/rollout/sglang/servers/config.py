@@ -1,4 +1,4 @@
-"""How SGLang servers are run: their settings, and what can be refused before one starts."""
+"""Settings of SGLang servers, and checks before one starts."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class ServerConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     python: Path | None = Field(
-        None, description="Interpreter of the environment that has SGLang; the trainer's own where none is named."
+        None, description="Interpreter of the environment that has SGLang; default: the trainer's own."
     )
     host: str = Field(
         "127.0.0.1",
-        description="Address the servers listen on; `node` for the node's own, where other nodes must reach them. "
-        "Whoever reaches a server can replace its weights: see `api_key`.",
+        description="Address the servers listen on; `node` for the node's own, if other nodes must reach them. Any "
+        "client that reaches a server can replace its weights: see `api_key`.",
     )
-    api_key: bool = Field(False, description="Give every server a random key, without which it answers nobody.")
+    api_key: bool = Field(False, description="Give every server a random key and refuse requests without it.")
     tensor_parallel: int = Field(1, ge=1, description="GPUs (on a CPU: groups of cores) that share one model.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
@@ -44,7 +44,7 @@ class ServerConfig(BaseModel):
         None, description="Quantise the weights as they are loaded and updated. GPUs only."
     )
     context_length: int | None = Field(
-        None, ge=1, description="Longest prompt plus response in tokens; the model's own limit where none is named."
+        None, ge=1, description="Longest prompt plus response in tokens; default: the model's own limit."
     )
     mem_fraction_static: float | None = Field(
         None,
@@ -55,7 +55,7 @@ class ServerConfig(BaseModel):
     max_total_tokens: int | None = Field(
         None, ge=1, description="Size of the key-value cache in tokens; from the memory on a GPU, 65,536 on a CPU."
     )
-    max_running_requests: int | None = Field(None, ge=1, description="Samples that decode together at most.")
+    max_running_requests: int | None = Field(None, ge=1, description="Most samples that decode together.")
     attention_backend: str | None = Field(None, description="SGLang's attention kernels; its own choice by default.")
     memory_saver: bool = Field(
         False,
@@ -71,14 +71,14 @@ class ServerConfig(BaseModel):
     stop_timeout_s: float = Field(
         30.0,
         ge=0,
-        description="Time a server has for an end of its own before it is killed. SGLang looks for the request every "
-        "5 s and gives its schedulers 15 s to free the GPU.",
+        description="Time for a server to shut down before it is killed. SGLang checks for the request every 5 s and "
+        "gives its schedulers 15 s to free the GPU.",
     )
-    max_restarts: int = Field(5, ge=0, description="New starts of one server that died, in the whole run.")
+    max_restarts: int = Field(5, ge=0, description="Restarts of one server that died, in the whole run.")
 
     @property
     def interpreter(self) -> Path:
-        """The Python that runs the servers."""
+        """Return the Python interpreter that runs the servers."""
         return self.python or Path(sys.executable)
 
     def check(self, device: str) -> None:
@@ -98,9 +98,10 @@ class ServerConfig(BaseModel):
                 raise ValueError(f"SGLang servers: extra_args.{flag} is false; a flag that is not wanted is left out")
 
     def check_interpreter(self, device: str, base: Mapping[str, str] | None = None) -> Version:
-        """Return the version of SGLang that the interpreter has, found without importing it.
+        """Return the version of SGLang in the servers' interpreter, without importing it.
 
-        Raises ValueError, saying how to install it, when the interpreter, SGLang, or a usable version of it is missing.
+        Raises ValueError, with the way to install it, when the interpreter, SGLang, or a usable version of it is
+        missing.
         """
         if sys.platform != "linux":
             raise ValueError(
