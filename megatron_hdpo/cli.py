@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from megatron_hdpo.environment import missing_package
 from megatron_hdpo.planner.options import add_options as add_plan_options
+from megatron_hdpo.types.errors import UserError
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -49,12 +50,7 @@ def _for_the_user(error: Exception) -> str | None:
     """Return the one line to print for an error that the user can fix; None for a bug of this package."""
     if (line := missing_package(error)) is not None:
         return line
-    from megatron_hdpo.config import RecipeError
-
-    line = f"{type(error).__name__}: {error}"
-    if isinstance(error, RecipeError):  # the other classes live in modules that import torch, which takes seconds
-        return line
-    return line if isinstance(error, user_errors()) else None
+    return f"{type(error).__name__}: {error}" if isinstance(error, UserError) else None
 
 
 def _leave() -> None:
@@ -67,32 +63,6 @@ def _leave() -> None:
     for child in multiprocessing.active_children():
         child.kill()
     os._exit(USER_ERROR)
-
-
-def user_errors() -> tuple[type[Exception], ...]:
-    """Return the error classes whose text is meant for the user, without a traceback."""
-    from megatron_hdpo.checkpoint.store import CheckpointError
-    from megatron_hdpo.config import RecipeError
-    from megatron_hdpo.costs.errors import PlanError
-    from megatron_hdpo.health.findings import HealthError
-    from megatron_hdpo.health.selftest import SelfTestError
-    from megatron_hdpo.model.architecture import ArchitectureError
-    from megatron_hdpo.model.config import ModelError
-    from megatron_hdpo.model.policy import TrainingError
-    from megatron_hdpo.parallel.layout import LayoutError
-    from megatron_hdpo.rewards.pool import RewardPoolError
-    from megatron_hdpo.rollout.build import EngineError
-    from megatron_hdpo.tracking.backends import BackendMissing
-    from megatron_hdpo.tracking.metrics import MetricsFileError
-    from megatron_hdpo.tracking.report import ReportError
-    from megatron_hdpo.types.errors import DataError
-    from megatron_hdpo.weights.errors import WeightsError
-
-    return (
-        ArchitectureError, BackendMissing, CheckpointError, DataError, EngineError, HealthError, LayoutError,
-        MetricsFileError, ModelError, PlanError, RecipeError, ReportError, RewardPoolError, SelfTestError,
-        TrainingError, WeightsError,
-    )  # fmt: skip
 
 
 def _first_to_fail() -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,11 @@ import yaml
 from commands import results_of, run_command, run_world
 from recipes import Tree
 
+import megatron_hdpo
 from megatron_hdpo import cli
+from megatron_hdpo.data.prompts import PromptTooLong
+from megatron_hdpo.parallel.layout import LayoutError
+from megatron_hdpo.types.errors import UserError
 
 
 def test_check_shows_the_prompts_and_writes_nothing(tree: Tree, write_recipe: Callable[[Tree], Path]) -> None:
@@ -91,10 +97,20 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_error_for_the_user_says_something_of_its_own() -> None:
-    errors = cli.user_errors()
-    assert len(set(errors)) == len(errors) >= 12
-    assert all(issubclass(error, Exception) and error.__doc__ for error in errors)
-    assert not any(error in (ValueError, RuntimeError, OSError, KeyError) for error in errors)
+    for module in pkgutil.walk_packages(megatron_hdpo.__path__, "megatron_hdpo."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    errors, waiting = set[type[UserError]](), [UserError]
+    while waiting:
+        errors |= set(subclasses := waiting.pop().__subclasses__())
+        waiting += subclasses
+    assert len(errors) >= 16 and all(error.__doc__ for error in errors)
+
+
+@pytest.mark.parametrize("error", [UserError("use another"), LayoutError("use another"), PromptTooLong("use another")])
+def test_an_error_of_the_user_is_one_line(error: UserError) -> None:
+    assert cli._for_the_user(error) == f"{type(error).__name__}: use another"
+    assert cli._for_the_user(ValueError("use another")) is None
 
 
 def test_an_error_of_ours_has_a_traceback(tree: Tree, write_recipe: Callable[[Tree], Path], tiny_model: Path) -> None:

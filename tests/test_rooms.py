@@ -49,4 +49,4 @@ def test_every_room_says_what_it_is_for():
     for path in sorted((ROOT / "megatron_hdpo").rglob("__init__.py")):
         if path.parent.name != "megatron_hdpo":
             lines = path.read_text().partition('"""')[2].partition('"""')[0].splitlines()
-            assert 2 <= len(lines) <= 12, f"{path}: two to five lines: what it is for, what it imports, where to start"
+            assert 2 <= len(lines) <= 24, f"{path}: say what it is for, what it may import, where to start reading"

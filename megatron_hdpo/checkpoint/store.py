@@ -21,13 +21,14 @@ from megatron_hdpo.model.network import HeadlessGPTModel
 from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.parallel.results_queue import start_results_queue
+from megatron_hdpo.types.errors import UserError
 from megatron_hdpo.weights.host import HostWeights
 
 _STATE = "run_state.json"
 _ORIGIN = "origin.txt"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint that cannot be used; the text says which, why, and what to do."""
 
 

@@ -23,9 +23,10 @@ from megatron_hdpo.rewards.config import RewardConfig
 from megatron_hdpo.rollout.config import RolloutConfig
 from megatron_hdpo.teachers.config import PolicyTeacherConfig, TeacherConfig
 from megatron_hdpo.tracking.config import ProfileConfig, TrackingConfig
+from megatron_hdpo.types.errors import UserError
 
 
-class RecipeError(ValueError):
+class RecipeError(UserError, ValueError):
     """A recipe that cannot be run; the text has one line per error, each with the path of its key."""
 
 

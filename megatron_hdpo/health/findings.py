@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from megatron_hdpo.parallel.location import RankLocation
+from megatron_hdpo.types.errors import UserError
 
 _NAMED = 8
 
 
-class HealthError(RuntimeError):
+class HealthError(UserError, RuntimeError):
     """Ranks or machines are not fit to train together.
 
     The message has one line per reason, with hosts and what to do.

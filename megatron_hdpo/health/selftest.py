@@ -14,6 +14,7 @@ import numpy as np
 from megatron_hdpo.health.config import SelfTestConfig
 from megatron_hdpo.model.policy import Policy, share_examples
 from megatron_hdpo.objectives.examples import own_scoring
+from megatron_hdpo.types.errors import UserError
 from megatron_hdpo.types.learning import (
     DivergenceConfig,
     Example,
@@ -24,7 +25,7 @@ from megatron_hdpo.types.learning import (
 from megatron_hdpo.types.rollouts import Group
 
 
-class SelfTestError(RuntimeError):
+class SelfTestError(UserError, RuntimeError):
     """A check of the self-test failed; the message says which one and by how much."""
 
 

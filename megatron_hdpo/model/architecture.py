@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_hdpo.parallel.layout import ModelSizes
+from megatron_hdpo.types.errors import UserError
 
 Family = Literal["llama", "qwen2", "qwen3", "qwen3_moe"]
 
 
-class ArchitectureError(ValueError):
+class ArchitectureError(UserError, ValueError):
     """A model that this package cannot build; the text names the key of its config.json that is the reason."""
 
 

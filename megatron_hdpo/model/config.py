@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from megatron_hdpo.types.errors import UserError
+
 if TYPE_CHECKING:
     import torch
 
@@ -106,7 +108,7 @@ class OptimizerConfig(BaseModel):
     )
 
 
-class ModelError(ValueError):
+class ModelError(UserError, ValueError):
     """A model section of the recipe that cannot be built on this machine."""
 
 

@@ -42,6 +42,7 @@ from megatron_hdpo.model.routing_replay import replay_routing
 from megatron_hdpo.model.scoring import Answered, ScoringSettings, score_rows, settings_of
 from megatron_hdpo.model.step_metrics import TokenSums, step_metrics, sum_over_ranks
 from megatron_hdpo.parallel.context import ParallelContext
+from megatron_hdpo.types.errors import UserError
 from megatron_hdpo.types.learning import (
     Example,
     HiddenStates,
@@ -52,7 +53,7 @@ from megatron_hdpo.types.learning import (
 )
 
 
-class TrainingError(RuntimeError):
+class TrainingError(UserError, RuntimeError):
     """An error that stops the run; the text says what happened, on which rank, and what to do."""
 
 

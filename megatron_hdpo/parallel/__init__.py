@@ -1,5 +1,5 @@
 """Process groups, devices and seeds of a run, and the stand-ins that let Megatron-Core run on a CPU.
 
-Imports no other room. Start with `context.py` (groups and the exchange of Python objects), then `layout.py` (the
+Imports `types` only. Start with `context.py` (groups and the exchange of Python objects), then `layout.py` (the
 parallel section of a recipe and which models it can split); `cpu.py` and `gloo.py` are for CPU runs only.
 """

@@ -9,6 +9,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from megatron_hdpo.types.errors import UserError
+
 
 class ParallelConfig(BaseModel):
     """The parallel layout. The data-parallel size is world size / (tensor x context x pipeline)."""
@@ -49,7 +51,7 @@ class ParallelConfig(BaseModel):
         return math.lcm(self.model_ranks, self.expert_ranks)
 
 
-class LayoutError(ValueError):
+class LayoutError(UserError, ValueError):
     """A parallel layout that the model or the number of ranks does not allow; the text names the recipe's key."""
 
 

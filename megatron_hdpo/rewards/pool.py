@@ -13,6 +13,7 @@ from megatron_hdpo.rewards import worker
 from megatron_hdpo.rewards.config import RewardConfig
 from megatron_hdpo.rewards.gold import GoldVerdict
 from megatron_hdpo.rewards.killable import KillableWorkers
+from megatron_hdpo.types.errors import UserError
 from megatron_hdpo.types.problem import Problem
 from megatron_hdpo.types.task import Task
 
@@ -22,7 +23,7 @@ T = TypeVar("T")
 READY_SECONDS = 120.0
 
 
-class RewardPoolError(RuntimeError):
+class RewardPoolError(UserError, RuntimeError):
     """The pool cannot work: its workers do not start, or it was closed."""
 
 

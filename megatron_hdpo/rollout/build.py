@@ -28,12 +28,13 @@ from megatron_hdpo.rollout.sglang.weights.push import Transport, WeightPush
 from megatron_hdpo.rollout.sglang.weights.same_model import check_served_models
 from megatron_hdpo.rollout.sglang.weights.transports import BroadcastTransport, DiskTransport, TensorTransport
 from megatron_hdpo.rollout.weight_sync import EmbeddedSync, ServerSync, WeightSync
+from megatron_hdpo.types.errors import UserError
 from megatron_hdpo.weights.stream import Receivers
 
 T = TypeVar("T")
 
 
-class EngineError(RuntimeError):
+class EngineError(UserError, RuntimeError):
     """The engine cannot be started; the message says why and on which server."""
 
 

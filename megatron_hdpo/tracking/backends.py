@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from megatron_hdpo.tracking.config import MLflowConfig, WandbConfig
+from megatron_hdpo.types.errors import UserError
 
 IDS_FILE = "tracking.json"
 """Holds the run ids that W&B and MLflow gave, so that a resumed run goes on in the same one."""
@@ -24,7 +25,7 @@ _MLFLOW_PARAM_LENGTH = 500
 _MLFLOW_BATCH = 100
 
 
-class BackendMissing(ImportError):
+class BackendMissing(UserError, ImportError):
     """The recipe asks for a backend whose library cannot be imported; the message says how to install it."""
 
 

@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_hdpo.types.errors import UserError
+
 METRICS_FILE = "metrics.jsonl"
 SUPERSEDED_FILE = "metrics.superseded.jsonl"
 
@@ -23,7 +25,7 @@ _NAME = re.compile(r"[a-z0-9_]+(/[A-Za-z0-9_@.%+:=-]+)+")
 _log = logging.getLogger(__name__)
 
 
-class MetricsFileError(ValueError):
+class MetricsFileError(UserError, ValueError):
     """A line of metrics.jsonl that this module did not write; the message names file and line."""
 
 

@@ -13,12 +13,13 @@ from megatron_hdpo.tracking.metrics import METRICS_FILE, read_metrics
 from megatron_hdpo.tracking.plots import draw_report
 from megatron_hdpo.tracking.samples import pick_samples
 from megatron_hdpo.tracking.summary import Records, SummaryTable, summarise
+from megatron_hdpo.types.errors import UserError
 
 RECIPE_FILE = "recipe.yaml"
 ROLLOUTS_FOLDER = "rollouts"
 
 
-class ReportError(ValueError):
+class ReportError(UserError, ValueError):
     """A folder that no report can be made of; the message says which file or step is missing."""
 
 

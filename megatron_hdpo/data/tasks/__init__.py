@@ -1,4 +1,7 @@
-"""Tasks by kind. To add one, write its class (`types.task.TaskBase`) and list it in `TaskConfig`."""
+"""Tasks by kind.
+
+Imports `types` and `data`. To add a task, write its class (`types.task.TaskBase`) and list it in `TaskConfig`.
+"""
 
 from __future__ import annotations
 
