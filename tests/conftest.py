@@ -16,15 +16,15 @@ Tree = dict[str, Any]
 ROOT = Path(__file__).parent
 # Files that take longest, the longest first: a worker that began one of them last would run alone at the end.
 LONGEST = (
-    "test_learning.py",
-    "sglang/test_server.py",
-    "sglang/test_run_on_sglang.py",
+    "training/test_learning.py",
+    "rollout/sglang/test_server.py",
+    "rollout/sglang/test_run_on_sglang.py",
     "model/test_policy_layouts.py",
-    "sglang/test_failover.py",
-    "sglang/test_other_servers.py",
-    "test_run.py",
+    "rollout/sglang/test_failover.py",
+    "rollout/sglang/test_other_servers.py",
+    "training/test_run.py",
     "checkpoint/test_store.py",
-    "test_compare.py",
+    "examples/test_compare.py",
     "planner/test_against_ranks.py",
     "model/test_overlap.py",
     "teachers/test_following.py",

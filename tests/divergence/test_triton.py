@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
+HELPERS = ROOT / "tests" / "helpers"
 
 
 needs_triton = pytest.mark.skipif(
@@ -20,8 +21,8 @@ needs_triton = pytest.mark.skipif(
 
 def run_alone(script: str, **more: str) -> str:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])]), **more}
-    run = subprocess.run([sys.executable, str(HERE / script)], env=environment, capture_output=True, text=True)
+    environment |= {"PYTHONPATH": os.pathsep.join([str(HELPERS), str(ROOT)]), **more}
+    run = subprocess.run([sys.executable, str(HELPERS / script)], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout
 

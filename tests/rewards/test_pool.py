@@ -184,7 +184,8 @@ if __name__ == "__main__":
 def test_no_worker_outlives_a_killed_parent(tmp_path):
     script, pids = tmp_path / "parent.py", tmp_path / "pids"
     script.write_text(PARENT)
-    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
+    root = Path(__file__).parents[2]
+    path = os.pathsep.join([str(root / "tests" / "helpers"), str(root)])
     parent = subprocess.Popen(
         [sys.executable, str(script), str(pids)], env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE
     )

@@ -69,7 +69,7 @@ def test_an_empty_tensor_has_a_digest() -> None:
 
 def test_sglangs_own_kernels_say_the_same(sglang_config: ServerConfig) -> None:
     sizes = [3, 1023, 32771, 100_002]
-    script = Path(__file__).with_name("hash_in_interpreter.py")
+    script = Path(__file__).parents[2] / "helpers" / "hash_in_interpreter.py"
     environment = os.environ | sglang_config.environment | {"TRITON_INTERPRET": "1"}
     command = [sglang_config.interpreter, "-W", "ignore", script, *map(str, sizes)]
     answer = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)

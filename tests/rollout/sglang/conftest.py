@@ -18,7 +18,7 @@ from megatron_hdpo.rollout.sglang.servers.command import Launch
 from megatron_hdpo.rollout.sglang.servers.config import ServerConfig
 from megatron_hdpo.rollout.sglang.servers.server import ServerProcess
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SHIM = ROOT / "tests" / "sglang_cpu" / "shim"
 CHARACTERS = "0123456789+=#-"
 

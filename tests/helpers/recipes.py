@@ -9,7 +9,7 @@ import torch
 from make_tiny_model import make_tiny_model
 from transformers import AutoModelForCausalLM
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 Tree = dict[str, Any]
 
 

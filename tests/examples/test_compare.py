@@ -16,7 +16,7 @@ from megatron_hdpo.objectives.registry import ObjectiveConfig
 from megatron_hdpo.rewards.pool import RewardPool
 from megatron_hdpo.training.run import load_tokenizer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 METHODS = sorted((ROOT / "examples" / "methods").glob("*.yaml"))
 TEACHER = ROOT / "examples" / "compare" / "teacher.yaml"
 
