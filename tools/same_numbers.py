@@ -19,7 +19,7 @@ import _environment  # noqa: F401
 
 from megatron_hdpo.tracking.metrics import METRICS_FILE, read_metrics
 
-MEASURED = re.compile(r"time|(time|perf|memory|ranks)/.*|.*(_s|_per_s|_bytes|_gib)")
+MEASURED = re.compile(r"time|(time|perf|memory|ranks|health)/.*|.*(_s|_per_s|_bytes|_gib)")
 """Names of metrics that depend on the machine and the moment."""
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_hdpo.model.loss import MAXIMA, Normalisers, merge_sums
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.types.learning import LossSpec
+from megatron_hdpo.types.metrics import Metric
 
 _SUMS = (
     "surrogate", "surrogate_tokens", "nll", "clipped", "entropy", "mismatch_k3", "mismatch_abs",
@@ -68,14 +69,17 @@ def step_metrics(
     reduced = sum_over_ranks([*mine, float(tokens) if context.is_replica_leader else 0.0], context)
     total = dict(zip((*_SUMS, "tokens"), reduced, strict=True))
     total |= dict(zip(MAXIMA, _over_ranks(highest, dist.ReduceOp.MAX, context), strict=True))
-    metrics = {"train/tokens": total["tokens"], "distill/tokens": total["distill_tokens"]}
+    metrics: dict[str, float] = {
+        "train/tokens": Metric(total["tokens"], "sum"),
+        "distill/tokens": Metric(total["distill_tokens"], "sum"),
+    }
     if normalisers.surrogate:
         metrics["train/surrogate_loss"] = total["surrogate"] / normalisers.surrogate
     if count := total["surrogate_tokens"]:
         metrics["train/clip_fraction"] = total["clipped"] / count
         for name in ("nll", "entropy", "mismatch_k3", "mismatch_abs"):
             metrics[f"train/{name}"] = total[name] / count
-        metrics["train/mismatch_max"] = math.exp(min(total["mismatch_max"], _LARGEST_LOG))
+        metrics["train/mismatch_max"] = Metric(math.exp(min(total["mismatch_max"], _LARGEST_LOG)), "max")
     if count := total["reference_tokens"]:
         metrics["train/reference_kl"] = total["reference_kl"] / count
     if (count := total["distill_tokens"]) and spec.distill is not None:

@@ -12,6 +12,7 @@ from megatron_hdpo.rollout.embedded import EmbeddedEngine
 from megatron_hdpo.rollout.engine import WeightStream
 from megatron_hdpo.rollout.sglang.weights.gate import GateError
 from megatron_hdpo.rollout.sglang.weights.push import WeightPush, WeightPushError
+from megatron_hdpo.types.metrics import reduce_metrics
 from megatron_hdpo.weights.stream import Receivers
 
 OpenStream = Callable[[Receivers], WeightStream]
@@ -61,7 +62,7 @@ class ServerSync:
             metrics, failure, fatal = self._push(open_stream, version)
             failures = [f for f in self.context.gather_objects((failure, fatal)) if f[0]]
             if not failures:
-                return self._summed(metrics)
+                return reduce_metrics(self.context.gather_objects(metrics))
             if last or any(is_fatal for _, is_fatal in failures):
                 raise TrainingError("weight sync: " + "; ".join(text for text, _ in failures))
         raise AssertionError
@@ -78,11 +79,3 @@ class ServerSync:
             return {}, str(error), False
         except GateError as error:
             return {}, str(error), True
-
-    def _summed(self, mine: dict[str, float]) -> dict[str, float]:
-        """Reduce the metrics over ranks: bytes and GB/s are summed, seconds are those of the slowest rank."""
-        everyone = self.context.gather_objects(mine)
-        return {
-            name: (max if name.endswith("_s") and "per" not in name else sum)(part[name] for part in everyone)
-            for name in everyone[0]
-        }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from megatron_hdpo.types.learning import (
     Scoring,
     ScoringKey,
 )
+from megatron_hdpo.types.metrics import reduce_metrics
 from megatron_hdpo.types.rollouts import Group
 
 _PHASES = {"policy": "score", "teacher": "teacher", "reference": "reference"}
@@ -77,7 +77,7 @@ class Learner:
                     self.teacher.after_update()
                 updates.append(new)
         self.teacher.after_step()
-        return _of_step(updates) | metrics
+        return reduce_metrics(updates) | metrics
 
     def memory(self) -> Memory:
         """Return the state of objective and teacher for a checkpoint."""
@@ -179,18 +179,3 @@ class Learner:
     @staticmethod
     def _tokens(examples: Sequence[Example]) -> int:
         return sum(example.num_tokens for example in examples if not example.inert)
-
-
-def _of_step(updates: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Return the metrics of a step from those of its updates.
-
-    Tokens are summed and maxima (`_max`) maximised; every other metric is the mean over the updates that report it.
-    """
-    metrics: dict[str, Any] = {}
-    for name in dict.fromkeys(name for update in updates for name in update):
-        values = [update[name] for update in updates if name in update]
-        if name.endswith("_max"):
-            metrics[name] = max(values)
-        else:
-            metrics[name] = sum(values) / (1 if name.endswith("/tokens") else len(values))
-    return metrics

@@ -22,6 +22,7 @@ from megatron_hdpo.rollout.sglang.engine import SGLangEngine
 from megatron_hdpo.rollout.sglang.replica import Replica
 from megatron_hdpo.rollout.sglang.weights.gate import Gate, GateError
 from megatron_hdpo.rollout.sglang.weights.participants import Participants
+from megatron_hdpo.types.metrics import Metric
 
 Bucket = list[tuple[str, Tensor]]
 T = TypeVar("T")
@@ -40,9 +41,16 @@ class PushReport:
     servers: int
 
     def metrics(self) -> dict[str, float]:
-        """Return `sync/...` metrics. sync/gb_per_s counts every server's copy; a GB is 1e9 bytes."""
+        """Return `sync/...` metrics. sync/gb_per_s counts every server's copy; a GB is 1e9 bytes.
+
+        Over ranks, bytes and GB/s are summed; the seconds are those of the slowest rank.
+        """
         rate = self.num_bytes * self.servers / 1e9 / max(self.seconds, 1e-9)
-        return {"sync/bytes": float(self.num_bytes), "sync/transfer_s": self.seconds, "sync/gb_per_s": rate}
+        return {
+            "sync/bytes": Metric(self.num_bytes, "sum"),
+            "sync/transfer_s": Metric(self.seconds, "max"),
+            "sync/gb_per_s": Metric(rate, "sum"),
+        }
 
 
 class Transport(Protocol):
