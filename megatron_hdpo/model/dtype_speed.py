@@ -97,7 +97,8 @@ def _least_seconds(products: Sequence[Product], clock: Clock, limit: float, cut_
 
     The shortest, because the first call of a product also compiles its kernel.
     """
-    start, least = clock(), []
+    least: list[float] = []
+    start = clock()
     for number in range(_PASSES):
         for index, product in enumerate(products):
             before = clock()

@@ -89,6 +89,7 @@ class PackedAttention(MegatronModule):
 
     def _over_context_ranks(self, query: Tensor, key: Tensor, value: Tensor, boundaries: np.ndarray) -> Tensor:
         """Attend from each of this rank's chunks of queries to all keys of its sequence up to the chunk's end."""
+        assert self.cp_group is not None
         ranks, rank = self.cp_group.size(), self.cp_group.rank()
         key, value = self._all_rows(torch.cat([key, value], dim=-1), boundaries).chunk(2, dim=-1)
         outputs, done = [], 0
@@ -105,6 +106,7 @@ class PackedAttention(MegatronModule):
 
         In the backward pass each rank gets the sum over ranks of the gradients of its own rows.
         """
+        assert self.cp_group is not None
         gathered = gather_from_sequence_parallel_region(own, tensor_parallel_output_grad=True, group=self.cp_group)
         ranks = self.cp_group.size()
         order = np.argsort(np.concatenate([own_rows(boundaries, ranks, rank) for rank in range(ranks)]))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_hdpo.model.chunks import chunks_of
@@ -19,7 +20,7 @@ def build_optimizer(
     config: OptimizerConfig, ddp: nn.Module, context: ParallelContext, total_steps: int
 ) -> tuple[ChainedOptimizer, OptimizerParamScheduler]:
     """Build the optimizer of this rank's shard and the learning-rate schedule over `total_steps` optimizer steps."""
-    model = ddp.config
+    model = cast(TransformerConfig, ddp.config)
     with context.megatron_calls():
         settings = MegatronOptimizerConfig(
             optimizer="adam",

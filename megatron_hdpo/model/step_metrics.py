@@ -50,7 +50,7 @@ def sum_over_ranks(values: list[float], context: ParallelContext) -> list[float]
     return _over_ranks(values, dist.ReduceOp.SUM, context)
 
 
-def _over_ranks(values: list[float], operation: dist.ReduceOp, context: ParallelContext) -> list[float]:
+def _over_ranks(values: list[float], operation: dist.ReduceOp.RedOpType, context: ParallelContext) -> list[float]:
     tensor = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(tensor, op=operation, group=context.host)
     return tensor.tolist()

@@ -23,8 +23,9 @@ def all_to_all_single(
     **kwargs: Any,
 ) -> Any:
     """Call torch's all_to_all_single with the split sizes as plain integers."""
-    sizes = (None if split is None else [int(n) for n in split] for split in (output_split_sizes, input_split_sizes))
-    return _all_to_all_single(output, input, *sizes, **kwargs)
+    given = (output_split_sizes, input_split_sizes)
+    output_sizes, input_sizes = (None if split is None else [int(n) for n in split] for split in given)
+    return _all_to_all_single(output, input, output_sizes, input_sizes, **kwargs)
 
 
 def all_gather(outputs: Sequence[Tensor], value: Tensor, group: Any = None, **kwargs: Any) -> Any:

@@ -27,8 +27,9 @@ class Engine(Protocol):
     is returned as an error, never as a shorter or an empty completion.
     """
 
-    deterministic: bool
-    """Whether equal requests with equal seeds and weights give equal completions."""
+    @property
+    def deterministic(self) -> bool:
+        """Whether equal requests with equal seeds and weights give equal completions."""
 
     @property
     def weight_version(self) -> int:

@@ -7,7 +7,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Clock = Literal["rollout_step", "optimizer_step"]
-_CLOCK = Field("rollout_step", description="What is counted: rollout steps, or optimizer steps that were not skipped.")
+_CLOCK: Clock = Field(
+    "rollout_step", description="What is counted: rollout steps, or optimizer steps that were not skipped."
+)
 
 
 class PolicyTeacherConfig(BaseModel):

@@ -106,7 +106,7 @@ def _sharded(model: nn.Module) -> dict[str, Any]:
 
     They are no weights, and a plain-torch model has none.
     """
-    state = unwrap(model).sharded_state_dict()  # type: ignore[operator]
+    state = unwrap(model).sharded_state_dict()
     return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
 
 

@@ -222,7 +222,7 @@ class SGLangEngine:
             reraise=True,
         )
         try:
-            completion = await retrying(self._try, request, index)
+            completion: Completion = await retrying(self._try, request, index)
             self._done.put(GenerationResult(request.request_id, [completion]))
         except asyncio.CancelledError:
             self._done.put(GenerationResult(request.request_id, [], cancelled=1))

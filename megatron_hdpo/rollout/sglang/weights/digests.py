@@ -21,7 +21,7 @@ def digest(tensor: Tensor, device: str) -> str:
 
 def _of_bytes(tensor: Tensor) -> int:
     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return int.from_bytes(hashlib.sha256(memoryview(raw)).digest()[:8], "big")
+    return int.from_bytes(hashlib.sha256(raw.data).digest()[:8], "big")
 
 
 def _of_words(tensor: Tensor) -> int:

@@ -52,8 +52,9 @@ class UpdateGroup:
         store = dist.TCPStore(self.host, self._port.number, self.world_size, True, timeout, wait_for_workers=False)
         self._store = dist.PrefixStore(self.name, store)
         # torch has no public function for a second world; SGLang's side uses this private one too.
+        name = distributed_c10d.GroupName(self.name)
         self._group, _ = distributed_c10d._new_process_group_helper(
-            self.world_size, 0, [], dist.Backend(self.backend), self._store, group_name=self.name, timeout=timeout
+            self.world_size, 0, [], dist.Backend(self.backend), self._store, group_name=name, timeout=timeout
         )
         distributed_c10d._world.pg_group_ranks[self._group] = {rank: rank for rank in range(self.world_size)}
 
