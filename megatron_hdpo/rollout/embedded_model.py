@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, PretrainedConfig
 
 from megatron_hdpo.rollout.slot_cache import SlotCache
 
@@ -21,6 +21,44 @@ class WeightSlice(NamedTuple):
     parameter: str
     part: tuple[int | slice, ...]
     shape: tuple[int, ...]
+
+
+class _Hidden(Protocol):
+    @property
+    def last_hidden_state(self) -> torch.Tensor: ...
+
+
+class _Decoder(Protocol):
+    """A `transformers` model without its head."""
+
+    @property
+    def layers(self) -> Iterable[Any]: ...
+
+    def __call__(
+        self,
+        *,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache,
+        use_cache: bool,
+    ) -> _Hidden: ...
+
+
+class _CausalLM(Protocol):
+    """A `transformers` model with its head."""
+
+    @property
+    def model(self) -> _Decoder: ...
+
+    @property
+    def lm_head(self) -> Callable[[torch.Tensor], torch.Tensor]: ...
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]: ...
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]: ...
+
+    def get_input_embeddings(self) -> torch.nn.Embedding: ...
 
 
 class EmbeddedModel:
@@ -208,7 +246,7 @@ def _checked_vocab_size(config: PretrainedConfig, vocab_size: int | None) -> int
 
 def _build_empty(
     config: PretrainedConfig, dtype: torch.dtype, device: torch.device
-) -> tuple[torch.nn.Module, dict[str, tuple[int, ...]]]:
+) -> tuple[_CausalLM, dict[str, tuple[int, ...]]]:
     """Return the model with empty parameters, and the shapes they will have.
 
     Built on the meta device, because random initialisation takes seconds.

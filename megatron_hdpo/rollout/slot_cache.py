@@ -6,7 +6,7 @@ nothing is concatenated: a step writes one column per row in place and reads a v
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -30,10 +30,11 @@ class SlotLayer(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write one new column per row, [B, heads, 1, head_dim], and return the columns in use, [B, heads, W, dim]."""
         view = self._view
-        self.keys[view.rows_B, :, view.positions_B] = key_states[:, :, 0]
-        self.values[view.rows_B, :, view.positions_B] = value_states[:, :, 0]
+        keys, values = _states(self)
+        keys[view.rows_B, :, view.positions_B] = key_states[:, :, 0]
+        values[view.rows_B, :, view.positions_B] = value_states[:, :, 0]
         rows = key_states.shape[0]
-        return self.keys[:rows, :, : view.width], self.values[:rows, :, : view.width]
+        return keys[:rows, :, : view.width], values[:rows, :, : view.width]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return (columns in use, 0), as `transformers` expects."""
@@ -72,25 +73,31 @@ class SlotCache(Cache):
         super().__init__(layers=[SlotLayer(self._view) for _ in range(num_layers)])
 
     @property
+    def _slot_layers(self) -> list[SlotLayer]:
+        return cast("list[SlotLayer]", self.layers)
+
+    @property
     def slots(self) -> int:
         """Number of allocated slots."""
-        return self.layers[0].keys.shape[0] if self.layers[0].is_initialized else 0
+        layer = self._slot_layers[0]
+        return _states(layer)[0].shape[0] if layer.is_initialized else 0
 
     @property
     def columns(self) -> int:
         """Number of allocated tokens per slot."""
-        return self.layers[0].keys.shape[2] if self.layers[0].is_initialized else 0
+        layer = self._slot_layers[0]
+        return _states(layer)[0].shape[2] if layer.is_initialized else 0
 
     def insert(self, row: int, repeats: int, prefilled: Cache, source_row: int, length: int) -> None:
         """Copy `length` tokens of one row of a prefilled cache into slots row ... row + repeats - 1."""
         for layer, source in zip(self.layers, prefilled.layers, strict=True):
-            layer.keys[row : row + repeats, :, :length] = source.keys[source_row, :, :length]
-            layer.values[row : row + repeats, :, :length] = source.values[source_row, :, :length]
+            for states, prefilled_states in zip(_states(layer), _states(source), strict=True):
+                states[row : row + repeats, :, :length] = prefilled_states[source_row, :, :length]
 
     def move(self, sources: list[int], targets: list[int], width: int) -> None:
         """Copy slots onto other slots, to close the gaps that finished sequences leave."""
         for layer in self.layers:
-            for states in (layer.keys, layer.values):
+            for states in _states(layer):
                 states[targets, :, :width] = states[sources, :, :width]
 
     def plan_step(self, positions_B: torch.Tensor, width: int) -> None:
@@ -107,10 +114,10 @@ class SlotCache(Cache):
         if rows <= self.slots and length <= self.columns:
             return
         slots, columns = self._capacity(rows, length)
-        templates = self.layers if self.layers[0].is_initialized else like.layers  # type: ignore[union-attr]
-        for layer, template in zip(self.layers, templates, strict=True):
-            layer.keys = _resized(layer.keys, template.keys, slots, columns)
-            layer.values = _resized(layer.values, template.values, slots, columns)
+        templates = self.layers if self._slot_layers[0].is_initialized else like.layers  # type: ignore[union-attr]
+        for layer, template in zip(self._slot_layers, templates, strict=True):
+            layer.keys = _resized(layer.keys, _states(template)[0], slots, columns)
+            layer.values = _resized(layer.values, _states(template)[1], slots, columns)
             layer.is_initialized = True
 
     def _capacity(self, rows: int, length: int) -> tuple[int, int]:
@@ -128,8 +135,14 @@ class SlotCache(Cache):
 
     def drop(self) -> None:
         """Free the memory."""
-        for layer in self.layers:
+        for layer in self._slot_layers:
             layer.keys, layer.values, layer.is_initialized = None, None, False
+
+
+def _states(layer: object) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the keys and the values of a layer that is initialized."""
+    assert isinstance(layer, CacheLayerMixin) and layer.keys is not None and layer.values is not None
+    return layer.keys, layer.values
 
 
 def _resized(old: torch.Tensor | None, template: torch.Tensor, slots: int, columns: int) -> torch.Tensor:
