@@ -17,6 +17,7 @@ from megatron.core import dist_checkpointing
 
 from megatron_hdpo.checkpoint.optimizer_state import load_optimizer, sharded_optimizer
 from megatron_hdpo.model.architecture import Architecture
+from megatron_hdpo.model.chunks import ModelChunks
 from megatron_hdpo.model.network import HeadlessGPTModel
 from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.parallel.context import ParallelContext
@@ -170,7 +171,7 @@ class CheckpointStore:
         path = self.root / name / _ORIGIN
         return path.is_file() and path.read_text() == origin
 
-    def save_weights(self, name: str, model: HeadlessGPTModel, origin: str = "") -> None:
+    def save_weights(self, name: str, model: HeadlessGPTModel | ModelChunks, origin: str = "") -> None:
         """Write the current weights of `model` as `checkpoints/<name>` (of a frozen teacher, of a warm-up).
 
         origin: text that identifies what the weights were made from.
@@ -179,7 +180,7 @@ class CheckpointStore:
             sharded = {"model": model.sharded_state_dict()}
         self._write(self.root / name, sharded, {_ORIGIN: origin})
 
-    def load_weights(self, name: str, model: HeadlessGPTModel) -> None:
+    def load_weights(self, name: str, model: HeadlessGPTModel | ModelChunks) -> None:
         """Load weights that `save_weights` wrote into `model`; raises CheckpointError when they are missing."""
         path = self.root / name
         if not path.is_dir():

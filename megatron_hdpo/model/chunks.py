@@ -23,7 +23,7 @@ class ModelChunks(nn.Module):
     @property
     def config(self) -> TransformerConfig:
         """Megatron's configuration, which the chunks share."""
-        return self.chunks[0].config  # type: ignore[return-value]
+        return self.chunks[0].config
 
     def head_weight(self) -> Tensor:
         """Return this rank's shard of the head, [V / tp, H]; last pipeline rank only."""

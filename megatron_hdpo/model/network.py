@@ -15,11 +15,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
+from megatron_hdpo.model.chunks import ModelChunks
+
 
 class HeadlessGPTModel(GPTModel):
     """Megatron's GPTModel; the last stage returns hidden states after the final norm, [rows / SP, 1, hidden]."""
 
-    def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:  # type: ignore[override]
+    def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:
         return hidden_states
 
     def head_weight(self) -> Tensor:
@@ -29,7 +31,9 @@ class HeadlessGPTModel(GPTModel):
         return self.output_layer.weight
 
 
-def hidden_rows(model: HeadlessGPTModel, output: Tensor, rows_N: Tensor, groups: ProcessGroupCollection) -> Tensor:
+def hidden_rows(
+    model: HeadlessGPTModel | ModelChunks, output: Tensor, rows_N: Tensor, groups: ProcessGroupCollection
+) -> Tensor:
     """Select the hidden states [N, H] at the rows `rows_N` of a micro-batch from the last stage's output.
 
     They are whole on every tensor-parallel rank. Their gradient must come back complete and equal on every rank, as
