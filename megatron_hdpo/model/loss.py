@@ -105,17 +105,18 @@ def _own_logprobs(
     head_chunk: int,
 ) -> Tensor:
     """Compute the log-probs [N] of the sampled tokens under the current weights, chunk by chunk through the head."""
-    parts = [
-        logit_losses(
+    parts = []
+    for hidden, sampled in zip(hidden_NH.split(head_chunk), sampled_ids_N.split(head_chunk), strict=True):
+        losses = logit_losses(
             F.linear(hidden, head_weight_VH),
             sampled,
             temperature=temperature,
             entropy=False,
             group=groups.tp,
             vocab_size=vocab_size,
-        ).logprobs_T
-        for hidden, sampled in zip(hidden_NH.split(head_chunk), sampled_ids_N.split(head_chunk), strict=True)
-    ]
+        )
+        assert losses.logprobs_T is not None
+        parts.append(losses.logprobs_T)
     return torch.cat(parts)
 
 
@@ -193,6 +194,7 @@ def _surrogate_sums(
     mismatch_N: ln r with r = trainer / engine, k3 = r - 1 - ln r. The trainer's probability is the one before the
     step's first update, so that updates of this step do not count as mismatch.
     """
+    assert losses.entropy_T is not None
     counted = inputs.surrogate_weights_N != 0
     log_ratio = torch.where(counted, mismatch_N, 0.0)
     return {
@@ -213,6 +215,8 @@ def _maximum(values_N: Tensor) -> Tensor:
 
 def _distill_sums(losses: Losses, inputs: LossInputs, distill_sum: Tensor) -> dict[str, Tensor]:
     """Compute sums over the tokens with a target: divergence, and how much of the target the student covers."""
+    # Losses with a divergence have these too.
+    assert losses.covered_mass_T is not None and losses.teacher_top_T is not None
     targeted = inputs.distill_weights_N != 0
     return {
         "divergence": distill_sum.detach(),

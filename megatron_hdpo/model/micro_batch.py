@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from megatron_hdpo.divergence import Hidden, TopK
 from megatron_hdpo.model.packing import PackedSequences, RowLayout, pack
 from megatron_hdpo.model.routing_replay import pack_routing
 from megatron_hdpo.types.learning import Example, HiddenStates, Scoring
+from megatron_hdpo.types.rollouts import TopLogprobs
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,16 @@ class LossInputs:
 
     def at(self, places: Tensor) -> LossInputs:
         """Return the inputs of some of the tokens (int64 indices into the N tokens), without their targets."""
-        tensors = {name: value[places] for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **tensors, target=None)
+        return replace(
+            self,
+            advantages_N=self.advantages_N[places],
+            surrogate_weights_N=self.surrogate_weights_N[places],
+            old_N=self.old_N[places],
+            rollout_N=self.rollout_N[places],
+            distill_weights_N=self.distill_weights_N[places],
+            reference_N=self.reference_N[places],
+            target=None,
+        )
 
 
 def response_micro_batch(
@@ -177,14 +187,16 @@ def _target(
     kept, rows = _own_rows(_rows(spans), places)
     if not len(kept):
         return None
+    # A step has targets of one type.
     if isinstance(aimed[0][1], HiddenStates):
         assert teacher_head is not None
-        hidden = torch.cat([target.hidden_TH for _, target in aimed])
+        hidden = torch.cat([cast(HiddenStates, target).hidden_TH for _, target in aimed])
         return Hidden(
             hidden if places is None else hidden[torch.from_numpy(kept)], teacher_head, torch.from_numpy(rows)
         )
-    ids = np.concatenate([target.ids_TK for _, target in aimed]).astype(np.int64)[kept]
-    logprobs = np.concatenate([target.logprobs_TK for _, target in aimed])[kept]
+    tops = [cast(TopLogprobs, target) for _, target in aimed]
+    ids = np.concatenate([top.ids_TK for top in tops]).astype(np.int64)[kept]
+    logprobs = np.concatenate([top.logprobs_TK for top in tops])[kept]
     return TopK(
         torch.from_numpy(ids).to(device), torch.from_numpy(logprobs).to(device), torch.from_numpy(rows).to(device)
     )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypedDict, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_hdpo.divergence import (
     DivergenceSpec,
@@ -21,6 +23,8 @@ from megatron_hdpo.divergence import (
 from megatron_hdpo.model.micro_batch import MicroBatch
 from megatron_hdpo.types.learning import ModelRole, Score, Scoring, ScoringKey
 from megatron_hdpo.types.rollouts import TopLogprobs
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,13 @@ def score_rows(
     }
 
 
+class _Shard(TypedDict):
+    """The ranks that share the vocabulary, and its size without padding."""
+
+    group: ProcessGroup
+    vocab_size: int
+
+
 class _Rows:
     """Accumulator of a micro-batch's scores, filled by one chunk of logits after the other."""
 
@@ -139,17 +150,20 @@ class _Rows:
         scorings: Sequence[Scoring],
         answered: Answered,
         batch: MicroBatch,
-        shard: dict[str, object],
+        shard: _Shard,
     ) -> None:
         self.settings, self.shard = settings, shard
         self.columns: dict[str, list[Tensor]] = {}
-        self.at_ids_NK, self.teacher_NH, self.head_VH = None, None, None
+        self.at_ids_NK: Tensor | None = None
+        self.teacher_NH: Tensor | None = None
+        self.head_VH: Tensor | None = None
         if settings.at:
-            tops = [answered.scores[s.at].top for s in scorings]
+            tops = [_given(answered.scores[_given(s.at)].top) for s in scorings]
             ids = torch.from_numpy(np.concatenate([top.ids_TK for top in tops]).astype(np.int64))
             self.at_ids_NK = batch.own(ids)
         if settings.kl_to is not None:
-            self.teacher_NH = batch.own(torch.cat([answered.scores[s.reverse_kl_to].hidden_TH for s in scorings]))
+            aims = [answered.scores[_given(s.reverse_kl_to)] for s in scorings]
+            self.teacher_NH = batch.own(torch.cat([_given(aim.hidden_TH) for aim in aims]))
             self.head_VH = answered.heads[settings.kl_to]
 
     def add(self, logits_CV: Tensor, sampled_C: Tensor, rows: slice) -> None:
@@ -157,7 +171,7 @@ class _Rows:
         temperature, device = self.settings.temperature, logits_CV.device
         target = None
         if self.teacher_NH is not None:
-            target = FullLogits(F.linear(self.teacher_NH[rows].to(device), self.head_VH))
+            target = FullLogits(F.linear(self.teacher_NH[rows].to(device), _given(self.head_VH)))
         losses = logit_losses(
             logits_CV,
             sampled_C,
@@ -167,9 +181,9 @@ class _Rows:
             distill_temperature=temperature,
             **self.shard,
         )
-        self._put(logprobs=losses.logprobs_T, entropy=losses.entropy_T)
+        self._put(logprobs=_given(losses.logprobs_T), entropy=_given(losses.entropy_T))
         if target is not None:
-            self._put(reverse_kl=losses.divergence_T)
+            self._put(reverse_kl=_given(losses.divergence_T))
         if self.settings.top_k:
             found = vocab_parallel_topk(logits_CV, self.settings.top_k, temperature=temperature, **self.shard)
             self._put(ids=found.ids_TK.to(torch.int32), top=found.logprobs_TK)
@@ -180,6 +194,12 @@ class _Rows:
     def _put(self, **values: Tensor) -> None:
         for name, value in values.items():
             self.columns.setdefault(name, []).append(value)
+
+
+def _given(value: T | None) -> T:
+    """Return a value that is there, as it was asked for (all scorings of a micro-batch ask for the same)."""
+    assert value is not None
+    return value
 
 
 def _score(columns: Mapping[str, np.ndarray], hidden_NH: Tensor | None, rows: slice) -> Score:
