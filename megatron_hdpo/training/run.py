@@ -10,16 +10,18 @@ import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol, cast
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig
 
 from megatron_hdpo.checkpoint.store import CheckpointStore
 from megatron_hdpo.config import Recipe, RecipeError, check_recipe
 from megatron_hdpo.config.check import DEFAULT_IMPORTANCE_CAP
 from megatron_hdpo.config.precision import begun_in, choose_precision, resolve
 from megatron_hdpo.data.load import LoadedData, load
+from megatron_hdpo.data.prompts import TokenizerLike
 from megatron_hdpo.health.check import check_health
 from megatron_hdpo.model.architecture import Architecture, read_architecture
 from megatron_hdpo.model.build import build_model, wrap_data_parallel
@@ -47,6 +49,12 @@ from megatron_hdpo.training.policy_sync import PolicySync
 from megatron_hdpo.training.record import RunRecord
 from megatron_hdpo.types.learning import Objective
 from megatron_hdpo.weights.load import load_hf
+
+
+class Tokenizer(TokenizerLike, Protocol):
+    """What a run needs of a Hugging Face tokenizer."""
+
+    def get_vocab(self) -> dict[str, int]: ...
 
 
 @dataclass
@@ -194,19 +202,20 @@ def settle_precision(
     return resolve(recipe, choice.dtype)
 
 
-def load_tokenizer(path: str | Path, key: str = "model.path") -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str | Path, key: str = "model.path") -> Tokenizer:
     """Return the tokenizer of a Hugging Face folder.
 
     key: the recipe key that names the folder, for the message. Raises ModelError when transformers cannot load one.
     """
     try:
-        return AutoTokenizer.from_pretrained(path)
+        # transformers says that `decode` may return a list, which it does for several texts at once only.
+        return cast(Tokenizer, AutoTokenizer.from_pretrained(path))
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise ModelError(f"{key}: {path} holds no tokenizer that transformers can load: {reason}") from error
 
 
-def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_path: str | Path) -> tuple[int, ...]:
+def stop_token_ids(tokenizer: Tokenizer, model_path: str | Path) -> tuple[int, ...]:
     """Return the tokens that end a response: the tokenizer's end of sequence and those of generation_config.json."""
     ids = {tokenizer.eos_token_id}
     if (Path(model_path) / "generation_config.json").is_file():
@@ -236,7 +245,7 @@ def _open_logs(recipe: Recipe, context: ParallelContext, console: Console) -> No
         warnings.filterwarnings("ignore", message=message)
 
 
-def _decode(tokenizer: PreTrainedTokenizerBase, token_ids: np.ndarray) -> str:
+def _decode(tokenizer: Tokenizer, token_ids: np.ndarray) -> str:
     return tokenizer.decode(token_ids.tolist(), skip_special_tokens=True)
 
 
@@ -244,7 +253,7 @@ def _load_data(
     recipe: Recipe,
     context: ParallelContext,
     console: Console,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     rewards: RewardPool,
 ) -> LoadedData:
     """Load the data; rank 0 first, so that the others read its cache of parsed answers; an error stops every rank."""

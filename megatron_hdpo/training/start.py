@@ -94,8 +94,8 @@ def _set_teachers(run: Run, start: FrozenTeacher | None = None) -> None:
         start = start or FrozenTeacher(run.policy)
     if recipe.objective.needs_reference:
         run.learner.reference = start
-    frozen = recipe.teacher.kind == "frozen" and start is not None
-    run.learner.teacher = start if frozen else build_teacher(recipe.teacher, run.policy, recipe.model)
+    frozen = start if recipe.teacher.kind == "frozen" else None
+    run.learner.teacher = frozen or build_teacher(recipe.teacher, run.policy, recipe.model)
 
 
 def _restore_teachers(run: Run) -> None:
