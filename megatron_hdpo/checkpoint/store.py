@@ -34,7 +34,7 @@ class CheckpointError(UserError, RuntimeError):
 
 
 @dataclass(frozen=True)
-class Memory:
+class LearnerState:
     """State that a step passes to the next in addition to model and optimizer.
 
     values: JSON values of objective and teacher. weights: this rank's shard of a teacher that follows the policy.
@@ -48,8 +48,8 @@ class Memory:
 class RunState:
     """The description of a checkpoint in its `run_state.json`.
 
-    step: finished steps of reinforcement learning. memory: the values of `Memory`. reshardable: the optimizer's state
-    fits any layout. dtype: precision of the model; None in checkpoints of older versions.
+    step: finished steps of reinforcement learning. memory: the values of `LearnerState`. reshardable: the optimizer's
+    state fits any layout. dtype: precision of the model; None in checkpoints of older versions.
     """
 
     step: int
@@ -91,9 +91,9 @@ class CheckpointStore:
         """Return the newest complete checkpoint, or None. A checkpoint gets its final name only when it is complete."""
         return latest_checkpoint(self.root.parent)
 
-    def save(self, step: int, policy: Policy, memory: Memory | None = None) -> Path:
+    def save(self, step: int, policy: Policy, memory: LearnerState | None = None) -> Path:
         """Write the state after `step` steps, remove all but the `keep` newest checkpoints, and return the folder."""
-        memory = memory or Memory()
+        memory = memory or LearnerState()
         final = self.root / f"step_{step:08d}"
         layout = self.context.layout
         state = RunState(
@@ -142,13 +142,13 @@ class CheckpointStore:
             policy.schedule.step(increment=loaded["schedule"]["num_steps"])
         return state
 
-    def load_memory(self, path: Path) -> Memory:
+    def load_learner_state(self, path: Path) -> LearnerState:
         """Load the state of objective and teacher; raises CheckpointError when the teacher's weights cannot be read."""
         values, file = read_state(path).memory, path / self._shard_name()
         if not _has_shards(values):
-            return Memory(values)
+            return LearnerState(values)
         try:
-            return Memory(values, torch.load(file, map_location="cpu", weights_only=True))
+            return LearnerState(values, torch.load(file, map_location="cpu", weights_only=True))
         except Exception as error:  # torch, pickle, zipfile and the file system each raise their own
             raise CheckpointError(
                 f"{file} is damaged or missing ({type(error).__name__}: {error}): delete {path} to resume an older one"

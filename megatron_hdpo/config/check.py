@@ -13,7 +13,7 @@ from megatron_hdpo.config.recipe import Recipe, RecipeError
 from megatron_hdpo.model.architecture import Architecture, ArchitectureError, read_architecture
 from megatron_hdpo.model.config import transformer_engine_available
 from megatron_hdpo.model.fp8_rules import precision_errors, precision_warnings, size_errors
-from megatron_hdpo.objectives.settings import Surroundings, surrogate_of
+from megatron_hdpo.objectives.settings import RecipeContext, surrogate_of
 from megatron_hdpo.parallel.layout import LayoutError, check_layout
 from megatron_hdpo.teachers.config import ExternalTeacherConfig
 from megatron_hdpo.teachers.sizes import check_sizes
@@ -118,7 +118,7 @@ def _objective_errors(recipe: Recipe) -> Iterator[str]:
 
 def _method_errors(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
     """Yield what the objective itself finds wrong; its divergence may depend on the vocabulary's size."""
-    around = Surroundings(
+    around = RecipeContext(
         architecture.vocab_size,
         recipe.teacher.kind,
         recipe.rollout.temperature,

@@ -24,7 +24,7 @@ MAXIMA = ("mismatch_max",)
 
 
 @dataclass(frozen=True)
-class Normalisers:
+class TokenCounts:
     """Global token counts of the optimizer step, by which the loss terms are divided; a term with count 0 is 0."""
 
     surrogate: float
@@ -37,7 +37,7 @@ def micro_batch_loss(
     batch: MicroBatch,
     inputs: LossInputs,
     spec: LossSpec,
-    normalisers: Normalisers,
+    normalisers: TokenCounts,
     groups: ProcessGroupCollection,
     vocab_size: int,
     head_chunk: int = 1024,
@@ -128,7 +128,7 @@ def _sequence_shift(own_N: Tensor, inputs: LossInputs, batch: MicroBatch, groups
 
 
 def _chunk_loss(
-    losses: Losses, inputs: LossInputs, spec: LossSpec, normalisers: Normalisers, shift_N: Tensor | None
+    losses: Losses, inputs: LossInputs, spec: LossSpec, normalisers: TokenCounts, shift_N: Tensor | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute a chunk's part of the loss, and its sums."""
     assert losses.logprobs_T is not None

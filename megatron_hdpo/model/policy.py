@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.model.chunks import ModelChunks, chunks_of, unwrap
 from megatron_hdpo.model.fp8_rules import alignment
-from megatron_hdpo.model.loss import Normalisers, micro_batch_loss
+from megatron_hdpo.model.loss import TokenCounts, micro_batch_loss
 from megatron_hdpo.model.micro_batch import (
     LossInputs,
     MicroBatch,
@@ -39,7 +39,7 @@ from megatron_hdpo.model.pipeline import (
 )
 from megatron_hdpo.model.router import RouterStatistics
 from megatron_hdpo.model.routing_replay import replay_routing
-from megatron_hdpo.model.scoring import Answered, ScoringSettings, score_rows, settings_of
+from megatron_hdpo.model.scoring import ScoringContext, ScoringSettings, score_rows, settings_of
 from megatron_hdpo.model.step_metrics import TokenSums, step_metrics, sum_over_ranks
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.types.errors import UserError
@@ -109,14 +109,14 @@ class Policy:
         self,
         scorings: Sequence[Scoring],
         on_progress: OnProgress | None = None,
-        answered: Answered | None = None,
+        answered: ScoringContext | None = None,
     ) -> dict[ScoringKey, Score]:
         """Score this replica's `scorings` with the current weights; the last pipeline stage gets the scores, others {}.
 
         answered: the scorings and scores that `scorings` refer to; not needed if none refers to another.
         Collective over all ranks: replicas without work must call it too.
         """
-        answered = answered or Answered({}, {}, {})
+        answered = answered or ScoringContext({}, {}, {})
         bins = same_number_everywhere(self._scoring_bins(scorings, answered), self.context)
         work = [self._scoring_work([scorings[i] for i in indices]) for indices in bins]
         scores: dict[ScoringKey, Score] = {}
@@ -139,7 +139,7 @@ class Policy:
         tensor = self.context.layout.tensor
         return self.architecture.padded_vocab_size(tensor) // tensor
 
-    def _scoring_bins(self, scorings: Sequence[Scoring], answered: Answered) -> list[list[int]]:
+    def _scoring_bins(self, scorings: Sequence[Scoring], answered: ScoringContext) -> list[list[int]]:
         """Bin the indices of scorings into micro-batches; scorings of one micro-batch have the same settings."""
         by_settings: dict[ScoringSettings, list[int]] = {}
         for i, scoring in enumerate(scorings):
@@ -154,7 +154,9 @@ class Policy:
         batch = scoring_micro_batch(scorings, self.context.device, self._rows)
         return Work(batch, scorings=tuple(scorings))
 
-    def _score_step(self, scores: dict[ScoringKey, Score], answered: Answered, work: Work, output: Tensor) -> Tensor:
+    def _score_step(
+        self, scores: dict[ScoringKey, Score], answered: ScoringContext, work: Work, output: Tensor
+    ) -> Tensor:
         hidden_NH = hidden_rows(self.model, output, work.batch.rows_N, self.context.groups)
         scores |= score_rows(
             hidden_NH,
@@ -230,7 +232,7 @@ class Policy:
         return Work(batch, inputs)
 
     def _loss_step(
-        self, sums: TokenSums, spec: LossSpec, normalisers: Normalisers, work: Work, output: Tensor
+        self, sums: TokenSums, spec: LossSpec, normalisers: TokenCounts, work: Work, output: Tensor
     ) -> Tensor:
         assert work.inputs is not None
         groups = self.context.groups
@@ -248,9 +250,9 @@ class Policy:
         sums.add(batch_sums)
         return loss
 
-    def _normalisers(self, examples: Sequence[Example]) -> Normalisers:
+    def _normalisers(self, examples: Sequence[Example]) -> TokenCounts:
         own = [sum(e.surrogate_count for e in examples), sum(e.distill_count for e in examples)]
-        return Normalisers(*sum_over_ranks(own if self.context.is_replica_leader else [0.0, 0.0], self.context))
+        return TokenCounts(*sum_over_ranks(own if self.context.is_replica_leader else [0.0, 0.0], self.context))
 
     def _optimizer_step(self) -> dict[str, float]:
         assert self.optimizer is not None and self.schedule is not None

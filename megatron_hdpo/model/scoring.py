@@ -49,7 +49,7 @@ def settings_of(scoring: Scoring, asked: Mapping[ScoringKey, Scoring]) -> Scorin
     return ScoringSettings(scoring.temperature, scoring.top_k, at, scoring.hidden, kl_to)
 
 
-def in_waves(scorings: Sequence[Scoring]) -> dict[tuple[int, ModelRole], list[Scoring]]:
+def by_dependency(scorings: Sequence[Scoring]) -> dict[tuple[int, ModelRole], list[Scoring]]:
     """Group the scorings by (wave, weights), so that each refers only to scorings of earlier waves.
 
     Raises ValueError when a key is used twice, or a scoring refers to one that is missing, is of another response, does
@@ -90,7 +90,7 @@ def _depth(scoring: Scoring, asked: Mapping[ScoringKey, Scoring], seen: tuple[Sc
 
 
 @dataclass(frozen=True)
-class Answered:
+class ScoringContext:
     """Results that scorings of later waves may refer to.
 
     asked: all scorings of the step. scores: the scores so far. heads: [V / tp, H] on the device, for the weights whose
@@ -107,7 +107,7 @@ def score_rows(
     head_weight_VH: Tensor,
     batch: MicroBatch,
     scorings: Sequence[Scoring],
-    answered: Answered,
+    answered: ScoringContext,
     groups: ProcessGroupCollection,
     vocab_size: int,
     head_chunk: int,
@@ -148,7 +148,7 @@ class _Rows:
         self,
         settings: ScoringSettings,
         scorings: Sequence[Scoring],
-        answered: Answered,
+        answered: ScoringContext,
         batch: MicroBatch,
         shard: _Shard,
     ) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_hdpo.model.loss import MAXIMA, Normalisers, merge_sums
+from megatron_hdpo.model.loss import MAXIMA, TokenCounts, merge_sums
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.types.learning import LossSpec
 from megatron_hdpo.types.metrics import Metric
@@ -57,7 +57,7 @@ def _over_ranks(values: list[float], operation: dist.ReduceOp.RedOpType, context
 
 
 def step_metrics(
-    sums: TokenSums, tokens: int, normalisers: Normalisers, spec: LossSpec, context: ParallelContext
+    sums: TokenSums, tokens: int, normalisers: TokenCounts, spec: LossSpec, context: ParallelContext
 ) -> dict[str, float]:
     """Compute the metrics of the step, the same on every rank. Collective over all ranks.
 

@@ -17,7 +17,7 @@ from pydantic import Field
 from megatron_hdpo.objectives.base import ObjectiveDeps, group_shares
 from megatron_hdpo.objectives.distillation import Distillation, SamePromptDistillation, StudentDistillationConfig
 from megatron_hdpo.objectives.examples import SampleKey, is_masked, privileged_samples
-from megatron_hdpo.objectives.settings import Surroundings
+from megatron_hdpo.objectives.settings import RecipeContext
 from megatron_hdpo.types.learning import DivergenceConfig, Objective
 from megatron_hdpo.types.rollouts import Group, Sample
 
@@ -41,7 +41,7 @@ class AKLConfig(StudentDistillationConfig):
         """Return whether the rollouts are the teacher's."""
         return self.tokens == "teacher"
 
-    def errors(self, around: Surroundings) -> Iterator[str]:
+    def errors(self, around: RecipeContext) -> Iterator[str]:
         """Yield why the divergence cannot be computed, or why the teacher would equal the student."""
         yield from super().errors(around)
         if self.distill.kind != "akl":

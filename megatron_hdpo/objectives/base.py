@@ -121,12 +121,12 @@ class BaseObjective:
         """Return metrics over all groups of the step. Default: none."""
         return {}
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the state to save in a checkpoint, as JSON values. Default: none."""
         return {}
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state` returned. Default: do nothing."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned. Default: do nothing."""
 
 
 def group_shares(groups: Sequence[Group], success: float = 1.0) -> dict[str, float]:

@@ -22,7 +22,7 @@ from pydantic import Field
 from megatron_hdpo.objectives.base import NO_TOTALS
 from megatron_hdpo.objectives.distillation import Distillation, StudentDistillationConfig
 from megatron_hdpo.objectives.examples import SampleKey, sample_distillation
-from megatron_hdpo.objectives.settings import Surroundings
+from megatron_hdpo.objectives.settings import RecipeContext
 from megatron_hdpo.objectives.siblings import PairConfig, has_pair, pair_hints
 from megatron_hdpo.types.learning import DivergenceConfig, Example, Score, Scoring, ScoringKey
 from megatron_hdpo.types.rollouts import Group, Sample, TopLogprobs
@@ -53,7 +53,7 @@ class ContrastiveOPSDConfig(StudentDistillationConfig):
         """Return the variables that the hint template must contain."""
         return frozenset({"attempt"})
 
-    def errors(self, around: Surroundings) -> Iterator[str]:
+    def errors(self, around: RecipeContext) -> Iterator[str]:
         """Yield why the divergence cannot be computed, or does not fit the guided target."""
         yield from super().errors(around)
         if self.distill.support != "teacher":

@@ -22,7 +22,7 @@ from megatron_hdpo.objectives.examples import (
     target_of,
     target_scorings,
 )
-from megatron_hdpo.objectives.settings import ANY_TEACHER, ObjectiveSettings, Surroundings, TeacherKind
+from megatron_hdpo.objectives.settings import ANY_TEACHER, ObjectiveSettings, RecipeContext, TeacherKind
 from megatron_hdpo.types.learning import (
     DivergenceConfig,
     Example,
@@ -48,7 +48,7 @@ class StudentDistillationConfig(ObjectiveSettings):
         description="The divergence and its weight.",
     )
 
-    def errors(self, around: Surroundings) -> Iterator[str]:
+    def errors(self, around: RecipeContext) -> Iterator[str]:
         """Yield why the divergence cannot be computed."""
         yield from self.distill.errors(around.vocab_size)
 

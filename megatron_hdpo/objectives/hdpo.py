@@ -17,7 +17,7 @@ from megatron_hdpo.objectives.base import NO_TOTALS, ObjectiveDeps, group_shares
 from megatron_hdpo.objectives.examples import distillation_example, privileged_samples, target_of, target_scorings
 from megatron_hdpo.objectives.grpo import GRPO, GRPOConfig
 from megatron_hdpo.objectives.privileged import PrivilegedFilter, PrivilegedRolloutConfig, privileged_metrics
-from megatron_hdpo.objectives.settings import OWN_TEACHERS, Surroundings, TeacherKind
+from megatron_hdpo.objectives.settings import OWN_TEACHERS, RecipeContext, TeacherKind
 from megatron_hdpo.types.learning import DivergenceConfig, Example, LossSpec, Score, Scoring, ScoringKey
 from megatron_hdpo.types.rollouts import Group
 
@@ -45,7 +45,7 @@ class HDPOConfig(GRPOConfig):
         "the privileged rollout (no extra forward; drifting teacher only).",
     )
 
-    def errors(self, around: Surroundings) -> Iterator[str]:
+    def errors(self, around: RecipeContext) -> Iterator[str]:
         """Yield why the divergence cannot be computed, or why the engine's log-probs are not the teacher's."""
         distill = self.distill
         yield from distill.errors(around.vocab_size)

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from megatron_hdpo.objectives.base import NO_TOTALS, BaseObjective, ObjectiveDeps, group_shares
 from megatron_hdpo.objectives.distillation import SamePromptDistillation, StudentDistillationConfig
 from megatron_hdpo.objectives.examples import SampleKey, is_masked, own_scoring, student_example
-from megatron_hdpo.objectives.settings import OTHER_TEACHERS, ObjectiveSettings, Surroundings, TeacherKind
+from megatron_hdpo.objectives.settings import OTHER_TEACHERS, ObjectiveSettings, RecipeContext, TeacherKind
 from megatron_hdpo.types.learning import (
     DivergenceConfig,
     Example,
@@ -73,7 +73,7 @@ class OPDConfig(SampledConfig, StudentDistillationConfig):
         description="The divergence of estimators full and top_k; full is over the vocabulary whatever its support.",
     )
 
-    def errors(self, around: Surroundings) -> Iterator[str]:
+    def errors(self, around: RecipeContext) -> Iterator[str]:
         """Yield why the divergence cannot be computed, or which other estimator computes it."""
         if self.estimator == "top_k":
             yield from self.distill.errors(around.vocab_size)

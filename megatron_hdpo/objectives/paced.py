@@ -30,7 +30,7 @@ from megatron_hdpo.objectives.examples import (
     target_scorings,
 )
 from megatron_hdpo.objectives.privileged import PrivilegedFilter, PrivilegedRolloutConfig, privileged_metrics
-from megatron_hdpo.objectives.settings import Surroundings
+from megatron_hdpo.objectives.settings import RecipeContext
 from megatron_hdpo.types.divergences import DivergenceKind
 from megatron_hdpo.types.learning import DivergenceConfig, Example, LossSpec, Score, Scoring, ScoringKey
 from megatron_hdpo.types.rollouts import Group, Sample
@@ -60,7 +60,7 @@ class PACEDConfig(StudentDistillationConfig):
         None, ge=1, description="Rollout steps after which pass rates are measured again; null: at the switch only."
     )
 
-    def errors(self, around: Surroundings) -> Iterator[str]:
+    def errors(self, around: RecipeContext) -> Iterator[str]:
         """Yield why a divergence of either stage cannot be computed, or why there are too few samples per prompt."""
         yield from super().errors(around)
         second = self.second.errors(around.vocab_size)
@@ -176,11 +176,11 @@ class PACED(Distillation):
         """Return the shares of solved, mixed and cliff groups, and how many privileged samples were kept or dropped."""
         return group_shares(groups, self.config.privileged.success_threshold) | privileged_metrics(groups)
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the pass rates by problem, each with the step that measured it."""
         return {"rates": {problem: list(measured) for problem, measured in self.rates.items()}}
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the pass rates."""
         self.rates = {problem: (float(rate), int(step)) for problem, (rate, step) in state["rates"].items()}
 

@@ -27,7 +27,7 @@ from megatron_hdpo.objectives.advantages import AdvantageKind
 from megatron_hdpo.objectives.base import NO_TOTALS
 from megatron_hdpo.objectives.examples import SampleKey
 from megatron_hdpo.objectives.grpo import GRPO, GRPOConfig
-from megatron_hdpo.objectives.settings import OWN_TEACHERS, Surroundings, TeacherKind
+from megatron_hdpo.objectives.settings import OWN_TEACHERS, RecipeContext, TeacherKind
 from megatron_hdpo.objectives.siblings import PairConfig, has_pair, pair_hints
 from megatron_hdpo.types.learning import Example, Score, Scoring, ScoringKey, SurrogateConfig
 from megatron_hdpo.types.rollouts import Group, Sample
@@ -58,7 +58,7 @@ class RLCSDConfig(GRPOConfig):
         """Return the variables that the hint template must contain."""
         return frozenset({"attempt"})
 
-    def errors(self, around: Surroundings) -> Iterator[str]:
+    def errors(self, around: RecipeContext) -> Iterator[str]:
         """Yield why no token would move, or why there are too few samples per prompt."""
         yield from super().errors(around)
         if self.threshold >= self.bonus > 0:

@@ -19,7 +19,7 @@ ANY_TEACHER: tuple[TeacherKind, ...] = (*OWN_TEACHERS, "external")
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class RecipeContext:
     """Values of other sections that an objective's settings must agree with. temperature: of the rollouts."""
 
     vocab_size: int
@@ -54,7 +54,7 @@ class ObjectiveSettings(BaseModel):
         """Return whether the method asks for scorings by the reference."""
         return False
 
-    def errors(self, around: Surroundings) -> Iterator[str]:
+    def errors(self, around: RecipeContext) -> Iterator[str]:
         """Yield why the recipe cannot run with these settings, as `key below this section: reason`."""
         yield from ()
 

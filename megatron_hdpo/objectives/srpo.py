@@ -36,7 +36,7 @@ from megatron_hdpo.objectives.examples import (
     target_scorings,
 )
 from megatron_hdpo.objectives.grpo import GRPO, GRPOConfig
-from megatron_hdpo.objectives.settings import OWN_TEACHERS, Surroundings, TeacherKind
+from megatron_hdpo.objectives.settings import OWN_TEACHERS, RecipeContext, TeacherKind
 from megatron_hdpo.types.learning import (
     DivergenceConfig,
     Example,
@@ -71,7 +71,7 @@ class SRPOConfig(GRPOConfig):
         """Return the variables that the hint template must contain."""
         return self.demonstration.shows
 
-    def errors(self, around: Surroundings) -> Iterator[str]:
+    def errors(self, around: RecipeContext) -> Iterator[str]:
         """Yield why the divergence cannot be computed, or why the mean has no joint normaliser."""
         yield from super().errors(around)
         yield from self.distill.errors(around.vocab_size)

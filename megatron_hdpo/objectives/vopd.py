@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from megatron_hdpo.objectives.examples import SampleKey
 from megatron_hdpo.objectives.opd import SampledConfig, SampledDistillation
-from megatron_hdpo.objectives.settings import Surroundings
+from megatron_hdpo.objectives.settings import RecipeContext
 from megatron_hdpo.types.learning import Score, Scoring, ScoringKey
 from megatron_hdpo.types.rollouts import Group, Sample
 
@@ -45,7 +45,7 @@ class VOPDConfig(SampledConfig):
         default_factory=BaselineConfig, description="What is subtracted from the log-ratio."
     )
 
-    def errors(self, around: Surroundings) -> Iterator[str]:
+    def errors(self, around: RecipeContext) -> Iterator[str]:
         """Yield why baseline.top_k is too large."""
         if self.baseline.kind == "top_k" and self.baseline.top_k > around.vocab_size:
             yield f"baseline.top_k: {self.baseline.top_k} exceeds the vocabulary of {around.vocab_size} tokens"

@@ -69,11 +69,11 @@ class ExternalTeacher:
     def after_step(self) -> None:
         """Do nothing: the weights never change."""
 
-    def state(self) -> TeacherState:
+    def state_dict(self) -> TeacherState:
         """Return an empty state: the weights are read from the teacher's own checkpoint."""
         return TeacherState()
 
-    def load_state(self, values: Mapping[str, Any], weights: HostWeights | None) -> None:
+    def load_state_dict(self, values: Mapping[str, Any], weights: HostWeights | None) -> None:
         """Do nothing: there is no state."""
 
 

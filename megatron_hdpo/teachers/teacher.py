@@ -41,11 +41,11 @@ class Teacher(Protocol):
     def after_step(self) -> None:
         """Follow the policy after all updates of a rollout step."""
 
-    def state(self) -> TeacherState:
+    def state_dict(self) -> TeacherState:
         """Return the state that a checkpoint must hold."""
 
-    def load_state(self, values: Mapping[str, Any], weights: HostWeights | None) -> None:
-        """Restore the result of `state`; raises WeightsError when the weights are of another model or layout."""
+    def load_state_dict(self, values: Mapping[str, Any], weights: HostWeights | None) -> None:
+        """Restore the result of `state_dict`; raises WeightsError when the weights are of another model or layout."""
 
 
 class PolicyTeacher:
@@ -68,9 +68,9 @@ class PolicyTeacher:
     def after_step(self) -> None:
         """Do nothing: the teacher is the policy."""
 
-    def state(self) -> TeacherState:
+    def state_dict(self) -> TeacherState:
         """Return an empty state."""
         return TeacherState()
 
-    def load_state(self, values: Mapping[str, Any], weights: HostWeights | None) -> None:
+    def load_state_dict(self, values: Mapping[str, Any], weights: HostWeights | None) -> None:
         """Do nothing: there is no state."""

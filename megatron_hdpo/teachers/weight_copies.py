@@ -55,11 +55,11 @@ class FrozenTeacher:
     def after_step(self) -> None:
         """Do nothing: the copy never changes."""
 
-    def state(self) -> TeacherState:
+    def state_dict(self) -> TeacherState:
         """Return an empty state: the weights are saved once, in the same folder as the checkpoints."""
         return TeacherState()
 
-    def load_state(self, values: Mapping[str, Any], weights: HostWeights | None) -> None:
+    def load_state_dict(self, values: Mapping[str, Any], weights: HostWeights | None) -> None:
         """Do nothing: there is no state."""
 
 
@@ -88,11 +88,11 @@ class _Following(FrozenTeacher):
     def _follow(self) -> None:
         raise NotImplementedError
 
-    def state(self) -> TeacherState:
+    def state_dict(self) -> TeacherState:
         """Return the clock's ticks and the copy."""
         return TeacherState({"ticks": self.ticks}, self.copy)
 
-    def load_state(self, values: Mapping[str, Any], weights: HostWeights | None) -> None:
+    def load_state_dict(self, values: Mapping[str, Any], weights: HostWeights | None) -> None:
         """Restore the clock's ticks and the copy; raises WeightsError when the weights are missing or do not fit."""
         if weights is None:
             raise WeightsError(f"the checkpoint holds no weights of a teacher of kind {self.kind}")

@@ -28,7 +28,7 @@ from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.tracking.communication import TrainingTraffic
 from megatron_hdpo.tracking.names import STEP_SECONDS
-from megatron_hdpo.tracking.work import StepWork
+from megatron_hdpo.tracking.work import FlopCounter
 from megatron_hdpo.types.rollouts import Group
 
 _GIB = 2**30
@@ -98,7 +98,7 @@ class Performance:
         self,
         architecture: Architecture,
         context: ParallelContext,
-        work: StepWork,
+        work: FlopCounter,
         traffic: TrainingTraffic | None,
         *,
         peak_flops_s: float | None,

@@ -9,7 +9,7 @@ from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.types.learning import Example, Scoring
 
 
-class StepWork:
+class FlopCounter:
     """Counter of one replica's arithmetic, over the whole model, by true lengths: padding does not count."""
 
     def __init__(self) -> None:

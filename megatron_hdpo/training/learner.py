@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from megatron_hdpo.checkpoint.store import Memory
+from megatron_hdpo.checkpoint.store import LearnerState
 from megatron_hdpo.costs.flops import FORWARD, FORWARD_AND_BACKWARD, forward_flops
 from megatron_hdpo.model.packing import split_by_cost
 from megatron_hdpo.model.policy import Policy, TrainingError, share_examples
-from megatron_hdpo.model.scoring import Answered, in_waves
+from megatron_hdpo.model.scoring import ScoringContext, by_dependency
 from megatron_hdpo.teachers.teacher import PolicyTeacher, Teacher
 from megatron_hdpo.tracking.console import Console
-from megatron_hdpo.tracking.work import StepWork
+from megatron_hdpo.tracking.work import FlopCounter
 from megatron_hdpo.types.learning import (
     Example,
     HiddenStates,
@@ -54,7 +54,7 @@ class Learner:
         self.console = console
         self.updates_per_step = updates_per_step
         self.max_skipped_updates = max_skipped_updates
-        self.work = StepWork()
+        self.work = FlopCounter()
         self._skipped_in_a_row = 0
 
     def learn(self, groups: Sequence[Group], step: int) -> dict[str, float]:
@@ -79,14 +79,14 @@ class Learner:
         self.teacher.after_step()
         return reduce_metrics(updates) | metrics
 
-    def memory(self) -> Memory:
+    def state_dict(self) -> LearnerState:
         """Return the state of objective and teacher for a checkpoint."""
-        state = self.teacher.state()
+        state = self.teacher.state_dict()
         teacher = {"kind": self.teacher.kind, "values": state.values, "weights": state.weights is not None}
-        objective = {"class": type(self.objective).__name__, "state": self.objective.state()}
-        return Memory({"objective": objective, "teacher": teacher}, state.weights)
+        objective = {"class": type(self.objective).__name__, "state": self.objective.state_dict()}
+        return LearnerState({"objective": objective, "teacher": teacher}, state.weights)
 
-    def recall(self, memory: Memory) -> None:
+    def load_state_dict(self, memory: LearnerState) -> None:
         """Restore objective and teacher state.
 
         If the recipe's objective or teacher kind changed, that state is reset: the objective starts without one, the
@@ -94,9 +94,9 @@ class Learner:
         """
         objective, teacher = memory.values.get("objective", {}), memory.values.get("teacher", {})
         if objective.get("class") == type(self.objective).__name__:
-            self.objective.load_state(objective["state"])
+            self.objective.load_state_dict(objective["state"])
         if teacher.get("kind") == self.teacher.kind:
-            self.teacher.load_state(teacher["values"], memory.weights)
+            self.teacher.load_state_dict(teacher["values"], memory.weights)
 
     def _stop_when_only_skipping(self, metrics: dict[str, float]) -> None:
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if metrics["train/skipped"] else 0
@@ -141,20 +141,20 @@ class Learner:
 
     def _scores(self, scorings: Sequence[Scoring]) -> tuple[Answers, Heads]:
         """Return the scores wave by wave, and the heads for hidden states; all replicas run the same waves."""
-        waves = in_waves(scorings)
+        waves = by_dependency(scorings)
         everywhere = sorted({wave for waves in self.policy.context.gather_objects(list(waves)) for wave in waves})
         asked = {scoring.key: scoring for scoring in scorings}
         scores: Answers = {}
         heads: Heads = {}
         for wave in everywhere:
-            answered = Answered(asked, scores, heads)
+            answered = ScoringContext(asked, scores, heads)
             new, head = self._wave(waves.get(wave, []), wave[1], answered)
             scores |= new
             heads |= {} if head is None else {wave[1]: head}
         return scores, heads
 
     def _wave(
-        self, scorings: Sequence[Scoring], weights: ModelRole, answered: Answered
+        self, scorings: Sequence[Scoring], weights: ModelRole, answered: ScoringContext
     ) -> tuple[Answers, Tensor | None]:
         total = sum(len(s.context_ids) + len(s.response_ids) for s in scorings)
         with (

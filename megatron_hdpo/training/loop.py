@@ -84,7 +84,7 @@ def _record_and_save(run: Run, metrics: dict[str, float]) -> None:
     run.record.log(run.step, metrics)
     if due(run.step, run.recipe.checkpoint.every, run.recipe.train.steps):
         with run.console.phase("save"):
-            run.checkpoints.save(run.step, run.policy, run.learner.memory())
+            run.checkpoints.save(run.step, run.policy, run.learner.state_dict())
         saving = run.console.timer.metrics()
         seconds = metrics[STEP_SECONDS] + saving[STEP_SECONDS]
         run.record.log(run.step, saving | {STEP_SECONDS: seconds} | over_longer_step(metrics, seconds))

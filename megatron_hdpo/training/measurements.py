@@ -14,7 +14,7 @@ from megatron_hdpo.tracking.communication import TrainingTraffic
 from megatron_hdpo.tracking.console import Console
 from megatron_hdpo.tracking.performance import Performance, device_peak
 from megatron_hdpo.tracking.profile import StepProfiler
-from megatron_hdpo.tracking.work import StepWork
+from megatron_hdpo.tracking.work import FlopCounter
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Measurements:
 
 
 def build_measurements(
-    recipe: Recipe, policy: Policy, work: StepWork, console: Console, health: dict[str, float]
+    recipe: Recipe, policy: Policy, work: FlopCounter, console: Console, health: dict[str, float]
 ) -> Measurements:
     """Return the measurements of this run; registers callbacks on the policy. Collective.
 
@@ -47,7 +47,7 @@ def build_measurements(
     )
 
 
-def build_performance(recipe: Recipe, policy: Policy, work: StepWork) -> Performance:
+def build_performance(recipe: Recipe, policy: Policy, work: FlopCounter) -> Performance:
     """Return the performance metrics of this run; registers a callback on the policy for its micro-batches."""
     context = policy.context
     layout = replace(

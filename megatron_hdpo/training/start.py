@@ -52,7 +52,7 @@ def _resume(run: Run, latest: Path) -> None:
     with run.console.phase("resume"):
         run.step = run.checkpoints.load(latest, run.policy).step
         _restore_teachers(run)
-        run.learner.recall(run.checkpoints.load_memory(latest))
+        run.learner.load_state_dict(run.checkpoints.load_learner_state(latest))
     _check_replay(run)
     if changes := recipe_changes(run.recipe.output / "recipe.yaml", run.recipe):
         run.console.warn("the recipe has changed since this run was last started: " + "; ".join(changes))

@@ -248,8 +248,8 @@ class Objective(Protocol):
     def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
         """Return the method's metrics over all groups of the step (cliff rate, ...)."""
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the state to save in a checkpoint, as JSON values; {} for a method without state."""
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state` returned."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""

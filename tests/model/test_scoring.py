@@ -14,7 +14,7 @@ from full_logits import load, response_logits
 from layout_cases import LAYOUTS
 from tiny_policy import build_policy, joined, make_checkpoint, make_scorings
 
-from megatron_hdpo.model.scoring import Answered, in_waves
+from megatron_hdpo.model.scoring import ScoringContext, by_dependency
 from megatron_hdpo.types.learning import Scoring
 
 IDS, OTHER = np.array([3, 4], dtype=np.int32), np.array([3, 5], dtype=np.int32)
@@ -30,7 +30,7 @@ def test_waves_follow_references() -> None:
     second = scoring("b", reverse_kl_to="c", top_k=3)
     third = scoring("c", "reference", hidden=True)
     alone = scoring("d", "policy")
-    waves = in_waves([first, second, third, alone])
+    waves = by_dependency([first, second, third, alone])
     assert waves == {
         (0, "reference"): [third],
         (0, "policy"): [alone],
@@ -53,7 +53,7 @@ def test_waves_follow_references() -> None:
 )
 def test_senseless_references_are_refused(scorings: list[Scoring], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        in_waves(scorings)
+        by_dependency(scorings)
 
 
 def _pairs() -> tuple[list[Scoring], list[Scoring]]:
@@ -81,9 +81,9 @@ def _visit(path: Path, names: list[str]) -> dict[str, Any]:
             policy = build_policy(path, context, head_chunk=5)
             first, second = _pairs()
             asked = {s.key: s for s in (*first, *second)}
-            scores = policy.score(first, answered=Answered(asked, {}, {}))
+            scores = policy.score(first, answered=ScoringContext(asked, {}, {}))
             heads = {"teacher": policy.head_copy(policy.head_rows)} if context.is_last_stage else {}
-            scores |= policy.score(second, answered=Answered(asked, scores, heads))
+            scores |= policy.score(second, answered=ScoringContext(asked, scores, heads))
             # Tensors do not outlive the rank that shares them.
             kept = {
                 k: s if s.hidden_TH is None else replace(s, hidden_TH=s.hidden_TH.numpy()) for k, s in scores.items()

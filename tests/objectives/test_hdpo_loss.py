@@ -18,7 +18,7 @@ import pytest
 import torch
 from rollout_groups import group, sample, top
 
-from megatron_hdpo.model.loss import Normalisers, micro_batch_loss
+from megatron_hdpo.model.loss import TokenCounts, micro_batch_loss
 from megatron_hdpo.model.micro_batch import example_micro_batch, loss_inputs
 from megatron_hdpo.objectives.base import ObjectiveDeps
 from megatron_hdpo.objectives.hdpo import HDPO, HDPOConfig
@@ -114,7 +114,7 @@ def test_loss_and_logit_gradients(moved: bool, head_chunk: int) -> None:
 
     examples, spec = batch_of_hdpo(old, tops)
     device = torch.device("cpu")
-    normalisers = Normalisers(sum(e.surrogate_count for e in examples), sum(e.distill_count for e in examples))
+    normalisers = TokenCounts(sum(e.surrogate_count for e in examples), sum(e.distill_count for e in examples))
     leaf = torch.tensor(logits, requires_grad=True)
     batch, inputs = example_micro_batch(examples, device), loss_inputs(examples, device)
     head = torch.eye(V, dtype=torch.float64)  # hidden states are the logits

@@ -13,7 +13,7 @@ from rollout_groups import group, sample
 
 from megatron_hdpo.objectives.base import ObjectiveDeps
 from megatron_hdpo.objectives.paced import PACED, PACEDConfig
-from megatron_hdpo.objectives.settings import Surroundings
+from megatron_hdpo.objectives.settings import RecipeContext
 
 TOP = {"kind": "forward_kl", "tail": "bucket", "top_k": SUPPORT, "coefficient": 1.0}
 
@@ -63,7 +63,7 @@ def test_a_group_without_rollouts_has_the_weight_that_is_remembered() -> None:
 def test_pass_rates_survive_a_checkpoint() -> None:
     first, second = paced(), paced()
     first.begin_step(3, [small(1, 0, 0, 0), small(1, 1, problem="sums/1"), small(problem="sums/2")])
-    second.load_state(json.loads(json.dumps(first.state())))
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert second.rates == first.rates == {"sums/0": (0.25, 3), "sums/1": (1.0, 3)}
 
 
@@ -122,11 +122,11 @@ def test_raw_weights() -> None:
     ],
 )
 def test_settings_that_cannot_be_computed(settings: dict, message: str) -> None:
-    around = Surroundings(1000, "policy", 1.0, samples_per_prompt=4)
+    around = RecipeContext(1000, "policy", 1.0, samples_per_prompt=4)
     lines = PACEDConfig.model_validate(settings).errors(around)
     assert any(re.match(message, line) for line in lines)
 
 
 def test_defaults_can_be_computed_and_one_rollout_is_no_pass_rate() -> None:
-    assert not list(PACEDConfig().errors(Surroundings(1000, "frozen", 1.0, samples_per_prompt=8)))
-    assert any("2 or more" in line for line in PACEDConfig().errors(Surroundings(1000, "frozen", 1.0)))
+    assert not list(PACEDConfig().errors(RecipeContext(1000, "frozen", 1.0, samples_per_prompt=8)))
+    assert any("2 or more" in line for line in PACEDConfig().errors(RecipeContext(1000, "frozen", 1.0)))

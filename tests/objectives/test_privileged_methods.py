@@ -12,7 +12,7 @@ import pytest
 import torch
 from hint_prompts import SUPPORT, StubPrompts, answers
 
-from megatron_hdpo.model.loss import Normalisers, micro_batch_loss
+from megatron_hdpo.model.loss import TokenCounts, micro_batch_loss
 from megatron_hdpo.model.micro_batch import example_micro_batch, loss_inputs
 from megatron_hdpo.objectives.base import ObjectiveDeps
 from megatron_hdpo.objectives.contrastive_opsd import ContrastiveOPSD, ContrastiveOPSDConfig
@@ -206,7 +206,7 @@ def test_cut_responses_can_be_masked(name: str) -> None:
 def gradient(objective: Any, batches: list[list[Example]], logits: dict[bytes, torch.Tensor]) -> dict[bytes, Any]:
     """Of the step's loss in the logits of every response token, by example."""
     every = [e for batch in batches for e in batch]
-    normalisers = Normalisers(sum(e.surrogate_count for e in every), sum(e.distill_count for e in every))
+    normalisers = TokenCounts(sum(e.surrogate_count for e in every), sum(e.distill_count for e in every))
     found = {}
     for batch in batches:
         device = torch.device("cpu")

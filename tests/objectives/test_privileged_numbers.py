@@ -16,12 +16,12 @@ from megatron_hdpo.objectives.opsd import OPSD, OPSDConfig
 from megatron_hdpo.objectives.rlcsd import RLCSD, RLCSDConfig
 from megatron_hdpo.objectives.rlsd import RLSD, RLSDConfig
 from megatron_hdpo.objectives.sdpo import SDPO, SDPOConfig
-from megatron_hdpo.objectives.settings import Surroundings
+from megatron_hdpo.objectives.settings import RecipeContext
 from megatron_hdpo.objectives.srpo import SRPO, SRPOConfig
 from megatron_hdpo.types.learning import Score
 from megatron_hdpo.types.rollouts import TopLogprobs
 
-AROUND = Surroundings(vocab_size=1000, teacher="policy", temperature=1.0, samples_per_prompt=8)
+AROUND = RecipeContext(vocab_size=1000, teacher="policy", temperature=1.0, samples_per_prompt=8)
 BOX = "so \\boxed{4}"
 
 

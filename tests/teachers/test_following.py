@@ -59,10 +59,10 @@ class Examples(BaseObjective):
     def examples(self, groups: Any, scores: Any, totals: Any = None) -> list:
         return share(self.policy, make_examples(seed=self.step))
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return {"begun": self.begun}
 
-    def load_state(self, state: Any) -> None:
+    def load_state_dict(self, state: Any) -> None:
         self.begun = state["begun"]
 
 
@@ -112,18 +112,18 @@ def _resumed(path: Path, folder: Path, context: ParallelContext, kind: str, dtyp
     store = CheckpointStore(folder, context, keep=2)
     for step in range(3):
         learner.learn([], step)
-    saved = store.save(3, learner.policy, learner.memory())
+    saved = store.save(3, learner.policy, learner.state_dict())
     for step in range(3, STEPS):
         learner.learn([], step)
 
     again = _learner(path, context, kind, dtype)
     store.load(saved, again.policy)
-    again.recall(store.load_memory(saved))
+    again.load_state_dict(store.load_learner_state(saved))
     at_load = again.objective.begun
     for step in range(3, STEPS):
         again.learn([], step)
     ours, theirs = _seen(learner.teacher), _seen(again.teacher)
-    state, restored = learner.teacher.state(), again.teacher.state()
+    state, restored = learner.teacher.state_dict(), again.teacher.state_dict()
     return {
         "weights": all(np.array_equal(ours[0][name], theirs[0][name]) for name in ours[0]),
         "bits": all(torch.equal(state.weights[name], restored.weights[name]) for name in state.weights),
@@ -135,7 +135,7 @@ def _resumed(path: Path, folder: Path, context: ParallelContext, kind: str, dtyp
 
 def _damaged(path: Path, folder: Path, context: ParallelContext) -> list[str]:
     learner, store = _learner(path, context, "ema"), CheckpointStore(folder, context, keep=2)
-    saved = store.save(1, learner.policy, learner.memory())
+    saved = store.save(1, learner.policy, learner.state_dict())
     (file,) = saved.glob(f"teacher_tp{context.groups.tp.rank()}_pp{context.groups.pp.rank()}.pt")
     context.barrier("saved")
     errors = []
@@ -144,7 +144,7 @@ def _damaged(path: Path, folder: Path, context: ParallelContext) -> list[str]:
             damage()
         context.barrier("damaged")
         with pytest.raises(CheckpointError, match="damaged or missing") as caught:
-            store.load_memory(saved)
+            store.load_learner_state(saved)
         errors.append(str(caught.value))
     return errors
 
