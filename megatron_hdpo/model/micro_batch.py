@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
@@ -75,14 +75,14 @@ class LossInputs:
 
     def at(self, places: Tensor) -> LossInputs:
         """Return the inputs of some of the tokens (int64 indices into the N tokens), without their targets."""
-        return replace(
-            self,
+        return LossInputs(
             advantages_N=self.advantages_N[places],
             surrogate_weights_N=self.surrogate_weights_N[places],
             old_N=self.old_N[places],
             rollout_N=self.rollout_N[places],
             distill_weights_N=self.distill_weights_N[places],
             reference_N=self.reference_N[places],
+            moved=self.moved,
             target=None,
         )
 
