@@ -152,7 +152,15 @@ def _of_kind(key: Key, tag: str) -> Key:
     model = key.node.tagged(tag)
     assert model is not None
     node = SchemaNode((model,), key.node.discriminator)
-    return Key(key.path, _summary(model), "section", key.default, node, (*key.kinds, tag), key.value)
+    return Key(
+        path=key.path,
+        meaning=_summary(model),
+        type="section",
+        default=key.default,
+        node=node,
+        kinds=(*key.kinds, tag),
+        value=key.value,
+    )
 
 
 def _hint(part: str, here: Sequence[Key], children: Sequence[Key]) -> str:

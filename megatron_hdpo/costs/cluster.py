@@ -70,8 +70,24 @@ class Gpu:
 
 
 GPUS = {
-    "h100": Gpu("h100", 989.4e12, 1978.9e12, 3.35e12, 80 * 10**9, 450e9, 50e9),
-    "h200": Gpu("h200", 989.4e12, 1978.9e12, 4.8e12, 141 * 10**9, 450e9, 50e9),
+    "h100": Gpu(
+        name="h100",
+        flops_s=989.4e12,
+        fp8_flops_s=1978.9e12,
+        hbm_bytes_s=3.35e12,
+        memory=80 * 10**9,
+        nvlink_bytes_s=450e9,
+        infiniband_bytes_s=50e9,
+    ),
+    "h200": Gpu(
+        name="h200",
+        flops_s=989.4e12,
+        fp8_flops_s=1978.9e12,
+        hbm_bytes_s=4.8e12,
+        memory=141 * 10**9,
+        nvlink_bytes_s=450e9,
+        infiniband_bytes_s=50e9,
+    ),
 }
 
 

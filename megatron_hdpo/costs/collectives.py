@@ -107,7 +107,9 @@ def _layers(a: Architecture, layout: Layout, stage: int, shape: PackedShape, *, 
     layers, whole = a.num_layers // layout.pipeline, shape.rows * a.hidden_size * layout.value_bytes
     first, last = int(stage == 0), int(stage == layout.pipeline - 1)
     if layout.tensor > 1 and layout.sequence:
-        yield from _sequence_parallel(a, layout, whole, layers, first, last, backward)
+        yield from _sequence_parallel(
+            a=a, layout=layout, whole=whole, layers=layers, first=first, last=last, backward=backward
+        )
     elif layout.tensor > 1:
         count = first + sum(layers * (_passes(layout, part, backward) + int(backward)) for part in ("attention", "mlp"))
         yield Collective("all_reduce", "tp", whole, count, "layers")
@@ -168,7 +170,9 @@ def _experts(a: Architecture, layout: Layout, shape: PackedShape, layers: int, b
         yield Collective("all_to_all", "ep", places * a.hidden_size * layout.value_bytes, 2 * both, "tokens to experts")
         yield Collective("all_to_all", "ep", places * _FP32, both, "weights of experts")
     if layout.expert_tensor > 1:
-        yield from _expert_tensor(a, layout, places * layout.expert_tensor, layers, passes, backward)
+        yield from _expert_tensor(
+            a=a, layout=layout, places=places * layout.expert_tensor, layers=layers, passes=passes, backward=backward
+        )
 
 
 def _expert_tensor(

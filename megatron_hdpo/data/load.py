@@ -57,7 +57,12 @@ def load(
     report, prompts = LoadReport(), PromptBuilder(tokenizer, config.prompts)
     found = {task.task_name: task.problems(report) for task in config.tasks}
     found = _with_readable_gold(config, found, pool, report)
-    found = {name: _that_fit(name, problems, prompts, privileged, hints, report) for name, problems in found.items()}
+    found = {
+        name: _that_fit(
+            task=name, problems=problems, prompts=prompts, privileged=privileged, hints=hints, report=report
+        )
+        for name, problems in found.items()
+    }
     evaluation = [problem for task in config.evaluation for problem in found[task.task_name]]
     train = [problem for task in config.train for problem in found[task.task_name]]
     if config.decontaminate:

@@ -88,7 +88,11 @@ class ContrastiveOPSD(Distillation):
         examples = []
         for key, group, sample in self.trained(groups):
             target, weights_T = self._guided(key, scores)
-            examples.append(sample_distillation(key, group, sample, target, scores, weights_T))
+            examples.append(
+                sample_distillation(
+                    key=key, group=group, sample=sample, target=target, scores=scores, weights_T=weights_T
+                )
+            )
         return examples
 
     def totals(self, groups: Sequence[Group], scores: Mapping[ScoringKey, Score]) -> dict[str, float]:

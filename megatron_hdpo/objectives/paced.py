@@ -163,7 +163,11 @@ class PACED(Distillation):
             if self.config.weights == "mean_one":
                 weight *= totals["paced/tokens"] / totals["paced/weight"]
             target, weights_T = target_of(key, scores, self.config.distill), np.full(sample.length, weight)
-            examples.append(sample_distillation(key, group, sample, target, scores, weights_T))
+            examples.append(
+                sample_distillation(
+                    key=key, group=group, sample=sample, target=target, scores=scores, weights_T=weights_T
+                )
+            )
         return examples
 
     def totals_metrics(self, totals: Mapping[str, float]) -> dict[str, float]:

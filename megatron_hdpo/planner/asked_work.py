@@ -107,7 +107,16 @@ def _ask(objective: Objective, steps: Steps, step: int) -> _Asked:
     trained = [sum(int(e.prompt_ids[0]) == g for e in own) for g in range(len(groups))]
     targets = [example.target for example in examples]
     distilled = any(example.target is not None for example in own)
-    return _Asked(objective, [share for _, share in kinds], groups, wanted, scorings, trained, targets, distilled)
+    return _Asked(
+        objective=objective,
+        shares=[share for _, share in kinds],
+        groups=groups,
+        wanted=wanted,
+        scorings=scorings,
+        trained=trained,
+        targets=targets,
+        distilled=distilled,
+    )
 
 
 def _student_scorings(asked: _Asked, weights: ModelRole, samples: int) -> list[StudentScoring]:

@@ -25,13 +25,13 @@ def plan_recipe(recipe_path: Path, overrides: Sequence[str], options: argparse.N
     cluster = cluster_of(options.gpu, options.nodes, options.gpus_per_node)
     _check(recipe, architecture)
     guesses = Guesses(
-        options.cliff_rate,
-        options.solved_rate,
-        options.privileged_success,
-        options.prompt_tokens,
-        options.privileged_prompt_tokens,
-        options.response_tokens,
-        options.rollout_gpus,
+        cliff_rate=options.cliff_rate,
+        solved_rate=options.solved_rate,
+        privileged_success=options.privileged_success,
+        prompt_tokens=options.prompt_tokens,
+        privileged_prompt_tokens=options.privileged_prompt_tokens,
+        response_tokens=options.response_tokens,
+        rollout_gpus=options.rollout_gpus,
     )
     workload, rollouts = workload_of(recipe, guesses), rollouts_of(recipe, guesses)
     layout = layout_of(recipe, cluster.gpus - rollouts.gpus)

@@ -86,14 +86,14 @@ def rollouts_of(recipe: Recipe, guesses: Guesses) -> Rollouts:
         return Rollouts("embedded", max_concurrency=rollout.embedded.max_batch_sequences)
     servers = rollout.sglang.servers
     return Rollouts(
-        "colocated" if rollout.sglang.placement == "colocated" else "separate",
-        servers.tensor_parallel,
-        guesses.rollout_gpus,
-        rollout.sglang.max_concurrency,
-        servers.memory_saver,
-        servers.mem_fraction_static,
-        rollout.ahead > 0,
-        servers.quantization == "fp8",
+        engine="colocated" if rollout.sglang.placement == "colocated" else "separate",
+        tensor=servers.tensor_parallel,
+        gpus=guesses.rollout_gpus,
+        max_concurrency=rollout.sglang.max_concurrency,
+        saver=servers.memory_saver,
+        memory_fraction=servers.mem_fraction_static,
+        ahead=rollout.ahead > 0,
+        fp8=servers.quantization == "fp8",
     )
 
 
@@ -108,12 +108,12 @@ def layout_of(recipe: Recipe, gpus: int) -> Layout:
     spec: Spec = "torch" if model.spec == "torch" else "transformer_engine"
     replicas = gpus // ranks
     return Layout(
-        parallel.tensor,
-        parallel.pipeline,
-        replicas,
-        parallel.sequence,
-        model.recompute == "full",
-        spec,
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        data=replicas,
+        sequence=parallel.sequence,
+        recompute=model.recompute == "full",
+        spec=spec,
         context=parallel.context,
         expert=parallel.expert,
         expert_tensor=parallel.expert_tensor,

@@ -48,4 +48,6 @@ class PhaseTime:
 
 def nothing(phase: str) -> PhaseTime:
     """Return a phase without work."""
-    return PhaseTime(phase, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    return PhaseTime(
+        phase=phase, arithmetic_s=0.0, memory_s=0.0, communication_s=0.0, other_s=0.0, flops=0.0, tokens=0.0
+    )

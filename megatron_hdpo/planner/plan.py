@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 
 from megatron_hdpo.costs.cluster import GIB, Cluster
@@ -87,7 +88,9 @@ def plan(architecture: Architecture, cluster: Cluster, layout: Layout, workload:
     if architecture.num_heads % rollouts.tensor:
         raise PlanError(f"a server of {rollouts.tensor} GPUs does not divide {architecture.num_heads} attention heads")
     engines = _engines(layout, rollouts)
-    batch, cache = _student_batch(architecture, cluster, layout, workload, rollouts, engines)
+    batch, cache = _student_batch(
+        a=architecture, cluster=cluster, layout=layout, workload=workload, rollouts=rollouts, engines=engines
+    )
     memory = by_phase(architecture, layout, workload, rollouts, cache)
     refusals = why_not(memory, cluster.gpu)
     if batch.at_once < 1:
@@ -101,16 +104,27 @@ def plan(architecture: Architecture, cluster: Cluster, layout: Layout, workload:
         at_once=max(1e-9, min(batch.at_once, workload.privileged_sequences / engines)),
     )
     others = [scoring(architecture, layout, workload, weights, cluster) for weights in ("policy", "reference")]
+    sampled = partial(sampling, architecture, engines=engines, workload=workload, rollouts=rollouts, cluster=cluster)
     phases = (
-        sampling(architecture, "sampling", batch, engines, workload, rollouts, cluster),
-        sampling(architecture, "privileged sampling", privileged, engines, workload, rollouts, cluster),
+        sampled(phase="sampling", batch=batch),
+        sampled(phase="privileged sampling", batch=privileged),
         scoring(architecture, layout, workload, "teacher", cluster),
         *(found for found in others if found.time_s),
         training(architecture, layout, workload, cluster),
         sync(architecture, layout, rollouts, cluster),
     )
     host = host_bytes(architecture, layout, workload)
-    return Plan(architecture, cluster, layout, workload, rollouts, memory, host, phases, tuple(refusals))
+    return Plan(
+        architecture=architecture,
+        cluster=cluster,
+        layout=layout,
+        workload=workload,
+        rollouts=rollouts,
+        memory=memory,
+        host_bytes=host,
+        phases=phases,
+        refusals=tuple(refusals),
+    )
 
 
 def _engines(layout: Layout, rollouts: Rollouts) -> int:

@@ -60,13 +60,13 @@ def sampling(
     traffic = steps * read / tensor + tokens * context * cache_bytes_per_token(a, tensor)
     per_step = SERVER_STEP_S if rollouts.engine != "embedded" else EMBEDDED_LAYER_STEP_S * a.num_layers
     return PhaseTime(
-        phase,
-        compute / tensor / gpu.flops_s,
-        traffic / (gpu.hbm_bytes_s * HBM_EFFICIENCY),
-        _decode_communication(a, tensor, tokens + prefilled, steps, cluster),
-        steps * per_step,
-        engines * (decode + prefill),
-        engines * tokens,
+        phase=phase,
+        arithmetic_s=compute / tensor / gpu.flops_s,
+        memory_s=traffic / (gpu.hbm_bytes_s * HBM_EFFICIENCY),
+        communication_s=_decode_communication(a, tensor, tokens + prefilled, steps, cluster),
+        other_s=steps * per_step,
+        flops=engines * (decode + prefill),
+        tokens=engines * tokens,
         streams=True,
     )
 
@@ -92,4 +92,6 @@ def sync(a: Architecture, layout: Layout, rollouts: Rollouts, cluster: Cluster) 
     rates = {"separate": BROADCAST_SYNC_BYTES_S, "colocated": SHARED_SYNC_BYTES_S}
     handed = size / rates[rollouts.engine] if rollouts.engine in rates else 0.0
     traffic = 4.0 * size / (cluster.gpu.hbm_bytes_s * HBM_EFFICIENCY)  # copied twice, read and written
-    return PhaseTime("sync", 0.0, traffic, gather, handed, 0.0, 0.0)
+    return PhaseTime(
+        phase="sync", arithmetic_s=0.0, memory_s=traffic, communication_s=gather, other_s=handed, flops=0.0, tokens=0.0
+    )

@@ -53,10 +53,10 @@ def _qwen3_moe(layers: int, hidden: int, heads: int, ffn: int, expert_ffn: int) 
 
 # The numbers of the models' published config.json files.
 SHAPES = {
-    "qwen2.5-1.5b": _qwen(28, 1536, 8960, 12, 2, 151936, True),
-    "qwen2.5-7b": _qwen(28, 3584, 18944, 28, 4, 152064, False),
-    "qwen2.5-32b": _qwen(64, 5120, 27648, 40, 8, 152064, False),
-    "qwen2.5-72b": _qwen(80, 8192, 29568, 64, 8, 152064, False),
+    "qwen2.5-1.5b": _qwen(layers=28, hidden=1536, ffn=8960, heads=12, kv_heads=2, vocab=151936, tied=True),
+    "qwen2.5-7b": _qwen(layers=28, hidden=3584, ffn=18944, heads=28, kv_heads=4, vocab=152064, tied=False),
+    "qwen2.5-32b": _qwen(layers=64, hidden=5120, ffn=27648, heads=40, kv_heads=8, vocab=152064, tied=False),
+    "qwen2.5-72b": _qwen(layers=80, hidden=8192, ffn=29568, heads=64, kv_heads=8, vocab=152064, tied=False),
     "qwen3-30b-a3b": _qwen3_moe(48, 2048, 32, 6144, 768),
     "qwen3-235b-a22b": _qwen3_moe(94, 4096, 64, 12288, 1536),
 }

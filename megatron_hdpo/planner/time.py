@@ -122,18 +122,21 @@ class _StageTimes:
 def training(a: Architecture, layout: Layout, workload: Workload, cluster: Cluster) -> PhaseTime:
     """Return the time of all optimizer updates of a step: 1F1B over the micro-batches, reduction, optimizer."""
     work, updates = workload.training_work(layout), workload.updates
-    stages = [_training_stage(a, layout, stage, work, workload, cluster) for stage in layout.stages]
+    stages = [
+        _training_stage(a=a, layout=layout, stage=stage, work=work, workload=workload, cluster=cluster)
+        for stage in layout.stages
+    ]
     slowest = max(stages, key=lambda times: times.per_batch)
     one = [(workload.sequence_tokens, workload.response_tokens)]
     return PhaseTime(
-        "training",
-        updates * work.count * slowest.arithmetic,
-        updates * (work.count * slowest.memory + slowest.update),
-        updates * (work.count * slowest.inside + slowest.after),
-        updates * bubble(layout) * slowest.per_batch,
-        FORWARD_AND_BACKWARD * workload.trained_sequences * forward_flops(a, one),
-        workload.trained_sequences * workload.sequence_tokens,
-        tuple(step_collectives(a, layout, 0, [work], workload.head_chunk)),
+        phase="training",
+        arithmetic_s=updates * work.count * slowest.arithmetic,
+        memory_s=updates * (work.count * slowest.memory + slowest.update),
+        communication_s=updates * (work.count * slowest.inside + slowest.after),
+        other_s=updates * bubble(layout) * slowest.per_batch,
+        flops=FORWARD_AND_BACKWARD * workload.trained_sequences * forward_flops(a, one),
+        tokens=workload.trained_sequences * workload.sequence_tokens,
+        collectives=tuple(step_collectives(a, layout, 0, [work], workload.head_chunk)),
         hidden_s=updates * slowest.hidden,
     )
 
@@ -150,13 +153,24 @@ def _training_stage(
     if stage == layout.pipeline - 1:
         arithmetic += _head_s(a, layout, shape, 3, gpu)
         traffic += _head_traffic(a, layout, shape, workload.head_chunk)
-    inside, beside = _inside_s(a, layout, stage, shape, workload.head_chunk, cluster)
-    after, hidden = _after_s(a, layout, stage, arithmetic + traffic / hbm, workload.updates, cluster)
+    inside, beside = _inside_s(
+        a=a, layout=layout, stage=stage, shape=shape, head_chunk=workload.head_chunk, cluster=cluster
+    )
+    after, hidden = _after_s(
+        a=a, layout=layout, stage=stage, per_batch=arithmetic + traffic / hbm, updates=workload.updates, cluster=cluster
+    )
     shard = parameters.shard_values(layout)
     # Zeroing and reading gradients; Adam reads and writes main weights and both moments, and writes the weights.
     update = parameters.values * 8.0 + shard * (1.0 - layout.offload) * (4 + 6 * 4 + layout.value_bytes)
     host = shard * layout.offload * (_HOST_ADAM_BYTES / HOST_ADAM_BYTES_S + (4 + 4) / HOST_LINK_BYTES_S)
-    return _StageTimes(arithmetic, traffic / hbm, inside, after, update / hbm + host, hidden + work.count * beside)
+    return _StageTimes(
+        arithmetic=arithmetic,
+        memory=traffic / hbm,
+        inside=inside,
+        after=after,
+        update=update / hbm + host,
+        hidden=hidden + work.count * beside,
+    )
 
 
 def _layer_traffic(a: Architecture, layout: Layout, shape: PackedShape, passes: float) -> float:
@@ -238,12 +252,12 @@ def scoring(a: Architecture, layout: Layout, workload: Workload, weights: ModelR
     sequences, prompt = workload.scored(weights)
     length = prompt + workload.response_tokens
     return PhaseTime(
-        phase,
-        work.count * arithmetic,
-        work.count * memory,
-        communication,
-        bubble(layout) * per_batch + moved / HOST_LINK_BYTES_S,
-        sequences * forward_flops(a, [(length, workload.response_tokens)]),
-        sequences * length,
-        tuple(collectives),
+        phase=phase,
+        arithmetic_s=work.count * arithmetic,
+        memory_s=work.count * memory,
+        communication_s=communication,
+        other_s=bubble(layout) * per_batch + moved / HOST_LINK_BYTES_S,
+        flops=sequences * forward_flops(a, [(length, workload.response_tokens)]),
+        tokens=sequences * length,
+        collectives=tuple(collectives),
     )

@@ -134,7 +134,15 @@ class KnightsKnavesTask(TaskBase):
             f"{name} is a {_role(role)}: what {name} says is {'true' if holds(statement, roles) else 'false'}."
             for name, role, statement in zip(names, roles, statements, strict=True)
         ]
-        return self._problem(str(index), question, names, roles, list(statements), "\n".join(checks), None)
+        return self._problem(
+            index=str(index),
+            question=question,
+            names=names,
+            roles=roles,
+            statements=list(statements),
+            solution="\n".join(checks),
+            where=None,
+        )
 
     def _read(self, report: LoadReport) -> Iterator[Problem]:
         assert self.rows is not None
@@ -156,7 +164,15 @@ class KnightsKnavesTask(TaskBase):
         statements = _statements(lookup_or(row, "statements"), truth)
         solution = lookup_or(row, "solution")
         index = where.rpartition(":")[2]
-        return self._problem(index, question.strip(), names, truth, statements, solution or None, where)
+        return self._problem(
+            index=index,
+            question=question.strip(),
+            names=names,
+            roles=truth,
+            statements=statements,
+            solution=solution or None,
+            where=where,
+        )
 
     def _problem(
         self,
