@@ -27,7 +27,7 @@ except ImportError:  # set-up has not installed it yet, and what it runs has no 
 
 INTERRUPTED = 130
 SHOWN_OF_A_FAILURE = 20
-_SILENCE_S = 1.5
+_SILENCE_S = 1.0
 _POLL_S = 0.2
 _LAST_WORDS_S = 3.0
 _STATE_CHARACTERS = 90
