@@ -233,13 +233,14 @@ def test_the_servers_rollouts_teach_what_they_would_from_any_engine(
     tree["checkpoint"] = {"every": 1}
     train(tree)
     weights = Weights(warm_model)
-    groups = groups_of(tmp_path / "server", 1)
+    groups, differ = groups_of(tmp_path / "server", 1), False
     for group in groups:
         assert len(group.samples) == 8
         for sample in group.samples:
             own = weights.of_sampled(group.prompt_ids, sample.completion, 0).astype(np.float32)
-            assert (own != sample.completion.logprobs).any(), "they are of another program"
+            differ |= bool((own != sample.completion.logprobs).any())  # those of a short response may be the same bits
             sample.completion = replace(sample.completion, logprobs=own)
+    assert differ, "they are of another program"
     write_groups(tmp_path / "scored" / "step_00000001.jsonl", groups, str)
     tree["output"] = str(tmp_path / "scored_run")
     tree["rollout"] |= {"engine": "embedded", "replay": str(tmp_path / "scored")}
