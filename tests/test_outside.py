@@ -12,7 +12,7 @@ from recipes import ROOT
 
 REMEDY = "run `make quickstart`, then `source .venv/bin/activate`"
 RECIPE = "examples/digit_sums/hdpo.yaml"
-TOOLS = sorted(path for path in (ROOT / "tools").glob("*.py") if path.name not in ("_environment.py", "relay.py"))
+TOOLS = sorted(path for path in (ROOT / "tools").glob("*.py") if path.name != "relay.py" and path.name[0] != "_")
 QUICKSTART = ("quickstart.py", "fetch_model.py", "answers.py", "sums_figure.py")
 SCRIPTS = [ROOT / "examples/compare/compare.py", *(ROOT / "examples/quickstart" / name for name in QUICKSTART)]
 PARTS = sorted((ROOT / "examples" / "compare").glob("*_*.py"))

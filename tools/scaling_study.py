@@ -17,8 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import _environment  # noqa: F401
-from published import NOT_COMPARED, comparisons
-from scaling_points import Point, strong, weak
+from _published import NOT_COMPARED, comparisons
+from _scaling_points import Point, strong, weak
 
 from megatron_hdpo.costs.cluster import GPUS, cluster_of
 from megatron_hdpo.costs.errors import PlanError

@@ -10,6 +10,7 @@ import pytest
 from fake_engine import FakeEngine
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thread_ranks import PROBLEMS, Context, World, coordinator
 
 from megatron_hdpo.evaluation.config import EvaluationConfig
 from megatron_hdpo.evaluation.evaluate import evaluate, evaluation_samples
@@ -119,8 +120,6 @@ def test_number_of_samples() -> None:
 
 
 def test_seeds_are_the_same_every_time_and_unlike_those_of_training() -> None:
-    from test_rollouts import PROBLEMS, Context, World, coordinator
-
     def seeds(version: int) -> list[int]:
         rollouts = coordinator(Context(World(1), 0))
         engine = rollouts.sampler.engine

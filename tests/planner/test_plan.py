@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from _scaling_points import weak
 from recipes import Tree
-from scaling_points import weak
 
 from megatron_hdpo import cli
 from megatron_hdpo.config import parse_recipe

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,35 +12,17 @@ from fake_engine import Fails, FakeEngine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
+from thread_ranks import Judge, text_of
 
 from megatron_hdpo.objectives.base import ObjectiveDeps
 from megatron_hdpo.objectives.hdpo import HDPO, HDPOConfig
 from megatron_hdpo.rewards.config import RewardConfig
-from megatron_hdpo.rewards.pool import Judgement, RewardPool
+from megatron_hdpo.rewards.pool import RewardPool
 from megatron_hdpo.sampling.sampler import RolloutRequest, Rollouts, RolloutSampler, _attempt, rollout_seed
 from megatron_hdpo.types.load_report import LoadReport
 from megatron_hdpo.types.problem import Problem
 from megatron_hdpo.types.rollouts import GenerationRequest, GenerationResult, Group, SamplingParams
 from megatron_hdpo.types.task import TaskBase
-
-
-class Judge:
-    """Stands in for the pool: rewards by text, and a failed check where `fails` says so."""
-
-    def __init__(self, fails: Callable[[str], bool] = lambda text: False) -> None:
-        self.fails = fails
-
-    def submit(self, problem: Problem, response: str) -> Future[Judgement]:
-        future: Future[Judgement] = Future()
-        failed = self.fails(response)
-        right = float(len(response) % 2)
-        judged = Judgement(right, None, 0.0, None if right else f"not {response}")
-        future.set_result(Judgement(None, "broken", 0.0) if failed else judged)
-        return future
-
-
-def text_of(ids: np.ndarray) -> str:
-    return "-".join(map(str, ids))
 
 
 def request(key: str, n: int = 4, seed: int = 7) -> RolloutRequest:

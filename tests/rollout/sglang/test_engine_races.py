@@ -189,7 +189,7 @@ def test_nothing_that_a_server_answers_ends_the_watch_over_it(proxy: FaultProxy,
 def test_requests_of_one_id_are_refused(sglang_server: LiveServer, weights: Weights) -> None:
     with one_engine([sglang_server.url]) as (engine, push):
         push.push(weights.stream(1), 1)
-        with pytest.raises(ValueError, match="one id"):
+        with pytest.raises(ValueError, match="duplicate request ids"):
             engine.submit([request("a#0"), request("a#0")])
         assert drain(engine) == []
 
