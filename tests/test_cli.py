@@ -80,6 +80,15 @@ def test_report_of_no_run(prepare: str | None, says: str, tmp_path: Path) -> Non
     assert (ended.codes, ended.stderr) == ([2], [says.format(folder=folder)])
 
 
+def test_check_refuses_an_output_that_is_a_file(
+    tree: Tree, write_recipe: Callable[[Tree], Path], tmp_path: Path
+) -> None:
+    (tmp_path / "taken").touch()
+    ended = run_command("check", write_recipe(tree), f"output={tmp_path / 'taken'}")
+    assert ended.codes == [2]
+    assert ended.stderr[0] == f"RecipeError: output: {tmp_path / 'taken'} is a file: name a folder\n"
+
+
 @pytest.mark.parametrize("arguments", [[], ["fly"], ["train"], ["report"]])
 def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:

@@ -485,8 +485,7 @@ TABLE = [
     ),
     Wrong(
         "replay folder that is not there",
-        "DataError: rollout.replay: {folder}/nowhere has no step_00000001.jsonl, and train.steps is 2: "
-        "name the rollouts folder of a run with at least as many steps",
+        "RecipeError: rollout.replay: there is no folder {folder}/nowhere: name the rollouts folder of a run",
         ["rollout.replay={folder}/nowhere"],
     ),
     Wrong(

@@ -90,7 +90,7 @@ def _policy(arguments: argparse.Namespace, context: ParallelContext) -> Policy:
 
 def _groups(vocab_size: int, arguments: argparse.Namespace) -> list[Group]:
     rng = np.random.default_rng(0)
-    top_k = HDPOConfig().distill.top_k
+    top_k = min(HDPOConfig().distill.top_k, vocab_size)
 
     def tokens(count: int) -> np.ndarray:
         return rng.integers(0, vocab_size, count).astype(np.int32)

@@ -41,6 +41,7 @@ from pathlib import Path
 from typing import Any
 
 import _environment  # noqa: F401
+import torch
 
 # Seconds of the training side of an HDPO step, divided by those of a GRPO step on the same rollouts.
 STEP_TARGETS = {"HDPO, teacher from the rollout": 1.10, "HDPO, teacher from the trainer": 1.25}
@@ -57,6 +58,8 @@ def main() -> None:
     parser.add_argument("--problems", type=Path, help="JSON lines to learn from, such as GSM8K's")
     parser.add_argument("--only", nargs="*", choices=CHECKS, help="run only these checks")
     arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("check_gpu: torch finds no GPU here; `megatron_hdpo doctor` says more, --device cpu tests the script")
     if arguments.model is not None:
         arguments.model = arguments.model.resolve()  # parts run in the root of the repository
     results: dict[str, Any] = {"command": sys.argv}

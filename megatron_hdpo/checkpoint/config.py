@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class CheckpointConfig(BaseModel):
     """Schedule and contents of checkpoints."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     every: int = Field(50, ge=1, description="Steps between checkpoints; the last step always has one.")
     keep: int = Field(2, ge=1, description="Number of newest checkpoints that are kept.")

@@ -48,6 +48,7 @@ def check_recipe(recipe: Recipe, architecture: Architecture, world_size: int) ->
             *recipe.profile.errors(world_size, recipe.train.steps),
             *_precision_errors(recipe, architecture),
             *_export_errors(recipe),
+            *_path_errors(recipe),
         ]
     )
     return list(_warnings(recipe))
@@ -61,6 +62,14 @@ def _raise_for(errors: Sequence[str]) -> None:
 def _export_errors(recipe: Recipe) -> Iterator[str]:
     if recipe.checkpoint.export and Path(recipe.model.path).resolve() == (recipe.output / "hf").resolve():
         yield f"model.path: {recipe.model.path} is where this run exports to: choose another output"
+
+
+def _path_errors(recipe: Recipe) -> Iterator[str]:
+    if recipe.output.exists() and not recipe.output.is_dir():
+        yield f"output: {recipe.output} is a file: name a folder"
+    replay = recipe.rollout.replay
+    if replay is not None and not replay.is_dir():
+        yield f"rollout.replay: there is no folder {replay}: name the rollouts folder of a run"
 
 
 def _layout_errors(recipe: Recipe, architecture: Architecture, world_size: int) -> Iterator[str]:

@@ -137,7 +137,12 @@ _ROOT = Key("", "", "section", None, SchemaNode((Recipe,)))
 def _find(path: str) -> list[Key]:
     """Return the keys at a path, one for each kind of the unions on the way. Raises RecipeError."""
     here = [_ROOT]
-    for part in [part for part in re.split(r"[.\[\]]+", path) if part and not part.isdigit()]:
+    parts = [part for part in re.split(r"[.\[\]]+", path.strip()) if part and not part.isdigit()]
+    if not parts:
+        raise RecipeError(f"explain {path!r}: name a key, such as rollout.temperature, or none for all sections")
+    for part in parts:
+        if not here[0].is_section:
+            raise RecipeError(f"{path}: {here[0].path} is a value, not a section; explain {here[0].path}")
         children = [child for key in here for child in _children(key)]
         below = [child for child in children if _name(child) == part]
         chosen = [_of_kind(key, part) for key in here if key.node.tagged(part) is not None]

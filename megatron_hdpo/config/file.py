@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     if not equals or not path:
         raise RecipeError(f"override '{override}': write key.path=value")
     node: Any = tree
-    *parents, last = path.split(".")
+    *parents, last = re.sub(r"\[(\d+)\]", r".\1", path).split(".")  # data.train[0] is data.train.0
     for depth, key in enumerate(parents):
         if isinstance(node, dict) and node.get(key) is None:
             node[key] = {}
@@ -47,7 +48,8 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     try:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise RecipeError(f"override '{override}': the value {_yaml_problem(error)}") from error
+        hint = "; a template needs quotes inside those of the shell: key='\"{{ question }}\"'" if "{{" in text else ""
+        raise RecipeError(f"override '{override}': the value {_yaml_problem(error)}{hint}") from error
     if isinstance(node, list):
         _child(node, last, override, path)
         node[int(last)] = value

@@ -33,7 +33,7 @@ class RecipeError(UserError, ValueError):
 class TrainConfig(BaseModel):
     """The length of the run and the size of its micro-batches."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     steps: int = Field(100, ge=0, description="Rollout steps.")
     updates_per_step: int = Field(1, ge=1, description="Optimizer steps per rollout step, each on a share of it.")
@@ -48,7 +48,7 @@ class TrainConfig(BaseModel):
 class WarmupConfig(BaseModel):
     """Supervised steps on worked solutions before reinforcement learning, for models too weak to start with."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     kind: Literal["none", "sft"] = Field("none", description="sft: supervised fine-tuning; none: no warm-up.")
     steps: int = Field(100, ge=1, description="Optimizer steps.")
@@ -73,7 +73,7 @@ class WarmupConfig(BaseModel):
 class Recipe(BaseModel):
     """All settings of a run."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     output: Path = Field(description="Run folder: metrics, checkpoints, rollouts, logs. An existing one is resumed.")
     seed: int = Field(0, ge=0, description="Seed of data order and sampling.")

@@ -14,7 +14,7 @@ from megatron_hdpo.data.tasks import Task, TaskConfig
 class DataConfig(BaseModel):
     """Problems to train and to evaluate on, and their prompts."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     train: list[TaskConfig] = Field(min_length=1, description="Tasks to train on.")
     evaluation: list[TaskConfig] = Field(default_factory=list, description="Tasks to evaluate on.")

@@ -28,7 +28,7 @@ DEFAULT_PHRASES = (
 class LeakageConfig(BaseModel):
     """Rules that decide which privileged responses count as leaked."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     enabled: bool = Field(True, description="Drop privileged responses that give their help away.")
     phrases: list[str] = Field(

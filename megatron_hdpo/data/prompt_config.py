@@ -25,7 +25,7 @@ from megatron_hdpo.data.templates import (
 class PromptConfig(BaseModel):
     """Templates, markers and length limits of the prompts."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     chat: bool = Field(True, description="Wrap prompts by the tokenizer's chat template; else they are raw text.")
     chat_template_kwargs: dict[str, Any] = Field(

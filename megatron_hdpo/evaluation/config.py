@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 class EvaluationConfig(BaseModel):
     """The schedule and the sampling of evaluations on data.evaluation."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     every: int | None = Field(None, ge=1, description="Steps between evaluations; null: before and after only.")
     samples: int = Field(8, ge=1, description="Samples per problem (n).")

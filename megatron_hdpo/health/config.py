@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class HealthConfig(BaseModel):
     """Checks of ranks, nodes and links before the first step and during the run."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     enabled: bool = Field(
         True,
@@ -48,7 +48,7 @@ class HealthConfig(BaseModel):
 class SelfTestConfig(BaseModel):
     """Size and tolerances of the self-test at start."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     enabled: bool = Field(True, description="Run the self-test before the first step.")
     prompts: int = Field(4, ge=1, description="Prompts, with one sampled response each.")

@@ -23,7 +23,7 @@ DTYPES = ("float32", "bfloat16")
 class ModelConfig(BaseModel):
     """The model to train, its precision and its memory options."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
     path: str = Field(description="Hugging Face checkpoint folder: config.json, safetensors, tokenizer.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
@@ -85,7 +85,7 @@ class ModelConfig(BaseModel):
 class OptimizerConfig(BaseModel):
     """AdamW on fp32 main weights, sharded over the data-parallel ranks."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     lr: float = Field(1e-6, gt=0, allow_inf_nan=False, description="Peak learning rate.")
     betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW's moment decays.")

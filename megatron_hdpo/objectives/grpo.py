@@ -30,7 +30,7 @@ OverlongPolicy = Literal["keep", "mask", "penalise"]
 class KLConfig(BaseModel):
     """KL penalty towards the reference: the model before reinforcement learning started."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     coefficient: float = Field(
         0.0, ge=0, description="Weight of half the squared log-ratio to the reference (k2) per token; 0: no reference."

@@ -39,7 +39,7 @@ from megatron_hdpo.types.rollouts import Group, Sample
 class ClampConfig(BaseModel):
     """Bounds on the log-probs and the log-ratio of a sampled token."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     logprob: float | None = Field(None, lt=0, description="Lower bound of the log-probs of either side.")
     log_ratio: float | None = Field(

@@ -16,7 +16,7 @@ RIGHT_BUT_DROPPED = ("leaked", "duplicate", "over_cap")
 class PrivilegedRolloutConfig(BaseModel):
     """Rollouts sampled with the prompt that shows the answer, and which of them become distillation data."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     rollouts: int = Field(8, ge=1, description="Privileged rollouts per prompt that has any.")
     success_threshold: float = Field(1.0, description="Reward from which a rollout counts as right.")

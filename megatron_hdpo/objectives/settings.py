@@ -32,7 +32,7 @@ class RecipeContext:
 class ObjectiveSettings(BaseModel):
     """Base of an objective's settings. Each method adds a `name`, a Literal."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     teachers: ClassVar[tuple[TeacherKind, ...]] = ()
     """Kinds of teacher that the method can learn from; () for a method without one."""

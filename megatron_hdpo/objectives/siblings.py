@@ -21,7 +21,7 @@ from megatron_hdpo.types.rollouts import Group, Sample
 class SiblingConfig(BaseModel):
     """Rule for right siblings, and for the part of a sibling that is shown."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     success_threshold: float = Field(1.0, description="Reward from which a rollout counts as right.")
     remove_thinking: bool = Field(False, description="Show only the part of a sibling after its last </think>.")

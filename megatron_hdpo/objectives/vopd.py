@@ -28,7 +28,7 @@ from megatron_hdpo.types.rollouts import Group, Sample
 class BaselineConfig(BaseModel):
     """Baseline that is subtracted from the log-ratio."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     kind: Literal["full", "top_k", "none"] = Field(
         "full",

@@ -15,7 +15,7 @@ from megatron_hdpo.types.errors import UserError
 class ParallelConfig(BaseModel):
     """The parallel layout. The data-parallel size is world size / (tensor x context x pipeline)."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     tensor: int = Field(1, ge=1, description="Ranks that share every layer's weights (TP).")
     pipeline: int = Field(1, ge=1, description="Stages that share the layers (PP), scheduled 1F1B.")

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class RewardConfig(BaseModel):
     """Worker processes that score responses, and their limits."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     workers: int | None = Field(None, ge=1, description="Worker processes; by default half the cores, at most 16.")
     time_limit_s: float = Field(5.0, gt=0, description="Seconds after which a check is stopped and its worker killed.")

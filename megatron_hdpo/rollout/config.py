@@ -14,7 +14,7 @@ from megatron_hdpo.types.rollouts import SamplingParams
 class EmbeddedEngineConfig(BaseModel):
     """Size and precision of the embedded engine."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
@@ -42,7 +42,7 @@ class EmbeddedEngineConfig(BaseModel):
 class RolloutConfig(BaseModel):
     """Sampling of a step's rollouts. The privileged rollouts of a step use the same settings."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     engine: Literal["embedded", "sglang"] = Field("embedded", description="The engine that samples rollouts.")
     embedded: EmbeddedEngineConfig = Field(

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class WandbConfig(BaseModel):
     """Run, project and mode in Weights & Biases."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     project: str = Field(description="Project that the run belongs to.")
     entity: str | None = Field(default=None, description="Team or user; null: the account's default.")
@@ -26,7 +26,7 @@ class WandbConfig(BaseModel):
 class MLflowConfig(BaseModel):
     """Server, experiment and run name in MLflow."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     uri: str = Field(description="Tracking server or store, such as http://host:5000 or sqlite:///mlflow.db.")
     experiment: str = Field(default="megatron_hdpo", description="Experiment; created if it does not exist.")
@@ -36,7 +36,7 @@ class MLflowConfig(BaseModel):
 class TrackingConfig(BaseModel):
     """Copies of the metrics in addition to metrics.jsonl, which is always written."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     tensorboard: bool = Field(default=True, description="Write TensorBoard events to the run folder.")
     wandb: WandbConfig | None = Field(default=None, description="Log to Weights & Biases; null: do not.")
@@ -46,7 +46,7 @@ class TrackingConfig(BaseModel):
 class ProfileConfig(BaseModel):
     """Traces of chosen steps and ranks, and the peak that MFU is measured against."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     steps: list[int] = Field(
         default_factory=list, description="Steps that are traced, counted from 1 as in metrics.jsonl. Default: none."

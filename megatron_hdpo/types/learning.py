@@ -126,7 +126,7 @@ class Example:
 class SurrogateConfig(BaseModel):
     """Configuration of the clipped policy-gradient surrogate (PPO's, with asymmetric and dual clips)."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     ratio: Literal["token", "sequence"] = Field(
         "token",
@@ -145,7 +145,7 @@ class SurrogateConfig(BaseModel):
 class DivergenceConfig(BaseModel):
     """Configuration of the divergence between a target and the policy, and of its weight."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     coefficient: float = Field(0.1, ge=0, description="Weight of the divergence beside the surrogate (lambda).")
     kind: DivergenceKind = Field("jsd", description="Which divergence.")

@@ -40,7 +40,7 @@ class Task(Protocol):
 class TaskBase(BaseModel):
     """Base class of the tasks, with the keys that all of them share."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     name: str | None = Field(None, description="Name of the task in logs and metrics; by default made from its source.")
     weight: float | None = Field(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def test_explain_without_a_key_lists_the_sections() -> None:
         ("rollout.temprature", "rollout.temprature: unknown key; did you mean temperature?"),
         ("lr", "lr: unknown key; did you mean optimizer.lr or warmup.optimizer.lr?"),
         ("objective.hpdo", "objective.hpdo: unknown key; did you mean hdpo?"),
-        ("seed.of", "seed.of: unknown key"),
+        ("seed.of", "seed.of: seed is a value, not a section; explain seed"),
     ],
 )
 def test_an_unknown_key_is_one_line_with_a_suggestion(path: str, says: str) -> None:
@@ -96,3 +97,26 @@ def test_recipes_name_the_schema_in_their_first_line(recipe: Path) -> None:
     start, _, target = recipe.read_text().splitlines()[0].partition("$schema=")
     assert start == "# yaml-language-server: "
     assert (recipe.parent / target).resolve() == ROOT / "docs" / "recipe.schema.json"
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("", "name a key, such as rollout.temperature"),
+        ("..", "name a key"),
+        ("rollout.temperature.x", "rollout.temperature is a value, not a section"),
+        ("data.prompts.chat_template_kwargs.enable_thinking", "chat_template_kwargs is a value"),
+    ],
+)
+def test_what_is_no_key_is_refused(path: str, said: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(said)):
+        explain(path)
+
+
+def test_spaces_around_a_key_do_not_matter() -> None:
+    assert explain(" rollout.temperature ") == explain("rollout.temperature")
+
+
+def test_no_section_takes_a_number_that_is_not_finite() -> None:
+    models = {model for key in all_keys() for model in key.node.models}
+    assert len(models) > 50 and all(model.model_config.get("allow_inf_nan") is False for model in models)

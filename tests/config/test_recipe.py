@@ -61,6 +61,7 @@ def test_saved_recipe_of_all_defaults_reads_back_equal(tree: Tree, tmp_path: Pat
         ("evaluation.k=[1]", lambda r: r.evaluation.k, [1]),
         ("evaluation.k.0=2", lambda r: r.evaluation.k, [2, 2]),
         ("data.train.0.size=5", lambda r: r.data.train[0].size, 5),
+        ("data.train[0].size=5", lambda r: r.data.train[0].size, 5),
         ("data.train.0={kind: digit_sums, lengths: [9]}", lambda r: r.data.train[0].lengths, [9]),
         ("data.evaluation=[]", lambda r: r.data.evaluation, []),
         ("objective.distill.top_k=4", lambda r: r.objective.distill.top_k, 4),
@@ -86,10 +87,16 @@ def test_overrides(
     tree["evaluation"]["every"] = 1
     path = write_recipe(tree)
     if found is None:  # YAML takes braces for a mapping: an error, not a prompt that nobody wrote
-        with pytest.raises(RecipeError, match=r"override 'data.prompts.student"):
+        with pytest.raises(RecipeError, match=r"override 'data.prompts.student.*needs quotes"):
             load_recipe(path, [override])
     else:
         assert found(load_recipe(path, [override])) == value
+
+
+@pytest.mark.parametrize("value", ["1e400", ".inf", ".nan", "-1e999"])
+def test_a_number_that_is_not_finite_is_refused(value: str, tree: Tree, write_recipe: Callable[[Tree], Path]) -> None:
+    with pytest.raises(RecipeError, match=r"rollout\.temperature: .*finite number"):
+        load_recipe(write_recipe(tree), [f"rollout.temperature={value}"])
 
 
 def test_later_overrides_win_and_the_file_stays(tree: Tree, write_recipe: Callable[[Tree], Path]) -> None:

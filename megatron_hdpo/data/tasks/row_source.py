@@ -16,7 +16,7 @@ from megatron_hdpo.types.task import BadRowPolicy
 class RowSource(BaseModel):
     """A .jsonl or .parquet file, or a dataset."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     path: Path | None = Field(None, description="A file, .jsonl or .parquet.")
     dataset: str | None = Field(None, description="In place of path: name on the Hugging Face hub, or a folder.")

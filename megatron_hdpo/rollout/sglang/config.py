@@ -13,7 +13,7 @@ from megatron_hdpo.rollout.sglang.servers.config import ServerConfig
 class WeightSyncConfig(BaseModel):
     """Transfer of the trainer's weights to the servers."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     path: Literal["auto", "tensor", "distributed", "disk"] = Field(
         "auto",
@@ -44,7 +44,7 @@ class WeightSyncConfig(BaseModel):
 class SGLangConfig(BaseModel):
     """Stock SGLang servers: started by the run, or given by their URLs."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     placement: Literal["colocated", "separate", "given"] = Field(
         "colocated",

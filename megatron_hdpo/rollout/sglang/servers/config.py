@@ -23,7 +23,7 @@ FlagValue = bool | int | float | str | list[str]
 class ServerConfig(BaseModel):
     """One SGLang server; all servers of a run have the same settings."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     python: Path | None = Field(
         None, description="Interpreter of the environment that has SGLang; default: the trainer's own."
