@@ -10,6 +10,7 @@ from typing import Any
 import check_gpu
 import gpu_trials
 import pytest
+import torch
 from distributed_helper import run_ranks
 
 SIZES: dict[str, Any] = {
@@ -112,9 +113,17 @@ def test_a_trial_that_fails_does_not_stop_the_others(tmp_path: Path, monkeypatch
     checks = {"broken": broken, "fine": lambda *_: {"number": 1}}
     monkeypatch.setattr(check_gpu, "CHECKS", checks)
     out = tmp_path / "gpu.json"
-    monkeypatch.setattr("sys.argv", ["check_gpu.py", "--out", str(out)])
+    monkeypatch.setattr("sys.argv", ["check_gpu.py", "--out", str(out), "--device", "cpu"])
     with pytest.raises(SystemExit) as exit:
         check_gpu.main()
     assert exit.value.code == 1
     results = json.loads(out.read_text())
     assert "on purpose" in results["broken"]["error"] and results["fine"]["number"] == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_machine_without_a_gpu_is_told_so_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["check_gpu.py", "--out", str(tmp_path / "gpu.json")])
+    with pytest.raises(SystemExit, match="no GPU here"):
+        check_gpu.main()
+    assert not (tmp_path / "gpu.json").exists()
