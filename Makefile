@@ -60,7 +60,7 @@ fast-test: lint
 	$(PYTEST) -m "not slow and not long"
 
 test-long: dev-setup sglang-env
-	MEGATRON_HDPO_REQUIRE_SGLANG=1 $(PYTEST) -m long --summary benchmarks/test_long.json
+	MEGATRON_HDPO_REQUIRE_SGLANG=1 $(PYTEST) -m long -o timeout=3600 --summary benchmarks/test_long.json
 
 clean:
 	rm -rf $(VENV) $(SGLANG) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
