@@ -60,7 +60,7 @@ class ScatteredTopK:
 
     @property
     def live_R(self) -> Tensor:
-        """Whether the support of each target row holds any id, bool [R]."""
+        """Return whether the support of each target row holds any id, bool [R]."""
         return (self.target.ids_TK >= 0).any(-1)
 
     def block(self, rows: slice) -> Tensor:

@@ -37,7 +37,7 @@ class Bfloat16Speed:
 
     @property
     def slow(self) -> bool:
-        """Whether bfloat16 is slower than float32."""
+        """Return whether bfloat16 is slower than float32."""
         return self.slowdown > 1.0
 
     def __str__(self) -> str:

@@ -37,7 +37,7 @@ class ObjectiveSettings(BaseModel):
     teachers: ClassVar[tuple[TeacherKind, ...]] = ()
     """Kinds of teacher that the method can learn from; () for a method without one."""
     privileged_prompts: ClassVar[bool] = False
-    """Whether prompts that show the answer are needed with all settings."""
+    """Return whether prompts that show the answer are needed with all settings."""
 
     @property
     def needs_privileged(self) -> bool:

@@ -89,7 +89,7 @@ class EmbeddedModel:
 
     @property
     def has_experts(self) -> bool:
-        """Whether the model has experts."""
+        """Return whether the model has experts."""
         return bool(getattr(self.config, "num_experts", 0))
 
     def experts_of_last_pass(self) -> np.ndarray:

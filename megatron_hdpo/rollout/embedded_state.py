@@ -23,7 +23,7 @@ class PendingRequest:
 
     @property
     def finished(self) -> bool:
-        """Whether every sample has completed or failed."""
+        """Return whether every sample has completed or failed."""
         return len(self.completions) + len(self.errors) == self.request.sampling.n
 
     def result(self) -> GenerationResult:

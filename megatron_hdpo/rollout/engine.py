@@ -29,7 +29,7 @@ class Engine(Protocol):
 
     @property
     def deterministic(self) -> bool:
-        """Whether equal requests with equal seeds and weights give equal completions."""
+        """Return whether equal requests with equal seeds and weights give equal completions."""
 
     @property
     def weight_version(self) -> int:

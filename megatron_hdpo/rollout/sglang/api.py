@@ -24,7 +24,7 @@ class ApiError(RuntimeError):
 
     @property
     def may_pass(self) -> bool:
-        """Whether the same request may succeed later or elsewhere: no answer, overload, or an error of the server."""
+        """Return whether the same request may succeed later or elsewhere: no answer, overload, or a server error."""
         return self.status is None or self.status in (408, 429) or self.status >= 500
 
 

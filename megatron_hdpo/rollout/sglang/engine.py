@@ -78,7 +78,7 @@ class SGLangEngine:
 
     @property
     def deterministic(self) -> bool:
-        """Whether every server was started with deterministic inference."""
+        """Return whether every server was started with deterministic inference."""
         return bool(self.replicas) and all(replica.info.deterministic for replica in self.replicas)
 
     @property
