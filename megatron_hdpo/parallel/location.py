@@ -1,4 +1,4 @@
-"""Location of a rank: its node, and its place among the node's ranks."""
+"""Location of a rank: its node, and its number among the node's ranks."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ from dataclasses import dataclass
 class RankLocation:
     """Location of a rank.
 
-    local_rank: its number on its node. local_size: ranks of the node. host: name of the node. leads: whether it leads
-    its data-parallel replica (and so receives whole tensors when only leaders do).
+    local_rank: its number on its node. host: name of the node. leads: whether it leads its data-parallel replica (and
+    so receives whole tensors when only leaders do).
     """
 
     rank: int
     local_rank: int
-    local_size: int
     host: str = ""
     leads: bool = True
 
     @property
     def node(self) -> int:
-        """First rank of this rank's node (torchrun agent)."""
+        """Return the first rank of this rank's node (torchrun agent)."""
         return self.rank - self.local_rank
 
     def __str__(self) -> str:
@@ -36,7 +35,6 @@ def locate_rank(rank: int, leads: bool, environment: Mapping[str, str] = os.envi
     return RankLocation(
         rank=rank,
         local_rank=int(environment.get("LOCAL_RANK", "0")),
-        local_size=int(environment.get("LOCAL_WORLD_SIZE", "1")),
         host=socket.gethostname(),
         leads=leads,
     )

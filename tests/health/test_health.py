@@ -105,7 +105,7 @@ def test_all_reasons_are_one_error_on_every_rank(seen: Seen) -> None:
 
 
 def test_the_minority_is_named() -> None:
-    locations = [RankLocation(rank, rank % 8, 8, f"n{rank // 8}") for rank in range(24)]
+    locations = [RankLocation(rank, rank % 8, f"n{rank // 8}") for rank in range(24)]
     versions = [{"torch": "2" if rank < 14 else "1", "Python": "3.11"} for rank in range(24)]
     assert differences(locations, versions) == [
         "torch differs: 2 on 14 of 24 ranks, but 1 on n1:14, n1:15, n2:16, n2:17, n2:18, n2:19, n2:20, n2:21 and 2 "

@@ -28,7 +28,7 @@ def visit(folder: str) -> dict[str, Any]:
     context = start(ParallelConfig(timeout_minutes=1.0), "cpu")
     last = context.rank == context.world_size - 1
     # Two ranks to a node, with names that no machine here has.
-    locations = [RankLocation(rank, rank % 2, 2, f"host{rank // 2}") for rank in range(context.world_size)]
+    locations = [RankLocation(rank, rank % 2, f"host{rank // 2}") for rank in range(context.world_size)]
     shared, own = Path(folder) / "shared", Path(folder) / f"of-rank-{context.rank}"
     for path in (shared, own):
         path.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ Owned = list[tuple[int, int, int]]
 def locations(nodes: int, per_node: int, replica: int) -> list[RankLocation]:
     """Ranks node by node; every `replica`-th leads a data-parallel replica, as with TP innermost and no pipeline."""
     ranks = range(nodes * per_node)
-    return [RankLocation(rank, rank % per_node, per_node, leads=rank % replica == 0) for rank in ranks]
+    return [RankLocation(rank, rank % per_node, leads=rank % replica == 0) for rank in ranks]
 
 
 def config(placement: str, tensor_parallel: int = 1, **settings: Any) -> SGLangConfig:
