@@ -116,6 +116,8 @@ class SGLangEngine:
             if result is None:
                 self._drop_outstanding()
                 raise EngineLostWeights("; ".join(f"{r.url}: {r.reason}" for r in self.replicas))
+            if result.request_id not in self._outstanding:  # dropped by another thread in this moment
+                continue
             self._take_off(result)
             yield result
 
