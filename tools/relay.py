@@ -31,6 +31,7 @@ _SILENCE_S = 1.0
 _POLL_S = 0.2
 _LAST_WORDS_S = 3.0
 _STATE_CHARACTERS = 90
+_LOWER_PRIORITY = ("nice", "-n", "5")
 _PATIENCE_S = 35.0  # torchrun itself waits 30 s for its ranks before it kills them
 
 
@@ -130,8 +131,9 @@ class _Running:
         self._ended: float | None = None
         part.log.parent.mkdir(parents=True, exist_ok=True)
         # In its own session: Ctrl-C on the terminal reaches only this process, which then stops the command.
+        # With a lower priority: a command that keeps every core busy must not keep this process from speaking.
         self.process = subprocess.Popen(
-            [str(word) for word in part.command],
+            [*_LOWER_PRIORITY, *(str(word) for word in part.command)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
