@@ -137,8 +137,8 @@ def _check_logs(folder: Path) -> None:
         # The undisturbed start and the one after the loss; the same agent may have tried in between.
         assert len(re.findall(rf"rank {rank} on \S+, process \d+", log)) >= 2
     # What ranks print, kept for each agent: the first node's, the lost one's, that of the one that came in its place.
-    # How many attempts an agent counts depends on when it hears of the other: it counts one when it saw a rank fail, and
-    # overwrites the files of the attempt before when it restarts because a node joined.
+    # How many attempts an agent counts depends on when it hears of the other: it counts one when it saw a rank fail,
+    # and overwrites the files of the attempt before when it restarts because a node joined.
     agents = list((folder / "logs" / "torchrun" / socket.gethostname()).iterdir())
     assert len(agents) == 3
     for agent in agents:
