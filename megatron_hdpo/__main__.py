@@ -1,4 +1,4 @@
-"""`python -m megatron_hdpo train|evaluate|check|plan|report|doctor`."""
+"""`python -m megatron_hdpo COMMAND`: the same as the command `megatron_hdpo`."""
 
 from megatron_hdpo.cli import main
 

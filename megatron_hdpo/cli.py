@@ -1,7 +1,4 @@
-"""The command line of megatron_hdpo: train, evaluate, check, plan, explain, report, doctor.
-
-Commands that run a recipe take its YAML file and `key.path=value` overrides; torchrun starts the ranks.
-"""
+"""The command line of megatron_hdpo: parses the arguments, runs the command, and says an error of the user once."""
 
 from __future__ import annotations
 
@@ -11,28 +8,28 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_hdpo import commands
 from megatron_hdpo.environment import missing_package
-from megatron_hdpo.planner.options import add_options as add_plan_options
 from megatron_hdpo.types.errors import UserError
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-    from megatron_hdpo.training.run import Run
-
 USER_ERROR = 2
+_DESCRIPTION = """Reinforcement learning with privileged self-distillation on Megatron-Core.
+
+Commands that run a recipe take its YAML file and `key.path=value` overrides; torchrun starts the ranks.
+"""
 _FAILED = "megatron_hdpo/failed"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; for an error that the user can fix, print one message and exit with code 2."""
-    arguments = _parser().parse_args(argv)
+    arguments = parser().parse_args(argv)
     try:
         arguments.run(arguments)
     except Exception as error:
@@ -114,136 +111,14 @@ def _agent_store() -> Store | None:
         return None
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="megatron_hdpo", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="command")
-    _recipe_command(commands, "train", _train, "train, or resume the run in the recipe's output folder")
-    _recipe_command(commands, "evaluate", _evaluate, "evaluate model.path on data.evaluation without training")
-    _recipe_command(commands, "check", _check, "check recipe, data and layout; loads no weights")
-    _recipe_command(
-        commands,
-        "plan",
-        _plan,
-        "estimate memory and time of a step on a cluster; needs no GPU",
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    whole = argparse.ArgumentParser(
+        prog="megatron_hdpo", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_plan_options(commands.choices["plan"])
-    explain = commands.add_parser("explain", help="print meaning, type, default and bounds of recipe keys")
-    explain.add_argument("key", nargs="?", metavar="key.path", help="a key or section, e.g. rollout.temperature")
-    form = explain.add_mutually_exclusive_group()
-    form.add_argument("--markdown", action="store_true", help="print all keys as docs/configuration.md")
-    form.add_argument("--json-schema", action="store_true", help="print the JSON schema, docs/recipe.schema.json")
-    explain.set_defaults(run=_explain)
-    report = commands.add_parser("report", help="write tables, report.png and report.html of a run folder")
-    report.add_argument("run_dir", type=Path)
-    report.set_defaults(run=_report)
-    doctor = commands.add_parser("doctor", help="check this machine's packages and GPUs")
-    doctor.set_defaults(run=_doctor)
-    return parser
-
-
-def _recipe_command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser],
-    name: str,
-    run: Callable[[argparse.Namespace], None],
-    text: str,
-) -> None:
-    command = commands.add_parser(name, help=text, description=text)
-    command.add_argument("recipe", type=Path, help="YAML file")
-    command.add_argument("overrides", nargs="*", metavar="key.path=value", help="e.g. train.steps=10")
-    command.set_defaults(run=run)
-
-
-def _train(arguments: argparse.Namespace) -> None:
-    from megatron_hdpo.training.loop import train
-
-    with _run(arguments, resumes=True) as run:
-        train(run)
-        report = run.recipe.output if run.context.is_leader else None
-    if report is not None:
-        _report(argparse.Namespace(run_dir=report))
-
-
-def _evaluate(arguments: argparse.Namespace) -> None:
-    from megatron_hdpo.training.loop import evaluate_now
-
-    with _run(arguments) as run:
-        run.sync(0)
-        metrics = evaluate_now(run)
-        run.console.table("Evaluation", [{"metric": name, "value": value} for name, value in metrics.items()])
-
-
-def _check(arguments: argparse.Namespace) -> None:
-    from megatron_hdpo.config import check_recipe, check_sections, load_recipe
-
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
-    check_sections(recipe)  # before the imports below, which take seconds: torch and Megatron
-    from megatron_hdpo.config.check import resolved_device
-    from megatron_hdpo.config.precision import begun_in, choose_precision, resolve
-    from megatron_hdpo.data.load import load
-    from megatron_hdpo.model.architecture import read_architecture
-    from megatron_hdpo.training.run import load_tokenizer
-
-    world_size = int(os.environ.get("WORLD_SIZE", recipe.parallel.least_ranks))
-    architecture = read_architecture(recipe.model.path)
-    choice = choose_precision(recipe, architecture, resolved_device(recipe.device), begun_in(recipe.output))
-    recipe = resolve(recipe, choice.dtype)
-    warnings = check_recipe(recipe, architecture, world_size)
-    print(choice.line)
-    for warning in [choice.warning, *warnings] if choice.warning else warnings:
-        print(f"warning: {warning}")
-    data = load(recipe.data, load_tokenizer(recipe.model.path))
-    print("\n".join(data.report.lines()))
-    example = data.train[0]
-    print(f"\nfirst prompt ({example.id}):\n{data.prompts.render_student(example)}")
-    print(f"\nfirst privileged prompt:\n{data.prompts.render_privileged(example)}")
-    print("\nthe recipe is fine")
-
-
-def _plan(arguments: argparse.Namespace) -> None:
-    from megatron_hdpo.planner.command import plan_recipe
-
-    print(plan_recipe(arguments.recipe, arguments.overrides, arguments))
-
-
-def _explain(arguments: argparse.Namespace) -> None:
-    from megatron_hdpo.config.explain import explain, json_schema, markdown
-
-    if arguments.markdown or arguments.json_schema:
-        print(markdown() if arguments.markdown else json_schema(), end="")
-    else:
-        print(explain(arguments.key))
-
-
-def _report(arguments: argparse.Namespace) -> None:
-    from megatron_hdpo.tracking.console import Console
-    from megatron_hdpo.tracking.report import write_report
-
-    write_report(arguments.run_dir).show(Console(enabled=True))
-
-
-def _doctor(arguments: argparse.Namespace) -> None:
-    from megatron_hdpo.health.doctor import main
-
-    main()
-
-
-@contextmanager
-def _run(arguments: argparse.Namespace, resumes: bool = False) -> Iterator[Run]:
-    """Yield a built run inside its process group, and close everything at the end, also after an error."""
-    from megatron_hdpo.config import check_sections, load_recipe
-
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
-    check_sections(recipe)  # before the imports below, which take seconds: torch and Megatron
-    from megatron_hdpo.parallel.context import start, stop
-    from megatron_hdpo.training.run import build_run, set_threads
-
-    set_threads(recipe, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    context = start(recipe.parallel, recipe.device, recipe.seed)
-    run = build_run(recipe, context, resumes=resumes)
-    failed = True
-    try:
-        yield run
-        failed = False
-    finally:
-        run.close(failed)
-    stop()
+    subparsers = whole.add_subparsers(required=True, metavar="command")
+    for command in commands.ALL:
+        own = subparsers.add_parser(command.name, help=command.summary, description=command.summary)
+        command.add(own)
+        own.set_defaults(run=command.run)
+    return whole

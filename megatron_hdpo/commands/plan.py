@@ -1,12 +1,14 @@
-"""Options of the planner's command lines. Imports nothing heavy, because the help of every command builds them."""
+"""`megatron_hdpo plan`."""
 
 from __future__ import annotations
 
 import argparse
 
+from megatron_hdpo.commands.base import Command, add_recipe
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the cluster, and of the assumptions that are not in a recipe."""
+
+def _add(parser: argparse.ArgumentParser) -> None:
+    add_recipe(parser)
     parser.add_argument("--gpu", default="h100", help="h100 or h200")
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpus-per-node", type=int, default=8)
@@ -18,3 +20,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-tokens", type=int, help="mean; default a quarter of data.prompts.max_prompt_tokens")
     parser.add_argument("--privileged-prompt-tokens", type=int, help="mean; default a quarter of the longest")
     parser.add_argument("--response-tokens", type=int, help="mean; default half of rollout.max_new_tokens")
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from megatron_hdpo.planner.command import plan_recipe
+
+    print(plan_recipe(arguments.recipe, arguments.overrides, arguments))
+
+
+COMMAND = Command("plan", "estimate memory and time of a step on a cluster; needs no GPU", _add, _plan)

@@ -1,0 +1,26 @@
+"""`megatron_hdpo explain`."""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron_hdpo.commands.base import Command
+
+
+def _add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("key", nargs="?", metavar="key.path", help="a key or section, e.g. rollout.temperature")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--markdown", action="store_true", help="print all keys as docs/configuration.md")
+    form.add_argument("--json-schema", action="store_true", help="print the JSON schema, docs/recipe.schema.json")
+
+
+def _explain(arguments: argparse.Namespace) -> None:
+    from megatron_hdpo.config.explain import explain, json_schema, markdown
+
+    if arguments.markdown or arguments.json_schema:
+        print(markdown() if arguments.markdown else json_schema(), end="")
+    else:
+        print(explain(arguments.key))
+
+
+COMMAND = Command("explain", "print meaning, type, default and bounds of recipe keys", _add, _explain)

@@ -1,0 +1,34 @@
+"""Opening of a run for the commands that hold a model."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_hdpo.training.run import Run
+
+
+@contextmanager
+def opened_run(arguments: argparse.Namespace, resumes: bool = False) -> Iterator[Run]:
+    """Yield a built run inside its process group, and close everything at the end, also after an error."""
+    from megatron_hdpo.config import check_sections, load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    check_sections(recipe)  # before the imports below, which take seconds: torch and Megatron
+    from megatron_hdpo.parallel.context import start, stop
+    from megatron_hdpo.training.run import build_run, set_threads
+
+    set_threads(recipe, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    context = start(recipe.parallel, recipe.device, recipe.seed)
+    run = build_run(recipe, context, resumes=resumes)
+    failed = True
+    try:
+        yield run
+        failed = False
+    finally:
+        run.close(failed)
+    stop()

@@ -1,0 +1,22 @@
+"""`megatron_hdpo train`."""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron_hdpo.commands.base import Command, add_recipe
+from megatron_hdpo.commands.opened_run import opened_run
+from megatron_hdpo.commands.report import show_report
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from megatron_hdpo.training.loop import train
+
+    with opened_run(arguments, resumes=True) as run:
+        train(run)
+        folder = run.recipe.output if run.context.is_leader else None
+    if folder is not None:
+        show_report(folder)
+
+
+COMMAND = Command("train", "train, or resume the run in the recipe's output folder", add_recipe, _train)
