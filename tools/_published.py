@@ -18,7 +18,7 @@ from megatron_hdpo.costs.cluster import (
     Cluster,
 )
 from megatron_hdpo.costs.layout import Layout
-from megatron_hdpo.costs.workload import Rollouts, StudentScoring, Workload
+from megatron_hdpo.costs.workload import RolloutSetup, StudentScoring, Workload
 from megatron_hdpo.planner.plan import plan
 from megatron_hdpo.planner.sampling_time import sync
 from megatron_hdpo.planner.shapes import SHAPES
@@ -53,7 +53,7 @@ NOT_COMPARED = (
 
 
 def _syncs() -> list[Comparison]:
-    cluster, servers = Cluster(GPUS["h100"], 2), Rollouts("separate", 1, 8)
+    cluster, servers = Cluster(GPUS["h100"], 2), RolloutSetup("separate", 1, 8)
     rows = []
     for name, tensor, published in (("7b", 1, 5.75), ("32b", 4, 17.9), ("72b", 8, 28.8)):
         phase = sync(SHAPES[f"qwen2.5-{name}"], Layout(tensor, 1, 8 // tensor, tensor > 1), servers, cluster)
@@ -89,7 +89,7 @@ def _steps() -> list[Comparison]:
     scored = (StudentScoring("policy", 1.0, 200), StudentScoring("reference", 1.0, 200))
     work = Workload(64, 32, 200, 3106, 3896, micro_batch_tokens=4096, teacher="none", top_k=0, student_scorings=scored)
     layout = Layout(2, 1, 16, True, expert=8, overlap=True)
-    servers = Rollouts("colocated", 2, memory_fraction=0.85)
+    servers = RolloutSetup("colocated", 2, memory_fraction=0.85)
     small = plan(SHAPES["qwen3-30b-a3b"], Cluster(GPUS["h100"], 4), layout, work, servers)
     work = replace(work, prompts=16, response_tokens=5616, longest_response=7992, micro_batch_tokens=8192)
     layout, servers = Layout(4, 2, 16, True, expert=16, overlap=True), replace(servers, tensor=8)

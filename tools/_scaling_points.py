@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from megatron_hdpo.costs.cluster import Cluster, Gpu
 from megatron_hdpo.costs.layout import Layout
-from megatron_hdpo.costs.workload import Rollouts, Workload
+from megatron_hdpo.costs.workload import RolloutSetup, Workload
 from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.planner.plan import Plan, search
 
@@ -47,7 +47,7 @@ def weak(
     gpu: Gpu,
     counts: Sequence[int],
     workload: Workload,
-    rollouts: Rollouts,
+    rollouts: RolloutSetup,
     base: Layout | None = None,
 ) -> list[Point]:
     """Return the best plans for work that grows with the GPUs: `workload.prompts` for each GPU.
@@ -65,7 +65,7 @@ def strong(
     gpu: Gpu,
     counts: Sequence[int],
     workload: Workload,
-    rollouts: Rollouts,
+    rollouts: RolloutSetup,
     base: Layout | None = None,
 ) -> list[Point]:
     """Return the best plans for the same work on growing numbers of GPUs. base: settings that all layouts share."""
@@ -73,7 +73,7 @@ def strong(
 
 
 def _best(
-    architecture: Architecture, gpu: Gpu, gpus: int, workload: Workload, rollouts: Rollouts, base: Layout | None
+    architecture: Architecture, gpu: Gpu, gpus: int, workload: Workload, rollouts: RolloutSetup, base: Layout | None
 ) -> Point:
     found = search(architecture, Cluster(gpu, gpus // NODE, NODE), workload, rollouts, base)
     if found.fitting:

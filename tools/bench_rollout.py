@@ -43,7 +43,7 @@ from megatron_hdpo.rewards.pool import RewardPool
 from megatron_hdpo.rollout.config import RolloutConfig
 from megatron_hdpo.rollout.sglang.config import SGLangConfig
 from megatron_hdpo.rollout.sglang.engine import SGLangEngine
-from megatron_hdpo.rollout.sglang.servers.command import Launch
+from megatron_hdpo.rollout.sglang.servers.command import ServerLaunch
 from megatron_hdpo.rollout.sglang.servers.config import ServerConfig
 from megatron_hdpo.rollout.sglang.servers.server import ServerProcess
 from megatron_hdpo.rollout.sglang.weights.gate import Gate
@@ -112,7 +112,7 @@ def server(options: argparse.Namespace, scratch: Path, size: str) -> Iterator[tu
         environment={"OMP_NUM_THREADS": "1"} | dict(pair.split("=", 1) for pair in options.environment),
         stop_timeout_s=0.0,
     )
-    process = ServerProcess(config, Launch(model, options.device), scratch / f"logs-{size}")
+    process = ServerProcess(config, ServerLaunch(model, options.device), scratch / f"logs-{size}")
     try:
         process.start()
         process.wait_ready()

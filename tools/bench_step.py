@@ -42,7 +42,7 @@ from megatron_hdpo.tracking.console import Console as PhaseConsole
 from megatron_hdpo.training.learner import Learner
 from megatron_hdpo.types.learning import Example, LossSpec, SurrogateConfig
 from megatron_hdpo.types.problem import Problem
-from megatron_hdpo.types.rollouts import Completion, Group, Sample, TopLogprobs
+from megatron_hdpo.types.rollouts import Completion, Group, Sample, TopKArrays
 from megatron_hdpo.weights.load import load_hf
 
 
@@ -98,7 +98,7 @@ def _groups(vocab_size: int, arguments: argparse.Namespace) -> list[Group]:
     def sample(reward: float, top: bool) -> Sample:
         length = int(rng.integers(arguments.response_tokens // 4, arguments.response_tokens + 1))
         ids = np.stack([rng.choice(vocab_size, top_k, replace=False) for _ in range(length)]) if top else None
-        tops = TopLogprobs(ids.astype(np.int32), np.full(ids.shape, -5.0, np.float32)) if ids is not None else None
+        tops = TopKArrays(ids.astype(np.int32), np.full(ids.shape, -5.0, np.float32)) if ids is not None else None
         versions = np.zeros(length, np.int32)
         return Sample(
             Completion(tokens(length), np.full(length, -10.0, np.float32), "stop", versions, tops), "", reward
@@ -111,7 +111,7 @@ def _groups(vocab_size: int, arguments: argparse.Namespace) -> list[Group]:
         group = Group(Problem(f"p/{g}", "p", "", ""), tokens(arguments.prompt_tokens), samples)
         if cliff:
             group.privileged_prompt_ids = tokens(2 * arguments.prompt_tokens)
-            group.privileged = [sample(1.0, top=True) for _ in range(arguments.survivors)]
+            group.privileged_samples = [sample(1.0, top=True) for _ in range(arguments.survivors)]
         groups.append(group)
     return groups
 

@@ -23,7 +23,7 @@ from _scaling_points import Point, strong, weak
 from megatron_hdpo.costs.cluster import GPUS, cluster_of
 from megatron_hdpo.costs.errors import PlanError
 from megatron_hdpo.costs.layout import Layout
-from megatron_hdpo.costs.workload import Rollouts, Workload
+from megatron_hdpo.costs.workload import RolloutSetup, Workload
 from megatron_hdpo.planner.plan import plan, search
 from megatron_hdpo.planner.shapes import SHAPES, architecture_of
 from megatron_hdpo.planner.text import describe, ranking, table
@@ -109,7 +109,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     architecture = architecture_of(arguments.model)
     cluster = cluster_of(arguments.gpu, arguments.nodes, arguments.gpus_per_node)
     workload = _workload(arguments, arguments.prompts)
-    rollouts = Rollouts(arguments.engine, arguments.server_gpus, arguments.rollout_gpus)
+    rollouts = RolloutSetup(arguments.engine, arguments.server_gpus, arguments.rollout_gpus)
     if arguments.layout:
         tensor, pipeline = arguments.layout
         gpus = cluster.gpus - rollouts.gpus
@@ -136,7 +136,7 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _scaling(arguments: argparse.Namespace) -> None:
-    gpu, rollouts = GPUS[arguments.gpu], Rollouts("colocated")
+    gpu, rollouts = GPUS[arguments.gpu], RolloutSetup("colocated")
     studies: dict[str, dict[str, list[Point]]] = {"weak": {}, "strong": {}}
     for name, architecture in SHAPES.items():
         few, many = (_workload(arguments, prompts) for prompts in (_WEAK_PROMPTS, _STRONG_PROMPTS))

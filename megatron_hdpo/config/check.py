@@ -127,14 +127,14 @@ def _objective_errors(recipe: Recipe) -> Iterator[str]:
 
 def _method_errors(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
     """Yield what the objective itself finds wrong; its divergence may depend on the vocabulary's size."""
-    around = RecipeContext(
+    context = RecipeContext(
         architecture.vocab_size,
         recipe.teacher.kind,
         recipe.rollout.temperature,
         recipe.train.updates_per_step,
         recipe.rollout.samples_per_prompt,
     )
-    yield from (f"objective.{line}" for line in recipe.objective.errors(around))
+    yield from (f"objective.{line}" for line in recipe.objective.errors(context))
 
 
 def _teacher_errors(recipe: Recipe, architecture: Architecture, world_size: int) -> Iterator[str]:

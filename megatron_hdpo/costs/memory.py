@@ -18,7 +18,7 @@ from megatron_hdpo.costs.layout import Layout
 from megatron_hdpo.costs.micro_batch_shape import Repeated
 from megatron_hdpo.costs.parameters import model_values, product_values, served_bytes, stage_parameters
 from megatron_hdpo.costs.schedule import rounded
-from megatron_hdpo.costs.workload import MODEL_ROLES, Rollouts, Workload
+from megatron_hdpo.costs.workload import MODEL_ROLES, RolloutSetup, Workload
 from megatron_hdpo.model.architecture import Architecture
 
 _FP32 = 4
@@ -117,12 +117,12 @@ def cache_bytes_per_token(architecture: Architecture, tensor: int) -> float:
     return 2.0 * architecture.num_layers * heads * architecture.head_dim * 2
 
 
-def engine_weights(architecture: Architecture, rollouts: Rollouts) -> float:
+def engine_weights(architecture: Architecture, rollouts: RolloutSetup) -> float:
     """Return the bytes of the engine's weights on one GPU."""
     return served_bytes(architecture, model_values(architecture), rollouts.fp8) / rollouts.tensor
 
 
-def cache_room(architecture: Architecture, layout: Layout, rollouts: Rollouts, gpu: Gpu) -> float:
+def cache_room(architecture: Architecture, layout: Layout, rollouts: RolloutSetup, gpu: Gpu) -> float:
     """Return the largest number of bytes of a key-value cache on one GPU of the engine; negative if nothing is left."""
     weights = engine_weights(architecture, rollouts)
     if rollouts.memory_fraction is not None:
@@ -137,7 +137,7 @@ def by_phase(
     architecture: Architecture,
     layout: Layout,
     workload: Workload,
-    rollouts: Rollouts,
+    rollouts: RolloutSetup,
     cache: float,
 ) -> dict[str, PhaseMemory]:
     """Return the memory of each phase on the fullest GPU. cache: bytes of key-value cache per GPU of the engine."""

@@ -20,10 +20,10 @@ MODEL_ROLES: tuple[ModelRole, ...] = ("policy", "teacher", "reference")
 class StudentScoring:
     """Forward passes of the trainer over student rollouts.
 
-    weights: which model scores. per_rollout: mean number of passes. prompt_tokens: of the prompt before the response.
+    role: which model scores. per_rollout: mean number of passes. prompt_tokens: of the prompt before the response.
     """
 
-    weights: ModelRole
+    role: ModelRole
     per_rollout: float
     prompt_tokens: int
 
@@ -127,27 +127,27 @@ class Workload:
         targets = aimed / self.trained_sequences if self.trained_sequences else 0.0
         return self._packed(share, self.prompt_tokens, targets, layout)
 
-    def scorer(self, weights: ModelRole, policy: Architecture) -> Architecture:
+    def scorer(self, role: ModelRole, policy: Architecture) -> Architecture:
         """Return the architecture of the model that scores."""
-        return self.teacher_model if weights == "teacher" and self.teacher_model is not None else policy
+        return self.teacher_model if role == "teacher" and self.teacher_model is not None else policy
 
-    def scored(self, weights: ModelRole) -> tuple[float, int]:
+    def scored(self, role: ModelRole) -> tuple[float, int]:
         """Return the number of responses that a model scores in a step, and the mean tokens of their prompts."""
         parts = [
             (one.per_rollout * self.student_sequences, one.prompt_tokens)
             for one in self.student_scorings
-            if one.weights == weights
+            if one.role == role
         ]
-        if weights == "teacher" and self.scored_by_trainer:
+        if role == "teacher" and self.scored_by_trainer:
             parts.append((self.kept, self.privileged_prompt_tokens))
-        if weights == "policy" and self.student_support:
+        if role == "policy" and self.student_support:
             parts.append((self.kept, self.prompt_tokens))
         sequences = sum(count for count, _ in parts)
         return sequences, round(sum(count * prompt for count, prompt in parts) / sequences) if sequences else 0
 
-    def scoring_work(self, weights: ModelRole, layout: Layout) -> Repeated:
+    def scoring_work(self, role: ModelRole, layout: Layout) -> Repeated:
         """Return the micro-batches of one rank in a step's scoring by a model; a count of 0 if it scores nothing."""
-        sequences, prompt = self.scored(weights)
+        sequences, prompt = self.scored(role)
         if not sequences:
             return Repeated(PackedShape(0, 0, 0), 0)
         return self._packed(sequences / layout.data, prompt, 1.0, layout)
@@ -170,7 +170,7 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Rollouts:
+class RolloutSetup:
     """Engine that samples the rollouts.
 
     embedded: on every GPU of the trainer, with a whole copy of the model. colocated: SGLang servers of `tensor` GPUs on

@@ -95,7 +95,7 @@ class PromptBuilder:
             raise PromptTooLong(f"{problem.id}: the prompt has {len(ids)} tokens, max_prompt_tokens is {limit}")
         return ids
 
-    def privileged(self, problem: Problem) -> np.ndarray:
+    def privileged_prompt(self, problem: Problem) -> np.ndarray:
         """Return the ids int32 [P] of the privileged prompt.
 
         A solution that does not fit is cut at its end, and the answer is then shown in addition. Raises PromptTooLong
@@ -143,7 +143,7 @@ class PromptBuilder:
             self.student(problem)
         limit = self.config.privileged_limit
         if privileged and self._most_tokens(self._render_reference(problem, problem.solution)) > limit:
-            self.privileged(problem)
+            self.privileged_prompt(problem)
         if hints and self._most_tokens(self._render_hint(problem, Hint())) > limit:
             self.hinted(problem, Hint())
 

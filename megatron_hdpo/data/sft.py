@@ -64,7 +64,7 @@ class SupervisedData:
         return [self._example(problem, index in chosen) for index, problem in enumerate(problems)]
 
     def _example(self, problem: Problem, privileged: bool) -> SupervisedExample:
-        prompt_ids = self.prompts.privileged(problem) if privileged else self.prompts.student(problem)
+        prompt_ids = self.prompts.privileged_prompt(problem) if privileged else self.prompts.student(problem)
         return SupervisedExample(problem, prompt_ids, self._responses[problem.id], privileged)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_hdpo.health.config import HealthConfig
-from megatron_hdpo.health.findings import Finding, HealthError
+from megatron_hdpo.health.findings import CheckResult, HealthError
 from megatron_hdpo.health.links import check_devices, check_links, matmul_seconds
 from megatron_hdpo.health.machines import (
     check_clocks,
@@ -35,7 +35,7 @@ def check_health(
         return {}
     locations = context.gather_objects(locate_rank(context.rank, context.is_replica_leader))
     with console.phase("health checks"):
-        found = Finding()
+        found = CheckResult()
         digest = hashlib.sha256(recipe_json.encode()).hexdigest()[:12]
         found.add(check_versions(context, locations, versions_here(digest)))
         found.add(check_clocks(context, locations, config.max_clock_offset_s))
@@ -67,6 +67,6 @@ def summary(locations: Sequence[RankLocation], metrics: Mapping[str, float]) -> 
     return "health: " + ", ".join([*parts, f"{metrics['health/free_disk_gb']:,.0f} GB of disk free"])
 
 
-def _stop_at(found: Finding) -> None:
+def _stop_at(found: CheckResult) -> None:
     if found.problems:
         raise HealthError("\n".join(found.problems))

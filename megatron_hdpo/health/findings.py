@@ -19,7 +19,7 @@ class HealthError(UserError, RuntimeError):
 
 
 @dataclass
-class Finding:
+class CheckResult:
     """Result of a check, the same on every rank.
 
     metrics: `health/...`. problems: reasons not to start the run. warnings: shown, but the run starts.
@@ -29,7 +29,7 @@ class Finding:
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
-    def add(self, other: Finding) -> None:
+    def add(self, other: CheckResult) -> None:
         """Merge the result of another check into this one."""
         self.metrics |= other.metrics
         self.problems += other.problems

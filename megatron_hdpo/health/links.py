@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
-from megatron_hdpo.health.findings import Finding, named
+from megatron_hdpo.health.findings import CheckResult, named
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.parallel.location import RankLocation
 
@@ -27,7 +27,7 @@ def matmul_seconds(device: torch.device) -> float:
 
 def check_devices(
     context: ParallelContext, locations: Sequence[RankLocation], own_seconds: float, slow_ratio: float
-) -> Finding:
+) -> CheckResult:
     """Compare the ranks' `matmul_seconds`; warn of slow devices. Collective.
 
     own_seconds: of this rank. slow_ratio: multiple of the median from which a device is slow.
@@ -45,7 +45,7 @@ def check_devices(
     metrics = {"health/matmul_ms_median": median * 1e3}
     if len(locations) > 1:
         metrics["health/matmul_slowest_ratio"] = max(ratios)
-    return Finding(metrics, warnings=warnings)
+    return CheckResult(metrics, warnings=warnings)
 
 
 def allreduce_gb_per_s(context: ParallelContext, group: dist.ProcessGroup | None = None) -> float:
@@ -65,15 +65,15 @@ def allreduce_gb_per_s(context: ParallelContext, group: dist.ProcessGroup | None
     return 2 * (size - 1) / size * numbers.nbytes / seconds / 1e9
 
 
-def check_links(context: ParallelContext, locations: Sequence[RankLocation], min_gb_per_s: float | None) -> Finding:
+def check_links(context: ParallelContext, locations: Sequence[RankLocation], min_gb_per_s: float | None) -> CheckResult:
     """Measure an all-reduce over all ranks and, with several nodes, inside each node. Collective.
 
-    Returns an empty Finding for one rank.
+    Returns an empty CheckResult for one rank.
     """
     if len(locations) == 1:
-        return Finding()
+        return CheckResult()
     everywhere = max(context.gather_objects(allreduce_gb_per_s(context)))
-    finding = Finding({"health/allreduce_gb_per_s": everywhere})
+    finding = CheckResult({"health/allreduce_gb_per_s": everywhere})
     nodes = ranks_of_nodes(locations)
     if len(nodes) > 1 and max(map(len, nodes)) > 1:
         finding.add(_check_nodes(context, locations, nodes))
@@ -94,7 +94,7 @@ def ranks_of_nodes(locations: Sequence[RankLocation]) -> list[list[int]]:
     return list(nodes.values())
 
 
-def _check_nodes(context: ParallelContext, locations: Sequence[RankLocation], nodes: list[list[int]]) -> Finding:
+def _check_nodes(context: ParallelContext, locations: Sequence[RankLocation], nodes: list[list[int]]) -> CheckResult:
     group, groups = dist.new_subgroups_by_enumeration(nodes)
     own = allreduce_gb_per_s(context, group) if dist.get_world_size(group) > 1 else None
     speeds = {
@@ -111,7 +111,7 @@ def _check_nodes(context: ParallelContext, locations: Sequence[RankLocation], no
             f"slow links inside a node: an all-reduce runs at {speeds[worst]:.3g} GB/s on {worst.host}, at "
             f"{median:.3g} GB/s on the median node"
         ]
-    return Finding({"health/allreduce_node_gb_per_s_min": speeds[worst]}, warnings=warnings)
+    return CheckResult({"health/allreduce_node_gb_per_s_min": speeds[worst]}, warnings=warnings)
 
 
 def _timed(work: Callable[[], object], device: torch.device) -> float:

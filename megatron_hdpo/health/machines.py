@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_hdpo.health.findings import Finding, named
+from megatron_hdpo.health.findings import CheckResult, named
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.parallel.location import RankLocation
 
@@ -20,7 +20,7 @@ _GB = 1e9
 
 def check_clocks(
     context: ParallelContext, locations: Sequence[RankLocation], limit_s: float, clock: Callable[[], float] = time.time
-) -> Finding:
+) -> CheckResult:
     """Compare every rank's clock (Unix seconds) with rank 0's. Collective.
 
     All ranks read their clocks right after a barrier. A late reading looks like an offset, so the smallest offset of
@@ -41,12 +41,12 @@ def check_clocks(
             f"{locations[0]} (health.max_clock_offset_s: {limit_s:g}); clocks to correct: "
             f"{named([location for location, _ in off])}: synchronise them with a time service such as chrony"
         ]
-    return Finding({"health/clock_offset_s": abs(worst)}, problems)
+    return CheckResult({"health/clock_offset_s": abs(worst)}, problems)
 
 
 def check_shared_folder(
     context: ParallelContext, locations: Sequence[RankLocation], folder: Path, timeout_s: float
-) -> Finding:
+) -> CheckResult:
     """Check that every rank sees, within `timeout_s`, a file that rank 0 writes into the run folder. Collective."""
     token = uuid.uuid4().hex if context.is_leader else ""
     if context.is_leader:
@@ -61,8 +61,8 @@ def check_shared_folder(
         path.unlink(missing_ok=True)
     blind = [location for location, saw in zip(locations, everyone, strict=True) if not saw]
     if not blind:
-        return Finding()
-    return Finding(
+        return CheckResult()
+    return CheckResult(
         problems=[
             f"output: {folder} is not shared by all ranks: {named(blind)} did not see a file of {locations[0]} within "
             f"{timeout_s:g} s: use the absolute path of a folder on a file system that all nodes mount"
@@ -72,7 +72,7 @@ def check_shared_folder(
 
 def check_disk(
     context: ParallelContext, locations: Sequence[RankLocation], folder: Path, min_free_gb: float
-) -> Finding:
+) -> CheckResult:
     """Check the free space for checkpoints, rollouts and logs, as rank 0 sees it. Collective."""
     free_gb = context.broadcast_object(shutil.disk_usage(folder).free / _GB if context.is_leader else 0.0)
     problems = []
@@ -81,7 +81,7 @@ def check_disk(
             f"output: {folder} has {free_gb:.1f} GB of free space on {locations[0]}, health.min_free_disk_gb is "
             f"{min_free_gb:g}: free some space, or use another folder"
         ]
-    return Finding({"health/free_disk_gb": free_gb}, problems)
+    return CheckResult({"health/free_disk_gb": free_gb}, problems)
 
 
 def free_gpu_share(device: torch.device) -> float:
@@ -94,7 +94,7 @@ def free_gpu_share(device: torch.device) -> float:
 
 def check_gpu_memory(
     context: ParallelContext, locations: Sequence[RankLocation], own_share: float, min_free_share: float
-) -> Finding:
+) -> CheckResult:
     """Check that no other process holds memory of the GPUs. Collective.
 
     own_share: `free_gpu_share` of this rank. min_free_share: smallest share allowed.
@@ -103,8 +103,8 @@ def check_gpu_memory(
     taken = [location for location, share in zip(locations, shares, strict=True) if share < min_free_share]
     metrics = {"health/free_gpu_share_min": min(shares)} if context.device.type == "cuda" else {}
     if not taken:
-        return Finding(metrics)
-    return Finding(
+        return CheckResult(metrics)
+    return CheckResult(
         metrics,
         [
             f"the GPUs of {named(taken)} are not free: the worst has {min(shares):.0%} of its memory left before "

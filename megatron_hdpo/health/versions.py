@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import megatron_hdpo
-from megatron_hdpo.health.findings import Finding, named
+from megatron_hdpo.health.findings import CheckResult, named
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.parallel.location import RankLocation
 
@@ -40,9 +40,9 @@ def source_digest(folder: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def check_versions(context: ParallelContext, locations: Sequence[RankLocation], own: Mapping[str, str]) -> Finding:
+def check_versions(context: ParallelContext, locations: Sequence[RankLocation], own: Mapping[str, str]) -> CheckResult:
     """Compare `own` with the versions of every rank. Collective."""
-    return Finding(problems=differences(locations, context.gather_objects(dict(own))))
+    return CheckResult(problems=differences(locations, context.gather_objects(dict(own))))
 
 
 def differences(locations: Sequence[RankLocation], versions: Sequence[Mapping[str, str]]) -> list[str]:

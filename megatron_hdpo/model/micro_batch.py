@@ -15,8 +15,8 @@ from torch.distributed import ProcessGroup
 from megatron_hdpo.divergence import Hidden, TopK
 from megatron_hdpo.model.packing import PackedSequences, RowLayout, pack
 from megatron_hdpo.model.routing_replay import pack_routing
-from megatron_hdpo.types.learning import Example, HiddenStates, Scoring
-from megatron_hdpo.types.rollouts import TopLogprobs
+from megatron_hdpo.types.learning import Example, HiddenOnHost, Scoring
+from megatron_hdpo.types.rollouts import TopKArrays
 
 
 @dataclass(frozen=True)
@@ -182,19 +182,19 @@ def _target(
     if not aimed:
         return None
     spans = [
-        (start, len(target.hidden_TH if isinstance(target, HiddenStates) else target.ids_TK)) for start, target in aimed
+        (start, len(target.hidden_TH if isinstance(target, HiddenOnHost) else target.ids_TK)) for start, target in aimed
     ]
     kept, rows = _own_rows(_rows(spans), places)
     if not len(kept):
         return None
     # A step has targets of one type.
-    if isinstance(aimed[0][1], HiddenStates):
+    if isinstance(aimed[0][1], HiddenOnHost):
         assert teacher_head is not None
-        hidden = torch.cat([cast(HiddenStates, target).hidden_TH for _, target in aimed])
+        hidden = torch.cat([cast(HiddenOnHost, target).hidden_TH for _, target in aimed])
         return Hidden(
             hidden if places is None else hidden[torch.from_numpy(kept)], teacher_head, torch.from_numpy(rows)
         )
-    tops = [cast(TopLogprobs, target) for _, target in aimed]
+    tops = [cast(TopKArrays, target) for _, target in aimed]
     ids = np.concatenate([top.ids_TK for top in tops]).astype(np.int64)[kept]
     logprobs = np.concatenate([top.logprobs_TK for top in tops])[kept]
     return TopK(

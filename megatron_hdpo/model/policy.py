@@ -45,7 +45,7 @@ from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.types.errors import UserError
 from megatron_hdpo.types.learning import (
     Example,
-    HiddenStates,
+    HiddenOnHost,
     LossSpec,
     Score,
     Scoring,
@@ -283,7 +283,7 @@ def _check_targets(examples: Sequence[Example], teacher_head: Tensor | None) -> 
         raise ValueError(
             "the targets of a step are of two types, top log-probs and hidden states: an objective must use only one"
         )
-    if HiddenStates in kinds and teacher_head is None:
+    if HiddenOnHost in kinds and teacher_head is None:
         raise ValueError(
             "targets are hidden states, but no scoring by the teacher's weights kept them: there is no teacher head"
         )

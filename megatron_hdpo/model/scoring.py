@@ -22,7 +22,7 @@ from megatron_hdpo.divergence import (
 )
 from megatron_hdpo.model.micro_batch import MicroBatch
 from megatron_hdpo.types.learning import ModelRole, Score, Scoring, ScoringKey
-from megatron_hdpo.types.rollouts import TopLogprobs
+from megatron_hdpo.types.rollouts import TopKArrays
 
 T = TypeVar("T")
 
@@ -45,7 +45,7 @@ class ScoringSettings:
 def settings_of(scoring: Scoring, asked: Mapping[ScoringKey, Scoring]) -> ScoringSettings:
     """Return the settings of a scoring. asked: all scorings of the step, including those that this one refers to."""
     at = 0 if scoring.at is None else asked[scoring.at].top_k
-    kl_to = None if scoring.reverse_kl_to is None else asked[scoring.reverse_kl_to].weights
+    kl_to = None if scoring.reverse_kl_to is None else asked[scoring.reverse_kl_to].role
     return ScoringSettings(scoring.temperature, scoring.top_k, at, scoring.hidden, kl_to)
 
 
@@ -62,7 +62,7 @@ def by_dependency(scorings: Sequence[Scoring]) -> dict[tuple[int, ModelRole], li
         _check_references(scoring, asked)
     waves: dict[tuple[int, ModelRole], list[Scoring]] = {}
     for scoring in scorings:
-        waves.setdefault((_depth(scoring, asked), scoring.weights), []).append(scoring)
+        waves.setdefault((_depth(scoring, asked), scoring.role), []).append(scoring)
     return waves
 
 
@@ -209,7 +209,7 @@ def _score(columns: Mapping[str, np.ndarray], hidden_NH: Tensor | None, rows: sl
     return Score(
         logprobs_T=columns["logprobs"][rows],
         entropy_T=columns["entropy"][rows],
-        top=TopLogprobs(columns["ids"][rows], columns["top"][rows]) if "ids" in columns else None,
+        top=TopKArrays(columns["ids"][rows], columns["top"][rows]) if "ids" in columns else None,
         at_logprobs_TK=part("at"),
         hidden_TH=None if hidden_NH is None else hidden_NH[rows],
         reverse_kl_T=part("reverse_kl"),

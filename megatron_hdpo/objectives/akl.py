@@ -41,12 +41,12 @@ class AKLConfig(StudentDistillationConfig):
         """Return whether the rollouts are the teacher's."""
         return self.tokens == "teacher"
 
-    def errors(self, around: RecipeContext) -> Iterator[str]:
+    def errors(self, context: RecipeContext) -> Iterator[str]:
         """Yield why the divergence cannot be computed, or why the teacher would equal the student."""
-        yield from super().errors(around)
+        yield from super().errors(context)
         if self.distill.kind != "akl":
             yield f"distill.kind: {self.distill.kind}, but objective akl is about kind=akl"
-        if self.tokens == "student" and around.teacher == "policy":
+        if self.tokens == "student" and context.teacher == "policy":
             yield (
                 "tokens: student, but teacher.kind=policy agrees with the student after the same prompt; set "
                 "objective.tokens=teacher or another teacher"
@@ -65,7 +65,7 @@ class TeacherTokens(Distillation):
 
     config: AKLConfig
 
-    def privileged(self, group: Group, step: int) -> int:
+    def privileged_rollouts_for(self, group: Group, step: int) -> int:
         """Return the same number for every group."""
         return self.config.rollouts
 
@@ -81,4 +81,4 @@ class TeacherTokens(Distillation):
 
     def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
         """Return the shares of solved, mixed and cliff groups, and the number of privileged samples."""
-        return group_shares(groups) | {"privileged/kept": float(sum(len(group.privileged) for group in groups))}
+        return group_shares(groups) | {"privileged/kept": float(sum(len(group.privileged_samples) for group in groups))}

@@ -27,7 +27,7 @@ class PrivilegedPrompts(Protocol):
     def markers(self) -> Sequence[str]:
         """Return the strings of privileged prompts that no honest response contains."""
 
-    def privileged(self, problem: Problem) -> np.ndarray:
+    def privileged_prompt(self, problem: Problem) -> np.ndarray:
         """Return the prompt that shows the ground truth."""
 
     def hinted(self, problem: Problem, hint: Hint) -> np.ndarray:
@@ -39,13 +39,13 @@ class NoPrompts:
 
     markers: tuple[str, ...] = ()
 
-    def privileged(self, problem: Problem) -> np.ndarray:
+    def privileged_prompt(self, problem: Problem) -> np.ndarray:
         """Raise ValueError."""
         raise ValueError(f"problem {problem.id}: this objective needs prompts; pass ObjectiveDeps(prompts=...)")
 
     def hinted(self, problem: Problem, hint: Hint) -> np.ndarray:
         """Raise ValueError."""
-        return self.privileged(problem)
+        return self.privileged_prompt(problem)
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class BaseObjective:
         self.updates_per_step = deps.updates_per_step
         self.prompts = deps.prompts
 
-    def privileged(self, group: Group, step: int) -> int:
+    def privileged_rollouts_for(self, group: Group, step: int) -> int:
         """Return the number of privileged samples that the group gets. Default: 0."""
         return 0
 

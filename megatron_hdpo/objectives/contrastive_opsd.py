@@ -25,7 +25,7 @@ from megatron_hdpo.objectives.examples import SampleKey, sample_distillation
 from megatron_hdpo.objectives.settings import RecipeContext
 from megatron_hdpo.objectives.siblings import PairConfig, has_pair, pair_hints
 from megatron_hdpo.types.learning import DivergenceConfig, Example, Score, Scoring, ScoringKey
-from megatron_hdpo.types.rollouts import Group, Sample, TopLogprobs
+from megatron_hdpo.types.rollouts import Group, Sample, TopKArrays
 
 _SMALLEST_REST = 1e-7
 """Lower bound of the bucket's mass: its logarithm must be finite."""
@@ -53,9 +53,9 @@ class ContrastiveOPSDConfig(StudentDistillationConfig):
         """Return the variables that the hint template must contain."""
         return frozenset({"attempt"})
 
-    def errors(self, around: RecipeContext) -> Iterator[str]:
+    def errors(self, context: RecipeContext) -> Iterator[str]:
         """Yield why the divergence cannot be computed, or does not fit the guided target."""
-        yield from super().errors(around)
+        yield from super().errors(context)
         if self.distill.support != "teacher":
             yield f"distill.support: the target is made on the teacher's top k, not on {self.distill.support}"
         if self.distill.tail != "bucket":
@@ -108,7 +108,7 @@ class ContrastiveOPSD(Distillation):
         tokens = totals["contrast/tokens"]
         return {"contrast/mean_weight": totals["contrast/weight"] / tokens} if tokens else {}
 
-    def _guided(self, key: SampleKey, scores: Mapping[ScoringKey, Score]) -> tuple[TopLogprobs, np.ndarray]:
+    def _guided(self, key: SampleKey, scores: Mapping[ScoringKey, Score]) -> tuple[TopKArrays, np.ndarray]:
         """Return the guided target, and m, float64 [T]."""
         right, wrong = scores[(*key, "right")], scores[(*key, "wrong")]
         assert right.top is not None and wrong.at_logprobs_TK is not None
@@ -118,7 +118,7 @@ class ContrastiveOPSD(Distillation):
         weights_T = divergence_T / (divergence_T + half) if half else np.ones_like(divergence_T)
         guided_TB = (1 + a) * right_TB - a * np.maximum(wrong_TB, self.config.floor)
         guided_TB -= np.logaddexp.reduce(guided_TB, axis=-1, keepdims=True)
-        return TopLogprobs(right.top.ids_TK, guided_TB[:, :-1].astype(np.float32)), weights_T
+        return TopKArrays(right.top.ids_TK, guided_TB[:, :-1].astype(np.float32)), weights_T
 
 
 def with_rest(logprobs_TK: np.ndarray) -> np.ndarray:

@@ -48,9 +48,9 @@ class StudentDistillationConfig(ObjectiveSettings):
         description="The divergence and its weight.",
     )
 
-    def errors(self, around: RecipeContext) -> Iterator[str]:
+    def errors(self, context: RecipeContext) -> Iterator[str]:
         """Yield why the divergence cannot be computed."""
-        yield from self.distill.errors(around.vocab_size)
+        yield from self.distill.errors(context.vocab_size)
 
 
 class Distillation(BaseObjective):

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from megatron_hdpo.types.learning import DivergenceConfig, Example, HiddenStates, Score, Scoring, ScoringKey
-from megatron_hdpo.types.rollouts import Group, Sample, TopLogprobs
+from megatron_hdpo.types.learning import DivergenceConfig, Example, HiddenOnHost, Score, Scoring, ScoringKey
+from megatron_hdpo.types.rollouts import Group, Sample, TopKArrays
 
 SampleKey = tuple[int, str, int]
 """(index of the group, `student` or `privileged`, index of the sample)."""
@@ -26,7 +26,7 @@ def privileged_samples(groups: Sequence[Group]) -> Iterator[tuple[SampleKey, Gro
 
 def _samples(groups: Sequence[Group], kind: str) -> Iterator[tuple[SampleKey, Group, Sample]]:
     for g, group in enumerate(groups):
-        for s, sample in enumerate(group.samples if kind == "student" else group.privileged):
+        for s, sample in enumerate(group.samples if kind == "student" else group.privileged_samples):
             yield (g, kind, s), group, sample
 
 
@@ -83,19 +83,19 @@ def target_scorings(
 
 def target_of(
     key: SampleKey, scores: Mapping[ScoringKey, Score], config: DivergenceConfig
-) -> TopLogprobs | HiddenStates | None:
+) -> TopKArrays | HiddenOnHost | None:
     """Return the target of a sample from the scores of `target_scorings`; None if the teacher did not score it."""
     score = scores.get((*key, "teacher"))
     if score is None:
         return None
     if config.support == "full":
         assert score.hidden_TH is not None
-        return HiddenStates(score.hidden_TH)
+        return HiddenOnHost(score.hidden_TH)
     if config.support == "teacher":
         return score.top
     own = scores[(*key, "support")].top
     assert own is not None and score.at_logprobs_TK is not None
-    return TopLogprobs(own.ids_TK, score.at_logprobs_TK)
+    return TopKArrays(own.ids_TK, score.at_logprobs_TK)
 
 
 def student_example(
@@ -127,13 +127,13 @@ def student_example(
     )
 
 
-def distillation_example(group: Group, sample: Sample, target: TopLogprobs | HiddenStates) -> Example:
+def distillation_example(group: Group, sample: Sample, target: TopKArrays | HiddenOnHost) -> Example:
     """Return the distillation example of a sample: the student's prompt, the same response ids, the target.
 
     Raises ValueError if the target does not have one row per response token.
     """
     length = sample.length
-    rows = len(target.hidden_TH if isinstance(target, HiddenStates) else target.ids_TK)
+    rows = len(target.hidden_TH if isinstance(target, HiddenOnHost) else target.ids_TK)
     if rows != length:
         raise ValueError(f"problem {group.problem.id}: target has {rows} rows for a response of {length} tokens")
     return Example(
@@ -151,7 +151,7 @@ def sample_distillation(
     key: SampleKey,
     group: Group,
     sample: Sample,
-    target: TopLogprobs | HiddenStates | None,
+    target: TopKArrays | HiddenOnHost | None,
     scores: Mapping[ScoringKey, Score],
     weights_T: np.ndarray | None = None,
 ) -> Example:

@@ -45,19 +45,19 @@ class HDPOConfig(GRPOConfig):
         "the privileged rollout (no extra forward; drifting teacher only).",
     )
 
-    def errors(self, around: RecipeContext) -> Iterator[str]:
+    def errors(self, context: RecipeContext) -> Iterator[str]:
         """Yield why the divergence cannot be computed, or why the engine's log-probs are not the teacher's."""
         distill = self.distill
-        yield from distill.errors(around.vocab_size)
+        yield from distill.errors(context.vocab_size)
         if self.logits_from != "rollout":
             return
         if distill.support != "teacher":
             yield f"logits_from: rollout gives the teacher's top k, but distill.support is {distill.support}"
-        if around.teacher != "policy":
-            yield f"logits_from: rollout gives the policy's logits, but teacher.kind is {around.teacher}"
-        if around.temperature != distill.temperature:
+        if context.teacher != "policy":
+            yield f"logits_from: rollout gives the policy's logits, but teacher.kind is {context.teacher}"
+        if context.temperature != distill.temperature:
             yield (
-                f"logits_from: the engine's log-probs are at rollout.temperature {around.temperature}, "
+                f"logits_from: the engine's log-probs are at rollout.temperature {context.temperature}, "
                 f"objective.distill.temperature is {distill.temperature}: make them equal or set logits_from=trainer"
             )
 
@@ -82,14 +82,14 @@ class HDPO(GRPO):
         """Return whether every judged sample failed. A group without a judged sample is no cliff."""
         return bool(group.samples) and all(not self.filter.is_right(sample) for sample in group.samples)
 
-    def privileged(self, group: Group, step: int) -> int:
+    def privileged_rollouts_for(self, group: Group, step: int) -> int:
         """Return the number of privileged samples: those of the config for a cliff, else 0."""
         taught = self.config.distill.coefficient > 0 and self.is_cliff(group)
         return self.config.privileged.rollouts if taught else 0
 
     def has_signal(self, group: Group) -> bool:
         """Return whether any sample has an advantage, or there is a privileged sample to learn from."""
-        return super().has_signal(group) or bool(group.privileged)
+        return super().has_signal(group) or bool(group.privileged_samples)
 
     def keep_privileged(self, group: Group) -> Group:
         """Return the group with its right, distinct, honest privileged samples, in order of arrival."""
@@ -130,5 +130,5 @@ class HDPO(GRPO):
         metrics = group_shares(groups, self.config.privileged.success_threshold)
         metrics["privileged/cliff_prompts"] = float(len(cliffs))
         if cliffs:
-            metrics["privileged/taught_prompts_rate"] = sum(bool(g.privileged) for g in cliffs) / len(cliffs)
+            metrics["privileged/taught_prompts_rate"] = sum(bool(g.privileged_samples) for g in cliffs) / len(cliffs)
         return metrics | privileged_metrics(groups)

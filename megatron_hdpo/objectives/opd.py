@@ -73,10 +73,10 @@ class OPDConfig(SampledConfig, StudentDistillationConfig):
         description="The divergence of estimators full and top_k; full is over the vocabulary whatever its support.",
     )
 
-    def errors(self, around: RecipeContext) -> Iterator[str]:
+    def errors(self, context: RecipeContext) -> Iterator[str]:
         """Yield why the divergence cannot be computed, or which other estimator computes it."""
         if self.estimator == "top_k":
-            yield from self.distill.errors(around.vocab_size)
+            yield from self.distill.errors(context.vocab_size)
             if self.distill.support == "full":
                 yield "distill.support: full is what estimator=full does; set objective.estimator=full"
 

@@ -38,4 +38,4 @@ class OPSD(Distillation):
 
     def teacher_context(self, group: Group, index: int) -> np.ndarray:
         """Return the prompt that shows the ground truth, int32 [P]."""
-        return self.prompts.privileged(group.problem)
+        return self.prompts.privileged_prompt(group.problem)

@@ -60,12 +60,12 @@ class PACEDConfig(StudentDistillationConfig):
         None, ge=1, description="Rollout steps after which pass rates are measured again; null: at the switch only."
     )
 
-    def errors(self, around: RecipeContext) -> Iterator[str]:
+    def errors(self, context: RecipeContext) -> Iterator[str]:
         """Yield why a divergence of either stage cannot be computed, or why there are too few samples per prompt."""
-        yield from super().errors(around)
-        second = self.second.errors(around.vocab_size)
+        yield from super().errors(context)
+        second = self.second.errors(context.vocab_size)
         yield from (line.replace("distill.kind", "second_kind") for line in second if "distill.top_k" not in line)
-        if around.samples_per_prompt < 2:
+        if context.samples_per_prompt < 2:
             yield "name: paced weights prompts by pass rates, which need rollout.samples_per_prompt of 2 or more"
 
     @property
@@ -102,7 +102,7 @@ class PACED(Distillation):
             return 0.0
         return measured[0] ** self.config.pass_exponent * (1.0 - measured[0]) ** self.config.fail_exponent
 
-    def privileged(self, group: Group, step: int) -> int:
+    def privileged_rollouts_for(self, group: Group, step: int) -> int:
         """Return the number of privileged samples: in the first stage those of the config if the weight is not 0."""
         first = step < self.config.switch_step
         return self.config.privileged.rollouts if first and self.weight(group, step) > 0 else 0
@@ -133,7 +133,7 @@ class PACED(Distillation):
 
     def teacher_context(self, group: Group, index: int) -> np.ndarray:
         """Return the prompt that shows the ground truth, int32 [P]."""
-        return self.prompts.privileged(group.problem)
+        return self.prompts.privileged_prompt(group.problem)
 
     def trained(self, groups: Sequence[Group]) -> Iterator[tuple[SampleKey, Group, Sample]]:
         """Yield the privileged samples in the first stage, the student's in the second, with key and group."""

@@ -39,14 +39,14 @@ class PrivilegedFilter:
         """
         kept: list[Sample] = []
         seen: set[bytes] = set()
-        for sample in group.privileged:
+        for sample in group.privileged_samples:
             reason = self._why_drop(sample, seen, len(kept))
             if reason is None:
                 seen.add(sample.completion.token_ids.tobytes())
                 kept.append(sample)
             else:
                 group.dropped[reason] = group.dropped.get(reason, 0) + 1
-        group.privileged = kept
+        group.privileged_samples = kept
         return group
 
     def is_right(self, sample: Sample) -> bool:
@@ -67,7 +67,7 @@ class PrivilegedFilter:
 
 def privileged_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """Return the number of judged privileged samples, the share of right ones, and why right ones were dropped."""
-    kept = sum(len(group.privileged) for group in groups)
+    kept = sum(len(group.privileged_samples) for group in groups)
     dropped = {r: sum(g.dropped.get(r, 0) for g in groups) for r in ("wrong", *RIGHT_BUT_DROPPED)}
     right = kept + sum(dropped[reason] for reason in RIGHT_BUT_DROPPED)
     judged = right + dropped["wrong"]

@@ -58,13 +58,13 @@ class RLCSDConfig(GRPOConfig):
         """Return the variables that the hint template must contain."""
         return frozenset({"attempt"})
 
-    def errors(self, around: RecipeContext) -> Iterator[str]:
+    def errors(self, context: RecipeContext) -> Iterator[str]:
         """Yield why no token would move, or why there are too few samples per prompt."""
-        yield from super().errors(around)
+        yield from super().errors(context)
         if self.threshold >= self.bonus > 0:
             yield f"threshold: no token moves by more than bonus={self.bonus}, so {self.threshold} excludes all"
-        if around.samples_per_prompt < 3:
-            yield f"name: rlcsd needs rollout.samples_per_prompt of 3 or more, not {around.samples_per_prompt}"
+        if context.samples_per_prompt < 3:
+            yield f"name: rlcsd needs rollout.samples_per_prompt of 3 or more, not {context.samples_per_prompt}"
 
 
 class RLCSD(GRPO):

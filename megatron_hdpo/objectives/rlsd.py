@@ -95,7 +95,7 @@ class RLSD(GRPO):
     def _contexts(self, index: int, group: Group) -> dict[str, np.ndarray]:
         """Return the teacher's prompt ids, int32 [P], by the name of the score."""
         if self.config.evidence == "answer":
-            return {"hinted": self.prompts.privileged(group.problem)}
+            return {"hinted": self.prompts.privileged_prompt(group.problem)}
         pair = self.config.siblings
         hints = pair_hints(group, index, pair, self.step) if has_pair(group, index, pair) else []
         return {

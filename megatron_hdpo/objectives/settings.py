@@ -54,7 +54,7 @@ class ObjectiveSettings(BaseModel):
         """Return whether the method asks for scorings by the reference."""
         return False
 
-    def errors(self, around: RecipeContext) -> Iterator[str]:
+    def errors(self, context: RecipeContext) -> Iterator[str]:
         """Yield why the recipe cannot run with these settings, as `key below this section: reason`."""
         yield from ()
 

@@ -71,10 +71,10 @@ class SRPOConfig(GRPOConfig):
         """Return the variables that the hint template must contain."""
         return self.demonstration.shows
 
-    def errors(self, around: RecipeContext) -> Iterator[str]:
+    def errors(self, context: RecipeContext) -> Iterator[str]:
         """Yield why the divergence cannot be computed, or why the mean has no joint normaliser."""
-        yield from super().errors(around)
-        yield from self.distill.errors(around.vocab_size)
+        yield from super().errors(context)
+        yield from self.distill.errors(context.vocab_size)
         if self.aggregation != "token":
             yield f"aggregation: srpo divides both losses by the tokens of both; {self.aggregation} is not defined"
 

@@ -45,10 +45,10 @@ class VOPDConfig(SampledConfig):
         default_factory=BaselineConfig, description="What is subtracted from the log-ratio."
     )
 
-    def errors(self, around: RecipeContext) -> Iterator[str]:
+    def errors(self, context: RecipeContext) -> Iterator[str]:
         """Yield why baseline.top_k is too large."""
-        if self.baseline.kind == "top_k" and self.baseline.top_k > around.vocab_size:
-            yield f"baseline.top_k: {self.baseline.top_k} exceeds the vocabulary of {around.vocab_size} tokens"
+        if self.baseline.kind == "top_k" and self.baseline.top_k > context.vocab_size:
+            yield f"baseline.top_k: {self.baseline.top_k} exceeds the vocabulary of {context.vocab_size} tokens"
 
 
 class VOPD(SampledDistillation):

@@ -14,9 +14,9 @@ from megatron_hdpo.data.prompts import Hint
 from megatron_hdpo.objectives.base import ObjectiveDeps
 from megatron_hdpo.objectives.registry import build_objective
 from megatron_hdpo.objectives.settings import ObjectiveSettings
-from megatron_hdpo.types.learning import HiddenStates, ModelRole, Objective, Score, Scoring, ScoringKey
+from megatron_hdpo.types.learning import HiddenOnHost, ModelRole, Objective, Score, Scoring, ScoringKey
 from megatron_hdpo.types.problem import Problem
-from megatron_hdpo.types.rollouts import Completion, Group, Sample, TopLogprobs
+from megatron_hdpo.types.rollouts import Completion, Group, Sample, TopKArrays
 
 _TOKENS = 2  # of a made-up response
 
@@ -41,11 +41,11 @@ class _Prompts:
     tokens: int
     markers: tuple[str, ...] = ()
 
-    def privileged(self, problem: Problem) -> np.ndarray:
+    def privileged_prompt(self, problem: Problem) -> np.ndarray:
         return np.ones(self.tokens, dtype=np.int32)
 
     def hinted(self, problem: Problem, hint: Hint) -> np.ndarray:
-        return self.privileged(problem)
+        return self.privileged_prompt(problem)
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class _Asked:
     wanted: list[int]
     scorings: list[Scoring]
     trained: list[int]
-    targets: list[TopLogprobs | HiddenStates | None]
+    targets: list[TopKArrays | HiddenOnHost | None]
     distilled: bool
 
 
@@ -79,8 +79,8 @@ def work_of(config: ObjectiveSettings, steps: Steps) -> dict[str, Any]:
         "student_scorings": tuple(scoring for found in made for scoring in found),
         "trained_share": share,
         "distilled": last.distilled,
-        "full": any(isinstance(target, HiddenStates) for target in last.targets),
-        "top_k": max((t.ids_TK.shape[1] for t in last.targets if isinstance(t, TopLogprobs)), default=0),
+        "full": any(isinstance(target, HiddenOnHost) for target in last.targets),
+        "top_k": max((t.ids_TK.shape[1] for t in last.targets if isinstance(t, TopKArrays)), default=0),
     }
     return fields | _privileged(last)
 
@@ -91,10 +91,10 @@ def _ask(objective: Objective, steps: Steps, step: int) -> _Asked:
     rights = {0: steps.cliff_rate, steps.samples: steps.solved_rate}
     kinds = [*rights.items(), (half, mixed), (steps.samples - half, mixed)]
     groups = [_group(g, right, steps) for g, (right, _) in enumerate(kinds)]
-    wanted = [objective.privileged(group, step) for group in groups]
+    wanted = [objective.privileged_rollouts_for(group, step) for group in groups]
     for group, count in zip(groups, wanted, strict=True):
         top_k = objective.privileged_top_logprobs
-        group.privileged = [_sample(steps.samples + s, True, top_k) for s in range(count)]
+        group.privileged_samples = [_sample(steps.samples + s, True, top_k) for s in range(count)]
         group.privileged_prompt_ids = np.ones(steps.privileged, dtype=np.int32)
     groups = [objective.keep_privileged(group) for group in groups]
     objective.begin_step(step, groups)
@@ -119,14 +119,14 @@ def _ask(objective: Objective, steps: Steps, step: int) -> _Asked:
     )
 
 
-def _student_scorings(asked: _Asked, weights: ModelRole, samples: int) -> list[StudentScoring]:
-    """Return the scorings of student rollouts by these weights, one entry per prompt length."""
+def _student_scorings(asked: _Asked, role: ModelRole, samples: int) -> list[StudentScoring]:
+    """Return the scorings of student rollouts by this model, one entry per prompt length."""
     passes: dict[int, float] = {}
     for scoring in asked.scorings:
-        if scoring.key[1] == "student" and scoring.weights == weights:
+        if scoring.key[1] == "student" and scoring.role == role:
             tokens = len(scoring.context_ids)
             passes[tokens] = passes.get(tokens, 0.0) + asked.shares[scoring.key[0]] / samples
-    return [StudentScoring(weights, count, tokens) for tokens, count in passes.items() if count]
+    return [StudentScoring(role, count, tokens) for tokens, count in passes.items() if count]
 
 
 def _passes(scorings: Sequence[StudentScoring]) -> float:
@@ -138,8 +138,10 @@ def _privileged(asked: _Asked) -> dict[str, Any]:
     objective, most = asked.objective, max(asked.wanted)
     if not most:
         return {}
-    scorers = {scoring.weights for scoring in asked.scorings if scoring.key[1] == "privileged"}
-    wrong = replace(asked.groups[0], privileged=[_sample(0, False, objective.privileged_top_logprobs)], dropped={})
+    scorers = {scoring.role for scoring in asked.scorings if scoring.key[1] == "privileged"}
+    wrong = replace(
+        asked.groups[0], privileged_samples=[_sample(0, False, objective.privileged_top_logprobs)], dropped={}
+    )
     fields = {
         "privileged_rollouts": most,
         "privileged_share": sum(s * n for s, n in zip(asked.shares, asked.wanted, strict=True)) / most,
@@ -147,7 +149,7 @@ def _privileged(asked: _Asked) -> dict[str, Any]:
         "scored_by_trainer": "teacher" in scorers,
         "student_support": "policy" in scorers,
     }
-    return fields | ({"privileged_success": 1.0} if objective.keep_privileged(wrong).privileged else {})
+    return fields | ({"privileged_success": 1.0} if objective.keep_privileged(wrong).privileged_samples else {})
 
 
 def _group(index: int, right: int, steps: Steps) -> Group:
@@ -176,8 +178,8 @@ def _score(scoring: Scoring, top_k_of: Mapping[ScoringKey, int], rng: np.random.
     )
 
 
-def _top(k: int, rng: np.random.Generator) -> TopLogprobs:
+def _top(k: int, rng: np.random.Generator) -> TopKArrays:
     """Return k tokens per position that have half of the probability together."""
     values = rng.uniform(0.1, 1.0, (_TOKENS, k))
     logprobs = np.log(0.5 * values / values.sum(-1, keepdims=True)).astype(np.float32)
-    return TopLogprobs(np.broadcast_to(np.arange(k, dtype=np.int32), (_TOKENS, k)), logprobs)
+    return TopKArrays(np.broadcast_to(np.arange(k, dtype=np.int32), (_TOKENS, k)), logprobs)

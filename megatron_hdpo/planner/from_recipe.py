@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from megatron_hdpo.config import Recipe
 from megatron_hdpo.costs.errors import PlanError
 from megatron_hdpo.costs.layout import Layout, Spec
-from megatron_hdpo.costs.workload import Rollouts, Workload
+from megatron_hdpo.costs.workload import RolloutSetup, Workload
 from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.planner.asked_work import Steps, work_of
 from megatron_hdpo.planner.shapes import architecture_of
@@ -79,13 +79,13 @@ def _teacher_model(recipe: Recipe) -> Architecture | None:
     return architecture_of(recipe.teacher.path) if isinstance(recipe.teacher, ExternalTeacherConfig) else None
 
 
-def rollouts_of(recipe: Recipe, guesses: Guesses) -> Rollouts:
+def rollouts_of(recipe: Recipe, guesses: Guesses) -> RolloutSetup:
     """Return the engine that samples the recipe's rollouts."""
     rollout = recipe.rollout
     if rollout.engine == "embedded":
-        return Rollouts("embedded", max_concurrency=rollout.embedded.max_batch_sequences)
+        return RolloutSetup("embedded", max_concurrency=rollout.embedded.max_batch_sequences)
     servers = rollout.sglang.servers
-    return Rollouts(
+    return RolloutSetup(
         engine="colocated" if rollout.sglang.placement == "colocated" else "separate",
         tensor=servers.tensor_parallel,
         gpus=guesses.rollout_gpus,

@@ -18,7 +18,7 @@ from megatron_hdpo.costs.memory import (
     host_bytes,
     why_not,
 )
-from megatron_hdpo.costs.workload import Rollouts, Workload
+from megatron_hdpo.costs.workload import RolloutSetup, Workload
 from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.planner.phase_time import PhaseTime
 from megatron_hdpo.planner.sampling_time import Batch, sampling, sync
@@ -36,7 +36,7 @@ class Plan:
     cluster: Cluster
     layout: Layout
     workload: Workload
-    rollouts: Rollouts
+    rollouts: RolloutSetup
     memory: dict[str, PhaseMemory]
     host_bytes: float
     phases: tuple[PhaseTime, ...]
@@ -75,7 +75,9 @@ class Plan:
         return sum(p.flops for p in self.phases) / (self.step_s * self.gpus * self.cluster.gpu.flops_s)
 
 
-def plan(architecture: Architecture, cluster: Cluster, layout: Layout, workload: Workload, rollouts: Rollouts) -> Plan:
+def plan(
+    architecture: Architecture, cluster: Cluster, layout: Layout, workload: Workload, rollouts: RolloutSetup
+) -> Plan:
     """Return the plan of a step.
 
     Raises PlanError if the trainer refuses the layout; missing memory is listed in the plan's `refusals`.
@@ -127,7 +129,7 @@ def plan(architecture: Architecture, cluster: Cluster, layout: Layout, workload:
     )
 
 
-def _engines(layout: Layout, rollouts: Rollouts) -> int:
+def _engines(layout: Layout, rollouts: RolloutSetup) -> int:
     gpus = rollouts.gpus or layout.world
     if gpus % rollouts.tensor:
         raise PlanError(f"servers of {rollouts.tensor} GPUs do not divide {gpus} GPUs")
@@ -135,7 +137,7 @@ def _engines(layout: Layout, rollouts: Rollouts) -> int:
 
 
 def _student_batch(
-    a: Architecture, cluster: Cluster, layout: Layout, workload: Workload, rollouts: Rollouts, engines: int
+    a: Architecture, cluster: Cluster, layout: Layout, workload: Workload, rollouts: RolloutSetup, engines: int
 ) -> tuple[Batch, float]:
     """Return what each engine decodes at once, and the bytes of cache per GPU: as needed, at most what is left."""
     per_token = cache_bytes_per_token(a, rollouts.tensor)
@@ -205,7 +207,7 @@ def search(
     architecture: Architecture,
     cluster: Cluster,
     workload: Workload,
-    rollouts: Rollouts,
+    rollouts: RolloutSetup,
     base: Layout | None = None,
 ) -> Search:
     """Return the plans of all layouts over the cluster's GPUs.
@@ -229,7 +231,7 @@ def search(
     return Search(tuple(fitting), tuple(refused))
 
 
-def _servers(a: Architecture, rollouts: Rollouts, cluster: Cluster) -> Iterator[Rollouts]:
+def _servers(a: Architecture, rollouts: RolloutSetup, cluster: Cluster) -> Iterator[RolloutSetup]:
     yield rollouts
     if rollouts.engine == "embedded":
         return

@@ -19,7 +19,7 @@ from megatron_hdpo.costs.flops import attention_flops, decoding_flops, forward_f
 from megatron_hdpo.costs.layout import Layout
 from megatron_hdpo.costs.memory import cache_bytes_per_token
 from megatron_hdpo.costs.parameters import expert_matrices, model_values, served_bytes, visited_values
-from megatron_hdpo.costs.workload import Rollouts, Workload
+from megatron_hdpo.costs.workload import RolloutSetup, Workload
 from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.planner.phase_time import PhaseTime, nothing
 
@@ -35,7 +35,13 @@ class Batch:
 
 
 def sampling(
-    a: Architecture, phase: str, batch: Batch, engines: int, workload: Workload, rollouts: Rollouts, cluster: Cluster
+    a: Architecture,
+    phase: str,
+    batch: Batch,
+    engines: int,
+    workload: Workload,
+    rollouts: RolloutSetup,
+    cluster: Cluster,
 ) -> PhaseTime:
     """Return the time of sampling: prefill of every prompt once per engine, then decoding.
 
@@ -80,7 +86,7 @@ def _decode_communication(a: Architecture, tensor: int, tokens: float, steps: fl
     return 2.0 * a.num_layers * (steps * 2 * (tensor - 1) * hop + sent / bandwidth)
 
 
-def sync(a: Architecture, layout: Layout, rollouts: Rollouts, cluster: Cluster) -> PhaseTime:
+def sync(a: Architecture, layout: Layout, rollouts: RolloutSetup, cluster: Cluster) -> PhaseTime:
     """Return the time of a weight sync: gather over pipeline, tensor- and expert-parallel ranks, then send."""
     size = 2.0 * model_values(a)
     experts = 2.0 * a.num_layers * sum(expert_matrices(a, Layout()))

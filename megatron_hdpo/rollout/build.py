@@ -19,8 +19,8 @@ from megatron_hdpo.rollout.engine import Engine
 from megatron_hdpo.rollout.sglang.answers import ExpertChoice
 from megatron_hdpo.rollout.sglang.api import ApiError
 from megatron_hdpo.rollout.sglang.engine import SGLangEngine
-from megatron_hdpo.rollout.sglang.servers.command import Launch
-from megatron_hdpo.rollout.sglang.servers.fleet import Servers
+from megatron_hdpo.rollout.sglang.servers.command import ServerLaunch
+from megatron_hdpo.rollout.sglang.servers.fleet import ServerFleet
 from megatron_hdpo.rollout.sglang.servers.server import ServerError
 from megatron_hdpo.rollout.sglang.servers.topology import PlannedServer, given_urls, planned_servers
 from megatron_hdpo.rollout.sglang.weights.gate import Gate
@@ -120,7 +120,7 @@ def check_returns_experts(engine: SGLangEngine) -> None:
 
 def _started(
     rollout: RolloutConfig, mine: Sequence[PlannedServer], model_path: Path, device: str, output: Path
-) -> Servers | None:
+) -> ServerFleet | None:
     """Start the servers that this rank owns and return them once they answer; None where it owns none."""
     if not mine:
         return None
@@ -129,7 +129,7 @@ def _started(
     config.check_interpreter(device)
     node = os.environ.get("GROUP_RANK", "0")
     launches = [
-        Launch(
+        ServerLaunch(
             model=model_path,
             device=device,
             index=server.index,
@@ -138,7 +138,7 @@ def _started(
         )
         for server in mine
     ]
-    servers = Servers(config, launches, output / "logs" / f"node{node}")
+    servers = ServerFleet(config, launches, output / "logs" / f"node{node}")
     servers.start()
     return servers
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from megatron_hdpo.types.rollouts import Completion, FinishReason, GenerationRequest, GenerationResult, TopLogprobs
+from megatron_hdpo.types.rollouts import Completion, FinishReason, GenerationRequest, GenerationResult, TopKArrays
 
 
 @dataclass
@@ -57,7 +57,7 @@ class SequenceState:
         """Return the sampled tokens as a Completion."""
         tops = None
         if self.top_ids:
-            tops = TopLogprobs(np.stack(self.top_ids), np.stack(self.top_logprobs))
+            tops = TopKArrays(np.stack(self.top_ids), np.stack(self.top_logprobs))
         return Completion(
             token_ids=np.array(self.ids, dtype=np.int32),
             logprobs=np.array(self.logprobs, dtype=np.float32),

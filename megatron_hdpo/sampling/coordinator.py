@@ -22,8 +22,8 @@ from megatron_hdpo.rollout.engine import EngineLostWeights
 from megatron_hdpo.sampling.sampler import (
     OnProgress,
     RolloutRequest,
-    Rollouts,
     RolloutSampler,
+    SampledRollouts,
     SamplingJob,
     rollout_seed,
 )
@@ -115,7 +115,9 @@ class RolloutCoordinator:
         if share.complete:
             return groups
         # The bound counts the cliffs of the whole step, so the choice does not depend on the ranks.
-        planned = {g: n for g, group in enumerate(groups) if (n := objective.privileged(group, share.step))}
+        planned = {
+            g: n for g, group in enumerate(groups) if (n := objective.privileged_rollouts_for(group, share.step))
+        }
         chosen = dict(list(planned.items())[: objective.max_privileged_prompts])
         mine = {g: n for g, n in chosen.items() if g in share.groups}
         requests = [self._privileged(share, g, n, objective) for g, n in mine.items()]
@@ -137,7 +139,7 @@ class RolloutCoordinator:
         requests = self._requests(problems, sampling, purpose)
         share.groups = {int(r.key): Group(r.problem, r.prompt_ids, []) for r in requests}
 
-        def then(request: RolloutRequest, rollouts: Rollouts) -> list[RolloutRequest]:
+        def then(request: RolloutRequest, rollouts: SampledRollouts) -> list[RolloutRequest]:
             group = share.groups[int(request.key)]
             group.samples, group.dropped = rollouts.samples, rollouts.dropped
             return []
@@ -164,24 +166,24 @@ class RolloutCoordinator:
         ]
 
     def _judged(
-        self, share: SampledShare, objective: Objective, request: RolloutRequest, rollouts: Rollouts
+        self, share: SampledShare, objective: Objective, request: RolloutRequest, rollouts: SampledRollouts
     ) -> list[RolloutRequest]:
         """Store the rollouts of a complete request in their group; return the group's next request, if any."""
         index, _, privileged = request.key.partition("/")
         group = share.groups[int(index)]
         if privileged:
-            group.privileged = rollouts.samples
+            group.privileged_samples = rollouts.samples
             for reason, count in rollouts.dropped.items():
                 group.dropped[f"privileged_{reason}"] = count
             objective.keep_privileged(group)
             return []
         group.samples, group.dropped = rollouts.samples, rollouts.dropped
-        count = objective.privileged(group, share.step) if share.complete else 0
+        count = objective.privileged_rollouts_for(group, share.step) if share.complete else 0
         return [self._privileged(share, int(index), count, objective)] if count else []
 
     def _privileged(self, share: SampledShare, index: int, count: int, objective: Objective) -> RolloutRequest:
         group = share.groups[index]
-        group.privileged_prompt_ids = self.prompts.privileged(group.problem)
+        group.privileged_prompt_ids = self.prompts.privileged_prompt(group.problem)
         sampling = self.config.sampling(count, self.stop_token_ids, objective.privileged_top_logprobs)
         # Privileged rollouts are trained under the student's prompt, so the engine's expert choices do not apply.
         sampling = replace(sampling, routed_experts=False)

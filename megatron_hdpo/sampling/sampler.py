@@ -38,7 +38,7 @@ class RolloutRequest:
 
 
 @dataclass
-class Rollouts:
+class SampledRollouts:
     """Judged samples of one request, and the number of dropped ones by reason."""
 
     samples: list[Sample] = field(default_factory=list)
@@ -49,7 +49,7 @@ class Rollouts:
         self.dropped[reason] = self.dropped.get(reason, 0) + count
 
 
-Then = Callable[[RolloutRequest, Rollouts], Sequence[RolloutRequest]]
+Then = Callable[[RolloutRequest, SampledRollouts], Sequence[RolloutRequest]]
 
 
 def rollout_seed(*parts: object) -> int:
@@ -80,7 +80,7 @@ class RolloutSampler:
         requests: Sequence[RolloutRequest],
         on_progress: OnProgress | None = None,
         then: Then = lambda request, rollouts: (),
-    ) -> dict[str, Rollouts]:
+    ) -> dict[str, SampledRollouts]:
         """Sample the requests to the end; return judged rollouts by request key. See `begin`."""
         sampling = self.begin(requests, on_progress, then)
         sampling.run()
@@ -115,7 +115,7 @@ class _Open:
     judging: int = 0
     ids: list[str] = field(default_factory=list)
     stopped: bool = False
-    rollouts: Rollouts = field(default_factory=Rollouts)
+    rollouts: SampledRollouts = field(default_factory=SampledRollouts)
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class SamplingJob:
         self, sampler: RolloutSampler, requests: Sequence[RolloutRequest], on_progress: OnProgress | None, then: Then
     ) -> None:
         self.sampler, self.on_progress, self.then = sampler, on_progress, then
-        self.done: dict[str, Rollouts] = {}
+        self.done: dict[str, SampledRollouts] = {}
         self._open = {request.key: _Open(request, request.sampling.n) for request in requests}
         self._checks: dict[Future[Judgement], _Check] = {}
 

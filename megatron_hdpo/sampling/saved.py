@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from megatron_hdpo.types.problem import Problem
-from megatron_hdpo.types.rollouts import Completion, Group, Sample, TopLogprobs
+from megatron_hdpo.types.rollouts import Completion, Group, Sample, TopKArrays
 
 FORMAT = 1
 Decode = Callable[[np.ndarray], str]
@@ -86,14 +86,14 @@ def _encode_group(group: Group, decode: Decode) -> dict[str, Any]:
         "prompt": decode(group.prompt_ids),
         "samples": [_encode_sample(s, problem.id) for s in group.samples],
         "privileged_prompt": None if privileged_ids is None else decode(privileged_ids),
-        "privileged": [_encode_sample(s, problem.id) for s in group.privileged],
+        "privileged": [_encode_sample(s, problem.id) for s in group.privileged_samples],
         "metadata": metadata,
         "metadata_left_out": left_out,
         "replay": {
             "prompt_ids": _pack(group.prompt_ids),
             "privileged_prompt_ids": None if privileged_ids is None else _pack(privileged_ids),
             "samples": [_encode_completion(s.completion) for s in group.samples],
-            "privileged": [_encode_completion(s.completion) for s in group.privileged],
+            "privileged": [_encode_completion(s.completion) for s in group.privileged_samples],
         },
     }
 
@@ -175,7 +175,7 @@ def _decode_group(record: dict[str, Any]) -> Group:
         prompt_ids=_unpack(replay["prompt_ids"]),
         samples=_decode_samples(record["samples"], replay["samples"]),
         privileged_prompt_ids=None if privileged_ids is None else _unpack(privileged_ids),
-        privileged=_decode_samples(record["privileged"], replay["privileged"]),
+        privileged_samples=_decode_samples(record["privileged"], replay["privileged"]),
         dropped=dict(record["dropped"]),
     )
 
@@ -199,7 +199,7 @@ def _decode_completion(packed: dict[str, Any], finish_reason: str) -> Completion
         raise ValueError(f"finish_reason {finish_reason!r} is neither stop nor length")
     tops = None
     if packed["top_ids"] is not None:
-        tops = TopLogprobs(_unpack(packed["top_ids"]), _unpack(packed["top_logprobs"]))
+        tops = TopKArrays(_unpack(packed["top_ids"]), _unpack(packed["top_logprobs"]))
     completion = Completion(
         token_ids=_unpack(packed["token_ids"]),
         logprobs=_unpack(packed["logprobs"]),

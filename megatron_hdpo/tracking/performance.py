@@ -68,7 +68,10 @@ def sampled(architecture: Architecture, groups: Sequence[Group]) -> Sampled:
     tokens, whole, flops = 0, 0, 0.0
     for group in groups:
         whole += sum(len(group.prompt_ids) + sample.length for sample in group.samples)
-        for prompt, samples in ((group.prompt_ids, group.samples), (group.privileged_prompt_ids, group.privileged)):
+        for prompt, samples in (
+            (group.prompt_ids, group.samples),
+            (group.privileged_prompt_ids, group.privileged_samples),
+        ):
             if prompt is None or not samples:
                 continue
             tokens += sum(sample.length for sample in samples)

@@ -16,7 +16,7 @@ from megatron_hdpo.tracking.console import Console
 from megatron_hdpo.tracking.work import FlopCounter
 from megatron_hdpo.types.learning import (
     Example,
-    HiddenStates,
+    HiddenOnHost,
     ModelRole,
     Objective,
     Score,
@@ -115,7 +115,7 @@ class Learner:
     def _cost(self, group: Group) -> float:
         """Return the most FLOPs that a group may need: scoring, and training if it can change the policy."""
         passes = FORWARD + (FORWARD_AND_BACKWARD if self.objective.has_signal(group) else 0)
-        sequences = [(len(group.prompt_ids) + s.length, s.length) for s in (*group.samples, *group.privileged)]
+        sequences = [(len(group.prompt_ids) + s.length, s.length) for s in (*group.samples, *group.privileged_samples)]
         return passes * forward_flops(self.policy.architecture, sequences)
 
     def _plan(self, groups: Sequence[Group]) -> tuple[list[Example], Tensor | None, dict[str, float]]:
@@ -129,7 +129,7 @@ class Learner:
         context = self.policy.context
         made = self.objective.examples(groups, scores, totals) if context.is_last_stage else None
         examples = share_examples(made, context)
-        needed = any(isinstance(example.target, HiddenStates) for example in examples)
+        needed = any(isinstance(example.target, HiddenOnHost) for example in examples)
         return examples, heads.get("teacher") if needed else None, self.objective.totals_metrics(totals)
 
     def _totals(self, groups: Sequence[Group], scores: Mapping[ScoringKey, Score]) -> dict[str, float]:

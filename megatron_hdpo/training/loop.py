@@ -103,4 +103,4 @@ def evaluate_now(run: Run) -> dict[str, float]:
     run.prefetched.wait()  # only one thread at a time may read an engine's results
     total = share_of(run, evaluation_samples(config, problems))
     with run.console.phase("evaluate", total=total, unit="sample") as phase:
-        return evaluate(config, problems, run.rollouts, phase.advance)
+        return evaluate(config, problems, run.coordinator, phase.advance)

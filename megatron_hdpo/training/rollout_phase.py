@@ -48,7 +48,7 @@ def _sampled(run: Run) -> list[Group]:
 
         def sample_more(turn: int, count: int, leave_out: Collection[str]) -> list[Group]:
             more = run.data.order.further(run.step, turn, count, leave_out)
-            return run.rollouts.step(more, run.step, run.objective, phase.advance)
+            return run.coordinator.step(more, run.step, run.objective, phase.advance)
 
         return refilled(groups, rollout.refill_rounds, size, run.objective, sample_more)
 
@@ -97,7 +97,7 @@ def check_versions(groups: Sequence[Group], version: int, ahead: int = 0) -> Non
     version.
     """
     for group in groups:
-        for sample in (*group.samples, *group.privileged):
+        for sample in (*group.samples, *group.privileged_samples):
             found = sample.completion.weight_versions
             if found.min() < max(version - ahead, 0) or found.max() > version:
                 wanted = f"{version - ahead} to {version}" if ahead else str(version)

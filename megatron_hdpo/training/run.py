@@ -37,8 +37,8 @@ from megatron_hdpo.parallel.cores import usable_cores
 from megatron_hdpo.rewards.pool import RewardPool
 from megatron_hdpo.rollout.build import build_engine
 from megatron_hdpo.rollout.engine import Engine
-from megatron_hdpo.sampling.ahead import PrefetchedRollouts
 from megatron_hdpo.sampling.coordinator import RolloutCoordinator
+from megatron_hdpo.sampling.prefetch import PrefetchedRollouts
 from megatron_hdpo.sampling.sampler import RolloutSampler
 from megatron_hdpo.teachers.teacher import PolicyTeacher
 from megatron_hdpo.tracking.console import Console
@@ -91,13 +91,13 @@ class Run:
         return self.learner.objective
 
     @property
-    def rollouts(self) -> RolloutCoordinator:
+    def coordinator(self) -> RolloutCoordinator:
         """Sampling of groups on all ranks."""
         return self.prefetched.coordinator
 
     def decode(self, token_ids: np.ndarray) -> str:
         """Return the text of a response, without special tokens."""
-        return self.rollouts.sampler.decode(token_ids)
+        return self.coordinator.sampler.decode(token_ids)
 
     def rebuild_optimizer(self, config: OptimizerConfig, total_steps: int) -> None:
         """Build a new optimizer and schedule for the model's current weights."""

@@ -133,11 +133,11 @@ def _self_test(run: Run) -> None:
     config, recipe = run.recipe.self_test, run.recipe
     problems = run.data.order.batch(0, min(config.prompts, len(run.data.train)))
     sampling = recipe.rollout.model_copy(update={"max_new_tokens": config.max_new_tokens}).sampling(
-        1, run.rollouts.stop_token_ids
+        1, run.coordinator.stop_token_ids
     )
 
     def sample() -> list[Group]:
-        return run.rollouts.groups(problems, sampling, ("self-test",))
+        return run.coordinator.groups(problems, sampling, ("self-test",))
 
     def sync(scale: float) -> None:
         run.sync(run.step, scale)

@@ -21,7 +21,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from megatron_hdpo.types.divergences import DivergenceKind, DivergenceTail
-from megatron_hdpo.types.rollouts import Group, TopLogprobs
+from megatron_hdpo.types.rollouts import Group, TopKArrays
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +36,7 @@ ScoringKey = tuple[int, str, int, str]
 class Scoring:
     """Forward pass that an objective asks for: `response_ids` (int32 [T]) after `context_ids` (int32 [P]).
 
-    weights: which model scores. `policy` is the model before this step's update; `teacher` is the one of the recipe's
+    role: which model scores. `policy` is the model before this step's update; `teacher` is the one of the recipe's
     teacher section; `reference` is the model before RL training started. top_k: the k largest log-probs of every
     position, 0 for none. at: the key of another scoring of the same response with top_k > 0; return this model's
     log-probs, after this context, of that scoring's ids. hidden: keep the input of the head (hidden states), from which
@@ -48,7 +48,7 @@ class Scoring:
     key: ScoringKey
     context_ids: np.ndarray
     response_ids: np.ndarray
-    weights: ModelRole = "teacher"
+    role: ModelRole = "teacher"
     top_k: int = 0
     temperature: float = 1.0
     at: ScoringKey | None = None
@@ -67,14 +67,14 @@ class Score:
 
     logprobs_T: np.ndarray
     entropy_T: np.ndarray
-    top: TopLogprobs | None = None
+    top: TopKArrays | None = None
     at_logprobs_TK: np.ndarray | None = None
     hidden_TH: torch.Tensor | None = None
     reverse_kl_T: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
-class HiddenStates:
+class HiddenOnHost:
     """Full-vocabulary target: the hidden states [T, H] that the teacher's head reads.
 
     They are `Score.hidden_TH` of a scoring by the teacher; other models are not possible, because the loss has the
@@ -105,7 +105,7 @@ class Example:
     rollout_logprobs_T: np.ndarray | None = None
     distill_weights_T: np.ndarray | None = None
     distill_count: float = 0.0
-    target: TopLogprobs | HiddenStates | None = None
+    target: TopKArrays | HiddenOnHost | None = None
     reference_logprobs_T: np.ndarray | None = None
     routed_experts: np.ndarray | None = None
 
@@ -209,7 +209,7 @@ class Objective(Protocol):
     def loss(self) -> LossSpec:
         """Return the loss of the current step."""
 
-    def privileged(self, group: Group, step: int) -> int:
+    def privileged_rollouts_for(self, group: Group, step: int) -> int:
         """Return the number of privileged rollouts of this group at this rollout step (counted from 0); 0 for none.
 
         Called as soon as the group's last student rollout is judged, on the rank that sampled it. With rollouts sampled

@@ -52,7 +52,7 @@ class GenerationRequest:
 
 
 @dataclass(frozen=True)
-class TopLogprobs:
+class TopKArrays:
     """Ids, int32 [T, k], and log-probs, float32 [T, k], of the k most likely tokens at each response position."""
 
     ids_TK: np.ndarray
@@ -71,7 +71,7 @@ class Completion:
     logprobs: np.ndarray  # float32 [T]
     finish_reason: FinishReason
     weight_versions: np.ndarray  # int32 [T], version of the weights that sampled each token
-    top_logprobs: TopLogprobs | None = None
+    top_logprobs: TopKArrays | None = None
     routed_experts: np.ndarray | None = None  # [P + T - 1, layers, experts per token]
 
 
@@ -119,5 +119,5 @@ class Group:
     prompt_ids: np.ndarray  # int32 [P]
     samples: list[Sample]
     privileged_prompt_ids: np.ndarray | None = None
-    privileged: list[Sample] = field(default_factory=list)
+    privileged_samples: list[Sample] = field(default_factory=list)
     dropped: dict[str, int] = field(default_factory=dict)

@@ -90,7 +90,7 @@ def test_weights_of_tasks_reach_the_order():
     }
     data = load(DataConfig.model_validate(config), byte_tokenizer(chat=False))
     assert [p.task for p in data.order.batch(0, 16)].count("short") == 12
-    assert TOKENIZER.decode(data.prompts.privileged(data.train[0])).endswith(data.train[0].question)
+    assert TOKENIZER.decode(data.prompts.privileged_prompt(data.train[0])).endswith(data.train[0].question)
     assert set(data.tasks) == {"short", "long"}
 
 

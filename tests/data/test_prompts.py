@@ -69,30 +69,30 @@ def test_the_student_sees_nothing_of_the_truth():
 @given(st.text(alphabet="ab \N{EURO SIGN}\n", min_size=1, max_size=400), st.integers(0, 450))
 def test_a_long_solution_is_cut_and_the_problem_kept(solution, room):
     short = dataclasses.replace(PROBLEM, solution=None)
-    limit = len(builder().privileged(short)) + room
+    limit = len(builder().privileged_prompt(short)) + room
     prompts = builder(max_privileged_tokens=limit)
     problem = dataclasses.replace(PROBLEM, solution=solution)
-    ids = prompts.privileged(problem)
+    ids = prompts.privileged_prompt(problem)
     text = BYTES.decode(ids)
     assert len(ids) <= limit
     assert "What is 2+2?" in text and "Final answer: 4" in text and text.endswith("<|start|>assistant\n")
     kept = text.partition("[REFERENCE]\n")[2].partition("Final answer")[0].strip()
     assert solution.strip().startswith(kept)
-    if len(builder(max_privileged_tokens=10_000).privileged(problem)) <= limit:
+    if len(builder(max_privileged_tokens=10_000).privileged_prompt(problem)) <= limit:
         assert text == builder().render_privileged(problem)
 
 
 def test_a_cut_solution_brings_the_answer_also_where_only_the_solution_was_asked_for():
     problem = dataclasses.replace(PROBLEM, solution="so " * 200 + "it is 4")
     assert "Final answer: 4" in BYTES.decode(
-        builder(privileged_context="solution", max_privileged_tokens=600).privileged(problem)
+        builder(privileged_context="solution", max_privileged_tokens=600).privileged_prompt(problem)
     )
 
 
 def test_too_long_prompts_are_refused_and_the_quick_check_agrees():
     student, privileged = (
         len(builder().student(PROBLEM)),
-        len(builder().privileged(dataclasses.replace(PROBLEM, solution=None))),
+        len(builder().privileged_prompt(dataclasses.replace(PROBLEM, solution=None))),
     )
     fits = builder(max_prompt_tokens=student, max_privileged_tokens=privileged)
     fits.check_length(PROBLEM, privileged=True)
@@ -104,7 +104,7 @@ def test_too_long_prompts_are_refused_and_the_quick_check_agrees():
         builder(max_prompt_tokens=student - 1).check_length(PROBLEM, privileged=False)
     small = builder(max_privileged_tokens=privileged - 1)
     small.check_length(PROBLEM, privileged=False)
-    for call in (small.privileged, lambda problem: small.check_length(problem, privileged=True)):
+    for call in (small.privileged_prompt, lambda problem: small.check_length(problem, privileged=True)):
         with pytest.raises(PromptTooLong, match="without any solution"):
             call(PROBLEM)
 
@@ -115,7 +115,7 @@ def test_text_that_the_tokenizer_does_not_know_is_an_error():
     problem = dataclasses.replace(PROBLEM, question="3+4=", solution="7")
     assert tokenizer.decode(prompts.student(problem)) == "3+4="
     with pytest.raises(DataError, match="no token for some characters of this prompt: '7;3"):
-        prompts.privileged(problem)
+        prompts.privileged_prompt(problem)
 
 
 def test_a_special_token_in_a_question_is_found():

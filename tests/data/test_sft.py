@@ -19,7 +19,7 @@ PROBLEMS = [dataclasses.replace(PROBLEM, id=f"t/{i}", question=f"{i}?", solution
 
 def test_examples_are_prompt_solution_and_end():
     for example in SupervisedData(PROBLEMS, PROMPTS, 0.5, seed=1).batch(2, 10):
-        expected = PROMPTS.privileged if example.privileged else PROMPTS.student
+        expected = PROMPTS.privileged_prompt if example.privileged else PROMPTS.student
         assert np.array_equal(example.prompt_ids, expected(example.problem))
         assert example.response_ids.dtype == np.int32 and example.response_ids[-1] == TOKENIZER.eos_token_id
         assert TOKENIZER.decode(example.response_ids[:-1]) == example.problem.solution

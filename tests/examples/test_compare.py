@@ -79,7 +79,7 @@ def test_a_sibling_is_shown_where_the_warm_up_showed_the_solution(model):
         pool.close()
     for problem in data.train[:8]:
         hinted = data.prompts.hinted(problem, Hint(problem.solution))
-        assert hinted.tolist() == data.prompts.privileged(problem).tolist()
+        assert hinted.tolist() == data.prompts.privileged_prompt(problem).tolist()
 
 
 def compare(out: Path, *arguments: str) -> str:

@@ -95,7 +95,7 @@ def all_faults(recipe: str, overrides: Sequence[str]) -> dict[str, str]:
     engine, messages = run.engine, {}
     for name, fault in FAULTS.items():
         run.sync(0)
-        run.engine = run.rollouts.sampler.engine = fault(engine)
+        run.engine = run.coordinator.sampler.engine = fault(engine)
         run.sync.weight_sync = EmbeddedSync(run.engine)
         with faulty_policy(run.policy, name):
             try:
@@ -189,7 +189,7 @@ def train_with_a_fault(recipe: str) -> None:
 
     def build(*args: Any, **kwargs: Any) -> Any:
         built = original(*args, **kwargs)
-        built.engine = built.rollouts.sampler.engine = ShiftedLogprobs(built.engine)  # type: ignore[assignment]
+        built.engine = built.coordinator.sampler.engine = ShiftedLogprobs(built.engine)  # type: ignore[assignment]
         return built
 
     run.build_run = build

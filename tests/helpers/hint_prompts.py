@@ -10,7 +10,7 @@ import numpy as np
 from megatron_hdpo.data.prompts import Hint
 from megatron_hdpo.types.learning import Score, Scoring, ScoringKey
 from megatron_hdpo.types.problem import Problem
-from megatron_hdpo.types.rollouts import TopLogprobs
+from megatron_hdpo.types.rollouts import TopKArrays
 
 SMALLEST_VOCAB = 299
 SUPPORT = 4
@@ -30,7 +30,7 @@ class StubPrompts:
         self.markers = markers
         self.shown: list[Hint] = []
 
-    def privileged(self, problem: Problem) -> np.ndarray:
+    def privileged_prompt(self, problem: Problem) -> np.ndarray:
         return ids_of(f"truth of {problem.id}")
 
     def hinted(self, problem: Problem, hint: Hint) -> np.ndarray:
@@ -45,7 +45,7 @@ def answers(scorings: Sequence[Scoring], vocab: int = 40) -> dict[ScoringKey, Sc
 
 
 def _logprobs(scoring: Scoring, t: int, vocab: int) -> np.ndarray:
-    text = f"{scoring.weights} {scoring.context_ids.tolist()} {scoring.response_ids[:t].tolist()}"
+    text = f"{scoring.role} {scoring.context_ids.tolist()} {scoring.response_ids[:t].tolist()}"
     seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
     logits = np.random.default_rng(seed).normal(0, 1.5, vocab) / scoring.temperature
     return logits - np.logaddexp.reduce(logits)
@@ -62,7 +62,7 @@ def _score(scoring: Scoring, logprobs: dict[ScoringKey, np.ndarray]) -> Score:
     if scoring.top_k:
         assert scoring.top_k == SUPPORT
         top_ids = top_of(own, SUPPORT)
-        top = TopLogprobs(top_ids.astype(np.int32), np.take_along_axis(own, top_ids, -1).astype(np.float32))
+        top = TopKArrays(top_ids.astype(np.int32), np.take_along_axis(own, top_ids, -1).astype(np.float32))
     return Score(np.take_along_axis(own, ids, -1)[:, 0].astype(np.float32), entropy, top, at)
 
 

@@ -104,7 +104,7 @@ def _run(study: Study, variant: str, seed: int, out: Path, overrides: Sequence[s
     recipe = load_recipe(study.recipe, [*common, *overrides])
     run = build_run(recipe, start(ParallelConfig(), "cpu", seed), objective=_objective(variant, recipe))
     if variant == "wrong_reference":
-        run.rollouts.prompts = _WrongReference(run.data.prompts, run.data.train)
+        run.coordinator.prompts = _WrongReference(run.data.prompts, run.data.train)
     train(run)
     run.close(failed=False)
     stop()
@@ -152,8 +152,8 @@ class _WrongReference:
             for problem, other in zip(members, [*members[1:], members[0]], strict=True)
         }
 
-    def privileged(self, problem):
-        return self._prompts.privileged(replace(problem, solution=self._solutions[problem.id]))
+    def privileged_prompt(self, problem):
+        return self._prompts.privileged_prompt(replace(problem, solution=self._solutions[problem.id]))
 
 
 def _objective(variant: str, recipe):
@@ -164,7 +164,9 @@ def _objective(variant: str, recipe):
         """The filter upside down: what is distilled are the privileged rollouts that failed."""
 
         def keep_privileged(self, group):
-            group.privileged = [replace(s, reward=float(not self.filter.is_right(s))) for s in group.privileged]
+            group.privileged_samples = [
+                replace(s, reward=float(not self.filter.is_right(s))) for s in group.privileged_samples
+            ]
             return super().keep_privileged(group)
 
     class ShuffledTargets(HDPO):

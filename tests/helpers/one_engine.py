@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from megatron_hdpo.rollout.sglang.answers import ExpertChoice
 from megatron_hdpo.rollout.sglang.config import SGLangConfig
 from megatron_hdpo.rollout.sglang.engine import SGLangEngine
-from megatron_hdpo.rollout.sglang.servers.fleet import Servers
+from megatron_hdpo.rollout.sglang.servers.fleet import ServerFleet
 from megatron_hdpo.rollout.sglang.weights.gate import Gate
 from megatron_hdpo.rollout.sglang.weights.push import WeightPush
 from megatron_hdpo.rollout.sglang.weights.transports import TensorTransport
@@ -56,7 +56,7 @@ class Weights:
 @contextmanager
 def one_engine(
     urls: Sequence[str],
-    servers: Servers | None = None,
+    servers: ServerFleet | None = None,
     gate: bool = True,
     kv_heads: int = KV_HEADS,
     experts: ExpertChoice | None = None,

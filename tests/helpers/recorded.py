@@ -20,8 +20,8 @@ from megatron_hdpo.model.config import ModelConfig, OptimizerConfig
 from megatron_hdpo.model.optimizer import build_optimizer
 from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.parallel.context import ParallelContext
-from megatron_hdpo.types.learning import Example, HiddenStates
-from megatron_hdpo.types.rollouts import TopLogprobs
+from megatron_hdpo.types.learning import Example, HiddenOnHost
+from megatron_hdpo.types.rollouts import TopKArrays
 
 # Operator of c10d -> (name, which tensors of its arguments are counted).
 _KINDS = {
@@ -173,7 +173,7 @@ def examples(count: int, prompt: int, response: int, top_k: int, vocab: int, hid
             rollout_logprobs_T=-ones,
             distill_weights_T=ones,
             distill_count=float(response),
-            target=HiddenStates(states) if hidden else TopLogprobs(ids, flat),
+            target=HiddenOnHost(states) if hidden else TopKArrays(ids, flat),
         )
         for _ in range(count)
     ]

@@ -8,7 +8,7 @@ from itertools import count
 import numpy as np
 
 from megatron_hdpo.types.problem import Problem
-from megatron_hdpo.types.rollouts import Completion, Group, Sample, TopLogprobs
+from megatron_hdpo.types.rollouts import Completion, Group, Sample, TopKArrays
 
 _next_id = count(100)
 
@@ -20,7 +20,7 @@ def sample(
     text: str = "so it is 4",
     cut: bool = False,
     token_ids: Sequence[int] | None = None,
-    top: TopLogprobs | None = None,
+    top: TopKArrays | None = None,
 ) -> Sample:
     """A judged rollout; log-probs -0.5, -1.0, ... per token."""
     ids = np.array([next(_next_id) for _ in range(length)] if token_ids is None else token_ids, dtype=np.int32)
@@ -44,9 +44,9 @@ def group(
     )
 
 
-def top(length: int, k: int = 3, seed: int = 0) -> TopLogprobs:
+def top(length: int, k: int = 3, seed: int = 0) -> TopKArrays:
     """k distinct ids and log-probs per row, rows all different."""
     rng = np.random.default_rng(seed)
     ids = np.stack([rng.permutation(11)[:k] for _ in range(length)]).astype(np.int32)
     logprobs = -np.sort(rng.uniform(0.1, 3.0, (length, k)), axis=-1).astype(np.float32)
-    return TopLogprobs(ids, logprobs)
+    return TopKArrays(ids, logprobs)

@@ -24,7 +24,7 @@ class Prompts:
     def student(self, problem: Problem) -> np.ndarray:
         return np.array([1, int(problem.answer)], dtype=np.int32)
 
-    def privileged(self, problem: Problem) -> np.ndarray:
+    def privileged_prompt(self, problem: Problem) -> np.ndarray:
         return np.array([2, int(problem.answer), 9], dtype=np.int32)
 
 

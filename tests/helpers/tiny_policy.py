@@ -22,7 +22,7 @@ from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.parallel.context import ParallelContext, start
 from megatron_hdpo.parallel.layout import ParallelConfig
 from megatron_hdpo.types.learning import DivergenceConfig, Example, LossSpec, Scoring, SurrogateConfig
-from megatron_hdpo.types.rollouts import TopLogprobs
+from megatron_hdpo.types.rollouts import TopKArrays
 from megatron_hdpo.weights.load import load_hf
 from megatron_hdpo.weights.stream import stream_hf
 
@@ -187,12 +187,12 @@ def _example(rng: np.random.Generator, index: int, prompt: int, length: int) -> 
     )
 
 
-def _target(rng: np.random.Generator, length: int, k: int = 5) -> TopLogprobs:
+def _target(rng: np.random.Generator, length: int, k: int = 5) -> TopKArrays:
     """The k best of a random full distribution; their mass is below 1."""
     logits = rng.normal(0, 2.5, (length, VOCAB))
     logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     ids = np.argsort(-logprobs, axis=-1)[:, :k]
-    return TopLogprobs(ids.astype(np.int32), np.take_along_axis(logprobs, ids, -1).astype(np.float32))
+    return TopKArrays(ids.astype(np.int32), np.take_along_axis(logprobs, ids, -1).astype(np.float32))
 
 
 def make_scorings(seed: int = 1) -> list[Scoring]:

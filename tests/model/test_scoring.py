@@ -58,13 +58,13 @@ def test_senseless_references_are_refused(scorings: list[Scoring], message: str)
 
 def _pairs() -> tuple[list[Scoring], list[Scoring]]:
     """Scorings after one context, and of the same responses after another, which refer to them."""
-    first = [replace(s, weights="teacher", top_k=4, hidden=True) for s in make_scorings()]
+    first = [replace(s, role="teacher", top_k=4, hidden=True) for s in make_scorings()]
     second = [
         replace(
             s,
             key=(*s.key[:3], "second"),
             context_ids=s.context_ids[::-1].copy(),
-            weights="policy",
+            role="policy",
             top_k=0,
             at=s.key,
             reverse_kl_to=s.key,

@@ -93,7 +93,7 @@ def test_old_logprobs_are_asked_for_when_the_policy_moves_within_a_step() -> Non
     objective = GRPO(GRPOConfig(), ObjectiveDeps(0.7, 2))
     scorings = objective.scorings(groups)
     assert [s.key for s in scorings] == [(0, "student", 0, "old"), (0, "student", 1, "old"), (1, "student", 0, "old")]
-    assert {(s.weights, s.temperature, s.top_k) for s in scorings} == {("policy", 0.7, 0)}
+    assert {(s.role, s.temperature, s.top_k) for s in scorings} == {("policy", 0.7, 0)}
     for scoring in scorings:
         source = groups[scoring.key[0]]
         np.testing.assert_array_equal(scoring.context_ids, source.prompt_ids)
@@ -114,7 +114,7 @@ def test_shares_of_groups() -> None:
 
 def test_no_privileged_rollouts() -> None:
     objective = GRPO(GRPOConfig(), ObjectiveDeps(1.0))
-    assert objective.privileged(group(CLIFF), 0) == 0
+    assert objective.privileged_rollouts_for(group(CLIFF), 0) == 0
     assert objective.loss.distill is None and objective.loss.temperature == 1.0
 
 
@@ -151,7 +151,7 @@ def test_a_penalty_keeps_groups_without_contrast_alive() -> None:
     objective = GRPO(GRPOConfig.model_validate({"kl": {"coefficient": 0.1}, "overlong": "mask"}), ObjectiveDeps(0.9))
     groups = [group([sample(0.0, 2), sample(0.0, 3, cut=True)])]
     (scoring,) = objective.scorings(groups)
-    assert (scoring.key, scoring.weights, scoring.temperature) == ((0, "student", 0, "reference"), "reference", 0.9)
+    assert (scoring.key, scoring.role, scoring.temperature) == ((0, "student", 0, "reference"), "reference", 0.9)
     reference = np.array([-1.0, -2.0], dtype=np.float32)
     alive, masked = objective.examples(groups, {scoring.key: Score(reference, np.zeros(2))})
     assert not alive.inert and masked.inert and masked.reference_logprobs_T is None

@@ -26,17 +26,17 @@ def hdpo(updates_per_step: int = 1, leakage: LeakageConfig | None = None, marker
 def test_cliffs_get_a_second_try() -> None:
     groups = [group(MIXED), group(CLIFF), group(SOLVED), group([]), group(CLIFF), group([0.5, 0.9])]
     objective = hdpo(privileged={"rollouts": 5})
-    assert [objective.privileged(group, 0) for group in groups] == [0, 5, 0, 0, 5, 5]
+    assert [objective.privileged_rollouts_for(group, 0) for group in groups] == [0, 5, 0, 0, 5, 5]
 
 
 def test_the_success_threshold_says_what_a_cliff_is() -> None:
     groups = [group([0.5, 0.2]), group([0.4, 0.2])]
     objective = hdpo(privileged={"success_threshold": 0.5})
-    assert [bool(objective.privileged(group, 0)) for group in groups] == [False, True]
+    assert [bool(objective.privileged_rollouts_for(group, 0)) for group in groups] == [False, True]
 
 
 def test_without_a_weight_there_is_no_second_try() -> None:
-    assert hdpo(distill={"coefficient": 0.0}).privileged(group(CLIFF), 0) == 0
+    assert hdpo(distill={"coefficient": 0.0}).privileged_rollouts_for(group(CLIFF), 0) == 0
 
 
 def test_right_distinct_honest_rollouts_are_kept() -> None:
@@ -47,31 +47,31 @@ def test_right_distinct_honest_rollouts_are_kept() -> None:
     cliff = group(CLIFF, [right, wrong, leaked, again, other, quoting, sample(0.5)])
     cliff.dropped = {"wrong": 2, "generation_failed": 1}
     kept = hdpo(markers=["<reference>"]).keep_privileged(cliff)
-    assert kept.privileged == [right, other]
+    assert kept.privileged_samples == [right, other]
     assert kept.dropped == {"wrong": 4, "leaked": 2, "duplicate": 1, "generation_failed": 1}
 
 
 def test_filters_can_be_turned_off() -> None:
     rollouts = [sample(1.0, token_ids=[1, 2]), sample(1.0, token_ids=[1, 2]), sample(1.0, text="As given, 4")]
     objective = hdpo(leakage=LeakageConfig(enabled=False), privileged={"drop_duplicates": False})
-    assert objective.keep_privileged(group(CLIFF, rollouts)).privileged == rollouts
+    assert objective.keep_privileged(group(CLIFF, rollouts)).privileged_samples == rollouts
 
 
 def test_a_leaked_rollout_does_not_make_an_honest_one_a_duplicate() -> None:
     leaked, honest = sample(1.0, token_ids=[1], text="As given, 4"), sample(1.0, token_ids=[1])
-    assert hdpo().keep_privileged(group(CLIFF, [leaked, honest])).privileged == [honest]
+    assert hdpo().keep_privileged(group(CLIFF, [leaked, honest])).privileged_samples == [honest]
 
 
 def test_the_threshold_holds_for_privileged_rollouts_too() -> None:
     half, most = sample(0.5), sample(0.75)
     objective = hdpo(privileged={"success_threshold": 0.75})
-    assert objective.keep_privileged(group(CLIFF, [half, most])).privileged == [most]
+    assert objective.keep_privileged(group(CLIFF, [half, most])).privileged_samples == [most]
 
 
 def test_kept_per_prompt_are_capped_after_the_filters() -> None:
     rollouts = [sample(0.0), sample(1.0), sample(1.0), sample(1.0)]
     kept = hdpo(privileged={"max_kept_per_prompt": 2}).keep_privileged(group(CLIFF, rollouts))
-    assert kept.privileged == rollouts[1:3]
+    assert kept.privileged_samples == rollouts[1:3]
     assert kept.dropped == {"wrong": 1, "over_cap": 1}
 
 
@@ -85,13 +85,13 @@ def test_the_teacher_scores_after_the_privileged_prompt() -> None:
     scorings = hdpo(distill={"top_k": 3, "temperature": 1.3}).scorings(groups)
     assert [s.key for s in scorings] == [(1, "privileged", 0, "teacher"), (1, "privileged", 1, "teacher")]
     for s, scoring in enumerate(scorings):
-        assert (scoring.weights, scoring.top_k, scoring.temperature) == ("teacher", 3, 1.3)
+        assert (scoring.role, scoring.top_k, scoring.temperature) == ("teacher", 3, 1.3)
         np.testing.assert_array_equal(scoring.context_ids, [6, 8, 8, 8])
-        np.testing.assert_array_equal(scoring.response_ids, groups[1].privileged[s].completion.token_ids)
+        np.testing.assert_array_equal(scoring.response_ids, groups[1].privileged_samples[s].completion.token_ids)
 
 
 def test_both_kinds_of_scorings_with_several_updates() -> None:
-    kinds = [(s.key[0], s.key[1], s.weights) for s in hdpo(updates_per_step=2).scorings(_cliff_with_survivors())]
+    kinds = [(s.key[0], s.key[1], s.role) for s in hdpo(updates_per_step=2).scorings(_cliff_with_survivors())]
     assert kinds == [(0, "student", "policy")] * 3 + [(1, "student", "policy")] * 3 + [(1, "privileged", "teacher")] * 2
 
 
@@ -102,7 +102,7 @@ def test_survivors_are_distilled_after_the_students_own_prompt() -> None:
     }
     examples = objective.examples(groups, scores)
     assert len(examples) == 8
-    for example, survivor in zip(examples[6:], groups[1].privileged, strict=True):
+    for example, survivor in zip(examples[6:], groups[1].privileged_samples, strict=True):
         n = survivor.length
         np.testing.assert_array_equal(example.prompt_ids, [6, 1, 2])
         np.testing.assert_array_equal(example.response_ids, survivor.completion.token_ids)
@@ -120,7 +120,7 @@ def test_the_engines_top_k_needs_no_forward_pass() -> None:
     groups, objective = _cliff_with_survivors(tops=True), hdpo(logits_from="rollout")
     assert objective.scorings(groups) == []
     examples = objective.examples(groups, {})
-    assert [e.target for e in examples[6:]] == [s.completion.top_logprobs for s in groups[1].privileged]
+    assert [e.target for e in examples[6:]] == [s.completion.top_logprobs for s in groups[1].privileged_samples]
 
 
 def test_a_missing_target_is_an_error_that_names_the_problem() -> None:
@@ -130,8 +130,8 @@ def test_a_missing_target_is_an_error_that_names_the_problem() -> None:
 
 def test_a_target_of_another_length_is_an_error() -> None:
     groups = _cliff_with_survivors(tops=True)
-    completion = groups[1].privileged[0].completion
-    groups[1].privileged[0].completion = replace(completion, top_logprobs=top(3))
+    completion = groups[1].privileged_samples[0].completion
+    groups[1].privileged_samples[0].completion = replace(completion, top_logprobs=top(3))
     with pytest.raises(ValueError, match="target has 3 rows for a response of 4 tokens"):
         hdpo(logits_from="rollout").examples(groups, {})
 

@@ -11,7 +11,7 @@ from megatron_hdpo.objectives.base import ObjectiveDeps
 from megatron_hdpo.objectives.opd import OPDConfig, SampledDistillation, build_opd
 from megatron_hdpo.objectives.vopd import VOPD, VOPDConfig, renormalised_kl
 from megatron_hdpo.types.learning import Score, Scoring
-from megatron_hdpo.types.rollouts import TopLogprobs
+from megatron_hdpo.types.rollouts import TopKArrays
 
 OLD, TAUGHT = [-1.0, -2.0, -9.0], [-1.5, -0.5, -2.0]
 
@@ -33,7 +33,7 @@ def one_of_each(objective: SampledDistillation, groups: list) -> tuple[list, dic
 
 def test_a_token_that_the_teacher_likes_more_has_a_positive_advantage() -> None:
     objective = build_opd(OPDConfig(), ObjectiveDeps(0.7))
-    assert {(s.weights, s.temperature) for s in objective.scorings([group([1.0])])} == {
+    assert {(s.role, s.temperature) for s in objective.scorings([group([1.0])])} == {
         ("policy", 0.7),
         ("teacher", 0.7),
     }
@@ -67,7 +67,7 @@ def test_the_value_is_the_expected_log_ratio_on_the_top_k() -> None:
     student, teacher = objective.scorings([group([sample(0.0, 4)])])
     assert student.top_k == 6 and teacher.at == student.key and not teacher.hidden
     scores = {
-        student.key: Score(np.zeros(4), np.zeros(4), TopLogprobs(np.zeros((4, 6), dtype=np.int32), lq - 3.0)),
+        student.key: Score(np.zeros(4), np.zeros(4), TopKArrays(np.zeros((4, 6), dtype=np.int32), lq - 3.0)),
         teacher.key: Score(np.full(4, -1.0), np.zeros(4), at_logprobs_TK=lp - 1.0),
     }
     (example,) = objective.examples([group([sample(0.0, 4)])], scores)
@@ -79,7 +79,7 @@ def test_groups_without_rollouts_and_cut_or_empty_ones(estimator: str) -> None:
     objective = build_opd(OPDConfig.model_validate({"estimator": estimator, "overlong": "mask"}), ObjectiveDeps(1.0))
     nothing = group([sample(1.0, 4, cut=True), sample(0.0, 0)])
     assert not objective.has_signal(nothing) and not objective.has_signal(group([]))
-    assert objective.has_signal(group([1.0, 1.0])) and objective.privileged(group([0.0]), 0) == 0
+    assert objective.has_signal(group([1.0, 1.0])) and objective.privileged_rollouts_for(group([0.0]), 0) == 0
     assert objective.scorings([nothing, group([])]) == [] == objective.examples([nothing], {}, {})
     assert objective.totals_metrics(objective.totals([nothing], {})) == {}
 
@@ -87,13 +87,13 @@ def test_groups_without_rollouts_and_cut_or_empty_ones(estimator: str) -> None:
 def test_akl_of_the_teachers_tokens_reads_both_prompts() -> None:
     objective = build_akl(AKLConfig.model_validate({"tokens": "teacher", "rollouts": 3}), ObjectiveDeps(1.0))
     taught = group([0.0, 1.0], [sample(0.0, 2), sample(1.0, 3)])
-    assert objective.privileged(taught, 0) == 3 and objective.has_signal(taught)
+    assert objective.privileged_rollouts_for(taught, 0) == 3 and objective.has_signal(taught)
     assert not objective.has_signal(group([0.0]))
     scorings = objective.scorings([taught])
     assert [s.key for s in scorings] == [(0, "privileged", i, "teacher") for i in range(2)]
     assert all(s.context_ids.tolist() == [7, 8, 8, 8] and s.top_k == 100 for s in scorings)
     scores = {
-        s.key: Score(np.zeros(n), np.zeros(n), TopLogprobs(np.zeros((n, 1), dtype=np.int32), np.zeros((n, 1))))
+        s.key: Score(np.zeros(n), np.zeros(n), TopKArrays(np.zeros((n, 1), dtype=np.int32), np.zeros((n, 1))))
         for s in scorings
         for n in [len(s.response_ids)]
     }

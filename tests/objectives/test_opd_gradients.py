@@ -157,7 +157,7 @@ def groups_with_privileged() -> list[Group]:
     groups = hand_made_groups()[:3]
     for group in groups[1:]:
         group.privileged_prompt_ids = rng.integers(0, 299, 8).astype(np.int32)
-        group.privileged = [sample_of(rng, 0.0, 6), sample_of(rng, 1.0, 3)]
+        group.privileged_samples = [sample_of(rng, 0.0, 6), sample_of(rng, 1.0, 3)]
     return groups
 
 
@@ -244,10 +244,10 @@ EXPECTED: dict[str, tuple[Case, Callable[[Models], Tensor]]] = {
     "vopd_none": (Case(vopd_none, G), single_sample(False, plain_ratio, nothing)),
     "akl_student": (Case(akl_student, G), adaptive_on(G, "teacher", "samples", full=False)),
     "akl_full": (Case(akl_full, G), adaptive_on(G, "teacher", "samples", full=True)),
-    "akl_teacher": (Case(akl_teacher, GP, teacher=None), adaptive_on(GP, "before", "privileged", full=False)),
+    "akl_teacher": (Case(akl_teacher, GP, teacher=None), adaptive_on(GP, "before", "privileged_samples", full=False)),
     "akl_teacher_full_moved": (
         Case(akl_teacher_full_moved, GP, teacher=None, moved=True),
-        adaptive_on(GP, "before", "privileged", full=True),
+        adaptive_on(GP, "before", "privileged_samples", full=True),
     ),
 }
 LAYOUTS = ["one_rank", "cp2", "pp2", "tp2_dp2"]

@@ -70,8 +70,8 @@ def test_pass_rates_survive_a_checkpoint() -> None:
 def test_the_first_stage_learns_from_right_privileged_rollouts() -> None:
     objective = paced(privileged={"rollouts": 6})
     mixed, solved = small(1, 0), small(1, 1, problem="sums/1")
-    assert [objective.privileged(g, 3) for g in (mixed, solved, small(0, 0))] == [6, 0, 0]
-    assert objective.privileged(mixed, 4) == 0
+    assert [objective.privileged_rollouts_for(g, 3) for g in (mixed, solved, small(0, 0))] == [6, 0, 0]
+    assert objective.privileged_rollouts_for(mixed, 4) == 0
     taught = small(1, 0, privileged=[sample(1.0, token_ids=[1, 2, 3]), sample(0.0, token_ids=[4])])
     taught = objective.keep_privileged(taught)
     objective.begin_step(3, [taught, solved])
@@ -122,8 +122,8 @@ def test_raw_weights() -> None:
     ],
 )
 def test_settings_that_cannot_be_computed(settings: dict, message: str) -> None:
-    around = RecipeContext(1000, "policy", 1.0, samples_per_prompt=4)
-    lines = PACEDConfig.model_validate(settings).errors(around)
+    context = RecipeContext(1000, "policy", 1.0, samples_per_prompt=4)
+    lines = PACEDConfig.model_validate(settings).errors(context)
     assert any(re.match(message, line) for line in lines)
 
 

@@ -66,8 +66,8 @@ def groups_with_teachers_rollouts() -> list[Group]:
     rng = np.random.default_rng(12)
     made = groups()
     for number in (0, 1, 4):
-        made[number].privileged_prompt_ids = PROMPTS.privileged(made[number].problem)
-        made[number].privileged = [sample_of(rng, 1.0, 3 + number), sample_of(rng, 0.0, 2)]
+        made[number].privileged_prompt_ids = PROMPTS.privileged_prompt(made[number].problem)
+        made[number].privileged_samples = [sample_of(rng, 1.0, 3 + number), sample_of(rng, 0.0, 2)]
     return made
 
 
@@ -140,7 +140,7 @@ def opsd() -> Objective:
 def opsd_loss(models: Models) -> Tensor:
     total, count = torch.zeros(()), 0
     for group, _, _, ids in samples_of(groups()):
-        taught = models.teacher(PROMPTS.privileged(group.problem), ids)
+        taught = models.teacher(PROMPTS.privileged_prompt(group.problem), ids)
         for p_V, q_V in zip(taught, models.student(group.prompt_ids, ids), strict=True):
             support = p_V.topk(K).indices
             total = total + clipped_forward_kl(buckets(logp(p_V), support), buckets(logp(q_V), support), 0.05)
@@ -158,7 +158,7 @@ def opsd_full_loss(models: Models) -> Tensor:
     for group, _, sample, ids in samples_of(groups()):
         if sample.completion.finish_reason == "length":
             continue
-        taught = models.teacher(PROMPTS.privileged(group.problem), ids)
+        taught = models.teacher(PROMPTS.privileged_prompt(group.problem), ids)
         for p_V, q_V in zip(taught, models.student(group.prompt_ids, ids), strict=True):
             total = total + jsd(logp(p_V, 1.1).exp(), logp(q_V, 1.1).exp(), 0.3)
             count += 1
@@ -247,7 +247,10 @@ def rlsd_loss(models: Models) -> Tensor:
     total, count = torch.zeros(()), 0
     for group, i, _, ids in samples_of(groups()):
         advantage = group_advantages(group)[i]
-        logits, taught = models.student(group.prompt_ids, ids), models.teacher(PROMPTS.privileged(group.problem), ids)
+        logits, taught = (
+            models.student(group.prompt_ids, ids),
+            models.teacher(PROMPTS.privileged_prompt(group.problem), ids),
+        )
         for t, y in enumerate(ids.tolist()):
             own = logp(logits[t], 0.9)[y]
             w = math.exp(math.copysign(1.0, advantage) * float(logp(taught[t], 0.9)[y] - own.detach()))
@@ -370,9 +373,9 @@ def pace(group: Group) -> float:
 def paced_first_loss(models: Models) -> Tensor:
     total, weights = torch.zeros(()), 0.0
     for group in groups_with_teachers_rollouts():
-        for sample in (s for s in group.privileged if s.reward == 1.0):
+        for sample in (s for s in group.privileged_samples if s.reward == 1.0):
             ids = sample.completion.token_ids
-            taught = models.teacher(PROMPTS.privileged(group.problem), ids)
+            taught = models.teacher(PROMPTS.privileged_prompt(group.problem), ids)
             for p_V, q_V in zip(taught, models.student(group.prompt_ids, ids), strict=True):
                 support = p_V.topk(K).indices
                 p, q = buckets(logp(p_V), support), buckets(logp(q_V), support)
@@ -383,7 +386,7 @@ def paced_first_loss(models: Models) -> Tensor:
 def paced_second_loss(models: Models) -> Tensor:
     total, weights = torch.zeros(()), 0.0
     for group, _, _, ids in samples_of(groups()):
-        taught = models.teacher(PROMPTS.privileged(group.problem), ids)
+        taught = models.teacher(PROMPTS.privileged_prompt(group.problem), ids)
         for p_V, q_V in zip(taught, models.student(group.prompt_ids, ids), strict=True):
             support = p_V.topk(K).indices
             p, q = buckets(logp(p_V), support), buckets(logp(q_V), support)

@@ -111,7 +111,9 @@ def assert_equal(first: list[Example], second: list[Example]) -> None:
 def test_examples_are_of_the_rollouts_and_fit_them(name: str) -> None:
     groups = make_groups()
     rollouts = {
-        g.prompt_ids.tobytes() + s.completion.token_ids.tobytes() for g in groups for s in (*g.samples, *g.privileged)
+        g.prompt_ids.tobytes() + s.completion.token_ids.tobytes()
+        for g in groups
+        for s in (*g.samples, *g.privileged_samples)
     }
     examples = run(build(name), groups)
     assert any(not e.inert for e in examples)
@@ -173,7 +175,7 @@ def test_a_group_has_signal_where_it_moves_the_policy(name: str) -> None:
     for group in make_groups():
         objective = build(name)
         moves = any(not example.inert for example in run(objective, [group]))
-        assert objective.has_signal(group) == moves or (name == "paced_first" and not group.privileged)
+        assert objective.has_signal(group) == moves or (name == "paced_first" and not group.privileged_samples)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -185,7 +187,7 @@ def test_nothing_is_shown_its_own_response(name: str) -> None:
             scorings, prompts = objective.scorings([group]), StubPrompts()
             shown = {prompts.hinted(group.problem, h).tobytes(): h for h in objective.prompts.shown}
             for scoring in scorings:
-                if scoring.key[1:3] == ("student", s) and scoring.weights == "teacher":
+                if scoring.key[1:3] == ("student", s) and scoring.role == "teacher":
                     hint = shown.get(scoring.context_ids.tobytes())
                     assert hint is None or hint.attempt != group.samples[s].text
                     assert hint is None or hint.feedback in ("", group.samples[s].feedback)

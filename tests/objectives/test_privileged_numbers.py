@@ -19,7 +19,7 @@ from megatron_hdpo.objectives.sdpo import SDPO, SDPOConfig
 from megatron_hdpo.objectives.settings import RecipeContext
 from megatron_hdpo.objectives.srpo import SRPO, SRPOConfig
 from megatron_hdpo.types.learning import Score
-from megatron_hdpo.types.rollouts import TopLogprobs
+from megatron_hdpo.types.rollouts import TopKArrays
 
 AROUND = RecipeContext(vocab_size=1000, teacher="policy", temperature=1.0, samples_per_prompt=8)
 BOX = "so \\boxed{4}"
@@ -29,7 +29,7 @@ def boxed(*rewards: float, length: int = 3):
     return group([sample(reward, length, text=f"{BOX} {i}") for i, reward in enumerate(rewards)])
 
 
-def score(logprobs: Any, entropy: float = 0.0, top_logprobs: TopLogprobs | None = None, at: Any = None) -> Score:
+def score(logprobs: Any, entropy: float = 0.0, top_logprobs: TopKArrays | None = None, at: Any = None) -> Score:
     values = np.asarray(logprobs, dtype=np.float32)
     return Score(values, np.full(len(values), entropy, np.float32), top_logprobs, at)
 
@@ -44,7 +44,7 @@ def test_opsd_learns_from_every_rollout_right_or_wrong() -> None:
     )
     scorings = objective.scorings(made)
     assert [s.key for s in scorings] == [(g, "student", s, "teacher") for g, n in ((0, 2), (1, 3)) for s in range(n)]
-    assert {(s.weights, s.top_k) for s in scorings} == {("teacher", 100)}
+    assert {(s.role, s.top_k) for s in scorings} == {("teacher", 100)}
     scores = {s.key: score([0, 0, 0], top_logprobs=top(3, 4)) for s in scorings}
     examples = objective.examples(made, scores)
     assert [e.distill_count for e in examples] == [3.0] * 5 and not any(e.surrogate_count for e in examples)
@@ -62,8 +62,8 @@ def test_sdpo_masks_samples_without_demonstration() -> None:
     scorings = objective.scorings([made])
     assert {s.key[2] for s in scorings} == {0, 2} and objective.prompts.shown[0].attempt == f"{BOX} 1"
     own, taught = scorings[:2]
-    assert (own.weights, own.key[3], own.top_k) == ("policy", "support", 100)
-    assert (taught.weights, taught.at, taught.top_k) == ("teacher", own.key, 0)
+    assert (own.role, own.key[3], own.top_k) == ("policy", "support", 100)
+    assert (taught.role, taught.at, taught.top_k) == ("teacher", own.key, 0)
     metrics = objective.metrics([made])
     assert metrics["distill/masked_share"] == pytest.approx(1 / 3)
     assert metrics["distill/sibling_share"] == pytest.approx(2 / 3) and metrics["distill/feedback_share"] == 0.0
@@ -115,7 +115,7 @@ def test_the_mix_of_rlsd_falls_to_nothing(step: int, mix: float) -> None:
 def test_rlsd_moves_advantages_by_clamped_evidence() -> None:
     objective = RLSD(RLSDConfig(advantage="none", mix=0.5, mix_steps=None), ObjectiveDeps(0.7, prompts=StubPrompts()))
     made = group([sample(1.0, 4), sample(-1.0, 4)])
-    keys = {(s.key[2], s.key[3], s.weights, s.temperature) for s in objective.scorings([made])}
+    keys = {(s.key[2], s.key[3], s.role, s.temperature) for s in objective.scorings([made])}
     assert keys == {(s, *rest, 0.7) for s in (0, 1) for rest in (("hinted", "teacher"), ("old", "policy"))}
     evidence = np.array([0.1, -0.1, 9.0, -9.0])
     scores = {}
@@ -206,11 +206,11 @@ def test_rlcsd_draws_at_most_k_wrong_siblings_and_draws_anew_each_step() -> None
 # Contrastive OPSD.
 
 
-def contrastive(**settings: Any) -> tuple[Any, dict, TopLogprobs]:
+def contrastive(**settings: Any) -> tuple[Any, dict, TopKArrays]:
     objective = ContrastiveOPSD(
         ContrastiveOPSDConfig.model_validate(settings), ObjectiveDeps(1.0, prompts=StubPrompts())
     )
-    first = TopLogprobs(np.array([[3, 5]], np.int32), np.log(np.array([[0.6, 0.3]], np.float32)))
+    first = TopKArrays(np.array([[3, 5]], np.int32), np.log(np.array([[0.6, 0.3]], np.float32)))
     after_wrong = np.log(np.array([[0.2, 0.6]], np.float32))
     scores = {}
     for scoring in objective.scorings([boxed(1, 1, 0, length=1)]):

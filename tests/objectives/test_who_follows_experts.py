@@ -71,7 +71,7 @@ def test_who_follows_the_engines_experts(name: str) -> None:
     scorings = method.scorings([made])
     followed = 0
     for scoring in scorings:
-        wanted = expected(scoring.key[:3], scoring.weights, made)
+        wanted = expected(scoring.key[:3], scoring.role, made)
         assert scoring.routed_experts is wanted, scoring.key
         followed += wanted is not None
     assert followed or name == "teacher's tokens"

@@ -31,7 +31,7 @@ from megatron_hdpo.costs.parameters import (
     stage_parameters,
     visited_values,
 )
-from megatron_hdpo.costs.workload import MODEL_ROLES, Rollouts, StudentScoring, Workload
+from megatron_hdpo.costs.workload import MODEL_ROLES, RolloutSetup, StudentScoring, Workload
 from megatron_hdpo.objectives.registry import OBJECTIVES
 from megatron_hdpo.objectives.rlcsd import RLCSDConfig
 from megatron_hdpo.objectives.rlsd import RLSDConfig
@@ -71,9 +71,9 @@ MIXTURE = SHAPES["qwen3-30b-a3b"]
 SPREAD = Layout(2, 1, 4, True, expert=8)
 
 
-def _plan(layout: Layout, workload: Workload = WORK, rollouts: Rollouts | None = None) -> Plan:
+def _plan(layout: Layout, workload: Workload = WORK, rollouts: RolloutSetup | None = None) -> Plan:
     nodes = -(-layout.world // 8)
-    return plan(SEVEN, Cluster(H200, nodes), layout, workload, rollouts or Rollouts())
+    return plan(SEVEN, Cluster(H200, nodes), layout, workload, rollouts or RolloutSetup())
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_memory_falls_with_tensor_parallelism(sequence: bool, spec) -> None:
     totals = []
     for tensor in (1, 2, 4):
         layout = Layout(tensor, 2, 2, sequence and tensor > 1, spec=spec)
-        phases = by_phase(SEVEN, layout, WORK, Rollouts("separate", gpus=8), 0.0)
+        phases = by_phase(SEVEN, layout, WORK, RolloutSetup("separate", gpus=8), 0.0)
         totals.append({phase: memory.total for phase, memory in phases.items() if phase != "server"})
     for wide, narrow in itertools.pairwise(totals):
         assert all(narrow[phase] < wide[phase] for phase in ("sampling", "teacher", "training", "sync"))
@@ -255,8 +255,8 @@ def test_precision_offload_and_overlap() -> None:
 
 
 def test_a_search_puts_the_optimizer_on_the_host_where_that_helps() -> None:
-    assert not search(SEVEN, Cluster(H100, 1), WORK, Rollouts()).fitting[0].layout.offload
-    found = search(SHAPES["qwen3-235b-a22b"], Cluster(H100, 32), WORK, Rollouts("colocated", 8))
+    assert not search(SEVEN, Cluster(H100, 1), WORK, RolloutSetup()).fitting[0].layout.offload
+    found = search(SHAPES["qwen3-235b-a22b"], Cluster(H100, 32), WORK, RolloutSetup("colocated", 8))
     assert found.fitting and all(made.layout.offload == 1.0 for made in found.fitting)
 
 
@@ -264,7 +264,7 @@ def test_a_search_splits_contexts_of_long_sequences_alone() -> None:
     long = dataclasses.replace(WORK, response_tokens=30000, longest_response=32000, micro_batch_tokens=32768)
     contexts = [
         {made.layout.context for made in (*found.fitting, *found.refused)}
-        for found in (search(SEVEN, Cluster(H100, 2), work, Rollouts()) for work in (WORK, long))
+        for found in (search(SEVEN, Cluster(H100, 2), work, RolloutSetup()) for work in (WORK, long))
     ]
     assert contexts == [{1}, {1, 2, 4}]
 
@@ -308,17 +308,17 @@ def test_no_privileged_work_without_cliffs_or_teacher() -> None:
 
 
 def test_an_embedded_engine_holds_a_whole_model_on_every_gpu_in_every_phase() -> None:
-    made = _plan(Layout(tensor=4, data=2, sequence=True), rollouts=Rollouts("embedded", max_concurrency=4))
+    made = _plan(Layout(tensor=4, data=2, sequence=True), rollouts=RolloutSetup("embedded", max_concurrency=4))
     for phase in ("sampling", "teacher", "training", "sync"):
         assert made.memory[phase].kinds["engine weights"] == 2 * model_values(SEVEN)
-    saved = _plan(Layout(tensor=4, data=2, sequence=True), rollouts=Rollouts("colocated", saver=True))
+    saved = _plan(Layout(tensor=4, data=2, sequence=True), rollouts=RolloutSetup("colocated", saver=True))
     assert "engine weights" not in saved.memory["training"].kinds
 
 
 @pytest.mark.parametrize("name", ["qwen2.5-7b", "qwen2.5-1.5b", "qwen3-30b-a3b"])
 def test_fp8_servers_hold_and_read_a_byte_per_value_of_a_layers_matrix(name: str) -> None:
     a = SHAPES[name]
-    plain, quantized = (Rollouts("separate", gpus=8, fp8=fp8) for fp8 in (False, True))
+    plain, quantized = (RolloutSetup("separate", gpus=8, fp8=fp8) for fp8 in (False, True))
     matrices = a.num_layers * product_values(a, Layout())
     assert engine_weights(a, plain) - engine_weights(a, quantized) == matrices
     every = visited_values(a, 1e9)  # each expert is visited
@@ -358,14 +358,14 @@ def test_an_external_teacher_is_planned_with_its_own_model(tree: Tree) -> None:
 
 
 def test_what_does_not_fit_says_where_and_why() -> None:
-    made = plan(LARGE, Cluster(H100, 1), Layout(8, 1, 1, True), WORK, Rollouts("colocated", 8))
+    made = plan(LARGE, Cluster(H100, 1), Layout(8, 1, 1, True), WORK, RolloutSetup("colocated", 8))
     assert not made.fits
     assert any(line.startswith("training: ") and "too many (" in line for line in made.refusals)
     assert "optimizer" in made.refusals[0] and "74.5" in made.refusals[0]
 
 
 def test_the_search_ranks_what_fits_and_nothing_else() -> None:
-    found = search(SEVEN, Cluster(H100, 2), WORK, Rollouts())
+    found = search(SEVEN, Cluster(H100, 2), WORK, RolloutSetup())
     assert found.fitting and found.refused
     steps = [made.step_s for made in found.fitting]
     assert steps == sorted(steps)
@@ -401,8 +401,8 @@ def test_inputs_that_cannot_be_are_refused() -> None:
         (lambda: architecture_of("no/such/model"), "neither a folder"),
         (lambda: cluster_of("b200", 1), "known: h100, h200"),
         (lambda: cluster_of("h100", 0), "at least one"),
-        (lambda: Rollouts("separate"), "--rollout-gpus"),
-        (lambda: Rollouts("embedded", 2), "no tensor parallelism"),
+        (lambda: RolloutSetup("separate"), "--rollout-gpus"),
+        (lambda: RolloutSetup("embedded", 2), "no tensor parallelism"),
         (lambda: dataclasses.replace(WORK, micro_batch_tokens=1024), "cannot hold one sequence"),
         (lambda: dataclasses.replace(WORK, cliff_rate=0.8, solved_rate=0.4), "at most 1"),
         (lambda: dataclasses.replace(WORK, privileged_success=2.0), "share from 0 to 1"),
@@ -410,7 +410,7 @@ def test_inputs_that_cannot_be_are_refused() -> None:
         (lambda: dataclasses.replace(WORK, prompts=0), "prompts: 0, at least 1"),
         (lambda: _plan(Layout(tensor=8)), "parallel.tensor=8 does not divide"),
         (lambda: _plan(Layout(pipeline=3)), "parallel.pipeline=3 does not divide"),
-        (lambda: plan(SEVEN, Cluster(H100, 1), Layout(data=16), WORK, Rollouts()), "more than the cluster's 8"),
+        (lambda: plan(SEVEN, Cluster(H100, 1), Layout(data=16), WORK, RolloutSetup()), "more than the cluster's 8"),
     ]
     for make, says in refused:
         with pytest.raises(PlanError, match=says):
@@ -468,7 +468,7 @@ def test_wrong_rollouts_have_fewer_wrong_siblings() -> None:
 def test_evidence_is_planned_although_the_last_steps_need_none() -> None:
     """RLSD's share of the evidence falls to 0 in 50 steps."""
     for count in (10, 500):
-        asked = {s.weights: s.per_rollout for s in work_of(RLSDConfig(), _steps(count=count))["student_scorings"]}
+        asked = {s.role: s.per_rollout for s in work_of(RLSDConfig(), _steps(count=count))["student_scorings"]}
         assert asked == {"policy": 0.625, "teacher": 0.625}
 
 
@@ -555,7 +555,7 @@ def test_the_figures_are_those_of_this_planner() -> None:
     options = study["options"]
     names = {field.name for field in dataclasses.fields(Workload)} & set(options)
     work = Workload(prompts=study["prompts"]["weak, per GPU"], **{name: options[name] for name in names})
-    (point,) = weak(SEVEN, GPUS[options["gpu"]], [64], work, Rollouts("colocated"))
+    (point,) = weak(SEVEN, GPUS[options["gpu"]], [64], work, RolloutSetup("colocated"))
     assert point.row() == next(row for row in study["weak"]["qwen2.5-7b"] if row["gpus"] == 64)
     assert study["command"].startswith("python tools/scaling_study.py scaling")
     assert set(study["weak"]) == set(study["strong"]) == set(SHAPES)

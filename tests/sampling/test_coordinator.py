@@ -23,13 +23,13 @@ class SecondTry(BaseObjective):
         self.keep = keep
         self.asked: list[tuple[str, int, int]] = []
 
-    def privileged(self, group: Group, step: int) -> int:
+    def privileged_rollouts_for(self, group: Group, step: int) -> int:
         self.asked.append((group.problem.id, len(group.samples) + sum(group.dropped.values()), step))
         return self.wanted.get(group.problem.answer, 0)
 
     def keep_privileged(self, group: Group) -> Group:
-        group.dropped["over"] = len(group.privileged[self.keep :])
-        group.privileged = group.privileged[: self.keep]
+        group.dropped["over"] = len(group.privileged_samples[self.keep :])
+        group.privileged_samples = group.privileged_samples[: self.keep]
         return group
 
 
@@ -37,7 +37,7 @@ def contents(groups: Sequence[Group]) -> list[Any]:
     return [
         (g.problem.id, g.prompt_ids.tolist(), g.dropped, [(s.text, s.reward) for s in g.samples],
          None if g.privileged_prompt_ids is None else g.privileged_prompt_ids.tolist(),
-         [(s.text, s.reward) for s in g.privileged])
+         [(s.text, s.reward) for s in g.privileged_samples])
         for g in groups
     ]  # fmt: skip
 
@@ -101,7 +101,7 @@ def test_privileged_rollouts_use_the_privileged_prompt_and_the_filter() -> None:
     assert (request.sampling.n, request.sampling.top_logprobs, request.sampling.stop_token_ids) == (4, 5, (1,))
     experts = [r.sampling.routed_experts for r in rollouts.sampler.engine.seen]  # type: ignore[attr-defined]
     assert not request.sampling.routed_experts and sum(experts) == len(PROBLEMS), "of students alone"
-    assert [len(group.privileged) for group in groups] == [0, 0, 0, 1, 0]
+    assert [len(group.privileged_samples) for group in groups] == [0, 0, 0, 1, 0]
     assert groups[3].dropped["over"] + groups[3].dropped.get("privileged_check_failed", 0) == 3
     assert [group.privileged_prompt_ids is None for group in groups] == [True, True, True, False, True]
     assert sorted(objective.asked) == [(problem.id, 3, 6) for problem in PROBLEMS], "asked once, of complete groups"

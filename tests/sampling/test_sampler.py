@@ -18,7 +18,7 @@ from megatron_hdpo.objectives.base import ObjectiveDeps
 from megatron_hdpo.objectives.hdpo import HDPO, HDPOConfig
 from megatron_hdpo.rewards.config import RewardConfig
 from megatron_hdpo.rewards.pool import RewardPool
-from megatron_hdpo.sampling.sampler import RolloutRequest, Rollouts, RolloutSampler, _attempt, rollout_seed
+from megatron_hdpo.sampling.sampler import RolloutRequest, RolloutSampler, SampledRollouts, _attempt, rollout_seed
 from megatron_hdpo.types.load_report import LoadReport
 from megatron_hdpo.types.problem import Problem
 from megatron_hdpo.types.rollouts import GenerationRequest, GenerationResult, Group, SamplingParams
@@ -77,7 +77,7 @@ def test_a_group_without_samples_is_no_cliff() -> None:
     assert (done.samples, done.dropped) == ([], {"generation_failed": 4})
     group = Group(request("a").problem, request("a").prompt_ids, done.samples, dropped=done.dropped)
     objective = HDPO(HDPOConfig(), ObjectiveDeps())
-    assert objective.privileged(group, 0) == 0 and not objective.is_cliff(group)
+    assert objective.privileged_rollouts_for(group, 0) == 0 and not objective.is_cliff(group)
     assert "rollout/cliff_rate" not in objective.metrics([group])
     assert objective.examples([group], {}) == []
 
@@ -136,7 +136,7 @@ def test_what_follows_a_request_starts_while_others_are_sampled() -> None:
     """The second request is asked for as soon as the first is judged; nothing waits for the slow one."""
     engine, order = FakeEngine(), []
 
-    def then(done: RolloutRequest, rollouts: Rollouts) -> list[RolloutRequest]:
+    def then(done: RolloutRequest, rollouts: SampledRollouts) -> list[RolloutRequest]:
         order.append((done.key, len(rollouts.samples)))
         return [request("b/again", n=2)] if done.key == "b" else []
 

@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as arrays
 
 from megatron_hdpo.sampling.saved import read_groups, write_groups
 from megatron_hdpo.types.problem import Problem
-from megatron_hdpo.types.rollouts import Completion, Group, Sample, TopLogprobs
+from megatron_hdpo.types.rollouts import Completion, Group, Sample, TopKArrays
 
 
 def decode(ids: np.ndarray) -> str:
@@ -28,7 +28,7 @@ def any_bits(shape):
 def samples(draw) -> Sample:
     length, k = draw(st.integers(1, 5)), draw(st.integers(0, 3))
     ids = st.integers(0, 2**31 - 1)
-    tops = TopLogprobs(draw(arrays.arrays(np.int32, (length, k), elements=ids)), draw(any_bits((length, k))))
+    tops = TopKArrays(draw(arrays.arrays(np.int32, (length, k), elements=ids)), draw(any_bits((length, k))))
     completion = Completion(
         token_ids=draw(arrays.arrays(np.int32, length, elements=ids)),
         logprobs=draw(any_bits(length)),
@@ -53,7 +53,7 @@ def groups(draw) -> Group:
         prompt_ids=draw(ids),
         samples=draw(st.lists(samples(), max_size=3)),
         privileged_prompt_ids=draw(st.none() | ids),
-        privileged=draw(st.lists(samples(), max_size=2)),
+        privileged_samples=draw(st.lists(samples(), max_size=2)),
         dropped=draw(st.dictionaries(st.sampled_from(["leaked", "duplicate", "wrong"]), st.integers(0, 9))),
     )
 
@@ -85,7 +85,7 @@ def assert_same_group(left: Group, right: Group) -> None:
     assert (left.problem, left.dropped) == (right.problem, right.dropped)
     assert_same_array(left.prompt_ids, right.prompt_ids)
     assert_same_array(left.privileged_prompt_ids, right.privileged_prompt_ids)
-    for mine, its in ((left.samples, right.samples), (left.privileged, right.privileged)):
+    for mine, its in ((left.samples, right.samples), (left.privileged_samples, right.privileged_samples)):
         for a, b in zip(mine, its, strict=True):
             assert_same_sample(a, b)
 
@@ -121,7 +121,7 @@ def example_group(**problem) -> Group:
         prompt_ids=np.array([1, 9], np.int32),
         samples=[Sample(completion, "It is\n12", 1.0), Sample(completion, "13", 0.0)],
         privileged_prompt_ids=np.array([1, 9, 12], np.int32),
-        privileged=[Sample(completion, "12", 1.0)],
+        privileged_samples=[Sample(completion, "12", 1.0)],
         dropped={"leaked": 2},
     )
 

@@ -64,7 +64,7 @@ def group(question, rewards, privileged=()):
         prompt_ids=np.zeros(3, np.int32),
         samples=[sample(f"{question} rollout {reward}", reward) for reward in rewards],
         privileged_prompt_ids=np.zeros(7, np.int32) if privileged else None,
-        privileged=[sample(f"{question} shown {reward}", reward) for reward in privileged],
+        privileged_samples=[sample(f"{question} shown {reward}", reward) for reward in privileged],
     )
 
 

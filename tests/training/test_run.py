@@ -79,11 +79,11 @@ def _no_engine(*args: Any) -> None:
 def _probe(run: Any) -> dict[str, Any]:
     from megatron_hdpo.types.rollouts import SamplingParams
 
-    greedy = SamplingParams(max_new_tokens=8, temperature=0.0, stop_token_ids=run.rollouts.stop_token_ids)
-    groups = run.rollouts.groups(run.data.train[:6], greedy, ("probe",))
+    greedy = SamplingParams(max_new_tokens=8, temperature=0.0, stop_token_ids=run.coordinator.stop_token_ids)
+    groups = run.coordinator.groups(run.data.train[:6], greedy, ("probe",))
     return {
         "greedy": [(g.prompt_ids.tolist(), g.samples[0].completion.token_ids.tolist()) for g in groups],
-        "stops": run.rollouts.stop_token_ids,
+        "stops": run.coordinator.stop_token_ids,
     }
 
 
@@ -195,7 +195,7 @@ def test_saved_rollouts_are_what_was_trained_on(uninterrupted: tuple[Tree, Ended
         rewards = [sample.reward for group in groups for sample in group.samples]
         assert np.mean(rewards) == line["rollout/reward_mean"]
         assert (
-            sum(sample.length for group in groups for sample in group.privileged)
+            sum(sample.length for group in groups for sample in group.privileged_samples)
             == line["distill/tokens"] * (1 if tree["train"]["updates_per_step"] == 1 else 2)
             or line["distill/tokens"] > 0
         )
@@ -278,7 +278,7 @@ def _contents(groups: list[Group]) -> list[Any]:
         (
             g.problem.id,
             g.dropped,
-            [(s.text, s.reward, s.completion.logprobs.tolist()) for s in (*g.samples, *g.privileged)],
+            [(s.text, s.reward, s.completion.logprobs.tolist()) for s in (*g.samples, *g.privileged_samples)],
         )
         for g in groups
     ]
@@ -333,7 +333,9 @@ def _assert_same_first_step(tree: Tree, other_tree: Tree, needed: set[str]) -> N
     together, alone = rollouts_of(tree, 1), rollouts_of(other_tree, 1)
     assert [g.problem for g in together] == [g.problem for g in alone]
     for mine, other in zip(together, alone, strict=True):
-        for a, b in zip((*mine.samples, *mine.privileged), (*other.samples, *other.privileged), strict=True):
+        for a, b in zip(
+            (*mine.samples, *mine.privileged_samples), (*other.samples, *other.privileged_samples), strict=True
+        ):
             assert a.completion.token_ids.tolist() == b.completion.token_ids.tolist()
             assert (a.text, a.reward) == (b.text, b.reward)
             np.testing.assert_allclose(a.completion.logprobs, b.completion.logprobs, atol=2e-3)

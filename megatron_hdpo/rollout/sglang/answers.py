@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_hdpo.types.rollouts import Completion, TopLogprobs
+from megatron_hdpo.types.rollouts import Completion, TopKArrays
 
 UNVERSIONED = -1
 """Version of weights that the trainer did not stamp: those that a server was started with."""
@@ -31,7 +31,7 @@ class ExpertChoice:
     per_token: int
 
 
-def completion_of(
+def parse_completion(
     answer: dict[str, Any],
     top_logprobs: int,
     vocab_size: int,
@@ -113,7 +113,7 @@ def _number(version: Any) -> int:
     return int(text) if text.isdecimal() and int(text) <= LARGEST_VERSION else UNVERSIONED
 
 
-def _top(meta: dict[str, Any], length: int, k: int, vocab_size: int) -> TopLogprobs:
+def _top(meta: dict[str, Any], length: int, k: int, vocab_size: int) -> TopKArrays:
     """Return the top log-probs, read from flat arrays where the server sends them, else from nested lists."""
     if "output_top_logprobs_val_flat_b64" in meta:
         values = _flat(meta, "val", np.float32).reshape(meta["output_top_logprobs_shape"])
@@ -130,7 +130,7 @@ def _top(meta: dict[str, Any], length: int, k: int, vocab_size: int) -> TopLogpr
         raise BadAnswerError("a top log-prob that is not finite")
     if ids.shape != values.shape or ids.min() < 0 or ids.max() >= vocab_size:
         raise BadAnswerError(f"top tokens of shape {ids.shape}, or beyond the vocabulary of {vocab_size}")
-    return TopLogprobs(ids, values)
+    return TopKArrays(ids, values)
 
 
 def _flat(meta: dict[str, Any], name: str, dtype: type) -> np.ndarray:

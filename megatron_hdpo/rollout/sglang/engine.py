@@ -24,12 +24,12 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt,
 
 from megatron_hdpo.rollout.engine import EngineLostWeights
 from megatron_hdpo.rollout.request_check import problem_with
-from megatron_hdpo.rollout.sglang.answers import UNVERSIONED, BadAnswerError, ExpertChoice, completion_of
+from megatron_hdpo.rollout.sglang.answers import UNVERSIONED, BadAnswerError, ExpertChoice, parse_completion
 from megatron_hdpo.rollout.sglang.api import ApiError, ServerApi
 from megatron_hdpo.rollout.sglang.config import SGLangConfig
 from megatron_hdpo.rollout.sglang.loop_thread import LoopThread
 from megatron_hdpo.rollout.sglang.replica import Replica
-from megatron_hdpo.rollout.sglang.servers.fleet import Servers
+from megatron_hdpo.rollout.sglang.servers.fleet import ServerFleet
 from megatron_hdpo.rollout.sglang.watch import Watch
 from megatron_hdpo.types.rollouts import Completion, GenerationRequest, GenerationResult
 
@@ -55,7 +55,7 @@ class SGLangEngine:
         urls: Sequence[str],
         vocab_size: int,
         context_length: int,
-        servers: Servers | None = None,
+        servers: ServerFleet | None = None,
         experts: ExpertChoice | None = None,
     ) -> None:
         self.config, self.vocab_size, self.context_length = config, vocab_size, context_length
@@ -243,7 +243,7 @@ class SGLangEngine:
             answer = await self._ask(replica, request, index)
         try:
             experts = self.experts if request.sampling.routed_experts else None
-            completion = completion_of(
+            completion = parse_completion(
                 answer, request.sampling.top_logprobs, self.vocab_size, experts, len(request.prompt_ids)
             )
         except BadAnswerError as error:

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from server_tools import LiveServer, servers_under
 
-from megatron_hdpo.rollout.sglang.servers.command import Launch
+from megatron_hdpo.rollout.sglang.servers.command import ServerLaunch
 from megatron_hdpo.rollout.sglang.servers.config import ServerConfig
 from megatron_hdpo.rollout.sglang.servers.server import ServerProcess
 
@@ -70,7 +70,7 @@ def sglang_server(
     sglang_config: ServerConfig, sglang_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LiveServer]:
     """One real server for all tests. A test that changes its weights or pauses it puts that right itself."""
-    process = ServerProcess(sglang_config, Launch(sglang_model, "cpu"), tmp_path_factory.mktemp("sglang"))
+    process = ServerProcess(sglang_config, ServerLaunch(sglang_model, "cpu"), tmp_path_factory.mktemp("sglang"))
     try:
         process.start()
         process.wait_ready()
@@ -82,7 +82,7 @@ def sglang_server(
 @pytest.fixture
 def start_server(sglang_config: ServerConfig, sglang_model: Path, tmp_path: Path) -> Iterator[Callable[[], LiveServer]]:
     """Starts a server of the test's own, which ends with it."""
-    process = ServerProcess(sglang_config, Launch(sglang_model, "cpu", index=1), tmp_path)
+    process = ServerProcess(sglang_config, ServerLaunch(sglang_model, "cpu", index=1), tmp_path)
 
     def start() -> LiveServer:
         process.start()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_hdpo.rollout.sglang.answers import UNVERSIONED, BadAnswerError, ExpertChoice, completion_of
+from megatron_hdpo.rollout.sglang.answers import UNVERSIONED, BadAnswerError, ExpertChoice, parse_completion
 
 VOCAB = 17
 IDS = [4, 9, 1]
@@ -50,20 +50,20 @@ def flat(values: Any = TOP_VALUES, ids: Any = TOP_IDS, kind: type = np.float32) 
 
 
 def test_a_completion_is_what_the_server_said() -> None:
-    completion = completion_of(answer(), 0, VOCAB)
+    completion = parse_completion(answer(), 0, VOCAB)
     assert completion.token_ids.dtype == np.int32 and completion.token_ids.tolist() == IDS
     assert completion.logprobs.dtype == np.float32 and completion.logprobs.tolist() == LOGPROBS
     assert completion.finish_reason == "stop" and completion.top_logprobs is None
     assert completion.weight_versions.dtype == np.int32 and completion.weight_versions.tolist() == [7, 7, 7]
-    assert completion_of(answer(finish_reason={"type": "length", "length": 3}), 0, VOCAB).finish_reason == "length"
+    assert parse_completion(answer(finish_reason={"type": "length", "length": 3}), 0, VOCAB).finish_reason == "length"
 
 
 @pytest.mark.parametrize("top", [nested(), flat(), flat(kind=np.float64)], ids=["nested", "flat", "flat, float64"])
 def test_top_log_probs_in_either_form(top: Answer) -> None:
-    found = completion_of(answer(**top), 2, VOCAB).top_logprobs
+    found = parse_completion(answer(**top), 2, VOCAB).top_logprobs
     assert found is not None and found.ids_TK.dtype == np.int32 and found.logprobs_TK.dtype == np.float32
     assert found.ids_TK.tolist() == TOP_IDS and found.logprobs_TK.tolist() == TOP_VALUES
-    assert completion_of(answer(**top), 0, VOCAB).top_logprobs is None, "not asked for"
+    assert parse_completion(answer(**top), 0, VOCAB).top_logprobs is None, "not asked for"
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_top_log_probs_in_either_form(top: Answer) -> None:
     ids=["two spans", "one span", "no span", "never stamped", "none", "negative", "no digits", "a date", "no run's"],
 )
 def test_every_token_has_a_version(meta: Answer, versions: list[int]) -> None:
-    assert completion_of(answer(**meta), 0, VOCAB).weight_versions.tolist() == versions
+    assert parse_completion(answer(**meta), 0, VOCAB).weight_versions.tolist() == versions
 
 
 BROKEN: dict[str, tuple[Answer, str]] = {
@@ -120,7 +120,7 @@ BROKEN: dict[str, tuple[Answer, str]] = {
 def test_what_is_no_completion(name: str) -> None:
     broken, words = BROKEN[name]
     with pytest.raises(BadAnswerError, match=words):
-        completion_of(broken, 2 if "top" in name or name == "no shape" else 0, VOCAB)
+        parse_completion(broken, 2 if "top" in name or name == "no shape" else 0, VOCAB)
 
 
 PROMPT = 2  # tokens
@@ -139,12 +139,12 @@ def routed(experts_TLK: np.ndarray) -> Answer:
 
 
 def test_experts_of_every_token_but_the_last() -> None:
-    found = completion_of(routed(experts()), 0, VOCAB, CHOICE, PROMPT).routed_experts
+    found = parse_completion(routed(experts()), 0, VOCAB, CHOICE, PROMPT).routed_experts
     assert found is not None and found.dtype == np.uint16 and (found == experts()).all()
     few = ExpertChoice(2, 256, 3)
-    found = completion_of(routed(experts(high=256)), 0, VOCAB, few, PROMPT).routed_experts
+    found = parse_completion(routed(experts(high=256)), 0, VOCAB, few, PROMPT).routed_experts
     assert found is not None and found.dtype == np.uint8 and (found == experts(high=256)).all()
-    assert completion_of(routed(experts()), 0, VOCAB).routed_experts is None, "not asked for"
+    assert parse_completion(routed(experts()), 0, VOCAB).routed_experts is None, "not asked for"
 
 
 def one_twice() -> np.ndarray:
@@ -172,7 +172,7 @@ NO_EXPERTS: dict[str, tuple[Answer, str]] = {
 def test_experts_that_are_not_those_of_the_tokens(name: str) -> None:
     broken, words = NO_EXPERTS[name]
     with pytest.raises(BadAnswerError, match=words):
-        completion_of(broken, 0, VOCAB, CHOICE, PROMPT)
+        parse_completion(broken, 0, VOCAB, CHOICE, PROMPT)
 
 
 def test_no_field_that_is_missing_or_of_another_type_raises_anything_else() -> None:
@@ -182,7 +182,7 @@ def test_no_field_that_is_missing_or_of_another_type_raises_anything_else() -> N
             spoiled = copy.deepcopy(good)
             spoiled["meta_info"][name] = value
             try:
-                completion = completion_of(spoiled, 2, VOCAB)
+                completion = parse_completion(spoiled, 2, VOCAB)
             except BadAnswerError:
                 continue
             assert completion.token_ids.tolist() == IDS and completion.logprobs.tolist() == LOGPROBS, name

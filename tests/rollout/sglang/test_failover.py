@@ -17,9 +17,9 @@ from server_tools import session_processes, wait_until
 
 from megatron_hdpo.rollout.engine import EngineLostWeights
 from megatron_hdpo.rollout.sglang.engine import SGLangEngine
-from megatron_hdpo.rollout.sglang.servers.command import Launch
+from megatron_hdpo.rollout.sglang.servers.command import ServerLaunch
 from megatron_hdpo.rollout.sglang.servers.config import ServerConfig
-from megatron_hdpo.rollout.sglang.servers.fleet import Servers
+from megatron_hdpo.rollout.sglang.servers.fleet import ServerFleet
 from megatron_hdpo.rollout.sglang.weights.push import WeightPush
 from megatron_hdpo.types.rollouts import Completion, GenerationRequest
 
@@ -29,16 +29,16 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def engine_of_two(
     sglang_config: ServerConfig, sglang_model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[SGLangEngine, WeightPush, Servers]]:
-    launches = [Launch(sglang_model, "cpu", index=index) for index in range(2)]
-    servers = Servers(sglang_config, launches, tmp_path_factory.mktemp("two"))
+) -> Iterator[tuple[SGLangEngine, WeightPush, ServerFleet]]:
+    launches = [ServerLaunch(sglang_model, "cpu", index=index) for index in range(2)]
+    servers = ServerFleet(sglang_config, launches, tmp_path_factory.mktemp("two"))
     servers.start()
     with one_engine(servers.urls, servers, health_interval_s=1.0, health_timeout_s=15.0) as (engine, push):
         yield engine, push, servers
     assert not [p for process in servers.processes for p in session_processes(process.pid)]
 
 
-def signal_group(servers: Servers, index: int, number: signal.Signals) -> None:
+def signal_group(servers: ServerFleet, index: int, number: signal.Signals) -> None:
     """To all processes of a server but its supervisor."""
     session = servers.processes[index].pid
     for process in session_processes(session):
@@ -58,7 +58,7 @@ def batch(name: str) -> list[GenerationRequest]:
     return [request(f"{name}{i}#0", n=4, tokens=110, prompt=(2, 3, 4 + i)) for i in range(8)]
 
 
-def submit_and_freeze(engine: SGLangEngine, servers: Servers, index: int, name: str) -> list[GenerationRequest]:
+def submit_and_freeze(engine: SGLangEngine, servers: ServerFleet, index: int, name: str) -> list[GenerationRequest]:
     """Half of the samples may be half done when the server stops; of the other half it will not say anything."""
     wanted = batch(name)
     engine.submit(wanted[:4])
@@ -129,5 +129,5 @@ def is_alive(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
-def log_of(servers: Servers, index: int) -> str:
+def log_of(servers: ServerFleet, index: int) -> str:
     return servers.processes[index].log.read_text()

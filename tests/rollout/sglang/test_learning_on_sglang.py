@@ -17,9 +17,9 @@ import pytest
 from learning import LONG, SEEDS, Metrics, check_lift, last_metrics, learn, scores_of
 from make_tiny_model import make_tiny_model
 
-from megatron_hdpo.rollout.sglang.servers.command import Launch
+from megatron_hdpo.rollout.sglang.servers.command import ServerLaunch
 from megatron_hdpo.rollout.sglang.servers.config import ServerConfig
-from megatron_hdpo.rollout.sglang.servers.fleet import Servers
+from megatron_hdpo.rollout.sglang.servers.fleet import ServerFleet
 
 VARIANTS = ("grpo", "hdpo")
 
@@ -31,7 +31,7 @@ def test_hdpo_learns_on_sglang(sglang_config: ServerConfig, warmed_up: Path, tmp
     seeds = SEEDS if "MEGATRON_HDPO_LEARNING_SEEDS" in os.environ else SEEDS[:1]
     config = sglang_config.model_copy(update={"max_running_requests": 256, "max_total_tokens": 32_768})
     model = make_tiny_model(tmp_path / "model")
-    servers = Servers(config, [Launch(model, "cpu", index=index) for index in range(len(VARIANTS))], tmp_path)
+    servers = ServerFleet(config, [ServerLaunch(model, "cpu", index=index) for index in range(len(VARIANTS))], tmp_path)
     try:
         servers.start()
         results = [learn_side_by_side(servers.urls, warmed_up, tmp_path, seed) for seed in seeds]

@@ -14,7 +14,7 @@ from recipes import make_model
 from server_tools import LiveServer, is_scheduler, serves, session_processes
 from transformers import AutoModelForCausalLM
 
-from megatron_hdpo.rollout.sglang.servers.command import Launch
+from megatron_hdpo.rollout.sglang.servers.command import ServerLaunch
 from megatron_hdpo.rollout.sglang.servers.config import ServerConfig
 from megatron_hdpo.rollout.sglang.servers.server import ServerProcess
 from megatron_hdpo.rollout.sglang.weights.gate import GateError
@@ -64,7 +64,7 @@ def served(
     case, folder = CASES[request.param], tmp_path_factory.mktemp("served")
     model = made(case, folder / "model")
     config = sglang_config.model_copy(update={"tensor_parallel": case.ranks})
-    process = ServerProcess(config, Launch(model, "cpu"), folder)
+    process = ServerProcess(config, ServerLaunch(model, "cpu"), folder)
     try:
         process.start()
         process.wait_ready()

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_hdpo.rollout.build import check_returns_experts
 from megatron_hdpo.rollout.sglang.answers import ExpertChoice
-from megatron_hdpo.rollout.sglang.servers.command import Launch
+from megatron_hdpo.rollout.sglang.servers.command import ServerLaunch
 from megatron_hdpo.rollout.sglang.servers.config import ServerConfig
 from megatron_hdpo.rollout.sglang.servers.server import ServerProcess
 from megatron_hdpo.types.rollouts import Completion
@@ -32,7 +32,7 @@ PROMPTS = [(2, 3, 4, 5, 6), (2, 3, 4, 7)]
 def served(sglang_config: ServerConfig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     folder = tmp_path_factory.mktemp("experts")
     model = make_model(folder / "model", family="qwen3_moe", characters="0123456789+=#-")
-    process = ServerProcess(sglang_config, Launch(model, "cpu", routed_experts=True), folder)
+    process = ServerProcess(sglang_config, ServerLaunch(model, "cpu", routed_experts=True), folder)
     try:
         process.start()
         process.wait_ready()

@@ -88,7 +88,7 @@ def versions_of(groups: list[Group]) -> set[int]:
     return {
         int(version)
         for group in groups
-        for sample in (*group.samples, *group.privileged)
+        for sample in (*group.samples, *group.privileged_samples)
         for version in sample.completion.weight_versions
     }
 
@@ -159,7 +159,7 @@ def train_with_swaps_amid_groups(file: str) -> None:
     from megatron_hdpo import cli
     from megatron_hdpo.rollout.sglang.engine import SGLangEngine
     from megatron_hdpo.rollout.sglang.weights.push import WeightPush
-    from megatron_hdpo.sampling.ahead import PrefetchedRollouts
+    from megatron_hdpo.sampling.prefetch import PrefetchedRollouts
 
     tree = yaml.safe_load(Path(file).read_text())
     if tree["rollout"]["swap"] == "mid_generation":
@@ -211,7 +211,7 @@ def test_the_servers_top_log_probs_teach_as_the_trainers_do(sglang_server: LiveS
     tree["rollout"]["max_new_tokens"] = 10
     tree["train"]["steps"] = 1
     train(tree)
-    kept = [sample for group in groups_of(tmp_path / "server", 1) for sample in group.privileged]
+    kept = [sample for group in groups_of(tmp_path / "server", 1) for sample in group.privileged_samples]
     assert kept and all(sample.completion.top_logprobs is not None for sample in kept)
     (server,) = rows_of(tmp_path / "server")
     tree["output"], tree["objective"]["logits_from"] = str(tmp_path / "trainer"), "trainer"
@@ -280,7 +280,7 @@ def train_and_break(file: str) -> None:
     """An error of the trainer's own, while the next step's rollouts, which never come, are being sampled."""
     from megatron_hdpo import cli
     from megatron_hdpo.rollout.sglang.api import ServerApi
-    from megatron_hdpo.sampling.ahead import PrefetchedRollouts
+    from megatron_hdpo.sampling.prefetch import PrefetchedRollouts
     from megatron_hdpo.training.learner import Learner
 
     begin = PrefetchedRollouts.begin

@@ -15,19 +15,19 @@ import pytest
 import requests
 from server_tools import LiveServer, is_scheduler, session_processes, wait_until
 
-from megatron_hdpo.rollout.sglang.servers.command import Launch
+from megatron_hdpo.rollout.sglang.servers.command import ServerLaunch
 from megatron_hdpo.rollout.sglang.servers.config import ServerConfig
 from megatron_hdpo.rollout.sglang.servers.server import ServerError, ServerProcess
 
 OWNER = """
 import sys, time
 from pathlib import Path
-from megatron_hdpo.rollout.sglang.servers.command import Launch
+from megatron_hdpo.rollout.sglang.servers.command import ServerLaunch
 from megatron_hdpo.rollout.sglang.servers.config import ServerConfig
-from megatron_hdpo.rollout.sglang.servers.fleet import Servers
+from megatron_hdpo.rollout.sglang.servers.fleet import ServerFleet
 
 config = ServerConfig.model_validate_json(sys.argv[1])
-servers = Servers(config, [Launch(Path(sys.argv[2]), "cpu")], Path(sys.argv[3]))
+servers = ServerFleet(config, [ServerLaunch(Path(sys.argv[2]), "cpu")], Path(sys.argv[3]))
 server = servers.processes[0]
 server.start()
 print(server.url, flush=True)
@@ -66,7 +66,7 @@ def test_the_interpreter_tells_its_version(sglang_config: ServerConfig) -> None:
 def test_a_model_that_is_not_there_is_reported_with_the_servers_own_words(
     stock_config: ServerConfig, tmp_path: Path
 ) -> None:
-    server = ServerProcess(stock_config, Launch(tmp_path / "no-such-model", "cpu"), tmp_path)
+    server = ServerProcess(stock_config, ServerLaunch(tmp_path / "no-such-model", "cpu"), tmp_path)
     server.start()
     session = server.pid
     with pytest.raises(ServerError, match="ended while it started, exit code 1") as caught:

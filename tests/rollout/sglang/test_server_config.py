@@ -15,7 +15,7 @@ from megatron_hdpo.rollout.sglang.servers import supervisor
 from megatron_hdpo.rollout.sglang.servers.command import (
     CPU_CACHE_TOKENS,
     RESERVED_FLAGS,
-    Launch,
+    ServerLaunch,
     core_groups,
     server_command,
     server_environment,
@@ -27,7 +27,7 @@ MODEL = Path("/models/tiny")
 
 def flags(config: ServerConfig, device: str = "cpu", **launch: Any) -> dict[str, list[str]]:
     """The words after each flag of the command line."""
-    command = server_command(config, Launch(MODEL, device, **launch), "127.0.0.1", 4000, 4001)
+    command = server_command(config, ServerLaunch(MODEL, device, **launch), "127.0.0.1", 4000, 4001)
     assert command[:3] == [str(config.interpreter), "-m", "sglang.launch_server"]
     found: dict[str, list[str]] = {}
     for word in command[3:]:

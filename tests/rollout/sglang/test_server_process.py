@@ -19,7 +19,7 @@ import psutil
 import pytest
 from server_tools import fake_config, session_processes, wait_until
 
-from megatron_hdpo.rollout.sglang.servers.command import Launch
+from megatron_hdpo.rollout.sglang.servers.command import ServerLaunch
 from megatron_hdpo.rollout.sglang.servers.server import ServerError, ServerProcess
 
 MakeServer = Callable[..., ServerProcess]
@@ -28,11 +28,11 @@ OWNER = """
 import sys, time
 from pathlib import Path
 from server_tools import fake_config
-from megatron_hdpo.rollout.sglang.servers.command import Launch
+from megatron_hdpo.rollout.sglang.servers.command import ServerLaunch
 from megatron_hdpo.rollout.sglang.servers.server import ServerProcess
 
 folder = Path(sys.argv[1])
-server = ServerProcess(fake_config(folder, sys.argv[2]), Launch(folder, "cpu"), folder)
+server = ServerProcess(fake_config(folder, sys.argv[2]), ServerLaunch(folder, "cpu"), folder)
 server.start()
 server.wait_ready()
 print(server.pid, flush=True)
@@ -46,7 +46,9 @@ def make_server(tmp_path: Path) -> Iterator[MakeServer]:
     made: list[ServerProcess] = []
 
     def make(behaviour: str = "", **settings: Any) -> ServerProcess:
-        made.append(ServerProcess(fake_config(tmp_path, behaviour, **settings), Launch(tmp_path, "cpu"), tmp_path))
+        made.append(
+            ServerProcess(fake_config(tmp_path, behaviour, **settings), ServerLaunch(tmp_path, "cpu"), tmp_path)
+        )
         return made[-1]
 
     yield make

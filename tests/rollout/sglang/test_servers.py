@@ -15,22 +15,22 @@ from server_tools import fake_config, session_processes, wait_until
 from tenacity import wait_fixed, wait_none
 
 from megatron_hdpo.rollout.sglang.servers import fleet
-from megatron_hdpo.rollout.sglang.servers.command import Launch
-from megatron_hdpo.rollout.sglang.servers.fleet import Servers
+from megatron_hdpo.rollout.sglang.servers.command import ServerLaunch
+from megatron_hdpo.rollout.sglang.servers.fleet import ServerFleet
 from megatron_hdpo.rollout.sglang.servers.server import ServerError
 
-MakeServers = Callable[..., Servers]
+MakeServers = Callable[..., ServerFleet]
 
 
 @pytest.fixture
 def make_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeServers]:
     """Makes two servers that end with the test; failed starts are repeated at once."""
     monkeypatch.setattr(fleet, "BACKOFF", wait_none())
-    made: list[Servers] = []
+    made: list[ServerFleet] = []
 
-    def make(behaviour: str = "", **settings: Any) -> Servers:
-        launches = [Launch(tmp_path, "cpu", index) for index in range(2)]
-        made.append(Servers(fake_config(tmp_path, behaviour, **settings), launches, tmp_path))
+    def make(behaviour: str = "", **settings: Any) -> ServerFleet:
+        launches = [ServerLaunch(tmp_path, "cpu", index) for index in range(2)]
+        made.append(ServerFleet(fake_config(tmp_path, behaviour, **settings), launches, tmp_path))
         return made[-1]
 
     yield make
@@ -48,7 +48,7 @@ def swallow(restart: Callable[[int], None]) -> Callable[[int], None]:
     return quietly
 
 
-def kill(servers: Servers, index: int) -> None:
+def kill(servers: ServerFleet, index: int) -> None:
     """SIGKILL to the main process of a server."""
     psutil.Process(servers.processes[index].pid).children()[0].kill()
     assert wait_until(lambda: not servers.processes[index].alive())

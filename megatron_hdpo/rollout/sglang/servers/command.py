@@ -34,7 +34,7 @@ _TORCHRUN |= {"ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTE
 
 
 @dataclass(frozen=True)
-class Launch:
+class ServerLaunch:
     """Settings of one server that the run decides.
 
     model: Hugging Face folder to load. device: "cuda" or "cpu". index: number of the server in the run. first_gpu:
@@ -50,7 +50,7 @@ class Launch:
 
 
 def server_command(
-    config: ServerConfig, launch: Launch, host: str, port: int, nccl_port: int, key_file: Path | None = None
+    config: ServerConfig, launch: ServerLaunch, host: str, port: int, nccl_port: int, key_file: Path | None = None
 ) -> list[str]:
     """Return the arguments of the server's process.
 

@@ -17,7 +17,7 @@ from tenacity import (
     wait_exponential,
 )
 
-from megatron_hdpo.rollout.sglang.servers.command import Launch
+from megatron_hdpo.rollout.sglang.servers.command import ServerLaunch
 from megatron_hdpo.rollout.sglang.servers.config import ServerConfig
 from megatron_hdpo.rollout.sglang.servers.server import ServerError, ServerProcess
 
@@ -26,14 +26,14 @@ BACKOFF = wait_exponential(multiplier=2, max=60)
 """Seconds between starts that fail."""
 
 
-class Servers:
+class ServerFleet:
     """The servers of this process, numbered from 0 in the order of `launches`.
 
     launches: what each server loads and where it runs. No thread watches the servers: their user calls `restart`, which
     may run in its own thread; `close` ends it. folder: for logs.
     """
 
-    def __init__(self, config: ServerConfig, launches: Sequence[Launch], folder: Path) -> None:
+    def __init__(self, config: ServerConfig, launches: Sequence[ServerLaunch], folder: Path) -> None:
         self.config = config
         self.processes = [ServerProcess(config, launch, folder) for launch in launches]
         self.restarts = [0] * len(self.processes)

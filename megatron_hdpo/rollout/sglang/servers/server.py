@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from megatron_hdpo.rollout.sglang.servers import supervisor
-from megatron_hdpo.rollout.sglang.servers.command import Launch, server_command, server_environment
+from megatron_hdpo.rollout.sglang.servers.command import ServerLaunch, server_command, server_environment
 from megatron_hdpo.rollout.sglang.servers.config import ServerConfig
 from megatron_hdpo.rollout.sglang.servers.ports import HeldPort, node_address
 
@@ -42,7 +42,7 @@ class ServerProcess:
     another program took the port while the server was down.
     """
 
-    def __init__(self, config: ServerConfig, launch: Launch, folder: Path) -> None:
+    def __init__(self, config: ServerConfig, launch: ServerLaunch, folder: Path) -> None:
         config.check(launch.device)
         self.config, self.launch = config, launch
         self.log = folder / f"sglang_{launch.index}.log"

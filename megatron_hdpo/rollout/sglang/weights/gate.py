@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from megatron_hdpo.rollout.sglang.answers import BadAnswerError, completion_of
+from megatron_hdpo.rollout.sglang.answers import BadAnswerError, parse_completion
 from megatron_hdpo.rollout.sglang.replica import Replica
 from megatron_hdpo.rollout.sglang.weights.digests import digest
 from megatron_hdpo.rollout.sglang.weights.participants import Participants
@@ -126,7 +126,7 @@ class Gate:
 
     def _problem(self, answer: dict[str, Any], top: int, version: int) -> str:
         try:
-            completion = completion_of(answer, top, self.vocab_size)
+            completion = parse_completion(answer, top, self.vocab_size)
         except BadAnswerError as error:
             return f"a sample of one token failed: {error}"
         served = set(completion.weight_versions.tolist())
