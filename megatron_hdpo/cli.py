@@ -10,37 +10,56 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_hdpo import commands
-from megatron_hdpo.environment import missing_package
+from megatron_hdpo.commands.base import PROGRAM, Command
+from megatron_hdpo.environment import missing_package, versions
 from megatron_hdpo.types.errors import UserError
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
 USER_ERROR = 2
-_DESCRIPTION = """Reinforcement learning with privileged self-distillation on Megatron-Core.
+INTERRUPTED = 130
+_DESCRIPTION = """\
+Reinforcement learning with privileged self-distillation on Megatron-Core.
 
-Commands that run a recipe take its YAML file and `key.path=value` overrides; torchrun starts the ranks.
-"""
+Commands that run a recipe take its YAML file and KEY.PATH=VALUE overrides;
+torchrun starts more than one rank."""
+_EPILOG = """\
+`megatron_hdpo COMMAND --help` describes a command and its arguments.
+
+exit codes:
+  0    the command did its work
+  1    a check failed (doctor, verify-conversion), or a defect of
+       megatron_hdpo, which prints a traceback
+  2    an error that you can fix, said in one line; wrong usage too
+  130  interrupted (Ctrl-C)"""
 _FAILED = "megatron_hdpo/failed"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; for an error that the user can fix, print one message and exit with code 2."""
     arguments = parser().parse_args(argv)
+    command: Command = arguments.command
     try:
-        arguments.run(arguments)
+        code = command.run(arguments)
+    except KeyboardInterrupt:
+        if _first_to_fail():
+            print(command.interrupted, file=sys.stderr, flush=True)
+        _leave(INTERRUPTED)
     except Exception as error:
         if (message := _for_the_user(error)) is not None:
             if _first_to_fail():
                 print(message, file=sys.stderr, flush=True)
-            _leave()
+            _leave(USER_ERROR)
         if not _another_failed():
             raise
         logging.getLogger(__name__).info("ended because another rank did", exc_info=True)
-        _leave()
+        _leave(USER_ERROR)
+    if code:
+        sys.exit(code)
 
 
 def _for_the_user(error: Exception) -> str | None:
@@ -50,7 +69,7 @@ def _for_the_user(error: Exception) -> str | None:
     return f"{type(error).__name__}: {error}" if isinstance(error, UserError) else None
 
 
-def _leave() -> None:
+def _leave(code: int) -> NoReturn:
     """End the process at once, with its child processes.
 
     Other ranks may wait in a collective, and a normal exit would wait for them. Megatron's checkpoints keep a child
@@ -59,7 +78,7 @@ def _leave() -> None:
     sys.stdout.flush()
     for child in multiprocessing.active_children():
         child.kill()
-    os._exit(USER_ERROR)
+    os._exit(code)
 
 
 def _first_to_fail() -> bool:
@@ -114,11 +133,29 @@ def _agent_store() -> Store | None:
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
     whole = argparse.ArgumentParser(
-        prog="megatron_hdpo", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=PROGRAM, description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    subparsers = whole.add_subparsers(required=True, metavar="command")
+    whole.add_argument("--version", action=_Version, help="print the versions of megatron_hdpo and its main packages")
+    subparsers = whole.add_subparsers(required=True, metavar="COMMAND", title="commands")
     for command in commands.ALL:
-        own = subparsers.add_parser(command.name, help=command.summary, description=command.summary)
+        own = subparsers.add_parser(
+            command.name,
+            help=command.summary,
+            description=command.help,
+            epilog=command.epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         command.add(own)
-        own.set_defaults(run=command.run)
+        own.set_defaults(command=command)
     return whole
+
+
+class _Version(argparse.Action):
+    """Option that prints the versions, which are looked up only then, and ends."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        print("\n".join(versions()))
+        parser.exit()

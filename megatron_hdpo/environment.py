@@ -5,9 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import sys
+from collections.abc import Iterator
 from types import TracebackType
 
+from megatron_hdpo import __version__
+
 PROJECT = "megatron-hdpo"
+MAIN_PACKAGES = ("megatron-core", "torch", "transformers", "transformer-engine", "sglang")
 REMEDY = "run `make quickstart`, then `source .venv/bin/activate`"
 
 
@@ -38,6 +42,17 @@ def explain_missing_packages() -> None:
             print(line, file=sys.stderr)
 
     sys.excepthook = hook
+
+
+def versions() -> Iterator[str]:
+    """Yield one line for the project and for each of its main packages, without importing them."""
+    yield f"megatron_hdpo {__version__}"
+    for package in MAIN_PACKAGES:
+        try:
+            yield f"{package} {importlib.metadata.version(package)}"
+        except importlib.metadata.PackageNotFoundError:
+            yield f"{package} not installed"
+    yield f"Python {sys.version.split()[0]}"
 
 
 def project_is_installed() -> bool:

@@ -89,22 +89,6 @@ def test_check_refuses_an_output_that_is_a_file(
     assert ended.stderr[0] == f"RecipeError: output: {tmp_path / 'taken'} is a file: name a folder\n"
 
 
-@pytest.mark.parametrize("arguments", [[], ["fly"], ["train"], ["report"]])
-def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit:
-        cli.main(arguments)
-    assert exit.value.code == 2
-    assert "usage: megatron_hdpo" in capsys.readouterr().err
-
-
-def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit:
-        cli.main(["--help"])
-    assert exit.value.code == 0
-    said = capsys.readouterr().out
-    assert all(command in said for command in ("train", "evaluate", "check", "report", "doctor"))
-
-
 def test_every_error_for_the_user_says_something_of_its_own() -> None:
     for module in pkgutil.walk_packages(megatron_hdpo.__path__, "megatron_hdpo."):
         if not module.name.endswith("__main__"):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from pydantic import Field, TypeAdapter
 
+from megatron_hdpo import commands
 from megatron_hdpo.config import RecipeError, load_recipe
 from megatron_hdpo.data.tasks import DigitSumsTask
 from megatron_hdpo.objectives.base import ObjectiveDeps
@@ -20,7 +21,7 @@ from megatron_hdpo.types.rollouts import Completion, Group, Sample
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMANDS = ("train", "evaluate", "check", "plan", "explain", "report", "doctor")
+COMMANDS = [command.name for command in commands.ALL]
 
 
 def _sample(reward: float, length: int) -> Sample:

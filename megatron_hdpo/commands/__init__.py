@@ -3,15 +3,17 @@
 A module here imports nothing heavy at its top: the help of every command builds them all.
 """
 
-from megatron_hdpo.commands import check, doctor, evaluate, explain, plan, report, train
+from megatron_hdpo.commands import check, convert, doctor, evaluate, explain, plan, report, train, verify_conversion
 from megatron_hdpo.commands.base import Command
 
 ALL: tuple[Command, ...] = (
-    train.COMMAND,
-    evaluate.COMMAND,
     check.COMMAND,
     plan.COMMAND,
-    explain.COMMAND,
+    train.COMMAND,
+    evaluate.COMMAND,
     report.COMMAND,
+    convert.COMMAND,
+    verify_conversion.COMMAND,
+    explain.COMMAND,
     doctor.COMMAND,
 )

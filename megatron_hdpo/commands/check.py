@@ -35,4 +35,13 @@ def _check(arguments: argparse.Namespace) -> None:
     print("\nthe recipe is fine")
 
 
-COMMAND = Command("check", "check recipe, data and layout; loads no weights", add_recipe, _check)
+COMMAND = Command(
+    "check",
+    "Check the recipe, its data and its layout.",
+    add_recipe,
+    _check,
+    description="""\
+Loads the data and the tokenizer, but no weights; prints a first prompt. Without
+torchrun, as many ranks are assumed as the layout needs.""",
+    examples=("examples/digit_sums/hdpo.yaml", "my.yaml parallel.tensor=2"),
+)

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_hdpo.commands.base import Command
-
-
-def _add(parser: argparse.ArgumentParser) -> None:
-    pass
+from megatron_hdpo.commands.base import Command, add_nothing
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
@@ -17,4 +13,11 @@ def _doctor(arguments: argparse.Namespace) -> None:
     main()
 
 
-COMMAND = Command("doctor", "check this machine's packages and GPUs", _add, _doctor)
+COMMAND = Command(
+    "doctor",
+    "Check the packages and GPUs of this machine.",
+    add_nothing,
+    _doctor,
+    description="Exit code 1 when something that every run needs is missing.",
+    examples=("",),
+)

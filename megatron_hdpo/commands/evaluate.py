@@ -17,4 +17,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         run.console.table("Evaluation", [{"metric": name, "value": value} for name, value in metrics.items()])
 
 
-COMMAND = Command("evaluate", "evaluate model.path on data.evaluation without training", add_recipe, _evaluate)
+COMMAND = Command(
+    "evaluate",
+    "Evaluate the model of a recipe on its held-out problems.",
+    add_recipe,
+    _evaluate,
+    examples=("my.yaml", "my.yaml model.path=runs/my-run/hf evaluation.samples=16"),
+)

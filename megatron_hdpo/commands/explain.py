@@ -8,7 +8,7 @@ from megatron_hdpo.commands.base import Command
 
 
 def _add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("key", nargs="?", metavar="key.path", help="a key or section, e.g. rollout.temperature")
+    parser.add_argument("key", nargs="?", metavar="KEY.PATH", help="key or section; without it, the sections")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--markdown", action="store_true", help="print all keys as docs/configuration.md")
     form.add_argument("--json-schema", action="store_true", help="print the JSON schema, docs/recipe.schema.json")
@@ -23,4 +23,10 @@ def _explain(arguments: argparse.Namespace) -> None:
         print(explain(arguments.key))
 
 
-COMMAND = Command("explain", "print meaning, type, default and bounds of recipe keys", _add, _explain)
+COMMAND = Command(
+    "explain",
+    "Print the meaning, type, default and bounds of recipe keys.",
+    _add,
+    _explain,
+    examples=("", "rollout", "rollout.temperature", "--json-schema"),
+)

@@ -9,17 +9,29 @@ from megatron_hdpo.commands.base import Command, add_recipe
 
 def _add(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
-    parser.add_argument("--gpu", default="h100", help="h100 or h200")
-    parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--gpus-per-node", type=int, default=8)
-    parser.add_argument("--model", help="shape in place of model.path: a name such as qwen2.5-7b, or a folder")
-    parser.add_argument("--rollout-gpus", type=int, default=0, help="GPUs of separate servers")
-    parser.add_argument("--cliff-rate", type=float, default=0.25, help="share of prompts with wrong samples only")
-    parser.add_argument("--solved-rate", type=float, default=0.0, help="share of prompts with right samples only")
-    parser.add_argument("--privileged-success", type=float, default=0.5, help="share of privileged rollouts kept")
-    parser.add_argument("--prompt-tokens", type=int, help="mean; default a quarter of data.prompts.max_prompt_tokens")
-    parser.add_argument("--privileged-prompt-tokens", type=int, help="mean; default a quarter of the longest")
-    parser.add_argument("--response-tokens", type=int, help="mean; default half of rollout.max_new_tokens")
+    parser.add_argument("--gpu", default="h100", metavar="NAME", help="h100 or h200 (default h100)")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes of the cluster (default 1)")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs of a node (default 8)")
+    parser.add_argument(
+        "--model", metavar="MODEL", help="plan for this model in place of model.path: qwen2.5-7b, or a folder"
+    )
+    parser.add_argument("--rollout-gpus", type=int, default=0, metavar="N", help="GPUs of separate servers (default 0)")
+    parser.add_argument(
+        "--cliff-rate", type=float, default=0.25, metavar="X", help="share of prompts with wrong samples only"
+    )
+    parser.add_argument(
+        "--solved-rate", type=float, default=0.0, metavar="X", help="share of prompts with right samples only"
+    )
+    parser.add_argument(
+        "--privileged-success", type=float, default=0.5, metavar="X", help="share of privileged rollouts kept"
+    )
+    parser.add_argument(
+        "--prompt-tokens", type=int, metavar="N", help="mean; default a quarter of data.prompts.max_prompt_tokens"
+    )
+    parser.add_argument(
+        "--privileged-prompt-tokens", type=int, metavar="N", help="mean; default a quarter of the longest"
+    )
+    parser.add_argument("--response-tokens", type=int, metavar="N", help="mean; default half of rollout.max_new_tokens")
 
 
 def _plan(arguments: argparse.Namespace) -> None:
@@ -28,4 +40,11 @@ def _plan(arguments: argparse.Namespace) -> None:
     print(plan_recipe(arguments.recipe, arguments.overrides, arguments))
 
 
-COMMAND = Command("plan", "estimate memory and time of a step on a cluster; needs no GPU", _add, _plan)
+COMMAND = Command(
+    "plan",
+    "Estimate the memory and time of a step on a cluster.",
+    _add,
+    _plan,
+    description="Needs no GPU, no weights and no data; proposes faster layouts.",
+    examples=("examples/qwen2.5-7b/hdpo.yaml --model qwen2.5-7b --gpu h100 --nodes 2",),
+)

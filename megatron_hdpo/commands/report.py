@@ -9,7 +9,7 @@ from megatron_hdpo.commands.base import Command
 
 
 def _add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", type=Path, help="the output folder of a run")
+    parser.add_argument("run_dir", type=Path, metavar="RUN", help="output folder of a run, finished or not")
 
 
 def show_report(folder: Path) -> None:
@@ -24,4 +24,10 @@ def _report(arguments: argparse.Namespace) -> None:
     show_report(arguments.run_dir)
 
 
-COMMAND = Command("report", "write tables, report.png and report.html of a run folder", _add, _report)
+COMMAND = Command(
+    "report",
+    "Write report.html and report.png of a run and print its tables.",
+    _add,
+    _report,
+    examples=("runs/digit-sums",),
+)

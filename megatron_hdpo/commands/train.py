@@ -19,4 +19,12 @@ def _train(arguments: argparse.Namespace) -> None:
         show_report(folder)
 
 
-COMMAND = Command("train", "train, or resume the run in the recipe's output folder", add_recipe, _train)
+COMMAND = Command(
+    "train",
+    "Train, or resume the run in the output folder of the recipe.",
+    add_recipe,
+    _train,
+    description="One rank without torchrun; more ranks: torchrun --nproc-per-node N -m megatron_hdpo train ...",
+    examples=("examples/digit_sums/hdpo.yaml", "my.yaml train.steps=10 output=runs/short"),
+    interrupted="interrupted: run the same command again to resume from the last checkpoint",
+)

@@ -1,13 +1,8 @@
-"""Conversion in both directions and between layouts, the proof of it, and the two tools."""
+"""Conversion in both directions and between layouts, and the proof of it."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import runpy
-import sys
 from pathlib import Path
-from unittest.mock import ANY
 
 import pytest
 import torch
@@ -29,7 +24,6 @@ from megatron_hdpo.weights.megatron_files import load_megatron
 from megatron_hdpo.weights.stream import stream_hf
 from megatron_hdpo.weights.verify import Check, verify
 
-ROOT = Path(__file__).parents[2]
 CASES = ("qwen2_tied", "qwen3")
 CHANGED = "model.layers.2.self_attn.k_proj.weight"
 
@@ -184,24 +178,3 @@ def test_proof_of_a_conversion(proofs: list[dict[str, list[Check]]]) -> None:
         assert "log-probs" in checks[key][-1].name
     assert "bit-equal" in checks["good bad"][-1].summary and CHANGED in checks["good bad"][-1].details[1]
     assert not checks["good less"][-1].passed and CHANGED in checks["good less"][-1].details[0]
-
-
-def _tool(name: str, *arguments: object) -> tuple[int, str]:
-    """Run a tool as its own main program; returns its exit status and what it printed."""
-    sys.argv = [name, *map(str, arguments)]
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed), pytest.raises(SystemExit) as end:
-        runpy.run_path(str(ROOT / "tools" / name), run_name="__main__")
-    return end.value.code, printed.getvalue()
-
-
-def test_tools(tmp_path: Path) -> None:
-    make_checkpoint("llama_tied_rope3", tmp_path / "hf")
-    out = tmp_path / "megatron"
-    assert run_ranks(1, _tool, "convert_checkpoint.py", tmp_path / "hf", out, "--to", "megatron") == [(0, ANY)]
-    ((status, printed), _) = run_ranks(2, _tool, "verify_checkpoint.py", tmp_path / "hf", out, "--tensor", 2)
-    assert status == 0 and printed.count("passed") == 5 and "FAILED" not in printed, printed
-    ((status, printed),) = run_ranks(1, _tool, "verify_checkpoint.py", tmp_path / "hf", "--max-difference", "0")
-    assert status == 1 and "FAILED" in printed and "prompt 0 (3 tokens)" in printed, printed
-    ((status, printed),) = run_ranks(1, _tool, "convert_checkpoint.py", tmp_path, tmp_path / "x", "--to", "huggingface")
-    assert status == 2 and "is neither a Hugging Face folder" in printed, printed
