@@ -5,6 +5,7 @@ Each section's class lives in the room that reads it (`<room>/config.py`, an obj
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -105,6 +106,23 @@ class Recipe(BaseModel):
 def parse_recipe(tree: dict[str, Any], origin: str = "recipe") -> Recipe:
     """Return the typed recipe of a tree. Raises RecipeError with one line per wrong or unknown key."""
     try:
-        return Recipe.model_validate(tree)
+        recipe = Recipe.model_validate(tree)
     except ValidationError as error:
         raise RecipeError("\n".join(f"{origin}: {line}" for line in error_lines(error, Recipe))) from error
+    if lines := list(_booleans_for_numbers(tree, recipe.model_dump())):
+        raise RecipeError("\n".join(f"{origin}: {line}" for line in lines))
+    return recipe
+
+
+def _booleans_for_numbers(given: Any, read: Any, path: str = "") -> Iterator[str]:
+    """Yield an error for every boolean that pydantic has read as the number 0 or 1."""
+    if isinstance(given, bool) and isinstance(read, int | float) and not isinstance(read, bool):
+        yield f"{path}: must be a number (given: {str(given).lower()})"
+    children: Iterable[tuple[Any, Any]] = ()
+    if isinstance(given, dict) and isinstance(read, dict):
+        children = given.items()
+    elif isinstance(given, list) and isinstance(read, list) and len(given) == len(read):
+        children = enumerate(given)
+    for key, value in children:
+        if isinstance(read, list) or key in read:
+            yield from _booleans_for_numbers(value, read[key], f"{path}.{key}" if path else str(key))

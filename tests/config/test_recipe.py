@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import subprocess
 import sys
 import types
@@ -97,6 +98,15 @@ def test_overrides(
 def test_a_number_that_is_not_finite_is_refused(value: str, tree: Tree, write_recipe: Callable[[Tree], Path]) -> None:
     with pytest.raises(RecipeError, match=r"rollout\.temperature: .*finite number"):
         load_recipe(write_recipe(tree), [f"rollout.temperature={value}"])
+
+
+@pytest.mark.parametrize("override", ["train.steps=true", "optimizer.lr=yes", "data.train.0.lengths=[2, on]"])
+def test_a_boolean_is_no_number(override: str, tree: Tree, write_recipe: Callable[[Tree], Path]) -> None:
+    """YAML reads yes and on as true, and pydantic would take true as 1."""
+    key = "data.train.0.lengths.1" if "lengths" in override else override.partition("=")[0]
+    with pytest.raises(RecipeError, match=re.escape(f"{key}: must be a number (given: true)")):
+        load_recipe(write_recipe(tree), [override])
+    assert load_recipe(write_recipe(tree), ["train.steps=1", "parallel.sequence=true"]).train.steps == 1
 
 
 def test_later_overrides_win_and_the_file_stays(tree: Tree, write_recipe: Callable[[Tree], Path]) -> None:
