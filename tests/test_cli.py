@@ -46,19 +46,6 @@ def check_without_torchrun(recipe: str) -> None:
     cli.main(["check", recipe])
 
 
-def test_evaluate_leaves_the_run_alone(tree: Tree, write_recipe: Callable[[Tree], Path]) -> None:
-    output = Path(tree["output"])
-    output.mkdir()
-    (output / "metrics.jsonl").write_text('{"step": 0, "time": 1.0}\n{"step": 1, "time": 2.0}\n')
-    (output / "recipe.yaml").write_text("the recipe of the run\n")
-    ended = run_command("evaluate", write_recipe(tree), "seed=5")
-    results_of(ended)
-    assert "eval/held_out/pass@1" in ended.stdout[0] and "eval/held_out/greedy" in ended.stdout[0]
-    assert (output / "metrics.jsonl").read_text().count("\n") == 2
-    assert (output / "recipe.yaml").read_text() == "the recipe of the run\n"
-    assert {path.name for path in output.iterdir()} == {"metrics.jsonl", "recipe.yaml", "logs"}
-
-
 @pytest.mark.parametrize(
     ("prepare", "says"),
     [

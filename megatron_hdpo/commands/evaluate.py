@@ -3,24 +3,70 @@
 from __future__ import annotations
 
 import argparse
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from megatron_hdpo.commands.base import Command, add_recipe
 from megatron_hdpo.commands.opened_run import opened_run
 
+if TYPE_CHECKING:
+    from megatron_hdpo.config import Recipe
+
+_DESCRIPTION = """\
+Samples responses to data.evaluation, prints pass@k of each set with its 95 %
+interval, and writes evaluation.json and evaluation_samples.jsonl (one line per
+problem, with the text and reward of each response) into the output folder.
+Does not touch the checkpoints and metrics of a run there."""
+
+
+def _add(parser: argparse.ArgumentParser) -> None:
+    add_recipe(parser)
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder of the files (default: output of RECIPE)")
+
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from megatron_hdpo.training.loop import evaluate_now
+    from megatron_hdpo.config import RecipeError
+    from megatron_hdpo.evaluation.evaluate import evaluation_samples, metrics_of, sample_responses
+    from megatron_hdpo.evaluation.files import evaluation_table, write_evaluation
+    from megatron_hdpo.training.rollout_phase import share_of
 
     with opened_run(arguments) as run:
-        run.sync(0)
-        metrics = evaluate_now(run)
-        run.console.table("Evaluation", [{"metric": name, "value": value} for name, value in metrics.items()])
+        config, problems = run.recipe.evaluation, run.data.evaluation
+        if run.recipe.rollout.replay is not None:
+            raise RecipeError("rollout.replay: an evaluation samples, so it needs an engine: leave replay out")
+        if not problems:
+            raise RecipeError("data.evaluation: there is no problem to evaluate on: name a task")
+        with run.console.phase("sync"):
+            run.sync(0)
+        total = share_of(run, evaluation_samples(config, problems))
+        with run.console.phase("evaluate", total=total, unit="sample") as phase:
+            responses = sample_responses(config, problems, run.rollouts, phase.advance)
+        metrics = metrics_of(config, responses)
+        run.console.table("Evaluation", evaluation_table(metrics, responses))
+        if run.context.is_leader:
+            folder = arguments.out or run.recipe.output
+            write_evaluation(folder, _setting(run.recipe), metrics, responses)
+            run.console.print(f"written: {folder}/evaluation.json and evaluation_samples.jsonl")
+
+
+def _setting(recipe: Recipe) -> dict[str, Any]:
+    """Return what the numbers of an evaluation depend on, for its file."""
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "model": str(recipe.model.path),
+        "dtype": recipe.rollout.engine_dtype,
+        "seed": recipe.seed,
+        "evaluation": recipe.evaluation.model_dump(mode="json"),
+        "data": [task.model_dump(mode="json") for task in recipe.data.evaluation],
+    }
 
 
 COMMAND = Command(
     "evaluate",
     "Evaluate the model of a recipe on its held-out problems.",
-    add_recipe,
+    _add,
     _evaluate,
+    description=_DESCRIPTION,
     examples=("my.yaml", "my.yaml model.path=runs/my-run/hf evaluation.samples=16"),
 )

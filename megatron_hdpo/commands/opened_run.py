@@ -13,18 +13,25 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def opened_run(arguments: argparse.Namespace, resumes: bool = False) -> Iterator[Run]:
-    """Yield a built run inside its process group, and close everything at the end, also after an error."""
+def opened_run(arguments: argparse.Namespace, trains: bool = False) -> Iterator[Run]:
+    """Yield a built run inside its process group, and close everything at the end, also after an error.
+
+    trains: the run resumes from its checkpoint and exports its model at the end. Without, `model.path` may be what the
+    run has exported.
+    """
     from megatron_hdpo.config import check_sections, load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if not trains:
+        checkpoint = recipe.checkpoint.model_copy(update={"export": False})
+        recipe = recipe.model_copy(update={"checkpoint": checkpoint})
     check_sections(recipe)  # before the imports below, which take seconds: torch and Megatron
     from megatron_hdpo.parallel.context import start, stop
     from megatron_hdpo.training.run import build_run, set_threads
 
     set_threads(recipe, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     context = start(recipe.parallel, recipe.device, recipe.seed)
-    run = build_run(recipe, context, resumes=resumes)
+    run = build_run(recipe, context, resumes=trains)
     failed = True
     try:
         yield run

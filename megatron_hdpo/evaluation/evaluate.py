@@ -11,6 +11,7 @@ eval/<task>/samples, problems how many were judged; samples that failed are left
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -22,13 +23,31 @@ from megatron_hdpo.types.problem import Problem
 from megatron_hdpo.types.rollouts import Group, SamplingParams
 
 
+@dataclass(frozen=True)
+class Responses:
+    """Judged responses to the problems of an evaluation. greedy: one per problem; empty where it is not asked for."""
+
+    sampled: Sequence[Group]
+    greedy: Sequence[Group] = ()
+
+
 def evaluate(
     config: EvaluationConfig,
     problems: Sequence[Problem],
     rollouts: RolloutCoordinator,
     on_progress: OnProgress | None = None,
 ) -> dict[str, float]:
-    """Return the `eval/<task>/...` metrics of the model that the engine serves.
+    """Return the `eval/<task>/...` metrics of the model that the engine serves. Collective."""
+    return metrics_of(config, sample_responses(config, problems, rollouts, on_progress))
+
+
+def sample_responses(
+    config: EvaluationConfig,
+    problems: Sequence[Problem],
+    rollouts: RolloutCoordinator,
+    on_progress: OnProgress | None = None,
+) -> Responses:
+    """Return the responses of the model that the engine serves.
 
     Every evaluation samples with the same seeds, so that steps and runs can be compared. Collective.
     """
@@ -40,12 +59,16 @@ def evaluate(
         top_p=config.top_p,
         stop_token_ids=rollouts.stop_token_ids,
     )
-    groups = rollouts.groups(problems, sampling, ("evaluation",), on_progress)
-    metrics = _sampled_metrics(config, groups)
-    if config.greedy:
-        greedy = SamplingParams(max_new_tokens=limit, temperature=0.0, stop_token_ids=rollouts.stop_token_ids)
-        metrics |= _greedy_metrics(config, rollouts.groups(problems, greedy, ("greedy",), on_progress))
-    return metrics
+    sampled = rollouts.groups(problems, sampling, ("evaluation",), on_progress)
+    if not config.greedy:
+        return Responses(sampled)
+    sampling = SamplingParams(max_new_tokens=limit, temperature=0.0, stop_token_ids=rollouts.stop_token_ids)
+    return Responses(sampled, rollouts.groups(problems, sampling, ("greedy",), on_progress))
+
+
+def metrics_of(config: EvaluationConfig, responses: Responses) -> dict[str, float]:
+    """Return the `eval/<task>/...` metrics of judged responses."""
+    return _sampled_metrics(config, responses.sampled) | _greedy_metrics(config, responses.greedy)
 
 
 def evaluation_samples(config: EvaluationConfig, problems: Sequence[Problem]) -> int:

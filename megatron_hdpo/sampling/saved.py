@@ -84,9 +84,9 @@ def _encode_group(group: Group, decode: Decode) -> dict[str, Any]:
         "solution": problem.solution,
         "dropped": group.dropped,
         "prompt": decode(group.prompt_ids),
-        "samples": [_encode_sample(s, problem.id) for s in group.samples],
+        "samples": [sample_record(s, problem.id) for s in group.samples],
         "privileged_prompt": None if privileged_ids is None else decode(privileged_ids),
-        "privileged": [_encode_sample(s, problem.id) for s in group.privileged_samples],
+        "privileged": [sample_record(s, problem.id) for s in group.privileged_samples],
         "metadata": metadata,
         "metadata_left_out": left_out,
         "replay": {
@@ -98,7 +98,8 @@ def _encode_group(group: Group, decode: Decode) -> dict[str, Any]:
     }
 
 
-def _encode_sample(sample: Sample, problem_id: str) -> dict[str, Any]:
+def sample_record(sample: Sample, problem_id: str) -> dict[str, Any]:
+    """Return the readable part of a judged sample. Raises ValueError on a reward that is not a finite number."""
     if not np.isfinite(sample.reward):
         raise ValueError(f"problem {problem_id}: reward {sample.reward} is not a finite number, so it is not saved")
     return {

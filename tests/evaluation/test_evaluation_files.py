@@ -1,0 +1,39 @@
+"""Table of an evaluation: intervals, sets with other rates, and samples that failed are said, never counted."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megatron_hdpo.evaluation.evaluate import Responses
+from megatron_hdpo.evaluation.files import evaluation_table, rate_text
+from megatron_hdpo.types.problem import Problem
+from megatron_hdpo.types.rollouts import Group
+
+
+def group(task: str, **dropped: int) -> Group:
+    return Group(Problem(f"{task}/0", task, "1+1=", "2"), np.zeros(1, dtype=np.int32), [], dropped=dropped)
+
+
+METRICS = {
+    **{f"eval/{task}/{name}": value for task in ("a", "b") for name, value in (("problems", 1.0), ("samples", 3.0))},
+    "eval/a/pass@1": 0.5,
+    "eval/a/pass@1_low": 0.25,
+    "eval/a/pass@1_high": 0.75,
+}
+
+
+def test_a_rate_that_a_set_lacks_is_a_dash() -> None:
+    rows = evaluation_table(METRICS, Responses([group("a"), group("b")]))
+    assert rows == [
+        {"set": "a", "problems": "1", "samples": "3", "pass@1": "0.500 (0.250 to 0.750)"},
+        {"set": "b", "problems": "1", "samples": "3", "pass@1": "-"},
+    ]
+
+
+def test_samples_that_failed_have_a_column() -> None:
+    responses = Responses([group("a", check_failed=2), group("b")], [group("a", generation_failed=1), group("b")])
+    assert [row["samples dropped"] for row in evaluation_table(METRICS, responses)] == ["3", "0"]
+
+
+def test_a_rate_without_interval() -> None:
+    assert rate_text({"x": 0.5}, "x") == "0.500"
