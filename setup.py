@@ -53,8 +53,14 @@ setup(
         "Typing :: Typed",
     ],
     python_requires=">=3.11",
-    packages=find_packages(include=["megatron_hdpo*"]),
-    package_data={"megatron_hdpo": ["py.typed"], "megatron_hdpo.tracking": ["templates/*.j2"]},
+    # The examples become a part of the package, from which `megatron_hdpo init` copies.
+    packages=[*find_packages(include=["megatron_hdpo*"]), "megatron_hdpo.recipes"],
+    package_dir={"megatron_hdpo.recipes": "examples"},
+    package_data={
+        "megatron_hdpo": ["py.typed"],
+        "megatron_hdpo.tracking": ["templates/*.j2"],
+        "megatron_hdpo.recipes": ["*/*.yaml", "cluster/*"],
+    },
     install_requires=CORE,
     extras_require={
         "quickstart": ["gguf", "accelerate"],

@@ -28,12 +28,12 @@ import _environment  # noqa: F401
 import aiohttp
 import numpy as np
 import torch
-from make_tiny_model import make_tiny_model
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_hdpo.data.config import DataConfig
 from megatron_hdpo.data.load import load
+from megatron_hdpo.model.tiny_model import make_tiny_model
 from megatron_hdpo.objectives.base import ObjectiveDeps
 from megatron_hdpo.objectives.hdpo import HDPO, HDPOConfig
 from megatron_hdpo.parallel.context import start

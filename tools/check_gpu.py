@@ -232,7 +232,7 @@ def _tiny(folder: Path, **sizes: int) -> Path:
     path = folder / ("tiny-" + "-".join(f"{k}{v}" for k, v in sizes.items()))
     if not path.exists():
         flags = [part for key, value in sizes.items() for part in (f"--{key}", str(value))]
-        _run([str(ROOT / "tools" / "make_tiny_model.py"), str(path), *flags])
+        _run(["-m", "megatron_hdpo", "make-tiny-model", str(path), *flags])
     return path
 
 

@@ -1,4 +1,4 @@
-# What the launch scripts share; sourced by them, from the root of the repository.
+# What the launch scripts share; sourced by them. They run in the folder that a recipe's paths start from.
 # shellcheck shell=bash
 
 # usage_if_asked SCRIPT ARGUMENTS...: print the comment at the top of SCRIPT and end, where the first argument is --help.
@@ -8,7 +8,7 @@ usage_if_asked() {
 
 # usage SCRIPT: print the comment at its top.
 usage() {
-  sed -n '2,/^[^#]/{/^#SBATCH/d; s/^# \{0,1\}//p;}' "$1"
+  sed -n '2,/^[^#]/{/^#*SBATCH/d; s/^# \{0,1\}//p;}' "$1"
 }
 
 # need_command NAME: end with a sentence when a program of the environment is not there.

@@ -8,7 +8,6 @@
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 usage_if_asked "$0" "$@"
-cd "$(dirname "$0")/../.."
 port=${MASTER_PORT:-29400}
 if [ -n "${PET_RDZV_ENDPOINT:-}" ]; then
   export HEAD=$PET_RDZV_ENDPOINT
@@ -24,4 +23,4 @@ NODE_ADDRESS=$(hostname -i | cut -d" " -f1)  # names of pods do not always resol
 export NODE_ADDRESS NODES=${NODES:-${PET_NNODES:-${WORLD_SIZE:-}}} RANKS=${RANKS:-8}
 # Both would name a rank before the agents have met: torchrun takes flags from PET_*, ranks from the rendezvous.
 unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT "${!PET_@}"
-exec examples/cluster/several_nodes.sh "$@"
+exec "$(dirname "$0")/several_nodes.sh" "$@"

@@ -8,5 +8,4 @@ set -euo pipefail
 source "$(dirname "$0")/common.sh"
 usage_if_asked "$0" "$@"
 [ "$#" -ge 1 ] || { usage "$0" >&2; exit 2; }
-cd "$(dirname "$0")/../.."
 train_here "${RANKS:-8}" "$@" -- --standalone

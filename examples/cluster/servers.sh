@@ -12,7 +12,6 @@
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 usage_if_asked "$0" "$@"
-cd "$(dirname "$0")/../.."
 need MODEL URLS
 need_sglang() {
   command -v "$1" > /dev/null || { echo "PYTHON=$1: no such program" >&2; exit 2; }

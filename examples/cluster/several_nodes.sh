@@ -13,7 +13,6 @@
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 usage_if_asked "$0" "$@"
-cd "$(dirname "$0")/../.."
 need NODES HEAD
 need_recipe "$@"
 several_nodes

@@ -8,8 +8,7 @@
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 usage_if_asked "$0" "$@"
-cd "$(dirname "$0")/../.."
 need URLS SERVER_NODES
 need_recipe "$@"
 given=$(wait_for_urls "$URLS" "$SERVER_NODES")
-exec examples/cluster/several_nodes.sh "$@" rollout.engine=sglang rollout.sglang.placement=given "$given"
+exec "$(dirname "$0")/several_nodes.sh" "$@" rollout.engine=sglang rollout.sglang.placement=given "$given"

@@ -145,8 +145,8 @@ def _warmup_steps(arguments: argparse.Namespace) -> list[str]:
 
 def _model(folder: Path, seed: int) -> Path:
     if not (folder / "config.json").exists():
-        tool = ROOT / "tools" / "make_tiny_model.py"
-        subprocess.run([sys.executable, tool, folder, "--seed", str(seed)], check=True, capture_output=True)
+        make = [sys.executable, "-m", "megatron_hdpo", "make-tiny-model", folder.resolve(), "--seed", str(seed)]
+        subprocess.run(make, cwd=ROOT, check=True, capture_output=True)
     return folder
 
 

@@ -149,7 +149,7 @@ def make_tiny_model(screen: Screen, folder: Path) -> None:
         screen.line(f"{folder} is there already")
         return
     partial = folder.with_name(folder.name + ".partial")
-    make = [sys.executable, ROOT / "tools" / "make_tiny_model.py", partial, *TINY_SIZES]
+    make = [sys.executable, "-m", "megatron_hdpo", "make-tiny-model", partial, *TINY_SIZES]
     seconds = run(screen, Part("making the tiny model", make, OUT / "logs" / "make.log", lambda line: False))
     partial.rename(folder)
     screen.line(f"made {folder} in {seconds:.0f} s")

@@ -7,4 +7,4 @@
 set -euo pipefail
 source "$(dirname "$0")/../cluster/common.sh"
 usage_if_asked "$0" "$@"
-exec "$(dirname "$0")/../cluster/one_node.sh" examples/qwen2.5-math-1.5b/hdpo.yaml "$@"
+exec "$(dirname "$0")/../cluster/one_node.sh" "$(dirname "$0")/hdpo.yaml" "$@"

@@ -3,10 +3,24 @@
 A module here imports nothing heavy at its top: the help of every command builds them all.
 """
 
-from megatron_hdpo.commands import check, convert, doctor, evaluate, explain, plan, report, train, verify_conversion
+from megatron_hdpo.commands import (
+    check,
+    convert,
+    doctor,
+    evaluate,
+    explain,
+    init,
+    make_tiny_model,
+    plan,
+    report,
+    train,
+    verify_conversion,
+)
 from megatron_hdpo.commands.base import Command
 
 ALL: tuple[Command, ...] = (
+    init.COMMAND,
+    make_tiny_model.COMMAND,
     check.COMMAND,
     plan.COMMAND,
     train.COMMAND,

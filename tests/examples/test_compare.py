@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from make_tiny_model import make_tiny_model
 
 from megatron_hdpo.config import Recipe, check_recipe, load_recipe
 from megatron_hdpo.data.load import load
 from megatron_hdpo.model.architecture import read_architecture
+from megatron_hdpo.model.tiny_model import make_tiny_model
 from megatron_hdpo.objectives.registry import ObjectiveConfig
 from megatron_hdpo.rewards.pool import RewardPool
 from megatron_hdpo.training.run import load_tokenizer

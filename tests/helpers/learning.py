@@ -72,7 +72,7 @@ def learn_all(study: Study, warm: Path, root: Path, variants: Sequence[str]) -> 
 
 def warm_up(study: Study, root: Path, seed: int) -> None:
     """Train a model from nothing into `root`/seed<n>, on short sums and on copying what is shown."""
-    from tools.make_tiny_model import make_tiny_model
+    from megatron_hdpo.model.tiny_model import make_tiny_model
 
     model = make_tiny_model(root / f"model{seed}", seed=seed, **study.model)
     _run(study, "warmed_up", seed, root / f"seed{seed}", [f"model.path={model}", "train.steps=0"])

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from make_tiny_model import make_tiny_model
 from transformers import AutoModelForCausalLM
+
+from megatron_hdpo.model.tiny_model import make_tiny_model
 
 ROOT = Path(__file__).parents[2]
 Tree = dict[str, Any]

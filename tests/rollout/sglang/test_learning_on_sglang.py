@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 from learning import LONG, SEEDS, Metrics, check_lift, last_metrics, learn, scores_of
-from make_tiny_model import make_tiny_model
 
+from megatron_hdpo.model.tiny_model import make_tiny_model
 from megatron_hdpo.rollout.sglang.servers.command import ServerLaunch
 from megatron_hdpo.rollout.sglang.servers.config import ServerConfig
 from megatron_hdpo.rollout.sglang.servers.fleet import ServerFleet

@@ -1,17 +1,13 @@
-"""Make a Hugging Face checkpoint of a tiny, randomly initialised model with a character tokenizer.
+"""Hugging Face checkpoints of tiny, randomly initialised models with a character tokenizer.
 
-    python tools/make_tiny_model.py OUT --family llama --layers 4 --hidden 96
-
-For the learning example (examples/digit_sums) and for tests; nothing is downloaded.
+For the recipes that need no download (examples/digit_sums, examples/methods) and for tests.
 """
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
-import _environment  # noqa: F401
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -90,19 +86,3 @@ def _expert_sizes(family: str, ffn: int, experts: int, experts_per_token: int) -
         "moe_intermediate_size": ffn,
         "norm_topk_prob": True,
     }
-
-
-def main() -> None:
-    """Make the model that the command line describes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--family", choices=FAMILIES, default="llama")
-    numbers = {"layers": 4, "hidden": 96, "heads": 4, "kv-heads": 4, "ffn": 256, "seed": 0}
-    for name, default in (numbers | {"experts": 8, "experts-per-token": 2}).items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    arguments = vars(parser.parse_args())
-    print(make_tiny_model(arguments.pop("out"), **arguments))
-
-
-if __name__ == "__main__":
-    main()
