@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import pkgutil
 import shutil
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import results_of, run_command, run_world
+from commands import run_command
 from recipes import Tree
 
 import megatron_hdpo
@@ -19,31 +18,6 @@ from megatron_hdpo import cli
 from megatron_hdpo.data.prompts import PromptTooLong
 from megatron_hdpo.parallel.layout import LayoutError
 from megatron_hdpo.types.errors import UserError
-
-
-def test_check_shows_the_prompts_and_writes_nothing(tree: Tree, write_recipe: Callable[[Tree], Path]) -> None:
-    ended = run_command("check", write_recipe(tree), "rollout.samples_per_prompt=1")
-    results_of(ended)
-    out = ended.stdout[0]
-    assert "sums: 40 problems" in out and "held_out: 4 problems" in out
-    assert "warning: rollout.samples_per_prompt=1: a group of one has advantage 0" in out
-    question = out.partition("first prompt (sums/0):\n")[2].splitlines()[0]
-    privileged = out.partition("first privileged prompt:\n")[2].splitlines()[0]
-    assert question.endswith("=") and privileged.endswith("#" + question)
-    assert out.endswith("the recipe is fine\n")
-    assert not Path(tree["output"]).exists()
-
-
-def test_check_takes_the_layouts_own_number_of_ranks(tree: Tree, write_recipe: Callable[[Tree], Path]) -> None:
-    """Without torchrun `check` checks a recipe for eight GPUs on a laptop."""
-    path = write_recipe(tree | {"parallel": {"tensor": 2, "pipeline": 2}})
-    results_of(run_world(1, check_without_torchrun, str(path)))
-
-
-def check_without_torchrun(recipe: str) -> None:
-    for name in [name for name in os.environ if name in ("RANK", "WORLD_SIZE") or name.startswith("TORCHELASTIC")]:
-        del os.environ[name]
-    cli.main(["check", recipe])
 
 
 @pytest.mark.parametrize(
@@ -65,15 +39,6 @@ def test_report_of_no_run(prepare: str | None, says: str, tmp_path: Path) -> Non
         (folder / "metrics.jsonl").write_text("x\n" if prepare == "broken" else "")
     ended = run_command("report", folder)
     assert (ended.codes, ended.stderr) == ([2], [says.format(folder=folder)])
-
-
-def test_check_refuses_an_output_that_is_a_file(
-    tree: Tree, write_recipe: Callable[[Tree], Path], tmp_path: Path
-) -> None:
-    (tmp_path / "taken").touch()
-    ended = run_command("check", write_recipe(tree), f"output={tmp_path / 'taken'}")
-    assert ended.codes == [2]
-    assert ended.stderr[0] == f"RecipeError: output: {tmp_path / 'taken'} is a file: name a folder\n"
 
 
 def test_every_error_for_the_user_says_something_of_its_own() -> None:

@@ -4,6 +4,7 @@ A module here imports nothing heavy at its top: the help of every command builds
 """
 
 from megatron_hdpo.commands import (
+    chat,
     check,
     convert,
     doctor,
@@ -13,6 +14,7 @@ from megatron_hdpo.commands import (
     make_tiny_model,
     plan,
     report,
+    sample,
     train,
     verify_conversion,
 )
@@ -25,6 +27,8 @@ ALL: tuple[Command, ...] = (
     plan.COMMAND,
     train.COMMAND,
     evaluate.COMMAND,
+    sample.COMMAND,
+    chat.COMMAND,
     report.COMMAND,
     convert.COMMAND,
     verify_conversion.COMMAND,

@@ -4,44 +4,118 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from megatron_hdpo.commands.base import Command, add_recipe
 
+if TYPE_CHECKING:
+    from megatron_hdpo.config import Recipe
+
+_DESCRIPTION = """\
+Loads the data and the tokenizer, but no weights; prints a first prompt. Without
+torchrun and --ranks, as many ranks are assumed as the layout needs at least.
+A recipe for GPUs can be checked on a machine without them: with --for gpu,
+device=auto means cuda, and what this machine cannot tell is listed."""
+_DEVICES = {"gpu": "cuda", "cpu": "cpu"}
+
+
+def _add(parser: argparse.ArgumentParser) -> None:
+    add_recipe(parser)
+    parser.add_argument(
+        "--for",
+        dest="machine",
+        choices=["here", "cpu", "gpu"],
+        default="here",
+        help="machine that will run the recipe (default here)",
+    )
+    parser.add_argument("--ranks", type=int, metavar="N", help="ranks that torchrun will start, on all nodes")
+
 
 def _check(arguments: argparse.Namespace) -> None:
-    from megatron_hdpo.config import check_recipe, check_sections, load_recipe
+    from megatron_hdpo.config import check_sections, load_recipe
 
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    recipe = _for_machine(load_recipe(arguments.recipe, arguments.overrides), arguments.machine)
     check_sections(recipe)  # before the imports below, which take seconds: torch and Megatron
-    from megatron_hdpo.config.check import resolved_device
-    from megatron_hdpo.config.precision import begun_in, choose_precision, resolve
     from megatron_hdpo.data.load import load
-    from megatron_hdpo.model.architecture import read_architecture
     from megatron_hdpo.training.run import load_tokenizer
 
-    world_size = int(os.environ.get("WORLD_SIZE", recipe.parallel.least_ranks))
-    architecture = read_architecture(recipe.model.path)
-    choice = choose_precision(recipe, architecture, resolved_device(recipe.device), begun_in(recipe.output))
-    recipe = resolve(recipe, choice.dtype)
-    warnings = check_recipe(recipe, architecture, world_size)
-    print(choice.line)
-    for warning in [choice.warning, *warnings] if choice.warning else warnings:
-        print(f"warning: {warning}")
+    recipe, lines = _checked(recipe, arguments)
+    print("\n".join(lines))
     data = load(recipe.data, load_tokenizer(recipe.model.path))
     print("\n".join(data.report.lines()))
     example = data.train[0]
     print(f"\nfirst prompt ({example.id}):\n{data.prompts.render_student(example)}")
-    print(f"\nfirst privileged prompt:\n{data.prompts.render_privileged(example)}")
-    print("\nthe recipe is fine")
+    print(f"\nfirst privileged prompt:\n{data.prompts.render_privileged(example)}\n")
+    if arguments.machine != "here":
+        for line in _unknown_here(recipe):
+            print(f"not checked: {line}")
+    print("the recipe is fine")
+
+
+def _for_machine(recipe: Recipe, machine: str) -> Recipe:
+    """Return the recipe with device=auto replaced by the device of the machine that will run it."""
+    from megatron_hdpo.config import RecipeError
+
+    wanted = _DEVICES.get(machine)
+    if wanted is None or recipe.device == wanted:
+        return recipe
+    if recipe.device != "auto":
+        raise RecipeError(
+            f"device: {recipe.device}, so --for {machine} does not apply: leave it out, or set device=auto"
+        )
+    return recipe.model_copy(update={"device": wanted})
+
+
+def _checked(recipe: Recipe, arguments: argparse.Namespace) -> tuple[Recipe, list[str]]:
+    """Return the recipe with its precision, and what there is to say of it. Raises RecipeError when it cannot run."""
+    from megatron_hdpo.config import RecipeError, check_recipe
+    from megatron_hdpo.config.check import resolved_device
+    from megatron_hdpo.config.precision import begun_in, choose_precision, resolve
+    from megatron_hdpo.model.architecture import read_architecture
+
+    device, here = resolved_device(recipe.device), arguments.machine == "here"
+    ranks = arguments.ranks or int(os.environ.get("WORLD_SIZE", recipe.parallel.least_ranks))
+    architecture = read_architecture(recipe.model.path)
+    choice = choose_precision(recipe, architecture, device, begun_in(recipe.output))
+    try:
+        resolved = resolve(recipe, choice.dtype)
+        warnings = check_recipe(resolved, architecture, ranks, elsewhere=not here)
+    except RecipeError as error:
+        if here and recipe.device == "auto" and device == "cpu":
+            raise RecipeError(f"{error}\n(this machine has no GPU; for a run on one: check --for gpu)") from error
+        raise
+    if choice.warning:
+        warnings.insert(0, choice.warning)
+    if here:
+        warnings += [f"{line}; for a run on another machine: check --for gpu" for line in _unknown_here(resolved)]
+    return resolved, [choice.line, f"ranks: {ranks}", *(f"warning: {warning}" for warning in warnings)]
+
+
+def _unknown_here(recipe: Recipe) -> Iterator[str]:
+    """Yield what this machine lacks for the recipe, so that it could not be checked."""
+    import torch
+
+    from megatron_hdpo.config.check import resolved_device
+    from megatron_hdpo.model.config import transformer_engine_available
+
+    device, sglang = resolved_device(recipe.device), recipe.rollout.sglang
+    if device == "cuda" and not torch.cuda.is_available():
+        yield "device=cuda: this machine has no GPU"
+    if device == "cuda" and recipe.model.spec != "torch" and not transformer_engine_available():
+        yield f"model.spec={recipe.model.spec}: Transformer Engine is not installed here"
+    if recipe.rollout.engine == "sglang" and sglang.placement != "given":
+        try:
+            sglang.servers.check_interpreter(device)
+        except ValueError as error:
+            yield f"rollout.sglang.servers: {error}"
 
 
 COMMAND = Command(
     "check",
     "Check the recipe, its data and its layout.",
-    add_recipe,
+    _add,
     _check,
-    description="""\
-Loads the data and the tokenizer, but no weights; prints a first prompt. Without
-torchrun, as many ranks are assumed as the layout needs.""",
-    examples=("examples/digit_sums/hdpo.yaml", "my.yaml parallel.tensor=2"),
+    description=_DESCRIPTION,
+    examples=("examples/digit_sums/hdpo.yaml", "my.yaml parallel.tensor=2", "my.yaml --for gpu --ranks 16"),
 )

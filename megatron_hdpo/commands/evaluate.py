@@ -31,7 +31,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from megatron_hdpo.evaluation.files import evaluation_table, write_evaluation
     from megatron_hdpo.training.rollout_phase import share_of
 
-    with opened_run(arguments) as run:
+    with opened_run(arguments.recipe, arguments.overrides) as run:
         config, problems = run.recipe.evaluation, run.data.evaluation
         if run.recipe.rollout.replay is not None:
             raise RecipeError("rollout.replay: an evaluation samples, so it needs an engine: leave replay out")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def opened_run(arguments: argparse.Namespace, trains: bool = False) -> Iterator[Run]:
+def opened_run(recipe_file: Path, overrides: Sequence[str], trains: bool = False) -> Iterator[Run]:
     """Yield a built run inside its process group, and close everything at the end, also after an error.
 
     trains: the run resumes from its checkpoint and exports its model at the end. Without, `model.path` may be what the
@@ -21,7 +21,7 @@ def opened_run(arguments: argparse.Namespace, trains: bool = False) -> Iterator[
     """
     from megatron_hdpo.config import check_sections, load_recipe
 
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    recipe = load_recipe(recipe_file, overrides)
     if not trains:
         checkpoint = recipe.checkpoint.model_copy(update={"export": False})
         recipe = recipe.model_copy(update={"checkpoint": checkpoint})

@@ -12,7 +12,7 @@ from megatron_hdpo.commands.report import show_report
 def _train(arguments: argparse.Namespace) -> None:
     from megatron_hdpo.training.loop import train
 
-    with opened_run(arguments, trains=True) as run:
+    with opened_run(arguments.recipe, arguments.overrides, trains=True) as run:
         train(run)
         folder = run.recipe.output if run.context.is_leader else None
     if folder is not None:

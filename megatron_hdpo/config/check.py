@@ -29,10 +29,11 @@ def check_sections(recipe: Recipe) -> None:
     _raise_for([*_objective_errors(recipe), *_engine_errors(recipe), *_export_errors(recipe)])
 
 
-def check_recipe(recipe: Recipe, architecture: Architecture, world_size: int) -> list[str]:
+def check_recipe(recipe: Recipe, architecture: Architecture, world_size: int, elsewhere: bool = False) -> list[str]:
     """Return the warnings for a recipe that can run.
 
-    recipe: without dtype=auto (`config.precision.resolve`). Raises RecipeError, with all reasons (those of
+    recipe: without dtype=auto (`config.precision.resolve`). elsewhere: another machine will run it, which may have the
+    packages that this one lacks. Raises RecipeError, with all reasons (those of
     `check_sections` too), for a recipe that cannot run.
     """
     _raise_for(
@@ -46,7 +47,7 @@ def check_recipe(recipe: Recipe, architecture: Architecture, world_size: int) ->
             *_server_errors(recipe, architecture),
             *_routing_errors(recipe, architecture),
             *recipe.profile.errors(world_size, recipe.train.steps),
-            *_precision_errors(recipe, architecture),
+            *_precision_errors(recipe, architecture, elsewhere),
             *_export_errors(recipe),
             *_path_errors(recipe),
         ]
@@ -181,7 +182,7 @@ def _routing_errors(recipe: Recipe, architecture: Architecture) -> Iterator[str]
         yield f"rollout.routing_replay: {recipe.model.path} has no experts; leave it out"
 
 
-def _precision_errors(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
+def _precision_errors(recipe: Recipe, architecture: Architecture, elsewhere: bool) -> Iterator[str]:
     yield from precision_errors(recipe.model, recipe.parallel, architecture)
     for key, optimizer in (("optimizer", recipe.optimizer), ("warmup.optimizer", recipe.warmup.optimizer)):
         if not optimizer.offload:
@@ -190,7 +191,7 @@ def _precision_errors(recipe: Recipe, architecture: Architecture) -> Iterator[st
             yield f"{key}.offload: on a CPU the optimizer is in host memory already: leave it out"
         elif recipe.model.dtype == "float32":
             yield f"{key}.offload: Megatron offloads only with model.dtype=bfloat16, not float32"
-        elif not transformer_engine_available():
+        elif not (elsewhere or transformer_engine_available()):
             yield f"{key}.offload: it uses Megatron's precision-aware optimizer, which needs Transformer Engine"
 
 

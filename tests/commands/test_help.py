@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import shlex
 import signal
 
 import pytest
@@ -42,7 +43,7 @@ def test_help_explains_every_argument_and_ends_with_examples(command: Command) -
 @ALL
 def test_the_examples_of_a_command_parse(command: Command) -> None:
     for example in command.examples:
-        assert cli.parser().parse_args([command.name, *example.split()]).command is command
+        assert cli.parser().parse_args([command.name, *shlex.split(example)]).command is command
 
 
 def test_help_names_every_command_and_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,118 @@
+"""`check`: what it shows, and recipes for machines other than this one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from commands import results_of, run_command, run_world
+from recipes import ROOT, Tree
+
+from megatron_hdpo import cli
+
+RECIPE_7B = ROOT / "examples" / "qwen2.5-7b" / "hdpo.yaml"
+CONFIG_7B = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": False,
+}
+
+
+def test_check_shows_the_prompts_and_writes_nothing(tree: Tree, write_recipe: Callable[[Tree], Path]) -> None:
+    ended = run_command("check", write_recipe(tree), "rollout.samples_per_prompt=1")
+    results_of(ended)
+    out = ended.stdout[0]
+    assert "sums: 40 problems" in out and "held_out: 4 problems" in out
+    assert "warning: rollout.samples_per_prompt=1: a group of one has advantage 0" in out
+    question = out.partition("first prompt (sums/0):\n")[2].splitlines()[0]
+    privileged = out.partition("first privileged prompt:\n")[2].splitlines()[0]
+    assert question.endswith("=") and privileged.endswith("#" + question)
+    assert out.endswith("the recipe is fine\n")
+    assert not Path(tree["output"]).exists()
+
+
+def test_check_takes_the_layouts_own_number_of_ranks(tree: Tree, write_recipe: Callable[[Tree], Path]) -> None:
+    """Without torchrun `check` checks a recipe for eight GPUs on a laptop."""
+    path = write_recipe(tree | {"parallel": {"tensor": 2, "pipeline": 2}})
+    results_of(run_world(1, check_without_torchrun, str(path)))
+
+
+def check_without_torchrun(recipe: str) -> None:
+    for name in [name for name in os.environ if name in ("RANK", "WORLD_SIZE") or name.startswith("TORCHELASTIC")]:
+        del os.environ[name]
+    cli.main(["check", recipe])
+
+
+def test_check_refuses_an_output_that_is_a_file(
+    tree: Tree, write_recipe: Callable[[Tree], Path], tmp_path: Path
+) -> None:
+    (tmp_path / "taken").touch()
+    ended = run_command("check", write_recipe(tree), f"output={tmp_path / 'taken'}")
+    assert ended.codes == [2]
+    assert ended.stderr[0] == f"RecipeError: output: {tmp_path / 'taken'} is a file: name a folder\n"
+
+
+@pytest.fixture
+def shipped_7b(tiny_model: Path, tmp_path: Path) -> list[str]:
+    """The arguments to check the shipped recipe of 7B: its model's shape, problems and a tokenizer that are here."""
+    model = tmp_path / "7b"
+    shutil.copytree(tiny_model, model, ignore=shutil.ignore_patterns("*.safetensors", "generation_config.json"))
+    (model / "config.json").write_text(json.dumps(CONFIG_7B))
+    tasks = "[{kind: digit_sums, name: sums, lengths: [2], size: 4}]"
+    data = [f"data.train={tasks}", "data.evaluation=[]", "data.prompts.chat=false"]
+    return [str(RECIPE_7B), f"model.path={model}", f"output={tmp_path / 'run'}", *data]
+
+
+def test_the_shipped_7b_recipe_passes_for_gpus_on_a_machine_without(shipped_7b: list[str]) -> None:
+    ended = run_command("check", *shipped_7b, "--for", "gpu", "--ranks", 16)
+    results_of(ended)
+    lines = ended.stdout[0].splitlines()
+    assert lines[:2] == ["precision: bfloat16 (model.dtype=bfloat16)", "ranks: 16"]
+    assert "not checked: device=cuda: this machine has no GPU" in lines
+    assert "not checked: model.spec=auto: Transformer Engine is not installed here" in lines
+    assert any(line.startswith("not checked: rollout.sglang.servers: ") for line in lines)
+    assert lines[-1] == "the recipe is fine" and not any(line.startswith("warning: ") for line in lines)
+
+
+def test_without_for_gpu_the_error_names_it(shipped_7b: list[str]) -> None:
+    ended = run_command("check", *shipped_7b)
+    assert ended.codes == [2]
+    assert "memory_saver" in ended.stderr[0] and "check --for gpu" in ended.stderr[0].splitlines()[-1]
+
+
+def test_for_gpu_finds_what_is_wrong_on_gpus_too(shipped_7b: list[str]) -> None:
+    ended = run_command("check", *shipped_7b, "--for", "gpu", "--ranks", 3)
+    assert ended.codes == [2] and ended.stderr[0].startswith("RecipeError: parallel: ")
+
+
+def test_optimizer_offload_is_allowed_for_gpus_without_transformer_engine_here(shipped_7b: list[str]) -> None:
+    offload = "optimizer.offload=0.5"
+    results_of(run_command("check", *shipped_7b, offload, "--for", "gpu"))
+    ended = run_command("check", *shipped_7b, offload, "device=cuda")
+    assert ended.codes == [2] and "needs Transformer Engine" in ended.stderr[0]
+
+
+def test_a_recipe_for_cuda_is_warned_about_here(shipped_7b: list[str]) -> None:
+    ended = run_command("check", *shipped_7b, "device=cuda")
+    results_of(ended)
+    warnings = [line for line in ended.stdout[0].splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 3 and all(line.endswith("check --for gpu") for line in warnings)
+
+
+def test_for_names_no_device_that_the_recipe_excludes(tree: Tree, write_recipe: Callable[[Tree], Path]) -> None:
+    ended = run_command("check", write_recipe(tree), "--for", "gpu")
+    says = "RecipeError: device: cpu, so --for gpu does not apply: leave it out, or set device=auto\n"
+    assert (ended.codes, ended.stderr) == ([2], [says])
