@@ -97,6 +97,6 @@ def test_what_cannot_be_sampled_is_said(tiny_model: Path, tmp_path: Path) -> Non
     model = load_local_model(str(tiny_model), "cpu", 0)
     with pytest.raises(LocalModelError, match="has no chat template"):
         model.chat_ids([{"role": "user", "content": "1"}])
-    with pytest.raises(LocalModelError, match="a prompt of 128 tokens: .* takes 1 to 127"):
+    with pytest.raises(LocalModelError, match=r"a prompt of 128 tokens: .* takes 1 to 127"):
         model.answers([3] * 128)
     assert len(model.answers([3] * 127, temperature=1.0)[0]) == 1, "the answer ends where the context does"
