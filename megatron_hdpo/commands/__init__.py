@@ -6,6 +6,7 @@ A module here imports nothing heavy at its top: the help of every command builds
 from megatron_hdpo.commands import (
     chat,
     check,
+    compare,
     convert,
     doctor,
     evaluate,
@@ -30,6 +31,7 @@ ALL: tuple[Command, ...] = (
     sample.COMMAND,
     chat.COMMAND,
     report.COMMAND,
+    compare.COMMAND,
     convert.COMMAND,
     verify_conversion.COMMAND,
     explain.COMMAND,

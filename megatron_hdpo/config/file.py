@@ -69,17 +69,18 @@ def recipe_changes(path: Path, recipe: Recipe) -> list[str]:
     """Return `key.path: old -> new` for every value that differs from the recipe that `save_recipe` wrote to `path`."""
     if not path.is_file():
         return []
-    old, new = dict(_leaves(yaml.safe_load(path.read_text()))), dict(_leaves(recipe.model_dump(mode="json")))
+    old, new = dict(leaves(yaml.safe_load(path.read_text()))), dict(leaves(recipe.model_dump(mode="json")))
     return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)]
 
 
-def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (key.path, value) of every value in a tree of mappings and lists."""
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else None
     if items is None:
         yield path, tree
         return
     for key, value in items:
-        yield from _leaves(value, f"{path}.{key}" if path else str(key))
+        yield from leaves(value, f"{path}.{key}" if path else str(key))
 
 
 def _child(node: Any, key: str, override: str, path: str) -> Any:

@@ -21,9 +21,9 @@ from megatron_hdpo.tracking.summary import Records, evaluations, phases, series
 
 # Okabe and Ito's palette (2008), told apart also by colour-blind readers.
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#8C8C8C"
-_COLORS = (BLUE, ORANGE, GREEN, RED, PURPLE)
-_STYLES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")
-_SMOOTH_FROM = 40
+COLORS = (BLUE, ORANGE, GREEN, RED, PURPLE)
+STYLES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")
+SMOOTH_FROM = 40
 """Number of steps from which a running mean is drawn over the single steps."""
 Handles = list[Line2D | Patch]
 
@@ -62,8 +62,8 @@ def _pass_at_k(axes: Axes, records: Records) -> Handles:
     found = evaluations(records)
     sets = sorted({dataset for _, dataset, _ in found})
     ks = sorted({k for _, _, k in found})
-    color = {k: _COLORS[index % len(_COLORS)] for index, k in enumerate(ks)}
-    style = {dataset: _STYLES[index % len(_STYLES)] for index, dataset in enumerate(sets)}
+    color = {k: COLORS[index % len(COLORS)] for index, k in enumerate(ks)}
+    style = {dataset: STYLES[index % len(STYLES)] for index, dataset in enumerate(sets)}
     for name, dataset, k in found:
         axes.plot(*series(records, name), style[dataset], color=color[k], marker="o", markersize=3.5)
     axes.set_ylabel("Share of problems solved")
@@ -122,7 +122,7 @@ def _time(axes: Axes, records: Records) -> Handles:
     bottom = np.zeros(len(centres))
     handles: Handles = []
     for index, ((label, _), layer) in enumerate(zip(layers, values, strict=True)):
-        color = GREY if label == "other" else _COLORS[index]
+        color = GREY if label == "other" else COLORS[index]
         axes.bar(centres, layer, bottom=bottom, width=0.85 * width, color=color, linewidth=0)
         bottom += layer
         handles.append(Patch(color=color, linewidth=0, label=label.replace("_", " ")))
@@ -132,7 +132,7 @@ def _time(axes: Axes, records: Records) -> Handles:
 
 def _time_layers(records: Records) -> list[tuple[str, list[float]]]:
     """Return the longest phases, and `other`: shorter phases and time that no phase measured."""
-    shown = phases(records)[: len(_COLORS)]
+    shown = phases(records)[: len(COLORS)]
     layers = [(phase, [record.get(name) or 0.0 for record in records]) for name, phase in shown]
     every = [math.fsum(record.get(name) or 0.0 for name, _ in phases(records)) for record in records]
     whole = [max(record.get(STEP_SECONDS) or 0.0, every[index]) for index, record in enumerate(records)]
@@ -163,7 +163,7 @@ def _plain_numbers(axes: Axes) -> None:
 
 
 def _window(records: Records) -> int:
-    return max(5, len(records) // 20) if len(records) >= _SMOOTH_FROM else 0
+    return max(5, len(records) // 20) if len(records) >= SMOOTH_FROM else 0
 
 
 def _note(records: Records) -> str:

@@ -38,23 +38,26 @@ class Report:
         console.print(f"report: {self.html} (figure: {self.png})")
 
 
-def write_report(run_dir: str | Path) -> Report:
-    """Write `report.png` and `report.html` into `run_dir`; works also while the run still goes on.
+def write_report(run_dir: str | Path, out: Path | None = None) -> Report:
+    """Write `report.png` and `report.html` into `out`; works also while the run still goes on.
 
-    They are made of its metrics.jsonl and, where they exist, recipe.yaml and rollouts/*.jsonl. Raises ReportError where
-    `run_dir` is no run folder or has no finished step, MetricsFileError on a damaged record.
+    out: default `run_dir`. They are made of its metrics.jsonl and, where they exist, recipe.yaml and rollouts/*.jsonl.
+    Raises ReportError where `run_dir` is no run folder or has no finished step, MetricsFileError on a damaged record.
     """
     run = Path(run_dir)
-    records = _load(run)
+    records = load_records(run)
     tables = summarise(records)
     png = draw_report(records)
-    report = Report(tables, png=run / "report.png", html=run / "report.html")
+    folder = run if out is None else out
+    folder.mkdir(parents=True, exist_ok=True)
+    report = Report(tables, png=folder / "report.png", html=folder / "report.html")
     report.png.write_bytes(png)
     report.html.write_text(_html(run, records, tables, png), encoding="utf-8")
     return report
 
 
-def _load(run: Path) -> Records:
+def load_records(run: Path) -> Records:
+    """Return the steps of a run folder. Raises ReportError where there are none."""
     if not run.is_dir():
         raise ReportError(f"{run}: no such folder; give the output folder of a run")
     if not (run / METRICS_FILE).exists():
