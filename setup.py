@@ -27,6 +27,7 @@ CORE = [
     "packaging",
     "tenacity>=9",
     "rich>=13",
+    "shtab>=1.7",  # shell completion
     "matplotlib>=3.8",
     "tensorboard",
 ]

@@ -146,7 +146,7 @@ def parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add(own)
-        own.set_defaults(command=command)
+        own.set_defaults(command=command, parser=whole)
     return whole
 
 

@@ -7,6 +7,7 @@ from megatron_hdpo.commands import (
     chat,
     check,
     compare,
+    completion,
     convert,
     doctor,
     evaluate,
@@ -36,4 +37,5 @@ ALL: tuple[Command, ...] = (
     verify_conversion.COMMAND,
     explain.COMMAND,
     doctor.COMMAND,
+    completion.COMMAND,
 )

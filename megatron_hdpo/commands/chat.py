@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 from megatron_hdpo.commands.base import Command
 from megatron_hdpo.commands.local_model import Message, add_generation, load_local_model
@@ -15,7 +16,7 @@ line forgets the conversation; Ctrl-D ends."""
 
 
 def _add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="Hugging Face folder")
+    parser.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face folder")
     parser.add_argument("--system", metavar="TEXT", help="system message")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="of the model (default auto)")
     add_generation(parser, 0.7, 1024)
@@ -24,7 +25,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
 def _chat(arguments: argparse.Namespace) -> None:
     from transformers import TextStreamer
 
-    model = load_local_model(arguments.model, arguments.device, arguments.seed)
+    model = load_local_model(str(arguments.model), arguments.device, arguments.seed)
     start: list[Message] = [{"role": "system", "content": arguments.system}] if arguments.system else []
     messages = list(start)
     model.chat_ids([*messages, {"role": "user", "content": "?"}])  # a model without a template is refused at once

@@ -25,7 +25,9 @@ T = TypeVar("T")
 
 
 def _add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", metavar="RECIPE_OR_MODEL", help="YAML file of a recipe, or Hugging Face folder")
+    parser.add_argument(
+        "target", type=Path, metavar="RECIPE_OR_MODEL", help="YAML file of a recipe, or Hugging Face folder"
+    )
     parser.add_argument("rest", nargs="*", metavar="PROMPT_OR_KEY.PATH=VALUE", help="prompts; overrides of a recipe")
     parser.add_argument("-n", "--samples", type=int, default=4, metavar="N", help="samples per prompt (default 4)")
     parser.add_argument("--problems", type=int, default=4, metavar="N", help="problems of a recipe (default 4)")
@@ -35,8 +37,8 @@ def _add(parser: argparse.ArgumentParser) -> None:
 
 
 def _sample(arguments: argparse.Namespace) -> None:
-    if Path(arguments.target).suffix in _SUFFIXES:
-        with opened_run(Path(arguments.target), arguments.rest) as run:
+    if arguments.target.suffix in _SUFFIXES:
+        with opened_run(arguments.target, arguments.rest) as run:
             groups = _of_problems(run, arguments)
             if run.context.is_leader:
                 for line in _group_lines(groups):
@@ -48,7 +50,7 @@ def _sample(arguments: argparse.Namespace) -> None:
 def _of_prompts(arguments: argparse.Namespace) -> None:
     if not arguments.rest:
         raise LocalModelError(f"{arguments.target}: name a prompt (a recipe, which has its own, ends in .yaml)")
-    model = load_local_model(arguments.target, arguments.device, arguments.seed)
+    model = load_local_model(str(arguments.target), arguments.device, arguments.seed)
     chat = model.has_chat_template and not arguments.raw
     temperature = 1.0 if arguments.temperature is None else arguments.temperature
     for prompt in arguments.rest:

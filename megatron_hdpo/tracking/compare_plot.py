@@ -56,13 +56,13 @@ def _panel(axes: Axes, title: str, metric: str, runs: Mapping[str, Records]) -> 
         low, high = series(records, f"{metric}_low"), series(records, f"{metric}_high")
         if low[0] == high[0] == steps and steps:
             axes.fill_between(steps, low[1], high[1], color=color, alpha=0.12, linewidth=0)
-        if len(steps) >= SMOOTH_FROM:
+        if len(steps) >= SMOOTH_FROM and not low[0]:  # an evaluation has its interval: it is not averaged over steps
             axes.plot(steps, values, color=color, alpha=0.2, linewidth=0.7)
             values = list(running_mean(values, max(5, len(steps) // 20)))
         marker = "o" if len(steps) < SMOOTH_FROM else ""
         axes.plot(steps, values, style, color=color, marker=marker, markersize=3, label=name)
     axes.set_title(title, fontsize=10, fontweight="bold", loc="left")
     axes.set_xlabel("Training step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, steps=[1, 2, 5, 10]))
     axes.grid(axis="y", alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
