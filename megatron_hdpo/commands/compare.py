@@ -36,7 +36,7 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 COMMAND = Command(
     "compare",
-    "Compare runs: pass@k, time, recipes, and their curves in one figure.",
+    "Compare runs in tables and one figure.",
     _add,
     _compare,
     description=_DESCRIPTION,

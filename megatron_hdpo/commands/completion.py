@@ -41,7 +41,7 @@ def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
 
 COMMAND = Command(
     "completion",
-    "Print a script by which the shell completes this program.",
+    "Print a completion script for the shell.",
     _add,
     _completion,
     description=_DESCRIPTION,

@@ -64,7 +64,7 @@ def _setting(recipe: Recipe) -> dict[str, Any]:
 
 COMMAND = Command(
     "evaluate",
-    "Evaluate the model of a recipe on its held-out problems.",
+    "Evaluate a model on the held-out problems of a recipe.",
     _add,
     _evaluate,
     description=_DESCRIPTION,

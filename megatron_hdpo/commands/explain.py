@@ -25,7 +25,7 @@ def _explain(arguments: argparse.Namespace) -> None:
 
 COMMAND = Command(
     "explain",
-    "Print the meaning, type, default and bounds of recipe keys.",
+    "Print meaning, type, default and bounds of keys.",
     _add,
     _explain,
     examples=("", "rollout", "rollout.temperature", "--json-schema"),

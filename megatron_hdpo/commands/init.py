@@ -142,7 +142,7 @@ def _list() -> None:
 
 COMMAND = Command(
     "init",
-    "Copy a shipped recipe into your folder, or list the recipes.",
+    "Copy a shipped recipe, or list the recipes.",
     _add,
     _init,
     description="""\

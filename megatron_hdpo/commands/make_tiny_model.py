@@ -36,7 +36,7 @@ def _make(arguments: argparse.Namespace) -> None:
 
 COMMAND = Command(
     "make-tiny-model",
-    "Make a tiny random model, for the recipes without a download.",
+    "Make a tiny random model for a first run.",
     _add,
     _make,
     description="A Hugging Face folder with a tokenizer of one token per character: digits, +, = and #.",

@@ -38,7 +38,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
 COMMAND = Command(
     "report",
-    "Write report.html and report.png of runs and print their tables.",
+    "Write report.html and report.png, and print tables.",
     _add,
     _report,
     description="The files go into the folder of each run, or into --out. `compare` shows runs side by side.",

@@ -108,7 +108,7 @@ def _group_lines(groups: Iterable[Group]) -> Iterable[str]:
 
 COMMAND = Command(
     "sample",
-    "Print samples of a model, or of a recipe's held-out problems.",
+    "Print samples of a model, or of a recipe's problems.",
     _add,
     _sample,
     description=_DESCRIPTION,

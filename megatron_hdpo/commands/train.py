@@ -21,7 +21,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
 COMMAND = Command(
     "train",
-    "Train, or resume the run in the output folder of the recipe.",
+    "Train, or resume the run in the output folder.",
     add_recipe,
     _train,
     description="One rank without torchrun; more ranks: torchrun --nproc-per-node N -m megatron_hdpo train ...",
