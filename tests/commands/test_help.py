@@ -26,9 +26,8 @@ def _parser(command: Command) -> argparse.ArgumentParser:
 def test_a_summary_is_one_imperative_sentence_that_fits_a_line(command: Command) -> None:
     first = command.summary.split()[0]
     assert first[0].isupper() and first.lower() not in NOT_IMPERATIVE and not first.endswith("ing")
-    assert (
-        command.summary.endswith(".") and ". " not in command.summary and len(command.summary) <= 57
-    )  # 80 columns less the names
+    assert command.summary.endswith(".") and ". " not in command.summary
+    assert len(command.summary) <= 57, "80 columns, less those of the names"
 
 
 @ALL

@@ -122,6 +122,24 @@ def test_slurm_meets_at_the_first_node(bench: Path) -> None:
     assert (flag(said, "--nproc-per-node"), flag(said, "--rdzv-id")) == ("4", "123")
 
 
+def test_slurm_trains_in_a_container_on_request(bench: Path) -> None:
+    flags = f"--container-image image.sqsh --container-mounts {ROOT}:{ROOT} --container-workdir {ROOT}"
+    assert f" {flags} examples/cluster/several_nodes.sh" in slurm(bench, CONTAINER="image.sqsh")
+    assert "--container-mounts /data:/data " in slurm(bench, CONTAINER="image.sqsh", MOUNTS="/data:/data")
+    assert "--container" not in slurm(bench)
+
+
+def test_a_script_runs_in_the_folder_that_it_is_called_from(bench: Path) -> None:
+    """A recipe's paths start there, wherever the scripts are."""
+    environment = {"PATH": f"{bench}:{os.environ['PATH']}", "HOME": str(bench), "NODES": "2", "HEAD": "a:1"}
+    (bench / "recipe.yaml").write_text("output: runs/here\n")
+    for script in ("one_node.sh", "several_nodes.sh", "kubernetes.sh"):
+        command = ["bash", str(SCRIPTS / script), "recipe.yaml"]
+        done = subprocess.run(command, env=environment, cwd=bench, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 and flag(done.stdout, "--log-dir") == "runs/here/logs/torchrun/here", done.stderr
+        assert (bench / "runs/here/logs/torchrun/here").is_dir()
+
+
 def test_slurm_with_server_nodes_hands_the_addresses_over(bench: Path) -> None:
     """A stand-in for SGLang answers; the trainer is started when it does, and the servers end with it."""
     with socket.socket() as free:
