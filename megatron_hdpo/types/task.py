@@ -27,6 +27,9 @@ class Task(Protocol):
     def problems(self, report: LoadReport) -> list[Problem]:
         """Return all problems, in the same order on every call. Raises DataError."""
 
+    def content(self) -> str | None:
+        """Return a digest of the file or dataset that `problems` reads; None for problems that are not to be cached."""
+
     def prepare(self) -> None:
         """Load what `score` needs, before the first call and outside its time limit."""
 
@@ -52,6 +55,13 @@ class TaskBase(BaseModel):
     def task_name(self) -> str:
         """Return the configured name, else the default name."""
         return self.name or self.default_name()
+
+    def content(self) -> str | None:
+        """Return a digest of the file or dataset that `problems` reads. Default: None, nothing is cached.
+
+        With a digest, checked problems are kept between runs (`data/cache.py`), so their metadata must be JSON.
+        """
+        return None
 
     def prepare(self) -> None:
         """Load what `score` needs. Default: do nothing."""

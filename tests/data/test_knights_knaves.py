@@ -180,7 +180,7 @@ def test_rows_that_cannot_be_used(tmp_path, change, message) -> None:
         ({"people": [1]}, "puzzles have 2 to 14 people"),
         ({"people": []}, "at least 1 item"),
         ({"rows": {}}, "give either path or dataset"),
-        ({"rows": {"path": "x.csv"}}, r"path must end in .jsonl or .parquet, not .csv"),
+        ({"rows": {"path": "x.tsv"}}, r"path must end in .jsonl, .json, .csv, .parquet, not .tsv"),
         ({"rows": {"path": "x.jsonl", "dataset": "y"}}, "give either path or dataset"),
     ],
 )

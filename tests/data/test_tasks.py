@@ -153,7 +153,7 @@ def test_impossible_digit_sums_are_refused(config, message):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"kind": "csv", "path": "x"}, "does not match any of the expected tags"),
+        ({"kind": "excel", "path": "x"}, "does not match any of the expected tags"),
         ({"kind": "jsonl"}, "Field required"),
         ({"kind": "jsonl", "path": "x", "scorer": "latex"}, "'math' or 'exact'"),
         ({"kind": "jsonl", "path": "x", "answer_pattern": "("}, "not a regular expression"),

@@ -1,8 +1,11 @@
-"""Problems from files and Hugging Face datasets: rows with a question, an answer and perhaps a worked solution."""
+"""Base of the tasks that read rows with a question, an answer and perhaps a worked solution.
+
+`file_formats.py` has one task for each format of a file, `hugging_face.py` the one for datasets.
+"""
 
 from __future__ import annotations
 
-import json
+import hashlib
 import random
 import re
 from collections.abc import Iterator
@@ -121,10 +124,9 @@ class FileTaskBase(TaskBase):
         return iter(rows)
 
 
-class JsonlTask(FileTaskBase):
-    """A file with one JSON object per line."""
+class FileTask(FileTaskBase):
+    """Base of the tasks that read one file."""
 
-    kind: Literal["jsonl"]
     path: Path = Field(description="The file.")
 
     def default_name(self) -> str:
@@ -133,82 +135,16 @@ class JsonlTask(FileTaskBase):
     def source(self) -> str:
         return str(self.path)
 
-    def rows(self, report: LoadReport) -> Iterator[tuple[str, Any]]:
-        """Yield the lines that are not blank. Raises DataError for a missing file or a line that does not parse."""
-        existing(self.path, self.task_name)
-        with self.path.open(encoding="utf-8-sig", errors="replace") as file:
-            for number, line in enumerate(file, 1):
-                where = f"{self.path}:{number}"
-                if not line.strip():
-                    continue
-                try:
-                    yield where, json.loads(line)
-                except json.JSONDecodeError as error:
-                    message = f"{where}: not JSON: {error.msg} at column {error.colno}"
-                    report.reject(self.task_name, self.on_bad_row, "not JSON", message)
+    def content(self) -> str:
+        """Return a digest of the file's bytes. Raises DataError for a missing file."""
+        with self.existing_path().open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
-
-class ParquetTask(FileTaskBase):
-    """A Parquet file."""
-
-    kind: Literal["parquet"]
-    path: Path = Field(description="The file.")
-
-    def default_name(self) -> str:
-        return self.path.stem
-
-    def source(self) -> str:
-        return str(self.path)
-
-    def rows(self, report: LoadReport) -> Iterator[tuple[str, Any]]:
-        """Yield all rows, counted from 1. Raises DataError for a missing file or one that is not Parquet."""
-        import pyarrow
-        import pyarrow.parquet
-
-        existing(self.path, self.task_name)
-        try:
-            with pyarrow.parquet.ParquetFile(self.path) as file:
-                number = 0
-                for batch in file.iter_batches(batch_size=1024):
-                    for row in batch.to_pylist():
-                        number += 1
-                        yield f"{self.path}:{number}", row
-        except pyarrow.ArrowInvalid as error:
-            raise DataError(f"task {self.task_name!r}: {self.path} is not a readable Parquet file: {error}") from error
-
-
-class HuggingFaceTask(FileTaskBase):
-    """A dataset that the `datasets` library loads: a name on the hub, or a local folder."""
-
-    kind: Literal["huggingface"]
-    dataset: str = Field(description="Name on the hub, or a folder.")
-    subset: str | None = Field(None, description="Configuration of the dataset, where it has several.")
-    split: str = Field("train", description="Split, slices allowed: train[:95%].")
-    revision: str | None = Field(None, description="Commit or tag of the dataset on the hub.")
-
-    def default_name(self) -> str:
-        return Path(self.dataset).name
-
-    def source(self) -> str:
-        return f"{self.dataset}[{self.split}]"
-
-    def rows(self, report: LoadReport) -> Iterator[tuple[str, Any]]:
-        """Yield all rows of the split, counted from 1. Raises DataError when the library cannot load it."""
-        import datasets
-
-        try:
-            loaded = datasets.load_dataset(self.dataset, self.subset, split=self.split, revision=self.revision)
-        except Exception as error:  # the library raises its own, the hub's, pyarrow's and the operating system's errors
+    def existing_path(self) -> Path:
+        """Return the path. Raises DataError unless it is a file."""
+        if not self.path.is_file():
+            kind = "is a folder" if self.path.is_dir() else "does not exist"
             raise DataError(
-                f"task {self.task_name!r}: the datasets library cannot load {self.source()}: "
-                f"{type(error).__name__}: {error}; check dataset, subset and split, and whether the hub can be reached"
-            ) from error
-        for number, row in enumerate(loaded, 1):
-            yield f"{self.source()}:{number}", row
-
-
-def existing(path: Path, task: str) -> None:
-    """Raise DataError unless `path` is a file."""
-    if not path.is_file():
-        kind = "is a folder" if path.is_dir() else "does not exist"
-        raise DataError(f"task {task!r}: {path} {kind}; path must name a file (relative to {Path.cwd()})")
+                f"task {self.task_name!r}: {self.path} {kind}; path must name a file (relative to {Path.cwd()})"
+            )
+        return self.path

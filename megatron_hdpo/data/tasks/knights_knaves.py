@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from megatron_hdpo.data.tasks.knights_logic import Statement, draw_statements, holds, in_words, violated
 from megatron_hdpo.data.tasks.row_source import RowSource
-from megatron_hdpo.data.tasks.rows import BadRow, ending_in_answer, lookup_or
+from megatron_hdpo.data.tasks.rows import BadRow, check_text, ending_in_answer, lookup_or
 from megatron_hdpo.rewards.extraction import last_boxed, visible_text
 from megatron_hdpo.types.errors import DataError
 from megatron_hdpo.types.load_report import LoadReport
@@ -163,6 +163,7 @@ class KnightsKnavesTask(TaskBase):
         truth = [role == "knight" for role in roles]
         statements = _statements(lookup_or(row, "statements"), truth)
         solution = lookup_or(row, "solution")
+        check_text(question, solution or "")
         index = where.rpartition(":")[2]
         return self._problem(
             index=index,

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from megatron_hdpo.data.tasks.row_source import RowSource
-from megatron_hdpo.data.tasks.rows import BadRow, lookup_or, question_key
+from megatron_hdpo.data.tasks.rows import BadRow, check_text, lookup_or, question_key
 from megatron_hdpo.rewards.exact import normalise
 from megatron_hdpo.rewards.extraction import AnswerFormat, extract_answer
 from megatron_hdpo.types.errors import DataError
@@ -60,6 +60,9 @@ class LetterChoiceTask(TaskBase):
             raise DataError(f"task {self.task_name!r}: no question is left of its rows")
         return problems
 
+    def content(self) -> str | None:
+        return self.rows.content(self.task_name)
+
     def score(self, problem: Problem, response: str) -> float:
         """Return 1.0 when the final answer is the right letter, alone or before its own choice, else 0.0."""
         answer = extract_answer(response, self.answer_format)
@@ -97,6 +100,7 @@ class LetterChoiceTask(TaskBase):
         choices = [texts[i] for i in order]
         lines = "\n".join(f"{letter}. {text}" for letter, text in zip(ascii_uppercase, choices, strict=False))
         level, solution = lookup_or(row, self.level_key), lookup_or(row, self.solution_key)
+        check_text(question, lines, str(solution))
         answer = ascii_uppercase[order.index(right)]
         return Problem(
             id=f"{self.task_name}/{index}",

@@ -8,17 +8,21 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from megatron_hdpo.data.tasks.files import FileTaskBase, HuggingFaceTask, JsonlTask, ParquetTask
+from megatron_hdpo.data.tasks.file_formats import CsvTask, JsonlTask, JsonTask, ParquetTask
+from megatron_hdpo.data.tasks.files import FileTaskBase
+from megatron_hdpo.data.tasks.hugging_face import HuggingFaceTask
 from megatron_hdpo.types.load_report import LoadReport
 from megatron_hdpo.types.task import BadRowPolicy
 
+_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+
 
 class RowSource(BaseModel):
-    """A .jsonl or .parquet file, or a dataset."""
+    """A file, its format told by its suffix, or a dataset."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    path: Path | None = Field(None, description="A file, .jsonl or .parquet.")
+    path: Path | None = Field(None, description="A file: .jsonl, .json (a list), .csv or .parquet.")
     dataset: str | None = Field(None, description="In place of path: name on the Hugging Face hub, or a folder.")
     subset: str | None = Field(None, description="Configuration of the dataset, where it has several.")
     split: str = Field("train", description="Split of the dataset, slices allowed: train[:95%].")
@@ -28,8 +32,8 @@ class RowSource(BaseModel):
     def _one_of_two(self) -> RowSource:
         if (self.path is None) == (self.dataset is None):
             raise ValueError("give either path or dataset")
-        if self.path is not None and self.path.suffix not in (".jsonl", ".parquet"):
-            raise ValueError(f"path must end in .jsonl or .parquet, not {self.path.suffix or 'neither'}")
+        if self.path is not None and self.path.suffix not in _SUFFIXES:
+            raise ValueError(f"path must end in {', '.join(_SUFFIXES)}, not {self.path.suffix or 'none of them'}")
         return self
 
     @property
@@ -44,11 +48,21 @@ class RowSource(BaseModel):
         """
         return self._reader(task, on_bad_row).rows(report)
 
+    def content(self, task: str) -> str | None:
+        """Return a digest of what `rows` reads. Raises DataError for a source that cannot be read."""
+        return self._reader(task, "error").content()
+
     def _reader(self, task: str, on_bad_row: BadRowPolicy) -> FileTaskBase:
         if self.path is None:
             assert self.dataset is not None
             where = {"subset": self.subset, "split": self.split, "revision": self.revision}
             return HuggingFaceTask(kind="huggingface", dataset=self.dataset, name=task, on_bad_row=on_bad_row, **where)
-        if self.path.suffix == ".parquet":
-            return ParquetTask(kind="parquet", path=self.path, name=task, on_bad_row=on_bad_row)
-        return JsonlTask(kind="jsonl", path=self.path, name=task, on_bad_row=on_bad_row)
+        common = {"path": self.path, "name": task, "on_bad_row": on_bad_row}
+        match self.path.suffix:
+            case ".parquet":
+                return ParquetTask(kind="parquet", **common)
+            case ".csv":
+                return CsvTask(kind="csv", **common)
+            case ".json":
+                return JsonTask(kind="json", **common)
+        return JsonlTask(kind="jsonl", **common)

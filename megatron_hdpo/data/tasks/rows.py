@@ -52,6 +52,7 @@ class RowReader:
         question = self._text(row, self.keys.question, "question")
         solution = self._optional(row, self.keys.solution)
         answer = self._answer(row, solution)
+        check_text(question, answer, solution or "")
         return Problem(
             id=f"{self.task}/{where.rpartition(':')[2]}",
             task=self.task,
@@ -94,6 +95,16 @@ class RowReader:
     def _optional(self, row: Any, key: str) -> str | None:
         value = lookup(row, key)
         return None if value is _MISSING or value is None or not str(value).strip() else str(value).strip()
+
+
+def check_text(*texts: str) -> None:
+    """Raise BadRow for a text that no tokenizer can encode: half a surrogate pair, or bytes that were not UTF-8."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            found = repr(text[max(0, error.start - 20) : error.start + 20])
+            raise BadRow("not Unicode", f"holds bytes that are not UTF-8 text, around {found}") from error
 
 
 def lookup(row: Any, key: str) -> Any:
