@@ -157,7 +157,7 @@ TABLE = [
     Wrong(
         "missing tag of a union",
         "RecipeError: {recipe}: data.train.0.kind: required key is missing, one of digit_sums, "
-        "knights_knaves, letter_choice, reasoning_gym, jsonl, parquet, huggingface",
+        "knights_knaves, letter_choice, reasoning_gym, jsonl, json, csv, parquet, huggingface",
         edit=without("data.train.0.kind"),
     ),
     Wrong(
@@ -292,9 +292,15 @@ TABLE = [
     ),
     Wrong(
         "template file that is not there",
-        "RecipeError: {recipe}: data.prompts.student: cannot read the template file missing.jinja: No "
-        "such file or directory (given: 'missing.jinja')",
+        "RecipeError: {recipe}: data.prompts.student: cannot read the file missing.jinja: No such file or "
+        "directory (relative to {cwd}) (given: 'missing.jinja')",
         ["data.prompts.student=missing.jinja"],
+    ),
+    Wrong(
+        "file of the system message that is not there",
+        "RecipeError: {recipe}: data.prompts.system: cannot read the file system.txt: No such file or "
+        "directory (relative to {cwd}) (given: 'system.txt')",
+        ["data.prompts.system=system.txt"],
     ),
     Wrong(
         "two tasks of one name",

@@ -1,13 +1,14 @@
 """The prompts section of the recipe, checked before anything is loaded.
 
-Templates are Jinja2, in the recipe or in a file of their own (a single line that ends in .jinja or .j2 is a path).
+Templates are Jinja2. They and the system message stand in the recipe or in a file of their own: a single word that
+ends in .jinja, .txt, .md, ... is its path.
 """
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from megatron_hdpo.data.templates import (
     DEFAULT_HINT,
@@ -31,7 +32,9 @@ class PromptConfig(BaseModel):
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="Extra variables of the chat template, for example enable_thinking: false."
     )
-    system: str | None = Field(None, description="System message, or a path to it; for chat only.")
+    system: str | None = Field(
+        None, description="System message, or the path of a file with it (.txt, .md, ...); for chat only."
+    )
     student: str = Field(DEFAULT_STUDENT, description="Jinja2 template, or its path; variable: question.")
     privileged: str = Field(
         DEFAULT_PRIVILEGED,
@@ -57,10 +60,15 @@ class PromptConfig(BaseModel):
         description="Longest privileged prompt, its solution or hint is cut to fit; by default 2 x max_prompt_tokens.",
     )
 
-    @field_validator("system", "student", "privileged", "hint")
+    @field_validator("student", "privileged", "hint")
     @classmethod
-    def _read_file(cls, template: str | None) -> str | None:
+    def _read_file(cls, template: str) -> str:
         return read_template(template)
+
+    @field_validator("system")
+    @classmethod
+    def _read_system(cls, message: str | None) -> str | None:
+        return None if message is None else read_template(message).strip()
 
     @field_validator("student")
     @classmethod
@@ -84,6 +92,12 @@ class PromptConfig(BaseModel):
         if not variables_of(template) & {"attempt", "feedback"}:
             raise ValueError("the template uses neither attempt nor feedback: every hint would be the same")
         return template
+
+    @model_validator(mode="after")
+    def _system_is_shown(self) -> PromptConfig:
+        if self.system and not self.chat:
+            raise ValueError("system: raw prompts have no system message; set chat: true, or leave system out")
+        return self
 
     @property
     def hint_shows(self) -> frozenset[str]:

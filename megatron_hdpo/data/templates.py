@@ -48,20 +48,40 @@ STUDENT_VARIABLES = frozenset({"question"})
 PRIVILEGED_VARIABLES = frozenset({"question", "answer", "solution", "reference_begin", "reference_end"})
 HINT_VARIABLES = frozenset({"question", "attempt", "answer", "feedback", "reference_begin", "reference_end"})
 TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2")
+TEXT_SUFFIXES = (*TEMPLATE_SUFFIXES, ".txt", ".text", ".md", ".markdown", ".rst", ".prompt", ".tmpl")
 
 
 class NothingToShow(jinja2.TemplateRuntimeError):
     """A template uses a variable for which this problem has no value."""
 
 
-def read_template(template: str | None) -> str | None:
-    """Return the template itself, or the text of the file that it names. Raises ValueError for an unreadable file."""
-    if template is None or "\n" in template or not template.endswith(TEMPLATE_SUFFIXES):
+def names_a_file(text: str) -> bool:
+    """Return whether a prompt text of a recipe is the path of a file.
+
+    A single word with the suffix of a text file is one, and a line with the suffix of a template.
+    """
+    if "\n" in text:
+        return False
+    return text.endswith(TEMPLATE_SUFFIXES) or (len(text.split()) == 1 and text.lower().endswith(TEXT_SUFFIXES))
+
+
+def read_template(template: str) -> str:
+    """Return the template itself, or the text of the file that it names, relative to the current folder.
+
+    Raises ValueError for a file that cannot be read or is empty.
+    """
+    if not names_a_file(template):
         return template
     try:
-        return Path(template).read_text(encoding="utf-8")
+        text = Path(template).read_text(encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"cannot read the template file {template}: {error.strerror}") from error
+        reason = f"{error.strerror} (relative to {Path.cwd()})"
+        raise ValueError(f"cannot read the file {template}: {reason}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the file {template} is not UTF-8 text: {error}") from error
+    if not text.strip():
+        raise ValueError(f"the file {template} is empty")
+    return text
 
 
 def variables_of(template: str) -> frozenset[str]:

@@ -103,7 +103,7 @@ def test_a_problem_that_does_not_fit_is_refused_and_the_quick_check_agrees() -> 
         ({"hint": "{{ attempt }}"}, "does not use the variable question"),
         ({"hint": "{{ question }} {{ answer }}"}, "uses neither attempt nor feedback"),
         ({"hint": "{{ question"}, r"does not parse: .* \(its line 1\)"),
-        ({"hint": "none/such.jinja"}, "cannot read the template file none/such.jinja"),
+        ({"hint": "none/such.jinja"}, "cannot read the file none/such.jinja"),
         ({"hint_keep": "middle"}, "'end' or 'beginning'"),
     ],
 )

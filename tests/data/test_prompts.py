@@ -130,6 +130,35 @@ def test_templates_come_from_files(tmp_path):
     assert "From a file: What is 2+2?" in builder(student=str(path)).render_student(PROBLEM)
 
 
+@pytest.mark.parametrize("name", ["system.txt", "system.md", "Système.TXT", "system.jinja"])
+def test_a_system_message_comes_from_a_file(tmp_path, monkeypatch, name):
+    (tmp_path / name).write_text("Be brief.\n\nBe right.\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    config = PromptConfig(system=name)
+    assert config.system == "Be brief.\n\nBe right."
+    assert PromptConfig(**config.model_dump()) == config
+    assert "Be brief." in builder(system=name).render_student(PROBLEM)
+
+
+@pytest.mark.parametrize("text", ["/no_think", "Answer like system.txt", "Be brief.", "Say\nx.txt", "Version 1.5"])
+def test_a_system_message_that_names_no_file_is_literal(text):
+    assert PromptConfig(system=text).system == text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"", r"s\.md is empty"), (b"\n \n", "is empty"), (b"\xff", r"s\.md is not UTF-8 text")]
+)
+def test_system_messages_without_text_are_refused(tmp_path, content, message):
+    (tmp_path / "s.md").write_bytes(content)
+    with pytest.raises(ValidationError, match=message):
+        PromptConfig(system=str(tmp_path / "s.md"))
+
+
+def test_raw_prompts_have_no_system_message():
+    with pytest.raises(ValidationError, match="raw prompts have no system message"):
+        PromptConfig(system="Be brief.", chat=False)
+
+
 @pytest.mark.parametrize(
     ("key", "template", "message"),
     [
@@ -138,7 +167,10 @@ def test_templates_come_from_files(tmp_path):
         ("student", "Solve this.", "does not use the variable question"),
         ("student", "{{ question", r"does not parse: .* \(its line 1\)"),
         ("privileged", "{{ question }} {{ solutions }}", "unknown variables: solutions"),
-        ("privileged", "no/such/file.jinja", "cannot read the template file no/such/file.jinja: No such file"),
+        ("privileged", "no/such/file.jinja", "cannot read the file no/such/file.jinja: No such file"),
+        ("student", "prompts/student.md", r"cannot read the file prompts/student\.md: No such file .*relative to /"),
+        ("hint", "hint.txt", r"cannot read the file hint\.txt"),
+        ("system", "system.txt", r"cannot read the file system\.txt: No such file"),
         ("reference_begin", "", "at least 1 character"),
         ("max_prompt_tokens", 0, "greater than or equal to 1"),
         ("chatt", True, "Extra inputs are not permitted"),
