@@ -31,7 +31,10 @@ class DataConfig(BaseModel):
         True,
         description="Drop training problems whose question is also in the evaluation data.",
     )
-    cache_dir: Path | None = Field(None, description="Folder that caches parsed gold answers; by default ~/.cache.")
+    cache_dir: Path | None = Field(
+        None,
+        description="Folder that caches checked problems and parsed gold answers; default: ~/.cache/megatron_hdpo.",
+    )
 
     @model_validator(mode="after")
     def _names_differ(self) -> DataConfig:

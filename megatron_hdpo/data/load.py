@@ -7,13 +7,18 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
+
+from megatron_hdpo.data.cache import Origin, ProblemCache
+from megatron_hdpo.data.cache_key import task_key
+from megatron_hdpo.data.checked import CheckedProblems, ProblemChecker, question_hashes
 from megatron_hdpo.data.config import DataConfig
 from megatron_hdpo.data.order import ProblemOrder
-from megatron_hdpo.data.prompts import Hint, PromptBuilder, PromptTooLong, TokenizerLike
+from megatron_hdpo.data.prompts import PromptBuilder, TokenizerLike
 from megatron_hdpo.data.tasks import Task
-from megatron_hdpo.data.tasks.files import FileTaskBase
 from megatron_hdpo.data.tasks.rows import question_key
 from megatron_hdpo.rewards.config import RewardConfig
 from megatron_hdpo.rewards.gold import GoldCache, check_golds
@@ -22,15 +27,18 @@ from megatron_hdpo.types.errors import DataError
 from megatron_hdpo.types.load_report import LoadReport
 from megatron_hdpo.types.problem import Problem
 
-ENCODED_AT_LOAD = 100
-"""Problems of each task that are encoded at load, to find a tokenizer that has no tokens for the text."""
+PROBLEMS = "problems"
+"""Folder of checked problems inside the cache."""
 
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class LoadedData:
-    """The data of a run. Train and evaluation problems fit their prompts, have readable gold and do not overlap."""
+    """The data of a run. Train and evaluation problems fit their prompts, have readable gold and do not overlap.
+
+    origins: by task, whether its problems were checked at this load or read from the cache.
+    """
 
     train: list[Problem]
     evaluation: list[Problem]
@@ -38,6 +46,7 @@ class LoadedData:
     prompts: PromptBuilder
     order: ProblemOrder
     report: LoadReport
+    origins: dict[str, Origin]
 
 
 def load(
@@ -47,29 +56,34 @@ def load(
     privileged: bool = True,
     hints: bool = False,
 ) -> LoadedData:
-    """Load and check all problems.
+    """Load and check all problems; those of files and datasets come from the cache once they have been checked.
 
-    pool: parses gold answers that are not in the cache; without one, a pool is started for that time only. privileged:
-    prompts with the ground truth will be requested, so they must fit too. hints: prompts with hints will be requested,
-    so their problem must fit. Raises DataError for anything that cannot be used and may not be dropped, and when no
-    problem is left.
+    Any number of processes may load at the same time: one of them checks, the others wait for its result. pool: parses
+    gold answers that are not in the cache; without one, a pool is started for that time only. privileged: prompts with
+    the ground truth will be requested, so they must fit too. hints: prompts with hints will be requested, so their
+    problem must fit. Raises DataError for anything that cannot be used and may not be dropped, and when no problem is
+    left.
     """
-    report, prompts = LoadReport(), PromptBuilder(tokenizer, config.prompts)
-    found = {task.task_name: task.problems(report) for task in config.tasks}
-    found = _with_readable_gold(config, found, pool, report)
-    found = {
-        name: _that_fit(
-            task=name, problems=problems, prompts=prompts, privileged=privileged, hints=hints, report=report
-        )
-        for name, problems in found.items()
-    }
-    evaluation = [problem for task in config.evaluation for problem in found[task.task_name]]
-    train = [problem for task in config.train for problem in found[task.task_name]]
+    prompts, folder = PromptBuilder(tokenizer, config.prompts), config.cache_dir or default_cache_dir()
+    with ExitStack() as stack:
+        if pool is None:
+            pool = stack.enter_context(RewardPool([], RewardConfig(workers=os.cpu_count())))
+        check_all = partial(check_golds, checker=pool.check_golds, cache=GoldCache(folder))
+        checker = ProblemChecker(prompts, check_all, privileged, hints)
+        loaded = {task.task_name: _checked(task, checker, ProblemCache(folder / PROBLEMS)) for task in config.tasks}
+    report = LoadReport()
+    for found, _ in loaded.values():
+        report.merge(found.report)
+    evaluation = [problem for task in config.evaluation for problem in loaded[task.task_name][0].problems]
+    training = [loaded[task.task_name][0] for task in config.train]
     if config.decontaminate:
-        train = _without_overlap(train, evaluation, report)
+        train = _without_overlap(training, evaluation, report)
+    else:
+        train = [problem for found in training for problem in found.problems]
     _check_not_empty(config, train, evaluation, report)
     weights = {task.task_name: task.weight for task in config.train if task.weight is not None}
-    for line in report.lines():
+    sources = {name: origin for name, (_, origin) in loaded.items()}
+    for line in [*report.lines(), *(f"{name}: {origin}" for name, origin in sources.items())]:
         _logger.info("%s", line)
     return LoadedData(
         train=train,
@@ -78,64 +92,32 @@ def load(
         prompts=prompts,
         order=ProblemOrder(train, weights, config.seed),
         report=report,
+        origins=sources,
     )
 
 
-def _with_readable_gold(
-    config: DataConfig, found: dict[str, list[Problem]], pool: RewardPool | None, report: LoadReport
-) -> dict[str, list[Problem]]:
-    checked = {
-        task.task_name: task for task in config.tasks if isinstance(task, FileTaskBase) and task.needs_parsed_gold
-    }
-    answers = [problem.answer for name in checked for problem in found[name]]
-    cache = GoldCache(config.cache_dir or default_cache_dir())
-    with ExitStack() as stack:
-        if pool is None:
-            pool = stack.enter_context(RewardPool([], RewardConfig(workers=os.cpu_count())))
-        verdicts = check_golds(answers, pool.check_golds, cache)
-    kept: dict[str, list[Problem]] = {}
-    for name, problems in found.items():
-        kept[name] = []
-        for problem in problems:
-            error = verdicts[problem.answer].error if name in checked else None
-            if error is None:
-                kept[name].append(problem)
-            else:
-                message = f"{problem.metadata['source']}: {error}"
-                report.reject(name, checked[name].on_bad_row, "gold answer not readable", message)
-    return kept
+def _checked(task: Task, checker: ProblemChecker, cache: ProblemCache) -> tuple[CheckedProblems, Origin]:
+    key = task_key(task, checker)
+    if key is None:
+        return checker.check(task), Origin(file=None, fresh=True)
+    return cache.get(task.task_name, key, partial(checker.check, task))
 
 
-def _that_fit(
-    task: str, problems: Sequence[Problem], prompts: PromptBuilder, privileged: bool, hints: bool, report: LoadReport
+def _without_overlap(
+    training: Sequence[CheckedProblems], evaluation: Sequence[Problem], report: LoadReport
 ) -> list[Problem]:
-    kept = []
-    for index, problem in enumerate(problems):
-        if token := prompts.foreign_special_token(problem):
-            report.drop(task, "special token in its text", f"{problem.id} contains {token}")
-            continue
-        try:
-            prompts.check_length(problem, privileged, hints)
-            if index < ENCODED_AT_LOAD:
-                prompts.student(problem)
-                if hints:
-                    prompts.hinted(problem, Hint())
-        except PromptTooLong as error:
-            report.drop(task, "prompt too long", str(error))
-            continue
-        kept.append(problem)
-    return kept
-
-
-def _without_overlap(train: list[Problem], evaluation: list[Problem], report: LoadReport) -> list[Problem]:
+    """Return the training problems whose question is not evaluated on; hashes leave few questions to compare."""
     evaluated = {question_key(problem.question): problem.id for problem in evaluation}
+    hashes = question_hashes(evaluation)
     kept = []
-    for problem in train:
-        twin = evaluated.get(question_key(problem.question))
-        if twin is None:
-            kept.append(problem)
-        else:
-            report.drop(problem.task, "also evaluated on", f"{problem.id} is {twin}")
+    for found in training:
+        suspected = np.isin(found.question_hashes, hashes)
+        for problem, suspect in zip(found.problems, suspected.tolist(), strict=True):
+            twin = evaluated.get(question_key(problem.question)) if suspect else None
+            if twin is None:
+                kept.append(problem)
+            else:
+                report.drop(problem.task, "also evaluated on", f"{problem.id} is {twin}")
     return kept
 
 

@@ -64,6 +64,7 @@ class PromptBuilder:
         self._student = templates.from_string(config.student)
         self._privileged = templates.from_string(config.privileged)
         self._hint = templates.from_string(config.hint)
+        self._special_texts = [token for token in tokenizer.all_special_tokens if len(token) > 2]
         self._overhead = len(self._wrap("").encode()) + 2
         self._try_templates()
 
@@ -164,7 +165,7 @@ class PromptBuilder:
     def foreign_special_token(self, problem: Problem) -> str | None:
         """Return a special token's text found in the problem, where it would end the message early; else None."""
         texts = [problem.question, problem.answer, problem.solution or ""]
-        return next((token for token in self._special_texts() if any(token in text for text in texts)), None)
+        return next((token for token in self._special_texts if any(token in text for text in texts)), None)
 
     def _render_reference(self, problem: Problem, solution: str | None, cut: bool = False) -> str:
         context = self.config.privileged_context
@@ -194,15 +195,12 @@ class PromptBuilder:
             reference_end=self.config.reference_end,
         )
 
-    def _special_texts(self) -> list[str]:
-        return [token for token in self.tokenizer.all_special_tokens if len(token) > 2]
-
     def _without_special_tokens(self, text: str) -> str:
         """Return the text without texts of special tokens.
 
         A sibling may have spelled such a text with ordinary tokens; encoded again, it would become the special token.
         """
-        while found := next((token for token in self._special_texts() if token in text), None):
+        while found := next((token for token in self._special_texts if token in text), None):
             text = text.replace(found, "")
         return text
 

@@ -20,7 +20,7 @@ from megatron_hdpo.checkpoint.store import CheckpointStore
 from megatron_hdpo.config import Recipe, RecipeError, check_recipe
 from megatron_hdpo.config.check import DEFAULT_IMPORTANCE_CAP
 from megatron_hdpo.config.precision import begun_in, choose_precision, resolve
-from megatron_hdpo.data.load import LoadedData, load
+from megatron_hdpo.data.load import LoadedData
 from megatron_hdpo.data.prompts import TokenizerLike
 from megatron_hdpo.health.check import check_health
 from megatron_hdpo.model.architecture import Architecture, read_architecture
@@ -44,6 +44,7 @@ from megatron_hdpo.teachers.teacher import PolicyTeacher
 from megatron_hdpo.tracking.console import Console
 from megatron_hdpo.tracking.logging import configure_logging
 from megatron_hdpo.training.learner import Learner
+from megatron_hdpo.training.load_data import check_same, load_data
 from megatron_hdpo.training.measurements import Measurements, build_measurements
 from megatron_hdpo.training.policy_sync import PolicySync
 from megatron_hdpo.training.record import RunRecord
@@ -250,27 +251,12 @@ def _decode(tokenizer: Tokenizer, token_ids: np.ndarray) -> str:
 
 
 def _load_data(
-    recipe: Recipe,
-    context: ParallelContext,
-    console: Console,
-    tokenizer: Tokenizer,
-    rewards: RewardPool,
+    recipe: Recipe, context: ParallelContext, console: Console, tokenizer: Tokenizer, rewards: RewardPool
 ) -> LoadedData:
-    """Load the data; rank 0 first, so that the others read its cache of parsed answers; an error stops every rank."""
-    privileged = recipe.objective.needs_privileged or recipe.warmup.kind == "sft"
-    hints = bool(recipe.objective.hint_shows)
+    """Load the data on every rank: one rank checks it, the others wait for its cache, in no collective's time limit."""
     with console.phase("load data"):
-        error, data = None, None
-        if context.is_leader:
-            try:
-                data = load(recipe.data, tokenizer, rewards, privileged, hints)
-            except Exception as problem:
-                error = problem
-        error = context.broadcast_object(error)
-        if error is not None:
-            raise error
-        if data is None:
-            data = load(recipe.data, tokenizer, rewards, privileged, hints)
+        data = load_data(recipe, tokenizer, rewards)
+        check_same(data, context)
     for line in data.report.lines():
         console.print(line)
     return data

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_hdpo.config.recipe import WarmupConfig
-from megatron_hdpo.data.load import load
 from megatron_hdpo.data.sft import SupervisedData, SupervisedExample
 from megatron_hdpo.data.tasks import TaskConfig
+from megatron_hdpo.training.load_data import load_warmup_data
 from megatron_hdpo.training.run import Run
 from megatron_hdpo.types.errors import DataError
 from megatron_hdpo.types.learning import Example, LossSpec, SurrogateConfig
@@ -42,8 +42,7 @@ def warm_up(run: Run, config: WarmupConfig) -> None:
 def _supervised_data(run: Run, tasks: Sequence[TaskConfig], privileged: bool) -> SupervisedData:
     problems: Sequence[Problem] = run.data.train
     if tasks:
-        config = run.recipe.data.model_copy(update={"train": list(tasks)})
-        problems = load(config, run.data.prompts.tokenizer, run.rewards).train
+        problems = load_warmup_data(run.recipe, tasks, run.data.prompts.tokenizer, run.rewards).train
     key = f"warmup.{'privileged' if privileged else 'plain'}" if tasks else "warmup on data.train"
     try:
         data = SupervisedData(

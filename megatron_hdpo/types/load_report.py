@@ -30,6 +30,14 @@ class LoadReport:
             raise DataError(f"{message}; correct the row, or set on_bad_row: drop for task {task!r}")
         self.drop(task, reason, message)
 
+    def merge(self, other: LoadReport) -> None:
+        """Add what another report counted, of other tasks."""
+        for task, counts in other.counts.items():
+            self.counts.setdefault(task, {}).update(counts)
+        for task, examples in other.examples.items():
+            self.examples.setdefault(task, {}).update(examples)
+        self.kept.update(other.kept)
+
     def lines(self) -> list[str]:
         """Return one line of text per task, and one per reason for which problems were dropped."""
         lines = []

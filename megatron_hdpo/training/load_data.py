@@ -1,0 +1,45 @@
+"""The problems that a recipe asks for, checked for the prompts that its objective and warm-up request."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+from megatron_hdpo.config.recipe import Recipe
+from megatron_hdpo.data.load import LoadedData, load
+from megatron_hdpo.data.prompts import TokenizerLike
+from megatron_hdpo.data.tasks import TaskConfig
+from megatron_hdpo.parallel.context import ParallelContext
+from megatron_hdpo.rewards.pool import RewardPool
+from megatron_hdpo.types.errors import DataError
+
+
+def load_data(recipe: Recipe, tokenizer: TokenizerLike, rewards: RewardPool | None = None) -> LoadedData:
+    """Load the problems to train and to evaluate on. Raises DataError; see `data.load.load`."""
+    privileged = recipe.objective.needs_privileged or recipe.warmup.kind == "sft"
+    return load(recipe.data, tokenizer, rewards, privileged, hints=bool(recipe.objective.hint_shows))
+
+
+def check_same(data: LoadedData, context: ParallelContext) -> None:
+    """Raise DataError on every rank when ranks hold different problems: files or caches of the nodes differ.
+
+    Collective.
+    """
+    digest = hashlib.sha256()
+    for problem in [*data.train, *data.evaluation]:
+        digest.update(f"{problem.id}\n{problem.question}\n{problem.answer}\n{problem.solution}\n".encode())
+    count = len(data.train) + len(data.evaluation)
+    found = context.gather_objects((digest.hexdigest(), count))
+    other = next((rank for rank, (its_digest, _) in enumerate(found) if its_digest != found[0][0]), None)
+    if other is not None:
+        raise DataError(
+            f"data: rank 0 has {found[0][1]} problems, rank {other} has {found[other][1]}, and they are not the same: "
+            "give every node the same files, or one data.cache_dir that all of them share"
+        )
+
+
+def load_warmup_data(
+    recipe: Recipe, tasks: Sequence[TaskConfig], tokenizer: TokenizerLike, rewards: RewardPool | None = None
+) -> LoadedData:
+    """Load the problems of the warm-up's own tasks, without those that are evaluated on. Raises DataError."""
+    return load(recipe.data.model_copy(update={"train": list(tasks)}), tokenizer, rewards)
