@@ -9,13 +9,15 @@ from typing import Any
 
 import yaml
 
+from megatron_hdpo.config.hub import with_snapshots
 from megatron_hdpo.config.recipe import Recipe, RecipeError, parse_recipe
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), snapshots: bool = True) -> Recipe:
     """Return the recipe in a YAML file after `key.path=value` overrides.
 
-    Raises RecipeError with every error found.
+    snapshots: put the folders of their snapshots in place of names on the hub (`hub.py`). Raises RecipeError with
+    every error found.
     """
     path = Path(path)
     try:
@@ -31,7 +33,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     tree = _unshared(tree)
     for override in overrides:
         apply_override(tree, override)
-    return parse_recipe(tree, str(path))
+    recipe = parse_recipe(tree, str(path))
+    return with_snapshots(recipe) if snapshots else recipe
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:

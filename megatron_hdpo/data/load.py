@@ -27,9 +27,6 @@ from megatron_hdpo.types.errors import DataError
 from megatron_hdpo.types.load_report import LoadReport
 from megatron_hdpo.types.problem import Problem
 
-PROBLEMS = "problems"
-"""Folder of checked problems inside the cache."""
-
 _logger = logging.getLogger(__name__)
 
 
@@ -64,13 +61,17 @@ def load(
     problem must fit. Raises DataError for anything that cannot be used and may not be dropped, and when no problem is
     left.
     """
-    prompts, folder = PromptBuilder(tokenizer, config.prompts), config.cache_dir or default_cache_dir()
+    prompts = PromptBuilder(tokenizer, config.prompts)
     with ExitStack() as stack:
         if pool is None:
             pool = stack.enter_context(RewardPool([], RewardConfig(workers=os.cpu_count())))
-        check_all = partial(check_golds, checker=pool.check_golds, cache=GoldCache(folder))
+        check_all = partial(
+            check_golds, checker=pool.check_golds, cache=GoldCache(config.cache_dir or default_cache_dir())
+        )
         checker = ProblemChecker(prompts, check_all, privileged, hints)
-        loaded = {task.task_name: _checked(task, checker, ProblemCache(folder / PROBLEMS)) for task in config.tasks}
+        loaded = {
+            task.task_name: _checked(task, checker, ProblemCache(problem_folder(config))) for task in config.tasks
+        }
     report = LoadReport()
     for found, _ in loaded.values():
         report.merge(found.report)
@@ -129,6 +130,11 @@ def _check_not_empty(config: DataConfig, train: list[Problem], evaluation: list[
         if not report.kept.get(task.task_name):
             reasons = "; ".join(line for line in report.lines() if line.startswith(f"{task.task_name}: "))
             raise DataError(f"task {task.task_name!r} has no problem left ({reasons})")
+
+
+def problem_folder(config: DataConfig) -> Path:
+    """Return the folder of the cache of checked problems."""
+    return (config.cache_dir or default_cache_dir()) / "problems"
 
 
 def default_cache_dir() -> Path:

@@ -83,7 +83,10 @@ def read_architecture(model_path: str | Path) -> Architecture:
     """Read the architecture of a Hugging Face checkpoint folder; raises ArchitectureError if it is not supported."""
     path = Path(model_path) / "config.json"
     if not path.is_file():
-        raise ArchitectureError(f"{path} does not exist: model.path must be a Hugging Face checkpoint folder")
+        raise ArchitectureError(
+            f"{path} does not exist: model.path must be a Hugging Face checkpoint folder; for a model of the hub, run "
+            "`megatron_hdpo prepare` with this recipe first"
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

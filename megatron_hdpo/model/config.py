@@ -25,7 +25,10 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
-    path: str = Field(description="Hugging Face checkpoint folder: config.json, safetensors, tokenizer.")
+    path: str = Field(
+        description="Hugging Face checkpoint folder (config.json, safetensors, tokenizer), or a model of the hub that "
+        "`megatron_hdpo prepare` has downloaded: org/name or org/name@revision."
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
         description="Type of weights and activations; main weights and gradients are always fp32. auto: bfloat16 on "

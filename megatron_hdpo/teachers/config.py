@@ -54,7 +54,7 @@ class ExternalTeacherConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     kind: Literal["external"] = Field(description="Another checkpoint.")
-    path: str = Field(description="Its Hugging Face folder: config.json, safetensors, tokenizer.")
+    path: str = Field(description="Its Hugging Face folder, or its name on the hub, as in model.path.")
 
 
 TeacherConfig = Annotated[

@@ -1,0 +1,98 @@
+"""`megatron_hdpo prepare`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_hdpo.commands.base import Command, add_recipe
+
+if TYPE_CHECKING:
+    from megatron_hdpo.config import Recipe
+    from megatron_hdpo.data.load import LoadedData
+
+_EPILOG = """\
+Models and data sets go to the caches of Hugging Face: HF_HOME moves them (HF_HUB_CACHE, HF_DATASETS_CACHE one of them),
+HF_TOKEN opens gated ones. Checked problems go to data.cache_dir, by default ~/.cache/megatron_hdpo. Run it where the
+network is, with the cache folders that the training nodes see; there HF_HUB_OFFLINE=1 makes sure that nothing asks the
+network. Run it again after a change of recipe or files: only what is missing is done.
+
+example:
+  megatron_hdpo prepare recipe.yaml model.path=Qwen/Qwen2.5-7B-Instruct
+"""
+
+
+def _add(parser: argparse.ArgumentParser) -> None:
+    add_recipe(parser)
+    parser.epilog, parser.formatter_class = _EPILOG, argparse.RawDescriptionHelpFormatter
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    from megatron_hdpo.config import check_sections, load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides, snapshots=False)
+    check_sections(recipe)
+    for line in _models(recipe):
+        print(line, flush=True)
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    for line in _problems(recipe):
+        print(line, flush=True)
+    print(f"\nprepared: HF_HUB_OFFLINE=1 megatron_hdpo train {arguments.recipe} needs no network")
+
+
+def _models(recipe: Recipe) -> Iterator[str]:
+    """Download the models of the hub; yield a line about each model."""
+    from megatron_hdpo.config import RecipeError
+    from megatron_hdpo.config.hub import HubModel, model_paths
+
+    for key, path in model_paths(recipe).items():
+        if (model := HubModel.named(path)) is not None:
+            folder = model.download()
+            files = [file for file in folder.rglob("*") if file.is_file()]
+            yield f"{key}: {path}, revision {folder.name[:12]}: {len(files)} files, {_size(files)} in {folder}"
+        elif Path(path).is_dir():
+            yield f"{key}: {path} is a folder: nothing to download"
+        else:
+            raise RecipeError(f"{key}: {path} is neither a folder nor a name on the hub such as org/name")
+
+
+def _problems(recipe: Recipe) -> Iterator[str]:
+    """Load every set of problems, which caches it; yield lines about each, and about the caches."""
+    from huggingface_hub.constants import HF_HOME
+
+    from megatron_hdpo.data.cache import UNUSED_DAYS, entries
+    from megatron_hdpo.data.load import problem_folder
+    from megatron_hdpo.training.load_data import load_data, load_warmup_data
+    from megatron_hdpo.training.run import load_tokenizer
+
+    tokenizer = load_tokenizer(recipe.model.path)
+    yield from _about(load_data(recipe, tokenizer))
+    for key in ("plain", "privileged") if recipe.warmup.kind == "sft" else ():
+        if tasks := getattr(recipe.warmup, key):
+            yield f"warmup.{key}:"
+            yield from _about(load_warmup_data(recipe, tasks, tokenizer))
+    folder = problem_folder(recipe.data)
+    cached = entries(folder)
+    yield (
+        f"checked problems: {len(cached)} files, {_size(cached)}; each is removed when unused for {UNUSED_DAYS} days, "
+        f"all by: rm -r {folder}"
+    )
+    yield f"models and data sets of the hub: {HF_HOME}; `hf cache ls` lists them, `hf cache rm` removes one"
+
+
+def _about(data: LoadedData) -> Iterator[str]:
+    yield from data.report.lines()
+    for task, origin in data.origins.items():
+        yield f"{task}: {origin}" + (f" ({_size([origin.file])})" if origin.file is not None else "")
+
+
+def _size(files: Sequence[Path]) -> str:
+    total = sum(file.stat().st_size for file in files)
+    return f"{total / 1e9:.2f} GB" if total >= 1e9 else f"{total / 1e6:.2f} MB"
+
+
+COMMAND = Command(
+    "prepare", "download models and data sets and check all problems, once, for use offline", _add, _prepare
+)
