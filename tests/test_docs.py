@@ -2,16 +2,14 @@
 
 import math
 import re
-import shlex
 from pathlib import Path
 from typing import Annotated, get_args
 
 import numpy as np
 import pytest
+import recipe_gallery
 from pydantic import Field, TypeAdapter
 
-from megatron_hdpo import commands
-from megatron_hdpo.config import RecipeError, load_recipe
 from megatron_hdpo.data.tasks import DigitSumsTask
 from megatron_hdpo.objectives.base import ObjectiveDeps
 from megatron_hdpo.objectives.registry import ObjectiveConfig
@@ -21,7 +19,6 @@ from megatron_hdpo.types.rollouts import Completion, Group, Sample
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMANDS = [command.name for command in commands.ALL]
 
 
 def _sample(reward: float, length: int) -> Sample:
@@ -38,7 +35,7 @@ def test_the_example_objective_of_the_docs_works_as_written():
     objective = namespace["Rejection"](namespace["RejectionConfig"](), ObjectiveDeps())
     group = Group(Problem("p/0", "p", "q", "1"), np.array([5, 6], np.int32), [_sample(1.0, 3), _sample(0.0, 4)])
     (example,) = objective.examples([group], {})
-    assert objective.privileged_rollouts_for(group, 0) == 0 and objective.scorings([group]) == []
+    assert objective.privileged(group, 0) == 0 and objective.scorings([group]) == []
     assert example.surrogate_count == 3 and example.advantages_T.tolist() == [1, 1, 1]
     assert example.response_ids.tolist() == [0, 1, 2] and not example.inert
 
@@ -86,72 +83,21 @@ def test_files_that_a_document_names_exist(document):
     assert not missing, f"{document.name} names {missing}"
 
 
-COMMAND = re.compile(r"(?:python|megatron_hdpo|make|torchrun|bash|sbatch|source|examples/\S+\.sh|\./\S+)(?:\s|$)")
-ASSIGNMENT = re.compile(r"[A-Z][A-Z_0-9]*=\S*")
+def test_the_page_of_recipes_is_that_of_the_examples():
+    made = recipe_gallery.page()
+    assert made == (ROOT / "docs" / "recipes.md").read_text(), "python tools/recipe_gallery.py > docs/recipes.md"
+    recipes = {path.relative_to(ROOT) for path in (ROOT / "examples").rglob("*.yaml")}
+    assert all(f"](../{path})" in made for path in recipes)
 
 
-def commands_of(document: Path) -> list[list[str]]:
-    """Return the commands in a document's code blocks and in backticks, as words, without variables before them."""
-    text = document.read_text().replace("\\\n", " ")
-    blocks = re.findall(r"^(?: {4}|\t)(.*)$", text, re.MULTILINE)
-    blocks += "\n".join(re.findall(r"^```(?:bash|sh|console)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE)).splitlines()
-    lines = blocks + re.findall(r"`([^`\n]+)`", text)
-    found = []
-    for line in lines:
-        words = re.sub(r"\s#\s.*", "", line.strip().removeprefix("$ ")).removesuffix("&").strip()
-        while ASSIGNMENT.match(words):
-            words = words.partition(" ")[2].strip()
-        if COMMAND.match(words):
-            found.append(shlex.split(words))
-    return found
+def test_the_comments_of_a_recipe_are_taken_apart():
+    text = "# yaml-language-server: x\n# One\n# two.\n#\n#   run \\\n#       this\n#\n# More.\noutput: here\n# end\n"
+    assert recipe_gallery.comments(text) == ("One two.", ["run \\", "    this"])
 
 
-def faults(words: list[str]) -> list[str]:
-    """Return what a command names that does not exist: files, make targets, commands of the package, recipe keys."""
-    wrong = [word for word in words if _is_own_file(word) and not (ROOT / word).exists()]
-    if words[0] == "make":
-        targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-        wrong += [f"make {word}" for word in words[1:] if "=" not in word and word not in targets]
-    arguments = words[words.index("megatron_hdpo") + 1 :] if "megatron_hdpo" in words else None
-    if arguments and arguments[0] not in COMMANDS:
-        wrong.append(f"megatron_hdpo {arguments[0]}")
-    recipes = [word for word in words if word.endswith(".yaml") and (ROOT / word).exists()]
-    overrides = [word for word in words if re.fullmatch(r"[a-z_]+(\.[a-z_0-9]+)*=.*", word)]
-    if recipes:
-        try:
-            load_recipe(ROOT / recipes[0], overrides)
-        except RecipeError as error:
-            wrong.append(str(error))
-    return wrong
-
-
-def _is_own_file(word: str) -> bool:
-    return bool(re.fullmatch(r"(?:\./)?(?:examples|tools|tests|docs)/[\w./-]+|[\w/]+\.(?:py|sh|sbatch|yaml)", word))
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_commands_of_a_document_name_what_exists(document):
-    wrong = {" ".join(words): found for words in commands_of(document) if (found := faults(words))}
-    assert not wrong, f"{document.name}: {wrong}"
-
-
-def test_the_walk_sees_the_commands_and_their_faults():
-    assert ["python", "-m", "megatron_hdpo", "doctor"] in commands_of(ROOT / "README.md")
-    assert sum(len(commands_of(document)) for document in DOCUMENTS) >= 25
-    recipe = "examples/digit_sums/hdpo.yaml"
-    assert faults(["python", "-m", "megatron_hdpo", "train", recipe, "train.steps=2"]) == []
-    assert faults(["python", "-m", "megatron_hdpo", "fly"]) == ["megatron_hdpo fly"]
-    assert faults(["python", "tools/no_such_tool.py"]) == ["tools/no_such_tool.py"]
-    assert faults(["make", "no-such-target"]) == ["make no-such-target"]
-    assert "train.stepz" in faults(["examples/cluster/one_node.sh", recipe, "train.stepz=2"])[0]
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_a_document_with_commands_says_how_to_activate_the_environment(document):
-    if any(words[0] in ("python", "torchrun") or "examples/" in words[0] for words in commands_of(document)):
-        assert "source .venv/bin/activate" in document.read_text()
-
-
-def test_the_readme_activates_the_environment_right_after_its_two_commands():
-    words = [" ".join(words) for words in commands_of(ROOT / "README.md")][:3]
-    assert words == ["make quickstart", "make test", "source .venv/bin/activate"]
+def test_every_source_of_the_methods_has_its_reference():
+    cited = set(re.findall(r"\b\d{4}\.\d{5}\b", (ROOT / "docs" / "methods.md").read_text()))
+    references = (ROOT / "docs" / "references.md").read_text()
+    assert cited and not [number for number in cited if f"arXiv:{number}" not in references]
+    names = {config.model_fields["name"].default for config in get_args(get_args(ObjectiveConfig)[0])}
+    assert not [name for name in names if f"`{name}`" not in references]
