@@ -5,6 +5,7 @@
 # make test         set everything up, SGLang too, then lint, types and all tests but the long ones
 # make fast-test    the same without the slow tests; those of SGLang where `make sglang-env` was called
 # make test-long    the tests that need many minutes each; their result goes to benchmarks/test_long.json
+# make docs         the site of the documents, in build/site; fails on a link that leads nowhere
 # make sglang-env   an environment with SGLang for a CPU, for its tests
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ TORCH_INDEX ?=
 # The tests of a file stay on one of two workers: they share what they prepare.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup dev-setup sglang-env quickstart compare test all-tests fast-test test-long lint clean
+.PHONY: setup dev-setup sglang-env quickstart compare docs test all-tests fast-test test-long lint clean
 
 setup: $(VENV)/.ready
 
@@ -41,6 +42,10 @@ quickstart: setup
 
 compare: setup
 	OMP_NUM_THREADS=1 $(BIN)/python examples/compare/compare.py
+
+docs: dev-setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "to read it: $(BIN)/python -m http.server --directory build/site"
 
 lint: dev-setup
 	$(BIN)/ruff format --check .

@@ -1,4 +1,4 @@
-"""Packaging. The extras: quickstart (fetching its model), gpu (Transformer Engine), sglang (servers), tracking, dev."""
+"""Packaging. The extras: quickstart (fetching its model), gpu (Transformer Engine), sglang, tracking, docs, dev."""
 
 from pathlib import Path
 
@@ -31,6 +31,7 @@ CORE = [
     "matplotlib>=3.8",
     "tensorboard",
 ]
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
 
 setup(
     name="megatron-hdpo",
@@ -68,7 +69,9 @@ setup(
         "gpu": ["transformer-engine[pytorch]>=2.10,<2.12"],
         "sglang": ["sglang>=0.5.15", "sglang-router>=0.3.2"],
         "tracking": ["wandb>=0.21", "mlflow>=3"],
+        "docs": DOCS,
         "dev": [
+            *DOCS,
             "pytest>=8",
             "pytest-timeout",
             "pytest-xdist>=3.6",
