@@ -1,5 +1,6 @@
 """The documents say what is so: their code runs as written, and the files that they name are there."""
 
+import ast
 import math
 import re
 from pathlib import Path
@@ -101,3 +102,26 @@ def test_every_source_of_the_methods_has_its_reference():
     assert cited and not [number for number in cited if f"arXiv:{number}" not in references]
     names = {config.model_fields["name"].default for config in get_args(get_args(ObjectiveConfig)[0])}
     assert not [name for name in names if f"`{name}`" not in references]
+
+
+def _texts(path: Path) -> list[str]:
+    """Return the texts in a source file, those with values in them with `...` in place of each value."""
+    if path.suffix != ".py":
+        return path.read_text().splitlines()
+    texts = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.JoinedStr):
+            texts.append("".join(str(p.value) if isinstance(p, ast.Constant) else "..." for p in node.values))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            texts.append(node.value)
+    return texts
+
+
+def test_messages_on_the_page_of_troubles_are_those_of_the_code():
+    sources = [*(ROOT / "megatron_hdpo").rglob("*.py"), *(ROOT / "examples" / "cluster").glob("*.sh")]
+    texts = [text for path in sources for text in _texts(path)]
+    rows = re.findall(r"^\| (`[^|]*) \|", (ROOT / "docs" / "trouble.md").read_text(), re.MULTILINE)
+    messages = [message for row in rows for message in re.findall(r"`([^`]+)`", row) if " " in message]
+    assert len(messages) >= 25
+    unknown = [m for m in messages if not any(re.search(re.escape(m).replace(r"\.\.\.", ".*"), t) for t in texts)]
+    assert not unknown
