@@ -1,8 +1,10 @@
 """The documents say what is so: their code runs as written, and the files that they name are there."""
 
 import ast
+import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -10,8 +12,10 @@ import numpy as np
 import pytest
 import recipe_gallery
 from pydantic import Field, TypeAdapter
+from transformers import MistralConfig, MistralForCausalLM
 
 from megatron_hdpo.data.tasks import DigitSumsTask
+from megatron_hdpo.model.architecture import ArchitectureError, Family, parse_architecture, read_architecture
 from megatron_hdpo.objectives.base import ObjectiveDeps
 from megatron_hdpo.objectives.registry import ObjectiveConfig
 from megatron_hdpo.types.load_report import LoadReport
@@ -57,6 +61,31 @@ def test_the_example_task_of_the_docs_works_as_written():
         assert task.score(problem, right) == 1.0 and task.feedback(problem, right) is None
         assert task.score(problem, "\\boxed{0}") == 0.0 and "divide both" in task.feedback(problem, "\\boxed{0}")
     TypeAdapter(Annotated[made | DigitSumsTask, Field(discriminator="kind")])
+
+
+def test_a_model_under_another_name_is_read_as_the_docs_say(tmp_path, monkeypatch):
+    small = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
+    config = MistralConfig(**small, num_hidden_layers=2, vocab_size=64, sliding_window=None)
+    MistralForCausalLM(config).save_pretrained(tmp_path / "original")
+    with pytest.raises(ArchitectureError, match="MistralForCausalLM is not supported"):
+        read_architecture(tmp_path / "original")
+    shutil.copytree(tmp_path / "original", tmp_path / "renamed")
+    text = (ROOT / "docs" / "adding-a-model.md").read_text()
+    said = json.loads("{" + re.search(r'`("architectures": .*?)`', text)[1] + "}")
+    changed = json.loads((tmp_path / "original" / "config.json").read_text()) | said
+    (tmp_path / "renamed" / "config.json").write_text(json.dumps(changed))
+    assert read_architecture(tmp_path / "renamed").family == "llama"
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(code, {})
+
+
+def test_the_models_of_the_docs_are_those_that_are_read():
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \|", (ROOT / "docs" / "adding-a-model.md").read_text(), re.MULTILINE)
+    assert {family for _, family in rows} == set(get_args(Family))
+    for name, _ in rows:
+        with pytest.raises(KeyError):  # it is known, and its sizes are missed
+            parse_architecture({"architectures": [name]})
 
 
 def test_the_table_of_methods_has_every_method_and_keys_that_exist():
