@@ -23,6 +23,8 @@ PANELS = {
     "step_seconds": "Seconds per step",
     "signal": "Share of groups with signal",
 }
+HEADLINE = ("hard_pass@8", "easy_pass@8")
+NOTE = "Dots: seeds; bars: their mean. Grey: before training. A seed that failed has no dot; red: all failed."
 START = "warmed up"
 
 
@@ -31,22 +33,39 @@ def draw(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> bytes:
 
     rows: those of `compare_results`. labels: of their columns; the columns of PANELS are drawn.
     """
-    trained = [row for row in rows if row["method"] not in (START, "teacher")]
+    assert set(PANELS) <= set(labels)
+    return _figure(rows, _trained(rows), list(PANELS), lines=2)
+
+
+def headline(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Return, as a PNG, the panels that say most, the methods ordered by the first of them."""
+    first = HEADLINE[0]
+    best_first = sorted(_trained(rows), key=lambda row: row["summary"].get(first, {"mean": -1})["mean"], reverse=True)
+    return _figure(rows, best_first, HEADLINE, lines=1)
+
+
+def _trained(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [row for row in rows if row["method"] not in (START, "teacher")]
+
+
+def _figure(
+    rows: Sequence[Mapping[str, Any]], trained: Sequence[Mapping[str, Any]], columns: Sequence[str], lines: int
+) -> bytes:
     start = next((row for row in rows if row["method"] == START), None)
-    figure = Figure(figsize=(15, 1.9 + 2 * 0.27 * max(len(trained), 4)), dpi=130, layout="constrained")
+    across = len(columns) // lines
+    size = (1 + 3.5 * across, 0.95 + lines * (0.475 + 0.27 * max(len(trained), 4)))
+    figure = Figure(figsize=size, dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(2, 4, sharey=True)
-    for axes, (column, title) in zip(grid.flat, PANELS.items(), strict=True):
-        assert column in labels
+    grid = figure.subplots(lines, across, sharey=True, squeeze=False)
+    for axes, column in zip(grid.flat, columns, strict=True):
         _panel(axes, trained, column)
-        axes.set_title(title, fontsize=10, fontweight="bold", loc="left")
+        axes.set_title(PANELS[column], fontsize=10, fontweight="bold", loc="left")
         if start and (spread := start["summary"].get(column)):
             axes.axvspan(spread["low"], spread["high"], color=GREY, alpha=0.3, linewidth=0)
     grid[0, 0].set_ylim(len(trained) - 0.4, -0.6)  # shared; the first method on top
     for axes in grid[:, 0]:
         axes.set_yticks(range(len(trained)), [row["method"] for row in trained])
-    note = "Dots: seeds; bars: their mean. Grey: before training. A seed that failed has no dot; red: all failed."
-    figure.supxlabel(note, fontsize=9, color="#555555")
+    figure.supxlabel(NOTE, fontsize=9, color="#555555")
     buffer = BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import _part  # noqa: F401
-from compare_figure import draw
+from compare_figure import draw, headline
 from compare_run import SIGNAL
 from rich.console import Console
 from rich.table import Table
@@ -66,7 +66,7 @@ def write_results(
     setting: Setting,
     console: Console,
 ) -> None:
-    """Write compare.json, compare.md and compare.png into `out` and print the table.
+    """Write compare.json, compare.md, compare.png and headline.png into `out` and print the table.
 
     given: the runs that the methods start from or learn from, which are only evaluated.
     """
@@ -77,8 +77,9 @@ def write_results(
     )
     (out / "compare.md").write_text(markdown(rows))
     (out / "compare.png").write_bytes(draw(rows, LABELS))
+    (out / "headline.png").write_bytes(headline(rows))
     console.print(_table(rows))
-    console.print(f"{out}/compare.json, compare.md, compare.png")
+    console.print(f"{out}/compare.json, compare.md, compare.png, headline.png")
 
 
 def measured(folder: Path, trained: bool) -> dict[str, float]:

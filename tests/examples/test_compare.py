@@ -129,6 +129,7 @@ def test_a_failed_run_is_no_number(tmp_path, monkeypatch):
         ("opd", 1): Outcome(tmp_path / "nothing", None),
     }
     write_results(tmp_path, {}, outcomes, Setting([0, 1], 2, 1, 1.0), Console(quiet=True))
+    assert (tmp_path / "headline.png").read_bytes().startswith(b"\x89PNG")
     rows = {row["method"]: row for row in json.loads((tmp_path / "compare.json").read_text())["rows"]}
     assert rows["grpo"]["failed"] == 1 and rows["grpo"]["runs"]["1"] == {"failed": "killed"}
     assert rows["grpo"]["summary"]["hard_pass@8"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
