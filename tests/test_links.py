@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -66,5 +67,13 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert built.returncode == 0, built.stderr
     assert "megatron_hdpo" in (tmp_path / "index.html").read_text()
     assert "advantages_T" in (tmp_path / "api" / "objectives.html").read_text()
+    pages = {page: page.read_text() for page in tmp_path.rglob("*.html") if page.name != "404.html"}
     foreign = r'<(?:script|img|link)[^>]+(?:src|href)="https?://'
-    assert not [page.name for page in tmp_path.rglob("*.html") if re.search(foreign, page.read_text())]
+    assert not [page.name for page, text in pages.items() if re.search(foreign, text)]
+    assert not [f"{page.relative_to(tmp_path)}: {link}" for page, text in pages.items() for link in _dead(page, text)]
+
+
+def _dead(page: Path, text: str) -> list[str]:
+    """Return the links and pictures of a built page that lead to no file of the site."""
+    found = re.findall(r'<(?:a|img)[^>]+(?:src|href)="(?!https?:|mailto:|#)([^"#]+)', text)
+    return [link for link in found if not (page.parent / unquote(link)).exists()]

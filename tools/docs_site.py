@@ -40,7 +40,7 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
     """Point the links of a page, which are relative to its file in the repository, to pages of the site."""
     origins = {site_path(source): source for source in PAGES}
     here = page.file.src_uri
-    origin = origins.get(here, here.removeprefix("repository/").removesuffix("/index.md"))
+    origin = origins.get(here, here.removeprefix("repository/").removesuffix("index.md"))
     if here not in origins and not here.startswith("repository/"):
         origin = f"docs/{here}"
     return "".join(
