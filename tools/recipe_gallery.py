@@ -7,6 +7,7 @@ A recipe's comments begin with what it does, and with the commands that run it, 
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,6 +89,7 @@ def _row(path: Path, tree: dict[str, Any]) -> str:
 
 def _entry(path: Path) -> Iterator[str]:
     what, commands = comments((ROOT / path).read_text(encoding="utf-8"))
+    what = re.sub(r"\bdocs/([\w-]+\.md)", r"[docs/\1](\1)", what)
     yield f"### {_name(path)}\n"
     yield f"{textwrap.fill(what, 120, break_long_words=False, break_on_hyphens=False)}\n"
     yield f"[`{path}`](../{path})\n"
