@@ -1,12 +1,19 @@
-"""Packaging. The extras: quickstart (fetching its model), gpu (Transformer Engine), sglang, tracking, docs, dev."""
+"""Packaging: what the trainer needs, and what only some recipes, commands or machines need (the extras).
+
+Ranges, no pins: `constraints` has a set of exact versions per Python and device, and `docs/install.md` the table.
+"""
 
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 CORE = [
-    "torch>=2.11,<2.15",
-    "megatron-core>=0.16.1,<0.17",
+    "torch>=2.11,<2.16",
+    # Newer ones import triton, which is for Linux only.
+    "megatron-core>=0.16.1,<0.20; platform_system == 'Linux'",
+    "megatron-core>=0.16.1,<0.18; platform_system != 'Linux'",
+    # megatron-core imports it from 0.18 on, and has no such release for Python 3.11. It does not say so.
+    "triton>=3.6; platform_system == 'Linux' and python_version >= '3.12'",
     "psutil",  # megatron-core's checkpoints need it and do not say so
     "einops",  # likewise
     "transformers>=5.0,<6",
@@ -16,10 +23,7 @@ CORE = [
     "pydantic>=2.7,<3",
     "PyYAML>=6",
     "jinja2>=3.1",
-    "datasets>=3",
-    "pyarrow",
-    "reasoning-gym==0.1.25",
-    "math-verify==0.9.0",
+    "math-verify>=0.9,<0.10",
     "pebble>=5.2",
     "aiohttp>=3.10",  # SGLang's servers are spoken to through it
     "filelock",
@@ -28,10 +32,22 @@ CORE = [
     "tenacity>=9",
     "rich>=13",
     "shtab>=1.7",  # shell completion
-    "matplotlib>=3.8",
-    "tensorboard",
 ]
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
+
+# `megatron_hdpo/environment.py` names the extra of a package that is missing.
+FEATURES = {
+    "tasks": ["reasoning-gym>=0.1.25"],  # needs a C compiler
+    "datasets": ["datasets>=3", "pyarrow"],
+    "report": ["matplotlib>=3.8"],
+    "tensorboard": ["tensorboard"],
+    "tracking": ["wandb>=0.21", "mlflow>=3"],
+}
+QUICKSTART = ["gguf", "accelerate", *(FEATURES[name][0] for name in ("tasks", "report", "tensorboard"))]
+
+# The cuBLAS that comes with torch decides which Transformer Engine loads: 2.13 and later need that of torch 2.15.
+GPU = ["torch<2.15", "transformer-engine[pytorch]>=2.10,<2.13"]
+GPU_TORCH_2_15 = ["torch>=2.15", "transformer-engine[pytorch]>=2.13,<2.21"]
 
 setup(
     name="megatron-hdpo",
@@ -51,10 +67,11 @@ setup(
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],
-    python_requires=">=3.11",
+    python_requires=">=3.11,<3.14",
     # The examples become a part of the package, from which `megatron_hdpo init` copies.
     packages=[*find_packages(include=["megatron_hdpo*"]), "megatron_hdpo.recipes"],
     package_dir={"megatron_hdpo.recipes": "examples"},
@@ -64,14 +81,17 @@ setup(
         "megatron_hdpo.recipes": ["*/*.yaml", "cluster/*"],
     },
     install_requires=CORE,
-    extras_require={
-        "quickstart": ["gguf", "accelerate"],
-        "gpu": ["transformer-engine[pytorch]>=2.10,<2.12"],
-        "sglang": ["sglang>=0.5.15", "sglang-router>=0.3.2"],
-        "tracking": ["wandb>=0.21", "mlflow>=3"],
+    extras_require=FEATURES
+    | {
+        "all": [requirement for feature in FEATURES.values() for requirement in feature],
+        "quickstart": QUICKSTART,
+        "gpu": GPU,
+        "gpu-torch215": GPU_TORCH_2_15,
+        "sglang": ["sglang>=0.5.21,<0.6", "sglang-router>=0.3.2"],
         "docs": DOCS,
         "dev": [
             *DOCS,
+            *FEATURES["datasets"],
             "pytest>=8",
             "pytest-timeout",
             "pytest-xdist>=3.6",

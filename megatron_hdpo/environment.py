@@ -13,6 +13,18 @@ from megatron_hdpo import __version__
 PROJECT = "megatron-hdpo"
 MAIN_PACKAGES = ("megatron-core", "torch", "transformers", "transformer-engine", "sglang")
 REMEDY = "run `make quickstart`, then `source .venv/bin/activate`"
+EXTRAS = {
+    "reasoning_gym": "tasks",
+    "datasets": "datasets",
+    "pyarrow": "datasets",
+    "matplotlib": "report",
+    "tensorboard": "tensorboard",
+    "wandb": "tracking",
+    "mlflow": "tracking",
+    "gguf": "quickstart",
+    "accelerate": "quickstart",
+}
+"""The extra of setup.py that installs a module which not every run needs."""
 
 
 def missing_package(error: BaseException) -> str | None:
@@ -20,14 +32,29 @@ def missing_package(error: BaseException) -> str | None:
     if not isinstance(error, ModuleNotFoundError) or not error.name:
         return None
     package = error.name.partition(".")[0]
-    if package in ("megatron_hdpo", "__main__") or importlib.util.find_spec(package) is not None:
+    if package in ("megatron_hdpo", "__main__") or installed(package):
         return None  # the package is there, without the module that was asked for: a defect, which needs its traceback
-    return f"{error.name} is not installed for {sys.executable}: {remedy(package)}"
+    return absent(error.name)
+
+
+def installed(package: str) -> bool:
+    """Return whether a top-level package can be found; imports nothing."""
+    return importlib.util.find_spec(package) is not None
+
+
+def absent(module: str) -> str:
+    """Return one line that says that a module is not installed, and the remedy."""
+    return f"{module} is not installed for {sys.executable}: {remedy(module.partition('.')[0])}"
 
 
 def remedy(package: str) -> str:
-    """Return the command that fixes a missing package: set up the environment, or install the package into it."""
-    return f"pip install {package}" if project_is_installed() else REMEDY
+    """Return the command that fixes a missing package: set up the environment, or install into it.
+
+    pip takes the requirements of an extra from the project that is installed, wherever that came from.
+    """
+    if not project_is_installed():
+        return REMEDY
+    return f"pip install '{PROJECT}[{EXTRAS[package]}]'" if package in EXTRAS else f"pip install {package}"
 
 
 def explain_missing_packages() -> None:

@@ -18,6 +18,8 @@ import yaml
 from commands import Ended, results_of, run_command, run_world
 from recipes import make_model, small_recipe
 
+from megatron_hdpo.environment import absent
+
 Tree = dict[str, Any]
 Edit = Callable[[Tree, Path], None]
 
@@ -677,10 +679,7 @@ def test_a_tracker_that_is_not_installed(
     package: str, override: str, tree: Tree, write_recipe: Callable[[Tree], Path]
 ) -> None:
     ended = run_world(2, without_package, package, str(write_recipe(tree)), override)
-    says = (
-        f"BackendMissing: the recipe asks for {package}, which cannot be imported (import of {package} halted; None in "
-        f"sys.modules): `pip install {package}`, or set tracking.{package}=null\n"
-    )
+    says = f"RecipeError: tracking.{package}: {absent(package)}\n"
     assert "".join(ended.stderr) == says
     assert ended.codes[0] == 2
     assert not (Path(tree["output"]) / "metrics.jsonl").exists()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from megatron_hdpo.config.packages import package_errors, package_warnings
 from megatron_hdpo.config.recipe import Recipe, RecipeError
 from megatron_hdpo.model.architecture import Architecture, ArchitectureError, read_architecture
 from megatron_hdpo.model.config import transformer_engine_available
@@ -26,7 +27,7 @@ def check_sections(recipe: Recipe) -> None:
 
     Reads no file and imports no torch: a command calls it before anything slow.
     """
-    _raise_for([*_objective_errors(recipe), *_engine_errors(recipe), *_export_errors(recipe)])
+    _raise_for([*_objective_errors(recipe), *_engine_errors(recipe), *_export_errors(recipe), *package_errors(recipe)])
 
 
 def check_recipe(recipe: Recipe, architecture: Architecture, world_size: int, elsewhere: bool = False) -> list[str]:
@@ -50,6 +51,7 @@ def check_recipe(recipe: Recipe, architecture: Architecture, world_size: int, el
             *_precision_errors(recipe, architecture, elsewhere),
             *_export_errors(recipe),
             *_path_errors(recipe),
+            *package_errors(recipe),
         ]
     )
     return list(_warnings(recipe))
@@ -242,6 +244,7 @@ def resolved_device(device: str) -> str:
 
 
 def _warnings(recipe: Recipe) -> Iterator[str]:
+    yield from package_warnings(recipe)
     yield from precision_warnings(recipe.model)
     surrogate = surrogate_of(recipe.objective)
     if recipe.rollout.filtered and surrogate is not None and surrogate.importance_cap is None:

@@ -11,10 +11,10 @@ import os
 import sys
 from collections.abc import Iterator
 
-from megatron_hdpo.environment import REMEDY, project_is_installed
+from megatron_hdpo.environment import EXTRAS, REMEDY, project_is_installed
 from megatron_hdpo.model.apex import Apex, installed_apex
 
-# Requirements of setup.py.
+# Requirements of setup.py, its extras left out.
 REQUIRED = (
     "torch",
     "megatron-core",
@@ -27,9 +27,6 @@ REQUIRED = (
     "pydantic",
     "PyYAML",
     "jinja2",
-    "datasets",
-    "pyarrow",
-    "reasoning-gym",
     "math-verify",
     "pebble",
     "aiohttp",
@@ -38,10 +35,8 @@ REQUIRED = (
     "packaging",
     "tenacity",
     "rich",
-    "matplotlib",
-    "tensorboard",
 )
-OPTIONAL = ("transformer-engine", "apex", "triton", "wandb", "mlflow", "sglang")
+OPTIONAL = ("transformer-engine", "apex", "triton", "sglang")
 MARKS = {True: "ok  ", False: "BAD ", None: "-   "}
 
 
@@ -69,6 +64,9 @@ def findings() -> Iterator[tuple[str, bool | None]]:
     for name in OPTIONAL:
         version = _version(name)
         yield f"{name} {version or 'not installed (optional)'}", True if version else None
+    for name, extra in EXTRAS.items():
+        version = _version(name)
+        yield f"{name} {version or f'not installed (optional, extra {extra})'}", True if version else None
     yield from _gpu()
     yield from _precision()
     yield _transformer_engine()

@@ -7,6 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from megatron_hdpo.environment import installed
+
 
 class WandbConfig(BaseModel):
     """Run, project and mode in Weights & Biases."""
@@ -38,9 +40,23 @@ class TrackingConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    tensorboard: bool = Field(default=True, description="Write TensorBoard events to the run folder.")
+    tensorboard: bool | None = Field(
+        default=None,
+        description="Write TensorBoard events to the run folder; null: where the package tensorboard is installed.",
+    )
     wandb: WandbConfig | None = Field(default=None, description="Log to Weights & Biases; null: do not.")
     mlflow: MLflowConfig | None = Field(default=None, description="Log to MLflow; null: do not.")
+
+    @property
+    def writes_tensorboard(self) -> bool:
+        """Return whether TensorBoard events are written, with null resolved."""
+        return installed("tensorboard") if self.tensorboard is None else self.tensorboard
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """Return the packages that the section asks for; each is also the key that asks for it."""
+        chosen = {"tensorboard": self.tensorboard, "wandb": self.wandb, "mlflow": self.mlflow}
+        return tuple(key for key, asked in chosen.items() if asked)
 
 
 class ProfileConfig(BaseModel):

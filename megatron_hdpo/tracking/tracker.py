@@ -99,7 +99,7 @@ class Tracker:
 
 def _chosen(config: TrackingConfig, folder: Path, resume_step: int | None) -> list[tuple[str, Callable[[], Backend]]]:
     chosen: list[tuple[str, Callable[[], Backend]]] = []
-    if config.tensorboard:
+    if config.writes_tensorboard:
         chosen.append((TensorBoardBackend.name, lambda: TensorBoardBackend(folder, resume_step)))
     if (wandb := config.wandb) is not None:
         chosen.append((WandbBackend.name, lambda: WandbBackend(wandb, folder, resume_step)))

@@ -7,7 +7,7 @@ A new task is one class: derive it from `TaskBase`, give it a `kind`, `problems(
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -44,6 +44,9 @@ class TaskBase(BaseModel):
     """Base class of the tasks, with the keys that all of them share."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    packages: ClassVar[tuple[str, ...]] = ()
+    """Packages beyond the core requirements that the task imports; a recipe is refused where one is not installed."""
 
     name: str | None = Field(None, description="Name of the task in logs and metrics; by default made from its source.")
     weight: float | None = Field(

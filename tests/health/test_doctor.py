@@ -32,7 +32,7 @@ def test_a_missing_package_is_bad(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     said = capsys.readouterr().out
     assert exit.value.code == 1
     assert "BAD  pebble is missing: pip install pebble\n" in said
-    assert "-    mlflow not installed (optional)\n" in said
+    assert "-    mlflow not installed (optional, extra tracking)\n" in said
     assert said.count("BAD") == 1
 
 

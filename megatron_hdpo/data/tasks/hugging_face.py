@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -15,6 +15,8 @@ from megatron_hdpo.types.load_report import LoadReport
 
 class HuggingFaceTask(FileTaskBase):
     """A dataset that the `datasets` library loads: a name on the hub, or a local folder."""
+
+    packages: ClassVar[tuple[str, ...]] = ("datasets",)
 
     kind: Literal["huggingface"]
     dataset: str = Field(description="Name on the hub, a folder of files, or a folder that `save_to_disk` wrote.")

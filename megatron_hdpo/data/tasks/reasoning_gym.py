@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -27,6 +27,8 @@ class ReasoningGymTask(TaskBase):
     Its scorers give part of the points for answers that merely contain the gold one (0.5 for `16` where `6` is right),
     so that a group of failures would not sum to zero: by default only scores of `success_threshold` or more count.
     """
+
+    packages: ClassVar[tuple[str, ...]] = ("reasoning_gym",)
 
     kind: Literal["reasoning_gym"]
     dataset: str = Field(description="Name of the reasoning-gym set, for example chain_sum.")
