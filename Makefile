@@ -2,9 +2,12 @@
 # make dev-setup    the same, and what the tests need
 # make quickstart   make setup, then GRPO and HDPO on a tiny model and HDPO on a pretrained one: ten minutes on 2 cores
 # make compare      every method on the same tiny model, task and seeds: a table and a figure in runs/compare
-# make test         set everything up, SGLang too, then lint, types and all tests but the long ones
+# make test         set everything up, SGLang too, then lint, types, all tests but the long ones, and a part of them on the
+#                   newest Megatron-Core
 # make fast-test    the same without the slow tests; those of SGLang where `make sglang-env` was called
-# make test-long    the tests that need many minutes each; their result goes to benchmarks/test_long.json
+# make test-long    the tests that need many minutes each, model, weights and checkpoints on the newest Megatron-Core, and
+#                   the fast tests on other Pythons; their result goes to benchmarks/test_long.json
+# make newest-core  the wheel of the newest Megatron-Core, unpacked into .cache
 # make docs         the site of the documents, in build/site; fails on a link that leads nowhere
 # make sglang-env   an environment with SGLang for a CPU, for its tests
 
@@ -13,21 +16,23 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 SGLANG := .venv-sglang
 TORCH_INDEX ?=
+NEWEST_CORE := 0.19.2
+NEWEST := .cache/megatron-core-$(NEWEST_CORE)
 # The tests of a file stay on one of two workers: they share what they prepare.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup dev-setup sglang-env quickstart compare docs test all-tests fast-test test-long lint clean
+.PHONY: setup dev-setup sglang-env newest-core quickstart compare docs test all-tests fast-test test-long lint clean
 
 setup: $(VENV)/.ready
 
-# constraints.txt pins every version. TORCH_INDEX: a package index to take torch from (README).
-$(VENV)/.ready: setup.py constraints.txt
+# A file of constraints pins every version. TORCH_INDEX: a package index to take torch from (README).
+$(VENV)/.ready: setup.py $(wildcard constraints/*.txt)
 	$(PYTHON) tools/install_environment.py $(VENV) quickstart --torch-index "$(TORCH_INDEX)"
 	touch $@
 
 dev-setup: $(VENV)/.ready-dev
 
-$(VENV)/.ready-dev: setup.py constraints.txt
+$(VENV)/.ready-dev: setup.py $(wildcard constraints/*.txt)
 	$(PYTHON) tools/install_environment.py $(VENV) quickstart,dev --torch-index "$(TORCH_INDEX)"
 	touch $(VENV)/.ready $@
 
@@ -35,6 +40,15 @@ sglang-env: $(SGLANG)/.ready
 
 $(SGLANG)/.ready: $(VENV)/.ready-dev $(addprefix tests/sglang_cpu/,install.sh requirements.txt constraints.txt)
 	tests/sglang_cpu/install.sh $(BIN)/python $(SGLANG)
+	touch $@
+
+newest-core: $(NEWEST)/.ready
+
+# Its wheels are for newer Pythons, but it is plain Python except for a helper of its own data sets, which is not used.
+$(NEWEST)/.ready: $(VENV)/.ready-dev
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.13 --dest .cache \
+	    megatron-core==$(NEWEST_CORE)
+	$(BIN)/python -m zipfile -e .cache/megatron_core-$(NEWEST_CORE)-*.whl $(NEWEST)
 	touch $@
 
 quickstart: setup
@@ -58,14 +72,15 @@ test:
 	@start=$$(date +%s); $(MAKE) --no-print-directory all-tests || exit 1; \
 	echo "make test: $$(( $$(date +%s) - start )) s, set-up included"
 
-all-tests: lint sglang-env
-	MEGATRON_HDPO_REQUIRE_SGLANG=1 $(PYTEST)
+all-tests: lint sglang-env newest-core
+	MEGATRON_HDPO_REQUIRE_SGLANG=1 $(BIN)/python tools/run_tests.py suite newest-core
 
 fast-test: lint
 	$(PYTEST) -m "not slow and not long"
 
-test-long: dev-setup sglang-env
-	MEGATRON_HDPO_REQUIRE_SGLANG=1 $(PYTEST) -m long -o timeout=3600 --summary benchmarks/test_long.json
+test-long: dev-setup sglang-env newest-core
+	MEGATRON_HDPO_REQUIRE_SGLANG=1 $(BIN)/python tools/run_tests.py long newest-whole other-pythons \
+	    --summary benchmarks/test_long.json
 
 clean:
 	rm -rf $(VENV) $(SGLANG) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

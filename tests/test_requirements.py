@@ -9,12 +9,14 @@ import pytest
 import setuptools
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 from recipes import ROOT
 
 from megatron_hdpo.config import load_recipe
 from megatron_hdpo.config.packages import asked_packages
 from megatron_hdpo.environment import EXTRAS
 from megatron_hdpo.health.doctor import REQUIRED
+from megatron_hdpo.health.version_sets import SUPPORTED
 
 LINUX = {"platform_system": "Linux"}
 
@@ -80,3 +82,16 @@ def test_triton_is_required_where_megatron_core_imports_it(
     ]
     assert core.contains("0.16.1") and core.contains(newest) and not core.contains("0.20")
     assert core.contains("0.18.0") == (system == "Linux")
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_setup_supports_what_doctor_supports(name: str, packaging: dict[str, Any]) -> None:
+    """The union of the ranges: Transformer Engine has one extra per cuBLAS."""
+    first, end = map(Version, SUPPORTED[name])
+    lines = [
+        *packaging["install_requires"],
+        *(line for extra in packaging["extras_require"].values() for line in extra),
+    ]
+    bounds = [bound for one in map(Requirement, lines) if one.name == name for bound in one.specifier]
+    assert min(Version(bound.version) for bound in bounds if bound.operator == ">=") == first
+    assert max(Version(bound.version) for bound in bounds if bound.operator == "<") == end

@@ -21,7 +21,7 @@ from pathlib import Path
 from relay import INTERRUPTED, Part, PartFailed, Screen, interrupt_on_signals, run
 
 ROOT = Path(__file__).resolve().parents[1]
-CONSTRAINTS = ROOT / "constraints.txt"
+CONSTRAINTS = ROOT / "constraints"
 OLDEST_PYTHON = (3, 11)
 
 
@@ -35,6 +35,11 @@ def main() -> None:
     if sys.version_info < OLDEST_PYTHON:
         have, need = (".".join(map(str, version[:2])) for version in (sys.version_info, OLDEST_PYTHON))
         sys.exit(f"this is Python {have}, and {need} or newer is needed: make setup PYTHON=python{need}")
+    if not constraints().exists():
+        known = ", ".join(sorted(path.stem for path in CONSTRAINTS.glob("cpu-*.txt")))
+        sys.exit(
+            f"there is no {constraints()}, the versions for this Python ({known} are there): make setup PYTHON=..."
+        )
     interrupt_on_signals()
     screen, began = Screen(), time.monotonic()
     try:
@@ -47,6 +52,11 @@ def main() -> None:
     screen.line(f"set-up: {arguments.environment} is ready after {time.monotonic() - began:.0f} s")
 
 
+def constraints() -> Path:
+    """Return the file that pins every version for this Python, on a CPU."""
+    return CONSTRAINTS / f"cpu-py{sys.version_info.major}{sys.version_info.minor}.txt"
+
+
 def install(screen: Screen, environment: Path, extras: str, torch_index: str) -> None:
     """Install torch, then the project with its extras. Raises PartFailed with what pip said."""
     log = environment / "install.log"
@@ -55,12 +65,12 @@ def install(screen: Screen, environment: Path, extras: str, torch_index: str) ->
     if not python.exists():
         run(screen, Part("virtual environment", [sys.executable, "-m", "venv", environment], log))
     pip = [python, "-m", "pip", "--disable-pip-version-check", "--no-input"]
-    # Without the index's other packages: those come from pip's own index, at the versions that constraints.txt pins.
+    # Without the index's other packages: those come from pip's own index, at the versions that the constraints pin.
     index = ["--index-url", torch_index, "--no-deps"] if torch_index else []
-    torch = ["--constraint", CONSTRAINTS, *index, "torch"]
+    torch = ["--constraint", constraints(), *index, "torch"]
     _say_sizes(screen, [*pip, "install", "--dry-run", *torch], environment / "torch.json", log)
     run(screen, Part("installing torch", [*pip, "install", *torch], log, matters))
-    project = ["--constraint", CONSTRAINTS, "--editable", f"{ROOT}[{extras}]"]
+    project = ["--constraint", constraints(), "--editable", f"{ROOT}[{extras}]"]
     run(screen, Part("installing the project", [*pip, "install", *project], log, matters))
 
 

@@ -4,14 +4,13 @@
     python tools/resolve_platforms.py
 
 Nothing is installed. For each system and Python version, `uv` chooses the packages that `make quickstart` installs,
-with the versions of constraints.txt; the table says which of them have no wheel there and are built from source. It
+with the versions of that Python's set; the table says which of them have no wheel there and are built from source. It
 asks the package index, 12 times for a minute at most.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
 import os
 import re
@@ -24,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import _environment  # noqa: F401
-from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 PYTHONS = ("3.11", "3.12", "3.13")
@@ -76,10 +74,8 @@ def resolve(platform: str, python: str) -> Resolved:
     """Resolve for a platform as uv names it and a Python version such as "3.12"."""
     with tempfile.TemporaryDirectory() as folder:
         lock = Path(folder) / "pylock.toml"
-        asked = Path(folder) / "requirements.in"
-        asked.write_text("\n".join(requirements()))
-        command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--no-config", str(asked)]
-        command += ["--constraint", str(ROOT / "constraints.txt")]
+        command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--no-config", str(ROOT / "setup.py")]
+        command += ["--extra=quickstart", "--constraint", str(constraints(python))]
         command += ["--python-platform", platform, "--python-version", python]
         command += ["--format", "pylock.toml", "--output-file", str(lock)]
         done = subprocess.run(command, env=os.environ | MACOS, capture_output=True, text=True)
@@ -88,11 +84,9 @@ def resolve(platform: str, python: str) -> Resolved:
         return read_lock(tomllib.loads(lock.read_text()))
 
 
-def requirements() -> list[str]:
-    """Return the requirements of the package and its extra "quickstart"."""
-    asked = map(Requirement, importlib.metadata.requires("megatron-hdpo") or ())
-    chosen = [one for one in asked if one.marker is None or one.marker.evaluate({"extra": "quickstart"})]
-    return [f"{one.name}{one.specifier}" for one in chosen]
+def constraints(python: str) -> Path:
+    """Return the file with the versions for a Python such as "3.12"."""
+    return ROOT / "constraints" / f"cpu-py{python.replace('.', '')}.txt"
 
 
 def read_lock(lock: dict) -> Resolved:

@@ -9,9 +9,10 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from megatron_hdpo.environment import EXTRAS, REMEDY, project_is_installed
+from megatron_hdpo.health.version_sets import PYTHONS, misfits, nearest
 from megatron_hdpo.model.apex import Apex, installed_apex
 
 # Requirements of setup.py, its extras left out.
@@ -37,6 +38,7 @@ REQUIRED = (
     "rich",
 )
 OPTIONAL = ("transformer-engine", "apex", "triton", "sglang")
+VERSIONED = ("torch", "megatron-core", "transformers", "triton", "transformer-engine", "sglang")
 MARKS = {True: "ok  ", False: "BAD ", None: "-   "}
 
 
@@ -67,6 +69,7 @@ def findings() -> Iterator[tuple[str, bool | None]]:
     for name, extra in EXTRAS.items():
         version = _version(name)
         yield f"{name} {version or f'not installed (optional, extra {extra})'}", True if version else None
+    yield from _set_at_hand(dict(_installed(VERSIONED)), ".".join(map(str, sys.version_info[:2])))
     yield from _gpu()
     yield from _precision()
     yield _transformer_engine()
@@ -78,6 +81,23 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _installed(names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    yield from ((name, version) for name in names if (version := _version(name)) is not None)
+
+
+def _set_at_hand(versions: Mapping[str, str], python: str) -> Iterator[tuple[str, bool | None]]:
+    """Yield which set of `constraints` these versions are, or are nearest to, and what does not go together in them."""
+    found = nearest(versions, python)
+    if found is None:
+        yield f"versions: there is no set for Python {python} ({', '.join(PYTHONS)} have one: docs/install.md)", None
+    elif differing := found[1]:
+        yield f"versions: nearest to the set {found[0].name}, but for {', '.join(differing)} (docs/install.md)", None
+    else:
+        yield f"versions: the set {found[0].name} (docs/install.md)", True
+    for misfit in misfits(versions, python):
+        yield misfit.text, False if misfit.fatal else None
 
 
 def _gpu() -> Iterator[tuple[str, bool | None]]:

@@ -76,7 +76,7 @@ def save_megatron(
     together(context, partial(prepare, out, source, overwrite))
     start_results_queue()
     with context.megatron_calls(), torch.no_grad():
-        dist_checkpointing.save(_sharded(model), str(staging_of(out)), ("torch_dist", 1))
+        dist_checkpointing.save(_sharded(model), str(staging_of(out)))
     record = {"format": "megatron_hdpo weights", "version": _VERSION, "architecture": vars(architecture)}
     together(context, partial(copy_description, source, staging_of(out) / DESCRIPTION, dtype))
     together(context, lambda: (staging_of(out) / _RECORD).write_text(json.dumps(record, indent=2) + "\n"))

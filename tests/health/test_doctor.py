@@ -24,6 +24,17 @@ def test_this_machine_is_fine(capsys: pytest.CaptureFixture[str]) -> None:
     assert "BAD" not in said
 
 
+def test_the_set_at_hand_is_named() -> None:
+    versions = {"torch": "2.14.1", "megatron-core": "0.19.2", "transformers": "5.23.0", "triton": "3.8.0"}
+    assert list(doctor._set_at_hand(versions, "3.12")) == [("versions: the set cpu-py312 (docs/install.md)", True)]
+    ((none, state),) = doctor._set_at_hand(versions, "3.14")
+    assert none.startswith("versions: there is no set for Python 3.14 (3.11, 3.12, 3.13 have one") and state is None
+    del versions["triton"]
+    (near, state), (misfit, fatal) = doctor._set_at_hand(versions, "3.12")
+    assert "nearest to the set cpu-py312, but for triton is missing" in near and state is None
+    assert misfit == "megatron-core 0.19.2 imports triton, which is missing: pip install triton" and fatal is False
+
+
 def test_a_missing_package_is_bad(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     version = doctor._version
     monkeypatch.setattr(doctor, "_version", lambda name: None if name in ("pebble", "mlflow") else version(name))

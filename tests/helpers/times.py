@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import platform
 from collections import Counter
@@ -50,6 +51,7 @@ def write_summary(terminal: Any, path: Path | None) -> None:
             "outcomes": outcomes,
             "machine": {"system": platform.system(), "architecture": platform.machine(), "cpu": cpu_model()},
             "python": platform.python_version(),
+            "megatron_core": importlib.metadata.version("megatron-core"),
             "seconds_per_folder": {folder: round(total, 1) for folder, (_, total) in folders.items()},
             "slowest": {name: round(value, 1) for name, value in slowest},
         }

@@ -18,7 +18,9 @@ if __name__ == "__main__":
 
     start_results_queue()
     start_results_queue()
-    queue = filesystem_async._get_write_results_queue()
+    # As Megatron-Core's writers ask for it: public from 0.17 on.
+    asked = getattr(filesystem_async, "get_write_results_queue", None) or filesystem_async._get_write_results_queue
+    queue = asked()
     queue.put("written")
     (keeper,) = multiprocessing.active_children()
     print(queue.get(), keeper.pid, flush=True)

@@ -8,10 +8,13 @@ import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
+import install_environment
 import psutil
 import pytest
 from install_environment import file_name, matters, size_of, size_sentence
+from recipes import ROOT
 from relay import Part, PartFailed, Screen, run
 
 
@@ -105,3 +108,21 @@ def test_the_size_of_a_file_is_asked_for(tmp_path: Path) -> None:
 
 def test_of_pip_downloads_and_errors_are_shown() -> None:
     assert matters("  Downloading x.whl (4.3 MB)") and matters("ERROR: no") and not matters("Collecting x")
+
+
+def test_each_python_gets_its_constraints_and_another_is_told_which_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "version_info", SimpleNamespace(major=3, minor=12))
+    assert install_environment.constraints() == ROOT / "constraints" / "cpu-py312.txt"
+    assert install_environment.constraints().is_file()
+
+    (tmp_path / "cpu-py311.txt").touch()
+    monkeypatch.setattr(sys, "version_info", (3, 14))
+    monkeypatch.setattr(install_environment, "constraints", lambda: tmp_path / "cpu-py314.txt")
+    monkeypatch.setattr(install_environment, "CONSTRAINTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["install_environment.py", str(tmp_path / "venv"), "dev"])
+    with pytest.raises(SystemExit) as ended:
+        install_environment.main()
+    assert "cpu-py314.txt" in str(ended.value) and "cpu-py311 are there" in str(ended.value)
+    assert not (tmp_path / "venv").exists()
