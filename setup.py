@@ -20,6 +20,7 @@ CORE = [
     "tokenizers",
     "safetensors",
     "numpy>=1.26",
+    "pyarrow>=15",  # the cache of problems, and Parquet files
     "pydantic>=2.7,<3",
     "PyYAML>=6",
     "jinja2>=3.1",
@@ -38,7 +39,7 @@ DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
 # `megatron_hdpo/environment.py` names the extra of a package that is missing.
 FEATURES = {
     "tasks": ["reasoning-gym>=0.1.25"],  # needs a C compiler
-    "datasets": ["datasets>=3", "pyarrow"],
+    "datasets": ["datasets>=3"],
     "report": ["matplotlib>=3.8"],
     "tensorboard": ["tensorboard"],
     "tracking": ["wandb>=0.21", "mlflow>=3"],

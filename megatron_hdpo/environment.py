@@ -16,7 +16,6 @@ REMEDY = "run `make quickstart`, then `source .venv/bin/activate`"
 EXTRAS = {
     "reasoning_gym": "tasks",
     "datasets": "datasets",
-    "pyarrow": "datasets",
     "matplotlib": "report",
     "tensorboard": "tensorboard",
     "wandb": "tracking",

@@ -41,7 +41,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             run.sync(0)
         total = share_of(run, evaluation_samples(config, problems))
         with run.console.phase("evaluate", total=total, unit="sample") as phase:
-            responses = sample_responses(config, problems, run.rollouts, phase.advance)
+            responses = sample_responses(config, problems, run.coordinator, phase.advance)
         metrics = metrics_of(config, responses)
         run.console.table("Evaluation", evaluation_table(metrics, responses))
         if run.context.is_leader:

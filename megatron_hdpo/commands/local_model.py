@@ -11,7 +11,7 @@ from megatron_hdpo.types.errors import UserError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+    from transformers import PreTrainedTokenizerBase, TextStreamer
 
 Message = dict[str, str]
 
@@ -37,7 +37,7 @@ class LocalModel:
     """A loaded model. name: as the user gave it. stop_token_ids: end an answer."""
 
     name: str
-    model: PreTrainedModel
+    model: Any  # PreTrainedModel: the types of its `generate` differ between versions of transformers
     tokenizer: PreTrainedTokenizerBase
     stop_token_ids: list[int]
 
@@ -93,7 +93,7 @@ class LocalModel:
 
     def text(self, ids: Sequence[int]) -> str:
         """Return the text of an answer, without special tokens."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def _until_stop(self, row_T: torch.Tensor) -> list[int]:
         ids = row_T.tolist()
@@ -117,7 +117,7 @@ def load_local_model(name: str, device: str, seed: int) -> LocalModel:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)
         dtype = "auto" if device == "cuda" else torch.float32
-        model = AutoModelForCausalLM.from_pretrained(name, local_files_only=True, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, local_files_only=True, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise LocalModelError(f"{name}: is no model that transformers can load from this machine: {reason}") from error

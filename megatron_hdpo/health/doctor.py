@@ -25,6 +25,7 @@ REQUIRED = (
     "tokenizers",
     "safetensors",
     "numpy",
+    "pyarrow",
     "pydantic",
     "PyYAML",
     "jinja2",
@@ -36,6 +37,7 @@ REQUIRED = (
     "packaging",
     "tenacity",
     "rich",
+    "shtab",
 )
 OPTIONAL = ("transformer-engine", "apex", "triton", "sglang")
 VERSIONED = ("torch", "megatron-core", "transformers", "triton", "transformer-engine", "sglang")

@@ -13,7 +13,6 @@ from megatron_hdpo.config import RecipeError, check_recipe, check_sections, pars
 from megatron_hdpo.model.architecture import read_architecture
 
 GYM = {"kind": "reasoning_gym", "dataset": "chain_sum"}
-PARQUET = {"kind": "parquet", "path": "p.parquet"}
 HUB = {"kind": "huggingface", "dataset": "d/e"}
 
 
@@ -33,7 +32,7 @@ def put(tree: Tree, key: str, value: Any) -> None:
     ("package", "key", "value", "where", "extra"),
     [
         ("reasoning_gym", "data.train", [GYM], "data.train.0.kind=reasoning_gym", "tasks"),
-        ("pyarrow", "data.evaluation", [GYM, PARQUET], "data.evaluation.1.kind=parquet", "datasets"),
+        ("datasets", "data.evaluation", [GYM, HUB], "data.evaluation.1.kind=huggingface", "datasets"),
         ("datasets", "data.train", [HUB], "data.train.0.kind=huggingface", "datasets"),
         ("tensorboard", "tracking.tensorboard", True, "tracking.tensorboard", "tensorboard"),
         ("wandb", "tracking.wandb", {"project": "p"}, "tracking.wandb", "tracking"),

@@ -6,7 +6,7 @@ import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TextIO
+from typing import Any, Literal, TextIO
 
 from pydantic import Field, field_validator
 
@@ -111,8 +111,6 @@ class CsvTask(FileTask):
 
 class ParquetTask(FileTask):
     """A Parquet file."""
-
-    packages: ClassVar[tuple[str, ...]] = ("pyarrow",)
 
     kind: Literal["parquet"]
 
