@@ -84,14 +84,19 @@ def _mark_shards(model: HeadlessGPTModel) -> None:
 
 
 def _mark_experts(model: HeadlessGPTModel, layout: ParallelConfig) -> None:
-    """Have the gradients of experts reduced over all ranks that hold copies of them.
+    """Mark the weights of experts: which ranks reduce their gradients, and that the gradient norm counts every part.
 
-    Megatron does that only if expert parallelism is used. Without it the expert group can still differ from the
-    tensor-parallel group; Megatron would then reduce over too few ranks.
+    Megatron reduces over the ranks that hold copies of an expert only if expert parallelism is used. Without it the
+    expert group can still differ from the tensor-parallel group; Megatron would then reduce over too few ranks.
+
+    A weight without the mark `tensor_model_parallel` is taken for a copy. Before 0.19.2, Megatron then counts it on the
+    first rank of the tensor-parallel group of the other layers, and so omits the experts of the group's other ranks.
+    Whether an expert's linear layer sets the mark depends on its kind, and on the versions.
     """
     for layer in (module for module in model.modules() if isinstance(module, MoELayer)):
         for parameter in layer.experts.parameters():
             parameter.allreduce = layout.expert == 1 and layout.expert_tensor == layout.tensor
+            parameter.tensor_model_parallel = True
 
 
 def wrap_data_parallel(model: nn.Module, context: ParallelContext) -> Any:

@@ -1,6 +1,6 @@
 """The loss of a step from the full logits of a `transformers` model in float64, by the definitions and autograd alone.
 
-Nothing here comes from the package but the record types: L = sum w S / N_s + c sum v D / N_d.
+Nothing here comes from the package but the record types and sections: L = sum w S / N_s + c sum v D / N_d.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from megatron_hdpo.model.config import OptimizerConfig
 from megatron_hdpo.types.learning import Example, LossSpec, Scoring
 
 
@@ -72,6 +73,37 @@ def reference_step(path: Path, examples: Sequence[Example], spec: LossSpec) -> R
     loss.backward()
     gradients = by_saved_name({name: p.grad.numpy() for name, p in model.named_parameters()})
     return Reference(float(loss), gradients, _metrics(sums, surrogate_count, distill_count))
+
+
+def norm(tensors: dict[str, np.ndarray]) -> float:
+    """The Euclidean norm of all tensors as one vector."""
+    return float(np.sqrt(sum(np.sum(tensor.astype(np.float64) ** 2) for tensor in tensors.values())))
+
+
+def first_step_of_adamw(
+    gradients: dict[str, np.ndarray], before: dict[str, np.ndarray], config: OptimizerConfig
+) -> dict[str, np.ndarray]:
+    """How far each weight moves, by AdamW's definition from gradients clipped by their norm.
+
+    At the first step both moments are the gradient's own. A learning rate that warms up begins at its start.
+    """
+    total = norm(gradients)
+    lr = config.lr * (config.warmup_start if config.warmup_steps else 1.0)
+    moved = {}
+    for name, gradient in gradients.items():
+        clipped = gradient * min(1.0, config.clip_grad / total)
+        decay = config.weight_decay if gradient.ndim > 1 else 0.0
+        moved[name] = -lr * (decay * before[name] + clipped / (np.abs(clipped) + config.eps))
+    return moved
+
+
+def assert_same_tensors(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray], tolerance: float) -> None:
+    """The distance of each tensor, relative to its norm (or to a thousandth of all tensors' norm, if that is more)."""
+    assert actual.keys() == expected.keys()
+    floor = 1e-3 * norm(expected)
+    off = {n: np.linalg.norm(actual[n] - e) / max(np.linalg.norm(e), floor) for n, e in expected.items()}
+    worst = max(off, key=off.__getitem__)
+    assert off[worst] < tolerance, f"{worst} is off by {off[worst]:.1e}; all: {off}"
 
 
 _SUMS = ("surrogate", "tokens", "nll", "entropy", "clipped", "k3", "abs", "jsd", "targets", "covered", "top1")

@@ -12,7 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from distributed_helper import run_ranks
-from full_logits import Reference, by_saved_name, load, reference_score, reference_step
+from full_logits import (
+    Reference,
+    assert_same_tensors,
+    by_saved_name,
+    first_step_of_adamw,
+    load,
+    norm,
+    reference_score,
+    reference_step,
+)
 from layout_cases import (
     CASES,
     EVERY_CASE,
@@ -70,22 +79,9 @@ def reference(paths: dict[str, Path]) -> Callable[[str], Reference]:
 EVERY_MODEL = [pytest.param(layout, model, id=f"{layout}-{model}") for layout in LAYOUTS for model in models_of(layout)]
 
 
-def assert_same_tensors(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray], tolerance: float) -> None:
-    """The distance of each tensor, relative to its norm (or to a thousandth of all tensors' norm, if that is more)."""
-    assert actual.keys() == expected.keys()
-    floor = 1e-3 * norm(expected)
-    off = {n: np.linalg.norm(actual[n] - e) / max(np.linalg.norm(e), floor) for n, e in expected.items()}
-    worst = max(off, key=off.__getitem__)
-    assert off[worst] < tolerance, f"{worst} is off by {off[worst]:.1e}; all: {off}"
-
-
 def assert_same_metrics(actual: dict[str, float], expected: dict[str, float]) -> None:
     for name, value in expected.items():
         assert actual[name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
-
-
-def norm(tensors: dict[str, np.ndarray]) -> float:
-    return float(np.sqrt(sum(np.sum(tensor.astype(np.float64) ** 2) for tensor in tensors.values())))
 
 
 @pytest.mark.parametrize(("layout", "model"), EVERY_MODEL)
@@ -124,14 +120,8 @@ def test_one_step_of_adamw(layout: str, model: str, outcome: Get, ranks_of, refe
     lr = OPTIMIZER.lr * OPTIMIZER.warmup_start
     assert (result.metrics["train/lr"], result.metrics["train/skipped"]) == (lr, 0.0)
     before = by_saved_name({name: p.detach().numpy() for name, p in load(paths[model]).named_parameters()})
-    after = {}
-    for name, gradient in expected.gradients.items():
-        clipped = gradient * OPTIMIZER.clip_grad / total
-        decay = OPTIMIZER.weight_decay if gradient.ndim > 1 else 0.0
-        step = clipped / (np.abs(clipped) + OPTIMIZER.eps)  # AdamW's first: both moments are the gradient's own
-        after[name] = before[name] * (1 - lr * decay) - lr * step
     moved = {name: result.tensors[name] - before[name] for name in before}
-    assert_same_tensors(moved, {name: after[name] - before[name] for name in before}, 1e-4)
+    assert_same_tensors(moved, first_step_of_adamw(expected.gradients, before, OPTIMIZER), 1e-4)
     digests = {rank[layout, model, "update"].more["digest"] for rank in ranks_of(layout)}
     assert len(digests) == 1  # every rank, of every replica, holds the same model
 
