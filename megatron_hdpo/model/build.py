@@ -19,6 +19,7 @@ from megatron_hdpo.model.chunks import ModelChunks, chunks_of
 from megatron_hdpo.model.config import ModelConfig, ModelError, choose_spec
 from megatron_hdpo.model.fp8_rules import runtime_error
 from megatron_hdpo.model.megatron_config import transformer_config
+from megatron_hdpo.model.megatron_logs import leave_out_warnings_about_our_code
 from megatron_hdpo.model.network import HeadlessGPTModel
 from megatron_hdpo.model.overlap import connect, overlaps
 from megatron_hdpo.model.specs import layer_spec
@@ -32,6 +33,7 @@ def build_model(architecture: Architecture, context: ParallelContext, config: Mo
     Returns a HeadlessGPTModel, or ModelChunks of them if parallel.virtual_stages > 1.
     Raises LayoutError when the layout does not divide the model, ModelError when its precision does not run here.
     """
+    leave_out_warnings_about_our_code()
     layout = context.layout
     check_layout(layout, architecture.sizes, context.world_size)
     if layout.virtual_stages == 1:

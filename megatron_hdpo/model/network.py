@@ -6,6 +6,7 @@ are never made, and the shards of the vocabulary are never gathered.
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -17,18 +18,34 @@ from torch import Tensor
 
 from megatron_hdpo.model.chunks import ModelChunks
 
+HAS_OUTPUT_PROCESSOR = "output_processor" in signature(GPTModel.forward).parameters
+"""Whether GPTModel takes a function in place of its head: Megatron-Core 0.18 and later."""
+
 
 class HeadlessGPTModel(GPTModel):
     """Megatron's GPTModel; the last stage returns hidden states after the final norm, [rows / SP, 1, hidden]."""
 
-    def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:
-        return hidden_states
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the layers of this stage; arguments as in GPTModel."""
+        if HAS_OUTPUT_PROCESSOR:
+            kwargs["output_processor"] = _hidden_states
+        return super().forward(*args, **kwargs)
+
+    if not HAS_OUTPUT_PROCESSOR:
+
+        def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:
+            return hidden_states
 
     def head_weight(self) -> Tensor:
         """Return this rank's shard of the head, [V / tp, H]; last stage only."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
+
+
+def _hidden_states(hidden_states: Tensor, **_: Any) -> Tensor:
+    """Return the input of the head as the output of the model (an `output_processor` of GPTModel)."""
+    return hidden_states
 
 
 def hidden_rows(

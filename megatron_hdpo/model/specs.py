@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -52,7 +54,9 @@ def _torch_layer(config: TransformerConfig) -> ModuleSpec:
         ),
     )
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    mlp = ModuleSpec(module=MLP, submodules=linears)
+    # From Megatron-Core 0.19 on, a layer takes a function that builds its MLP, and warns of a ModuleSpec of one.
+    build_mlp = getattr(MLP, "as_mlp_submodule", None)
+    mlp = partial(build_mlp, submodules=linears) if build_mlp else ModuleSpec(module=MLP, submodules=linears)
     # Checkpoints use the parameter names of the Transformer Engine spec, so that each spec loads those of the other.
     engine_names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     if config.num_moe_experts:
