@@ -18,9 +18,8 @@ if __name__ == "__main__":
 
     start_results_queue()
     start_results_queue()
-    # As Megatron-Core's writers ask for it: public from 0.17 on.
-    asked = getattr(filesystem_async, "get_write_results_queue", None) or filesystem_async._get_write_results_queue
-    queue = asked()
+    module = vars(filesystem_async)  # the name is public from Megatron-Core 0.17 on
+    queue = (module.get("get_write_results_queue") or module["_get_write_results_queue"])()
     queue.put("written")
     (keeper,) = multiprocessing.active_children()
     print(queue.get(), keeper.pid, flush=True)
