@@ -25,6 +25,12 @@ LANGUAGES = {".py": "python", ".sh": "bash", ".sbatch": "bash", ".yaml": "yaml",
 COPIED = {".png", ".svg"}
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Complete the menu: the pages of the API reference, one for each room."""
+    config.nav = [*(config.nav or []), {"API": ["api/index.md", *(f"api/{room}.md" for room in rooms())]}]
+    return config
+
+
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     """Add the pages that do not lie in docs/: README, linked files and folders of the repository, API reference."""
     for source in _linked(list(PAGES) + [f"docs/{file.src_uri}" for file in files.documentation_pages()]):
