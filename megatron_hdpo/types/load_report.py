@@ -11,7 +11,8 @@ from megatron_hdpo.types.errors import DataError
 class LoadReport:
     """Counts of dropped and kept problems.
 
-    counts[task][reason]: dropped problems. examples[task][reason]: where the first of them was. kept[task]: the others.
+    `counts[task][reason]`: dropped problems. `examples[task][reason]`: where the first of them was. `kept[task]`: the
+    others.
     """
 
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
