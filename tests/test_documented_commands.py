@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_hdpo import commands
 from megatron_hdpo.cli import main, parser
 from megatron_hdpo.config import RecipeError, load_recipe
 
@@ -43,10 +44,21 @@ COVERED = {
     "make test": NotRun("starts the tests"),
     "make test-long": NotRun("starts the tests"),
     "make fast-test": NotRun("starts the tests"),
+    "make setup": Tested("install_environment"),
     "make dev-setup": Tested("install_environment"),
     "make sglang-env": NotRun("a step of `make test`, before the tests"),
     "make docs": Tested('"mkdocs", "build", "--strict"'),
     "source .venv/bin/activate": NotRun("a file of Python's own venv"),
+    "megatron_hdpo --version": Tested('"--version"'),
+    "megatron_hdpo init": Tested('"init"'),
+    "megatron_hdpo make-tiny-model": Tested('"make-tiny-model"'),
+    "megatron_hdpo prepare": Tested('"prepare"'),
+    "megatron_hdpo sample": Tested('"sample"'),
+    "megatron_hdpo chat": Tested('"chat"'),
+    "megatron_hdpo compare": Tested('"compare"'),
+    "megatron_hdpo convert": Tested('"convert"'),
+    "megatron_hdpo verify-conversion": Tested('"verify-conversion"'),
+    "megatron_hdpo completion": Tested('"completion"'),
     "megatron_hdpo train": Tested('"train", '),
     "megatron_hdpo evaluate": Tested('"evaluate"'),
     "megatron_hdpo check": Tested('"check", '),
@@ -54,9 +66,6 @@ COVERED = {
     "megatron_hdpo explain": Tested('main(["explain"'),
     "megatron_hdpo report": Tested('"report"'),
     "megatron_hdpo doctor": Tested("doctor"),
-    "tools/make_tiny_model.py": Tested("make_tiny_model("),
-    "tools/convert_checkpoint.py": Tested("convert_checkpoint.py"),
-    "tools/verify_checkpoint.py": Tested("verify_checkpoint.py"),
     "tools/recipe_gallery.py": Tested("recipe_gallery.page()"),
     "tools/scaling_study.py": Tested("scaling_study"),
     "tools/resolve_platforms.py": Tested("resolve_platforms"),
@@ -65,6 +74,7 @@ COVERED = {
     "tools/bench_rollout.py": MINUTES,
     "tools/same_numbers.py": NotRun("compares two folders that hours of training have made"),
     "examples/compare/compare.py": Tested("compare.py"),
+    "examples/cluster/one_node.sh": Tested("one_node.sh"),
     "examples/cluster/several_nodes.sh": Tested("several_nodes.sh"),
     "examples/cluster/slurm.sbatch": Tested("slurm.sbatch"),
     "examples/qwen2.5-math-1.5b/launch.sh": GPU,
@@ -181,9 +191,14 @@ def test_the_walk_sees_the_commands_and_their_faults(tmp_path):
     assert faults(["python", "-m", "megatron_hdpo", "fly"]) == ["megatron_hdpo fly"]
     assert faults(["megatron_hdpo", "plan", "RECIPE", "--gpuz", "h100"]) == ["megatron_hdpo plan RECIPE --gpuz h100"]
     assert faults(["python", "tools/no_such_tool.py"]) == ["tools/no_such_tool.py"]
-    assert faults(["python", "tools/make_tiny_model.py", "--no-such"]) == ["--no-such"]
+    assert faults(["python", "tools/scaling_study.py", "--no-such"]) == ["--no-such"]
     assert faults(["make", "no-such-target"]) == ["make no-such-target"]
     assert "train.stepz" in faults(["examples/cluster/one_node.sh", recipe, "train.stepz=2"])[0]
+
+
+def test_the_page_of_commands_has_every_command():
+    named = {program(words) for words in commands_of(ROOT / "docs" / "commands.md")}
+    assert {f"megatron_hdpo {command.name}" for command in commands.ALL} <= named
 
 
 def test_explain_works_as_written(capsys):
