@@ -27,9 +27,8 @@ def _add(parser: argparse.ArgumentParser) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from megatron_hdpo.config import RecipeError
-    from megatron_hdpo.evaluation.evaluate import evaluation_samples, metrics_of, sample_responses
+    from megatron_hdpo.evaluation.evaluate import metrics_of, sample_responses
     from megatron_hdpo.evaluation.files import evaluation_table, write_evaluation
-    from megatron_hdpo.training.rollout_phase import share_of
 
     with opened_run(arguments.recipe, arguments.overrides) as run:
         config, problems = run.recipe.evaluation, run.data.evaluation
@@ -39,9 +38,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             raise RecipeError("data.evaluation: there is no problem to evaluate on: name a task")
         with run.console.phase("sync"):
             run.sync(0)
-        total = share_of(run, evaluation_samples(config, problems))
-        with run.console.phase("evaluate", total=total, unit="sample") as phase:
-            responses = sample_responses(config, problems, run.coordinator, phase.advance)
+        with run.console.phase("evaluate", total=0, unit="sample") as phase:
+            responses = sample_responses(config, problems, run.coordinator, phase)
         metrics = metrics_of(config, responses)
         run.console.table("Evaluation", evaluation_table(metrics, responses))
         if run.context.is_leader:

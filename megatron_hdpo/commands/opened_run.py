@@ -25,13 +25,20 @@ def opened_run(recipe_file: Path, overrides: Sequence[str], trains: bool = False
     if not trains:
         checkpoint = recipe.checkpoint.model_copy(update={"export": False})
         recipe = recipe.model_copy(update={"checkpoint": checkpoint})
-    check_sections(recipe)  # before the imports below, which take seconds: torch and Megatron
-    from megatron_hdpo.parallel.context import start, stop
-    from megatron_hdpo.training.run import build_run, set_threads
+    check_sections(recipe)  # before the imports below, which take seconds
+    from megatron_hdpo.tracking.console import Console
+
+    leads = os.environ.get("RANK", "0") == "0"
+    console = Console(enabled=leads, progress_s=recipe.tracking.progress_seconds)
+    console.print("loading PyTorch and Megatron-Core ...")
+    with console.phase("imports"):
+        from megatron_hdpo.parallel.context import start, stop
+        from megatron_hdpo.training.run import build_run, set_threads
 
     set_threads(recipe, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    context = start(recipe.parallel, recipe.device, recipe.seed)
-    run = build_run(recipe, context, resumes=trains)
+    with console.phase("join ranks"):
+        context = start(recipe.parallel, recipe.device, recipe.seed)
+    run = build_run(recipe, context, resumes=trains, console=console)
     failed = True
     try:
         yield run

@@ -86,8 +86,8 @@ def _of_problems(run: Run, arguments: argparse.Namespace) -> list[Group]:
     )
     run.sync(0)
     problems = _spread(run.data.evaluation, arguments.problems)
-    with run.console.phase("sample", total=len(problems) * arguments.samples, unit="sample") as phase:
-        return run.coordinator.groups(problems, sampling, ("sample", arguments.seed), phase.advance)
+    with run.console.phase("sample", total=0, unit="sample") as phase:
+        return run.coordinator.groups(problems, sampling, ("sample", arguments.seed), phase)
 
 
 def _spread(items: Sequence[T], count: int) -> list[T]:
@@ -100,8 +100,8 @@ def _group_lines(groups: Iterable[Group]) -> Iterable[str]:
     for group in groups:
         yield f"=== {group.problem.id}: {group.problem.question}\nanswer: {group.problem.answer}"
         for number, sample in enumerate(group.samples, start=1):
-            end = sample.completion.finish_reason
-            yield f"--- sample {number}: reward {sample.reward:g}, {sample.length} tokens, {end}\n{sample.text}"
+            reason = sample.completion.finish_reason
+            yield f"--- sample {number}: reward {sample.reward:g}, {sample.length} tokens, {reason}\n{sample.text}"
         for reason, count in group.dropped.items():
             yield f"--- {count} samples dropped: {reason}"
 

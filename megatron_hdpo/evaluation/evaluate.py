@@ -18,7 +18,7 @@ import numpy as np
 from megatron_hdpo.evaluation.config import EvaluationConfig
 from megatron_hdpo.evaluation.passk import interval, pass_at_k
 from megatron_hdpo.sampling.coordinator import RolloutCoordinator
-from megatron_hdpo.sampling.sampler import OnProgress
+from megatron_hdpo.sampling.sampler import Progress
 from megatron_hdpo.types.problem import Problem
 from megatron_hdpo.types.rollouts import Group, SamplingParams
 
@@ -35,17 +35,17 @@ def evaluate(
     config: EvaluationConfig,
     problems: Sequence[Problem],
     rollouts: RolloutCoordinator,
-    on_progress: OnProgress | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, float]:
     """Return the `eval/<task>/...` metrics of the model that the engine serves. Collective."""
-    return metrics_of(config, sample_responses(config, problems, rollouts, on_progress))
+    return metrics_of(config, sample_responses(config, problems, rollouts, progress))
 
 
 def sample_responses(
     config: EvaluationConfig,
     problems: Sequence[Problem],
     rollouts: RolloutCoordinator,
-    on_progress: OnProgress | None = None,
+    progress: Progress | None = None,
 ) -> Responses:
     """Return the responses of the model that the engine serves.
 
@@ -59,21 +59,16 @@ def sample_responses(
         top_p=config.top_p,
         stop_token_ids=rollouts.stop_token_ids,
     )
-    sampled = rollouts.groups(problems, sampling, ("evaluation",), on_progress)
+    sampled = rollouts.groups(problems, sampling, ("evaluation",), progress)
     if not config.greedy:
         return Responses(sampled)
     sampling = SamplingParams(max_new_tokens=limit, temperature=0.0, stop_token_ids=rollouts.stop_token_ids)
-    return Responses(sampled, rollouts.groups(problems, sampling, ("greedy",), on_progress))
+    return Responses(sampled, rollouts.groups(problems, sampling, ("greedy",), progress))
 
 
 def metrics_of(config: EvaluationConfig, responses: Responses) -> dict[str, float]:
     """Return the `eval/<task>/...` metrics of judged responses."""
     return _sampled_metrics(config, responses.sampled) | _greedy_metrics(config, responses.greedy)
-
-
-def evaluation_samples(config: EvaluationConfig, problems: Sequence[Problem]) -> int:
-    """Return the number of responses that an evaluation samples."""
-    return len(problems) * (config.samples + config.greedy)
 
 
 def _sampled_metrics(config: EvaluationConfig, groups: Sequence[Group]) -> dict[str, float]:

@@ -18,6 +18,7 @@ from megatron_hdpo.objectives.base import ObjectiveDeps, group_shares
 from megatron_hdpo.objectives.distillation import Distillation, SamePromptDistillation, StudentDistillationConfig
 from megatron_hdpo.objectives.examples import SampleKey, is_masked, privileged_samples
 from megatron_hdpo.objectives.settings import RecipeContext
+from megatron_hdpo.types.headline import PRIVILEGED_KEPT, Headline
 from megatron_hdpo.types.learning import DivergenceConfig, Objective
 from megatron_hdpo.types.rollouts import Group, Sample
 
@@ -78,6 +79,11 @@ class TeacherTokens(Distillation):
         for key, group, sample in privileged_samples(groups):
             if sample.length and not is_masked(sample, self.config.overlong):
                 yield key, group, sample
+
+    @property
+    def headlines(self) -> Sequence[Headline]:
+        """Return the number of the teacher's responses, and the headlines of every distillation."""
+        return (PRIVILEGED_KEPT, *super().headlines)
 
     def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
         """Return the shares of solved, mixed and cliff groups, and the number of privileged samples."""

@@ -13,7 +13,8 @@ from megatron_hdpo.data.leakage import LeakageConfig
 from megatron_hdpo.data.prompts import Hint
 from megatron_hdpo.objectives.examples import SampleKey, student_samples
 from megatron_hdpo.objectives.settings import ObjectiveSettings
-from megatron_hdpo.types.learning import Score, Scoring, ScoringKey
+from megatron_hdpo.types.headline import COVERED_MASS, DIVERGENCE, ENTROPY, GRADIENT_NORM, NLL, Headline
+from megatron_hdpo.types.learning import LossSpec, Score, Scoring, ScoringKey
 from megatron_hdpo.types.problem import Problem
 from megatron_hdpo.types.rollouts import Group, Sample
 
@@ -78,6 +79,17 @@ class BaseObjective:
         self.temperature = deps.temperature
         self.updates_per_step = deps.updates_per_step
         self.prompts = deps.prompts
+
+    @property
+    def loss(self) -> LossSpec:
+        """Return the loss of the current step. A method defines it."""
+        raise NotImplementedError
+
+    @property
+    def headlines(self) -> Sequence[Headline]:
+        """Return the metrics for the console. Default: divergence and covered mass, or likelihood and entropy."""
+        own = (NLL, ENTROPY) if self.loss.distill is None else (DIVERGENCE, COVERED_MASS)
+        return (*own, GRADIENT_NORM)
 
     def privileged_rollouts_for(self, group: Group, step: int) -> int:
         """Return the number of privileged samples that the group gets. Default: 0."""

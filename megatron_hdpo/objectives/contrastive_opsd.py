@@ -24,11 +24,14 @@ from megatron_hdpo.objectives.distillation import Distillation, StudentDistillat
 from megatron_hdpo.objectives.examples import SampleKey, sample_distillation
 from megatron_hdpo.objectives.settings import RecipeContext
 from megatron_hdpo.objectives.siblings import PairConfig, has_pair, pair_hints
+from megatron_hdpo.types.headline import Headline
 from megatron_hdpo.types.learning import DivergenceConfig, Example, Score, Scoring, ScoringKey
 from megatron_hdpo.types.rollouts import Group, Sample, TopKArrays
 
 _SMALLEST_REST = 1e-7
 """Lower bound of the bucket's mass: its logarithm must be finite."""
+
+_WEIGHT = Headline("contrast/mean_weight", "weight", "Mean weight of a token")
 
 
 class ContrastiveOPSDConfig(StudentDistillationConfig):
@@ -94,6 +97,12 @@ class ContrastiveOPSD(Distillation):
                 )
             )
         return examples
+
+    @property
+    def headlines(self) -> Sequence[Headline]:
+        """Return the headlines of every distillation, and the mean weight of a token."""
+        first, *rest = super().headlines
+        return (first, _WEIGHT, *rest)
 
     def totals(self, groups: Sequence[Group], scores: Mapping[ScoringKey, Score]) -> dict[str, float]:
         """Return the sum of the tokens' weights and their number, for the metrics alone."""

@@ -23,6 +23,7 @@ from megatron_hdpo.objectives.examples import (
     target_scorings,
 )
 from megatron_hdpo.objectives.settings import ANY_TEACHER, ObjectiveSettings, RecipeContext, TeacherKind
+from megatron_hdpo.types.headline import CLIFF_RATE, COVERED_MASS, DIVERGENCE, GRADIENT_NORM, SOLVED_RATE, Headline
 from megatron_hdpo.types.learning import (
     DivergenceConfig,
     Example,
@@ -101,6 +102,11 @@ class Distillation(BaseObjective):
             sample_distillation(key, group, sample, target_of(key, scores, self.config.distill), scores)
             for key, group, sample in self.trained(groups)
         ]
+
+    @property
+    def headlines(self) -> Sequence[Headline]:
+        """Return the divergence, the share of cliffs, and how much of the teacher is seen."""
+        return (DIVERGENCE, CLIFF_RATE, COVERED_MASS, GRADIENT_NORM, SOLVED_RATE)
 
     def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
         """Return the shares of solved, mixed and cliff groups, and of masked samples."""

@@ -21,6 +21,16 @@ from megatron_hdpo.objectives.advantages import AdvantageKind, advantages
 from megatron_hdpo.objectives.base import NO_TOTALS, BaseObjective, group_shares
 from megatron_hdpo.objectives.examples import SampleKey, is_masked, own_scoring, student_example, student_samples
 from megatron_hdpo.objectives.settings import ObjectiveSettings
+from megatron_hdpo.types.headline import (
+    CLIFF_RATE,
+    CLIP_FRACTION,
+    ENTROPY,
+    GRADIENT_NORM,
+    REFERENCE_KL,
+    SOLVED_RATE,
+    SURROGATE_LOSS,
+    Headline,
+)
 from megatron_hdpo.types.learning import Example, LossSpec, Score, Scoring, ScoringKey, SurrogateConfig
 from megatron_hdpo.types.rollouts import Group, Sample
 
@@ -131,6 +141,12 @@ class GRPO(BaseObjective):
     def _reward(self, sample: Sample) -> float:
         cut = self.config.overlong == "penalise" and sample.completion.finish_reason == "length"
         return sample.reward - (self.config.overlong_penalty if cut else 0.0)
+
+    @property
+    def headlines(self) -> Sequence[Headline]:
+        """Return the shares of cliffs and of solved prompts, entropy, and what tells of the update."""
+        penalty = (REFERENCE_KL,) if self.config.needs_reference else ()
+        return (CLIFF_RATE, SOLVED_RATE, ENTROPY, GRADIENT_NORM, *penalty, SURROGATE_LOSS, CLIP_FRACTION)
 
     def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
         """Return the shares of solved groups (all right), cliffs (all wrong) and mixed ones."""

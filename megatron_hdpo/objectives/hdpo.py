@@ -18,6 +18,7 @@ from megatron_hdpo.objectives.examples import distillation_example, privileged_s
 from megatron_hdpo.objectives.grpo import GRPO, GRPOConfig
 from megatron_hdpo.objectives.privileged import PrivilegedFilter, PrivilegedRolloutConfig, privileged_metrics
 from megatron_hdpo.objectives.settings import OWN_TEACHERS, RecipeContext, TeacherKind
+from megatron_hdpo.types.headline import CLIFF_RATE, DISTILLED_TOKENS, DIVERGENCE, PRIVILEGED_SUCCESS, Headline
 from megatron_hdpo.types.learning import DivergenceConfig, Example, LossSpec, Score, Scoring, ScoringKey
 from megatron_hdpo.types.rollouts import Group
 
@@ -123,6 +124,12 @@ class HDPO(GRPO):
                 )
             examples.append(distillation_example(group, sample, target))
         return examples
+
+    @property
+    def headlines(self) -> Sequence[Headline]:
+        """Return the share of cliffs, what becomes of them, and the headlines of GRPO."""
+        cliffs = (CLIFF_RATE, PRIVILEGED_SUCCESS, DIVERGENCE, DISTILLED_TOKENS)
+        return (*cliffs, *(headline for headline in super().headlines if headline not in cliffs))
 
     def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
         """Return the shares of solved, mixed and cliff groups, and of cliffs with a kept privileged sample."""

@@ -23,6 +23,7 @@ from megatron_hdpo.objectives.base import NO_TOTALS, BaseObjective, ObjectiveDep
 from megatron_hdpo.objectives.distillation import SamePromptDistillation, StudentDistillationConfig
 from megatron_hdpo.objectives.examples import SampleKey, is_masked, own_scoring, student_example
 from megatron_hdpo.objectives.settings import OTHER_TEACHERS, ObjectiveSettings, RecipeContext, TeacherKind
+from megatron_hdpo.types.headline import CLIFF_RATE, ENTROPY, GRADIENT_NORM, SOLVED_RATE, Headline
 from megatron_hdpo.types.learning import (
     DivergenceConfig,
     Example,
@@ -34,6 +35,8 @@ from megatron_hdpo.types.learning import (
     SurrogateConfig,
 )
 from megatron_hdpo.types.rollouts import Group, Sample
+
+_SAMPLED_KL = Headline("distill/sampled_kl", "KL", "Sampled KL(student || teacher) (nats per token)", ".4f")
 
 
 class ClampConfig(BaseModel):
@@ -167,6 +170,11 @@ class SampledDistillation(BaseObjective):
         """Return the sampled estimate of KL(q || p) per token."""
         count = totals["tokens"]
         return {"distill/sampled_kl": -totals["log_ratio"] / count} if count else {}
+
+    @property
+    def headlines(self) -> Sequence[Headline]:
+        """Return the divergence, entropy and the share of cliffs."""
+        return (_SAMPLED_KL, ENTROPY, CLIFF_RATE, GRADIENT_NORM, SOLVED_RATE)
 
     def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
         """Return the shares of solved, mixed and cliff groups, for the record: the method learns from no reward."""

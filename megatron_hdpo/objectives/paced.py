@@ -32,8 +32,11 @@ from megatron_hdpo.objectives.examples import (
 from megatron_hdpo.objectives.privileged import PrivilegedFilter, PrivilegedRolloutConfig, privileged_metrics
 from megatron_hdpo.objectives.settings import RecipeContext
 from megatron_hdpo.types.divergences import DivergenceKind
+from megatron_hdpo.types.headline import Headline
 from megatron_hdpo.types.learning import DivergenceConfig, Example, LossSpec, Score, Scoring, ScoringKey
 from megatron_hdpo.types.rollouts import Group, Sample
+
+_WEIGHT = Headline("paced/mean_weight", "weight", "Mean weight of a token before normalisation")
 
 
 class PACEDConfig(StudentDistillationConfig):
@@ -141,6 +144,12 @@ class PACED(Distillation):
             yield from super().trained(groups)
             return
         yield from (found for found in privileged_samples(groups) if found[2].length > 0)
+
+    @property
+    def headlines(self) -> Sequence[Headline]:
+        """Return the headlines of every distillation, and the mean weight of a token."""
+        first, *rest = super().headlines
+        return (first, _WEIGHT, *rest)
 
     def totals(self, groups: Sequence[Group], scores: Mapping[ScoringKey, Score]) -> dict[str, float]:
         """Return the number of tokens of the stage's samples, and the sum of their weights."""

@@ -29,8 +29,11 @@ from megatron_hdpo.objectives.examples import SampleKey
 from megatron_hdpo.objectives.grpo import GRPO, GRPOConfig
 from megatron_hdpo.objectives.settings import OWN_TEACHERS, RecipeContext, TeacherKind
 from megatron_hdpo.objectives.siblings import PairConfig, has_pair, pair_hints
+from megatron_hdpo.types.headline import Headline
 from megatron_hdpo.types.learning import Example, Score, Scoring, ScoringKey, SurrogateConfig
 from megatron_hdpo.types.rollouts import Group, Sample
+
+_MOVED = Headline("rlcsd/moved_share", "moved", "Share of tokens whose advantage the evidence moves")
 
 
 class RLCSDConfig(GRPOConfig):
@@ -155,6 +158,12 @@ class RLCSD(GRPO):
         wrong = [scores[(*key, name)].logprobs_T.astype(np.float64) for name in names if (*key, name) in scores]
         evidence_T = right - (np.logaddexp.reduce(wrong, axis=0) - np.log(len(wrong)))
         return self.config.bonus * np.tanh(evidence_T / self.config.evidence_scale) * (value != 0.0)
+
+    @property
+    def headlines(self) -> Sequence[Headline]:
+        """Return the headlines of GRPO, and the share of tokens that the evidence moves."""
+        first, *rest = super().headlines
+        return (first, _MOVED, *rest)
 
     def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
         """Return GRPO's metrics, and the share of samples that are left out."""

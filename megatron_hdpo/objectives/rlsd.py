@@ -28,11 +28,14 @@ from megatron_hdpo.objectives.examples import SampleKey, own_scoring, student_sa
 from megatron_hdpo.objectives.grpo import GRPO, GRPOConfig
 from megatron_hdpo.objectives.settings import OWN_TEACHERS, TeacherKind
 from megatron_hdpo.objectives.siblings import PairConfig, has_pair, pair_hints
+from megatron_hdpo.types.headline import Headline
 from megatron_hdpo.types.learning import Example, Score, Scoring, ScoringKey
 from megatron_hdpo.types.rollouts import Group, Sample
 
 _LARGEST_EVIDENCE = 60.0
 """Bound of the exponent: exp of more overflows float32, and w is clipped far below that."""
+
+_MIX = Headline("rlsd/mix", "mix", "Weight of the evidence in the advantages (lambda)")
 
 
 class RLSDConfig(GRPOConfig):
@@ -114,6 +117,12 @@ class RLSD(GRPO):
             value_T = value * self._factor(key, value, sample.length, scores)
             examples.append(self._example(key, group, sample, value_T, scores))
         return examples
+
+    @property
+    def headlines(self) -> Sequence[Headline]:
+        """Return the headlines of GRPO, and the weight of the evidence."""
+        first, *rest = super().headlines
+        return (first, _MIX, *rest)
 
     def totals(self, groups: Sequence[Group], scores: Mapping[ScoringKey, Score]) -> dict[str, float]:
         """Return the number of tokens with evidence, the sum of their clipped factors, and how many are clipped.

@@ -26,8 +26,11 @@ from megatron_hdpo.objectives.demonstrations import (
 )
 from megatron_hdpo.objectives.distillation import Distillation, StudentDistillationConfig
 from megatron_hdpo.objectives.settings import OWN_TEACHERS, TeacherKind
+from megatron_hdpo.types.headline import Headline
 from megatron_hdpo.types.learning import DivergenceConfig
 from megatron_hdpo.types.rollouts import Group
+
+_SIBLINGS = Headline("distill/sibling_share", "sibl.", "Share of samples whose teacher reads a right sibling")
 
 
 class SDPOConfig(StudentDistillationConfig):
@@ -60,6 +63,12 @@ class SDPO(Distillation):
         """Return the prompt that shows the demonstration, int32 [P]; None without one."""
         hint = self._hint(group, index)
         return None if hint is None else self.prompts.hinted(group.problem, hint)
+
+    @property
+    def headlines(self) -> Sequence[Headline]:
+        """Return the headlines of every distillation, and the share of samples with a sibling."""
+        first, *rest = super().headlines
+        return (first, _SIBLINGS, *rest)
 
     def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
         """Return the metrics of every distillation, and the shares of samples with a sibling and with feedback."""

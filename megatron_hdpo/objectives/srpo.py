@@ -37,6 +37,7 @@ from megatron_hdpo.objectives.examples import (
 )
 from megatron_hdpo.objectives.grpo import GRPO, GRPOConfig
 from megatron_hdpo.objectives.settings import OWN_TEACHERS, RecipeContext, TeacherKind
+from megatron_hdpo.types.headline import DIVERGENCE, Headline
 from megatron_hdpo.types.learning import (
     DivergenceConfig,
     Example,
@@ -47,6 +48,8 @@ from megatron_hdpo.types.learning import (
     SurrogateConfig,
 )
 from megatron_hdpo.types.rollouts import Group, Sample
+
+_DISTILLED = Headline("srpo/distilled_share", "dist.", "Share of samples that are distilled")
 
 
 class SRPOConfig(GRPOConfig):
@@ -132,6 +135,12 @@ class SRPO(GRPO):
                 example = sample_distillation(key, *distilled[key], target, scores, weights_T)
             examples.append(replace(example, surrogate_count=count, distill_count=count))
         return examples
+
+    @property
+    def headlines(self) -> Sequence[Headline]:
+        """Return the headlines of GRPO, the share of samples that are distilled, and their divergence."""
+        first, *rest = super().headlines
+        return (first, _DISTILLED, DIVERGENCE, *rest)
 
     def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
         """Return GRPO's metrics, the shares of samples with a demonstration, and the share that is distilled."""

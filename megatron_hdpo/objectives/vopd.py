@@ -11,7 +11,7 @@ empirical question; the second moment of the advantage is logged with and withou
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -21,8 +21,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from megatron_hdpo.objectives.examples import SampleKey
 from megatron_hdpo.objectives.opd import SampledConfig, SampledDistillation
 from megatron_hdpo.objectives.settings import RecipeContext
+from megatron_hdpo.types.headline import Headline
 from megatron_hdpo.types.learning import Score, Scoring, ScoringKey
 from megatron_hdpo.types.rollouts import Group, Sample
+
+_SECOND_MOMENT = Headline("vopd/second_moment", "2nd mom", "Second moment of the advantages", ".4f")
 
 
 class BaselineConfig(BaseModel):
@@ -75,6 +78,12 @@ class VOPD(SampledDistillation):
             return -student.reverse_kl_T.astype(np.float64)
         assert student.top is not None and teacher.at_logprobs_TK is not None
         return -renormalised_kl(student.top.logprobs_TK, teacher.at_logprobs_TK)
+
+    @property
+    def headlines(self) -> Sequence[Headline]:
+        """Return the headlines of sampled distillation, and the second moment of the advantages."""
+        first, *rest = super().headlines
+        return (first, _SECOND_MOMENT, *rest)
 
     def totals_metrics(self, totals: Mapping[str, float]) -> dict[str, float]:
         """Return the sampled KL, and the second moment of the advantage with and without the baseline, per token."""

@@ -20,7 +20,7 @@ from megatron_hdpo.rollout.sglang.answers import ExpertChoice
 from megatron_hdpo.rollout.sglang.api import ApiError
 from megatron_hdpo.rollout.sglang.engine import SGLangEngine
 from megatron_hdpo.rollout.sglang.servers.command import ServerLaunch
-from megatron_hdpo.rollout.sglang.servers.fleet import ServerFleet
+from megatron_hdpo.rollout.sglang.servers.fleet import Report, ServerFleet, no_report
 from megatron_hdpo.rollout.sglang.servers.server import ServerError
 from megatron_hdpo.rollout.sglang.servers.topology import PlannedServer, given_urls, planned_servers
 from megatron_hdpo.rollout.sglang.weights.gate import Gate
@@ -48,29 +48,40 @@ class BuiltEngine:
 
 
 def build_engine(
-    config: RolloutConfig, model_path: Path, architecture: Architecture, context: ParallelContext, output: Path
+    config: RolloutConfig,
+    model_path: Path,
+    architecture: Architecture,
+    context: ParallelContext,
+    output: Path,
+    report: Report = no_report,
 ) -> BuiltEngine:
     """Build the engine of the recipe on every rank. Collective.
 
-    model_path: Hugging Face folder. output: the run's folder, for logs. Raises EngineError, on every rank, when a
+    model_path: Hugging Face folder. output: the run's folder, for logs. report: gets the state of this rank's servers
+    while they start. Raises EngineError, on every rank, when a
     server does not start or cannot be used.
     """
     if config.engine == "embedded" or config.replay is not None:
         embedded = config.embedded.model_copy(update={"vocab_size": architecture.vocab_size})
         engine = EmbeddedEngine(model_path, embedded, context.device)
         return BuiltEngine(engine, EmbeddedSync(engine), list(range(context.world_size)))
-    return _on_servers(config, model_path, architecture, context, output)
+    return _on_servers(config, model_path, architecture, context, output, report)
 
 
 def _on_servers(
-    rollout: RolloutConfig, model_path: Path, architecture: Architecture, context: ParallelContext, output: Path
+    rollout: RolloutConfig,
+    model_path: Path,
+    architecture: Architecture,
+    context: ParallelContext,
+    output: Path,
+    report: Report,
 ) -> BuiltEngine:
     """Build the engine on SGLang servers: start, connect, check, and choose the transport of weights."""
     config, device = rollout.sglang, context.device.type
     locations = context.gather_objects(locate_rank(context.rank, context.is_replica_leader))
     plan = together(context, lambda: planned_servers(config, locations, device))
     mine = [server for server in plan if server.owner == context.rank]
-    servers = together(context, lambda: _started(rollout, mine, model_path, device, output))
+    servers = together(context, lambda: _started(rollout, mine, model_path, device, output, report))
     urls = servers.urls if servers else given_urls(config, locations).get(context.rank, [])
     engine = together(
         context,
@@ -119,7 +130,12 @@ def check_returns_experts(engine: SGLangEngine) -> None:
 
 
 def _started(
-    rollout: RolloutConfig, mine: Sequence[PlannedServer], model_path: Path, device: str, output: Path
+    rollout: RolloutConfig,
+    mine: Sequence[PlannedServer],
+    model_path: Path,
+    device: str,
+    output: Path,
+    report: Report,
 ) -> ServerFleet | None:
     """Start the servers that this rank owns and return them once they answer; None where it owns none."""
     if not mine:
@@ -139,7 +155,7 @@ def _started(
         for server in mine
     ]
     servers = ServerFleet(config, launches, output / "logs" / f"node{node}")
-    servers.start()
+    servers.start(report)
     return servers
 
 

@@ -20,7 +20,7 @@ from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.rollout.config import RolloutConfig
 from megatron_hdpo.rollout.engine import EngineLostWeights
 from megatron_hdpo.sampling.sampler import (
-    OnProgress,
+    Progress,
     RolloutRequest,
     RolloutSampler,
     SampledRollouts,
@@ -86,17 +86,17 @@ class RolloutCoordinator:
         self.sampling_ranks = list(range(context.world_size) if sampling_ranks is None else sampling_ranks)
 
     def step(
-        self, problems: Sequence[Problem], step: int, objective: Objective, on_progress: OnProgress | None = None
+        self, problems: Sequence[Problem], step: int, objective: Objective, progress: Progress | None = None
     ) -> list[Group]:
         """Return groups of `samples_per_prompt` rollouts of the problems, in their order. Collective.
 
         The groups hold the privileged rollouts that the objective asks for. Raises EngineLostWeights when the engine
         lost its weights and `restore_weights` is None.
         """
-        return self.finish_step(self.sample_step(problems, step, objective, on_progress), objective, on_progress)
+        return self.finish_step(self.sample_step(problems, step, objective, progress), objective, progress)
 
     def sample_step(
-        self, problems: Sequence[Problem], step: int, objective: Objective, on_progress: OnProgress | None = None
+        self, problems: Sequence[Problem], step: int, objective: Objective, progress: Progress | None = None
     ) -> SampledShare:
         """Sample this rank's share of a step. Not collective: a thread may run it while the ranks train."""
         share = SampledShare(step, len(problems), complete=not self._bounded(len(problems), objective))
@@ -104,12 +104,10 @@ class RolloutCoordinator:
         requests = self._requests(problems, sampling, ("train", step))
         requests = [replace(request, stop_at=self.config.stop_at_reward) for request in requests]
         share.groups = {int(r.key): Group(r.problem, r.prompt_ids, []) for r in requests}
-        share.run(self.sampler.begin(requests, on_progress, partial(self._judged, share, objective)))
+        share.run(self.sampler.begin(requests, progress, partial(self._judged, share, objective)))
         return share
 
-    def finish_step(
-        self, share: SampledShare, objective: Objective, on_progress: OnProgress | None = None
-    ) -> list[Group]:
+    def finish_step(self, share: SampledShare, objective: Objective, progress: Progress | None = None) -> list[Group]:
         """Return all groups of the step on every rank, from the shares of all ranks. Collective."""
         groups = self._gather(share)
         if share.complete:
@@ -121,7 +119,7 @@ class RolloutCoordinator:
         chosen = dict(list(planned.items())[: objective.max_privileged_prompts])
         mine = {g: n for g, n in chosen.items() if g in share.groups}
         requests = [self._privileged(share, g, n, objective) for g, n in mine.items()]
-        share.run(self.sampler.begin(requests, on_progress, partial(self._judged, share, objective)))
+        share.run(self.sampler.begin(requests, progress, partial(self._judged, share, objective)))
         return self._gather(share)
 
     def groups(
@@ -129,7 +127,7 @@ class RolloutCoordinator:
         problems: Sequence[Problem],
         sampling: SamplingParams,
         purpose: tuple[object, ...],
-        on_progress: OnProgress | None = None,
+        progress: Progress | None = None,
     ) -> list[Group]:
         """Return groups of the problems under any sampling parameters, without privileged rollouts. Collective.
 
@@ -144,7 +142,7 @@ class RolloutCoordinator:
             group.samples, group.dropped = rollouts.samples, rollouts.dropped
             return []
 
-        share.run(self.sampler.begin(requests, on_progress, then))
+        share.run(self.sampler.begin(requests, progress, then))
         return self._gather(share)
 
     def _requests(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from megatron_hdpo.sampling.coordinator import RolloutCoordinator, SampledShare
-from megatron_hdpo.sampling.sampler import OnProgress
+from megatron_hdpo.sampling.sampler import Progress
 from megatron_hdpo.types.learning import Objective
 from megatron_hdpo.types.problem import Problem
 from megatron_hdpo.types.rollouts import Group
@@ -33,15 +33,15 @@ class PrefetchedRollouts:
             self._begun[1].exception()
 
     def take(
-        self, problems: Sequence[Problem], step: int, objective: Objective, on_progress: OnProgress | None = None
+        self, problems: Sequence[Problem], step: int, objective: Objective, progress: Progress | None = None
     ) -> list[Group]:
         """Return the groups of a step: those begun before, or sampled now. Collective."""
         if self._begun is None:
-            return self.coordinator.step(problems, step, objective, on_progress)
+            return self.coordinator.step(problems, step, objective, progress)
         begun_step, future = self._begun
         assert begun_step == step, f"step {begun_step} was begun, step {step} is wanted"
         self._begun = None
-        return self.coordinator.finish_step(future.result(), objective, on_progress)
+        return self.coordinator.finish_step(future.result(), objective, progress)
 
     def close(self) -> None:
         """Shut down without waiting for the running job."""

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 
@@ -18,7 +19,23 @@ from megatron_hdpo.rollout.engine import Engine
 from megatron_hdpo.types.problem import Problem
 from megatron_hdpo.types.rollouts import Completion, GenerationRequest, GenerationResult, Sample, SamplingParams
 
-OnProgress = Callable[[int], None]
+
+class Progress(Protocol):
+    """Counter of samples for a progress bar, such as `tracking.phase.Phase`."""
+
+    def extend(self, n: int, /) -> None:
+        """Take note that n more samples were asked for; fewer, if n is negative."""
+
+    def advance(self, n: int, /) -> None:
+        """Take note that n more samples have arrived."""
+
+
+class _Uncounted:
+    """Progress that nobody follows."""
+
+    def extend(self, n: int, /) -> None: ...
+
+    def advance(self, n: int, /) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -78,27 +95,27 @@ class RolloutSampler:
     def sample(
         self,
         requests: Sequence[RolloutRequest],
-        on_progress: OnProgress | None = None,
+        progress: Progress | None = None,
         then: Then = lambda request, rollouts: (),
     ) -> dict[str, SampledRollouts]:
         """Sample the requests to the end; return judged rollouts by request key. See `begin`."""
-        sampling = self.begin(requests, on_progress, then)
+        sampling = self.begin(requests, progress, then)
         sampling.run()
         return sampling.done
 
     def begin(
         self,
         requests: Sequence[RolloutRequest],
-        on_progress: OnProgress | None = None,
+        progress: Progress | None = None,
         then: Then = lambda request, rollouts: (),
     ) -> SamplingJob:
         """Return a job that samples these requests when it is `run`.
 
         then(request, rollouts) is called once per request, when its last rollout has been judged; the requests that it
-        returns join the others at once, while those are still being sampled. on_progress gets the number of new samples
-        with each result.
+        returns join the others at once, while those are still being sampled. progress gets the samples that are asked
+        for, those of `then` too, and those that arrive; samples that are given up are taken off again.
         """
-        return SamplingJob(self, requests, on_progress, then)
+        return SamplingJob(self, requests, progress, then)
 
 
 @dataclass
@@ -133,11 +150,13 @@ class SamplingJob:
     """
 
     def __init__(
-        self, sampler: RolloutSampler, requests: Sequence[RolloutRequest], on_progress: OnProgress | None, then: Then
+        self, sampler: RolloutSampler, requests: Sequence[RolloutRequest], progress: Progress | None, then: Then
     ) -> None:
-        self.sampler, self.on_progress, self.then = sampler, on_progress, then
+        self.sampler, self.then = sampler, then
+        self.progress: Progress = progress or _Uncounted()
         self.done: dict[str, SampledRollouts] = {}
-        self._open = {request.key: _Open(request, request.sampling.n) for request in requests}
+        self._open: dict[str, _Open] = {}
+        self._add(requests)
         self._checks: dict[Future[Judgement], _Check] = {}
 
     def run(self) -> None:
@@ -184,17 +203,18 @@ class SamplingJob:
             entry.missing -= 1
         if result.cancelled:
             entry.missing -= result.cancelled
+            self.progress.extend(-result.cancelled)
             entry.rollouts.drop("stopped_early", result.cancelled)
         if result.errors:
             self._retry(entry, len(result.errors), int(attempt.partition(".")[0]))
-        if self.on_progress is not None and result.completions:
-            self.on_progress(len(result.completions))
+        self.progress.advance(len(result.completions))
         self._close_if_done(entry)
 
     def _retry(self, entry: _Open, failed: int, failures: int) -> None:
         """Retry or drop failed samples. failures: earlier failures of these samples."""
         if failures >= self.sampler.max_retries or entry.stopped:
             entry.missing -= failed
+            self.progress.extend(-failed)
             entry.rollouts.drop("generation_failed", failed)
         else:
             self._submit([(entry, failed, failures + 1)])
@@ -227,11 +247,14 @@ class SamplingJob:
         del self._open[entry.request.key]
         entry.rollouts.samples = [sample for sample in entry.judged if sample is not None]
         self.done[entry.request.key] = entry.rollouts
-        following = {
-            request.key: _Open(request, request.sampling.n) for request in self.then(entry.request, entry.rollouts)
-        }
-        self._open |= following
-        self._submit([(new, new.missing, 0) for new in following.values()])
+        following = self._add(self.then(entry.request, entry.rollouts))
+        self._submit([(new, new.missing, 0) for new in following])
+
+    def _add(self, requests: Sequence[RolloutRequest]) -> list[_Open]:
+        entries = {request.key: _Open(request, request.sampling.n) for request in requests}
+        self._open |= entries
+        self.progress.extend(sum(entry.missing for entry in entries.values()))
+        return list(entries.values())
 
 
 def _attempt(request: RolloutRequest, request_id: str, n: int, seed: int) -> GenerationRequest:

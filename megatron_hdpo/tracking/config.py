@@ -36,10 +36,15 @@ class MLflowConfig(BaseModel):
 
 
 class TrackingConfig(BaseModel):
-    """Copies of the metrics in addition to metrics.jsonl, which is always written."""
+    """Progress lines, and copies of the metrics in addition to metrics.jsonl, which is always written."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
+    progress_seconds: float = Field(
+        default=60.0,
+        gt=0,
+        description="Seconds between two lines about a long phase, in the log file and where output is no terminal.",
+    )
     tensorboard: bool | None = Field(
         default=None,
         description="Write TensorBoard events to the run folder; null: where the package tensorboard is installed.",

@@ -1,39 +1,41 @@
-"""The standard metrics: name, label and format. One table for console and report."""
+"""Names of metrics: those of the report, seconds of phases, and shares of problems solved."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 
-
-@dataclass(frozen=True)
-class Headline:
-    """A metric that every run shows. short: console column; label: report; spec: format of its value."""
-
-    name: str
-    short: str
-    label: str
-    spec: str
-
+from megatron_hdpo.types.headline import (
+    CLIFF_RATE,
+    COVERED_MASS,
+    DISTILLED_TOKENS,
+    DIVERGENCE,
+    ENTROPY,
+    GRADIENT_NORM,
+    PRIVILEGED_SUCCESS,
+    REWARD,
+    Headline,
+)
 
 HEADLINES = (
-    Headline("rollout/reward_mean", "reward", "Mean reward", ".3f"),
-    Headline("rollout/cliff_rate", "cliffs", "Cliff rate (share of prompts)", ".3f"),
-    Headline("privileged/success_rate", "priv.", "Privileged success rate", ".3f"),
-    Headline("distill/tokens", "tokens", "Tokens distilled per step", ",.0f"),
-    Headline("distill/divergence", "diverg.", "Divergence to the teacher (nats per token)", ".4f"),
-    Headline("distill/covered_mass", "cover", "Student mass on the teacher's top-k", ".3f"),
-    Headline("train/grad_norm", "grad", "Gradient norm", ".3g"),
-    Headline("train/entropy", "entropy", "Policy entropy (nats per token)", ".3f"),
+    REWARD,
+    CLIFF_RATE,
+    PRIVILEGED_SUCCESS,
+    DISTILLED_TOKENS,
+    DIVERGENCE,
+    COVERED_MASS,
+    GRADIENT_NORM,
+    ENTROPY,
     Headline("ranks/slowest_ratio", "slowest", "Slowest rank's forward and backward, over the median", ".2f"),
     Headline("ranks/wait_share", "wait", "Share of forward and backward that ranks wait for the slowest", ".1%"),
 )
+"""Metrics that the report shows of every run."""
 
 STEP_SECONDS = "time/step_s"
 """Wall seconds of the whole step; the other `time/<phase>_s` are parts of it."""
 
 _PASS_AT = re.compile(r"eval/(?:(?P<set>.+)/)?pass@(?P<k>\d+)")
+_GREEDY = re.compile(r"eval/(?P<set>.+)/greedy")
 _PHASE = re.compile(r"time/(?P<phase>.+)_s")
 
 
@@ -41,6 +43,14 @@ def parse_pass_at(name: str) -> tuple[str, int] | None:
     """Return ("", 4) for `eval/pass@4`, ("gsm", 4) for `eval/gsm/pass@4`, None for any other metric."""
     match = _PASS_AT.fullmatch(name)
     return None if match is None else (match["set"] or "", int(match["k"]))
+
+
+def parse_share(name: str) -> tuple[str, str] | None:
+    """Return ("gsm", "pass@4") for `eval/gsm/pass@4`, ("gsm", "greedy") for `eval/gsm/greedy`, else None."""
+    if (parsed := parse_pass_at(name)) is not None:
+        return parsed[0], f"pass@{parsed[1]}"
+    match = _GREEDY.fullmatch(name)
+    return None if match is None else (match["set"], "greedy")
 
 
 def parse_phase(name: str) -> str | None:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from megatron_hdpo.tracking.config import ProfileConfig
 from megatron_hdpo.tracking.console import Console
@@ -20,6 +20,7 @@ class StepProfiler:
 
     def __init__(self, config: ProfileConfig, folder: Path, rank: int, device: torch.device, console: Console) -> None:
         self.config, self.folder, self.rank, self.device, self.console = config, folder, rank, device, console
+        console.timer.mark = record_function  # the names of phases in a trace
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:

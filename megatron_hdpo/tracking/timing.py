@@ -6,9 +6,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
-from torch.profiler import record_function
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 
 class PhaseTimer:
@@ -16,7 +14,7 @@ class PhaseTimer:
 
     A phase inside another one (of the same thread) is subtracted from the outer one's time, so that the phases of one
     thread add up to no more than `time/step_s`, the wall seconds since the previous `metrics()`. Phases of the same
-    name add up. clock: seconds, monotonic.
+    name add up. clock: seconds, monotonic. `mark(phase)` is entered around each phase; a profiler may set it.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -25,6 +23,7 @@ class PhaseTimer:
         self._local = threading.local()
         self._seconds: dict[str, float] = {}
         self._since = clock()
+        self.mark: Callable[[str], AbstractContextManager[object]] = nullcontext
 
     @contextmanager
     def measure(self, phase: str) -> Iterator[None]:
@@ -35,7 +34,7 @@ class PhaseTimer:
         inner.append(children)
         start = self._clock()
         try:
-            with record_function(phase):  # its name in a trace
+            with self.mark(phase):
                 yield
         finally:
             elapsed = self._clock() - start

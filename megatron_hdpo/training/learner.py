@@ -67,7 +67,7 @@ class Learner:
         examples, teacher_head, metrics = self._plan(self._share(groups))
         self.work.trained(self.policy.architecture, examples)
         updates = []
-        with self.console.phase("train", total=self._tokens(examples), unit="tok") as phase:
+        with self.console.phase("train", total=self._tokens(examples), unit="token") as phase:
             for update in range(self.updates_per_step):
                 part = examples[update :: self.updates_per_step]
                 another = update + 1 < self.updates_per_step and not self.teacher.follows_updates
@@ -158,7 +158,7 @@ class Learner:
     ) -> tuple[Answers, Tensor | None]:
         total = sum(len(s.context_ids) + len(s.response_ids) for s in scorings)
         with (
-            self.console.phase(_PHASES[weights], total=total, unit="tok") as phase,
+            self.console.phase(_PHASES[weights], total=total, unit="token") as phase,
             self._holder(weights).scorer() as scorer,
         ):
             scores = scorer.score(scorings, phase.advance, answered)

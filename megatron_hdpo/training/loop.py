@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from megatron_hdpo.evaluation.evaluate import evaluate, evaluation_samples
+from megatron_hdpo.evaluation.evaluate import evaluate
 from megatron_hdpo.tracking.names import STEP_SECONDS
 from megatron_hdpo.tracking.performance import over_longer_step
-from megatron_hdpo.training.rollout_phase import begin_next_rollouts, collect_step_rollouts, share_of
+from megatron_hdpo.training.rollout_phase import begin_next_rollouts, collect_step_rollouts
 from megatron_hdpo.training.run import Run
 from megatron_hdpo.training.start import prepare
 from megatron_hdpo.weights.save import save_hf
@@ -42,6 +42,7 @@ def _record_start(run: Run) -> None:
     times = run.console.timer.metrics()
     if run.step == 0 and (run.measurements.health or before):
         run.record.log(0, metrics | times)
+    run.console.evaluation(run.step, run.record.evaluated(run.step, metrics))
     if passed := [step for step in run.recipe.profile.steps if step <= run.step]:
         run.console.warn(f"profile.steps: {passed} are done already, so they are not traced")
 
@@ -80,7 +81,8 @@ def _record_and_save(run: Run, metrics: dict[str, float]) -> None:
     """
     metrics |= run.console.timer.metrics()
     metrics |= run.measurements.performance.metrics(metrics)
-    run.console.step(run.step, run.recipe.train.steps, metrics)
+    run.console.step(run.step, run.recipe.train.steps, metrics, run.objective.headlines)
+    run.console.evaluation(run.step, run.record.evaluated(run.step, metrics))
     run.record.log(run.step, metrics)
     if due(run.step, run.recipe.checkpoint.every, run.recipe.train.steps):
         with run.console.phase("save"):
@@ -101,6 +103,6 @@ def evaluate_now(run: Run) -> dict[str, float]:
     if not problems or run.recipe.rollout.replay is not None:
         return {}
     run.prefetched.wait()  # only one thread at a time may read an engine's results
-    total = share_of(run, evaluation_samples(config, problems))
-    with run.console.phase("evaluate", total=total, unit="sample") as phase:
-        return evaluate(config, problems, run.coordinator, phase.advance)
+    with run.console.phase("evaluate", total=0, unit="sample") as phase:
+        phase.note(run.whose_samples)
+        return evaluate(config, problems, run.coordinator, phase)

@@ -10,6 +10,8 @@ from filelock import FileLock, Timeout
 from megatron_hdpo.config import Recipe, RecipeError, save_recipe
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.tracking.console import Console
+from megatron_hdpo.tracking.evaluations import Evaluations, Measured
+from megatron_hdpo.tracking.metrics import read_metrics
 from megatron_hdpo.tracking.tracker import Tracker
 
 
@@ -19,6 +21,7 @@ class RunRecord:
     def __init__(self, recipe: Recipe, context: ParallelContext, console: Console) -> None:
         self.recipe, self.context, self.console = recipe, context, console
         self._tracker: Tracker | None = None
+        self._evaluations = Evaluations()
         self._lock: FileLock | None = None
 
     def open(self, resume_step: int | None) -> None:
@@ -35,12 +38,17 @@ class RunRecord:
         tracker.log_config(recipe.model_dump(mode="json"))
         if leader:
             save_recipe(recipe, recipe.output / "recipe.yaml")
+            self._evaluations = Evaluations(read_metrics(recipe.output))
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Record the metrics of a step. Raises RuntimeError before `open`."""
         if self._tracker is None:
             raise RuntimeError("the record of the run is not open")
         self._tracker.log(step, metrics)
+
+    def evaluated(self, step: int, metrics: Mapping[str, Any]) -> list[Measured]:
+        """Return the shares of problems solved in a step, each with the best of the run so far; [] without any."""
+        return self._evaluations.add(step, metrics)
 
     def close(self, failed: bool) -> None:
         """Close the trackers and release the run folder; does nothing if it was never opened."""

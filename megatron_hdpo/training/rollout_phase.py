@@ -43,12 +43,13 @@ def _sampled(run: Run) -> list[Group]:
     """Return the groups of the next step, with those that dynamic sampling adds."""
     rollout, size = run.recipe.rollout, run.recipe.rollout.prompts_per_step
     problems = run.data.order.batch(run.step, size)
-    with run.console.phase("rollout", total=share_of(run, size * rollout.samples_per_prompt), unit="sample") as phase:
-        groups = run.prefetched.take(problems, run.step, run.objective, phase.advance)
+    with run.console.phase("rollout", total=0, unit="sample") as phase:
+        phase.note(run.whose_samples)
+        groups = run.prefetched.take(problems, run.step, run.objective, phase)
 
         def sample_more(turn: int, count: int, leave_out: Collection[str]) -> list[Group]:
             more = run.data.order.further(run.step, turn, count, leave_out)
-            return run.coordinator.step(more, run.step, run.objective, phase.advance)
+            return run.coordinator.step(more, run.step, run.objective, phase)
 
         return refilled(groups, rollout.refill_rounds, size, run.objective, sample_more)
 
@@ -134,8 +135,3 @@ def begin_next_rollouts(run: Run) -> None:
         run.prefetched.begin(problems, run.step + 1, run.objective)
     else:
         run.engine.make_room()
-
-
-def share_of(run: Run, samples: int) -> int:
-    """Return about how many of the step's samples this rank's engine takes."""
-    return -(-samples // run.context.world_size)

@@ -96,6 +96,11 @@ class Run:
         """Sampling of groups on all ranks."""
         return self.prefetched.coordinator
 
+    @property
+    def whose_samples(self) -> str:
+        """Text that marks a number of samples as those of the console's rank alone; "" if there is no other rank."""
+        return "on rank 0" if len(self.coordinator.sampling_ranks) > 1 else ""
+
     def decode(self, token_ids: np.ndarray) -> str:
         """Return the text of a response, without special tokens."""
         return self.coordinator.sampler.decode(token_ids)
@@ -121,14 +126,27 @@ def build_run(
     objective: Objective | None = None,
     resumes: bool = False,
     measure: Measure = measure_bfloat16,
+    console: Console | None = None,
 ) -> Run:
     """Build a run from its recipe; the model holds the recipe's checkpoint, nothing is resumed yet. Collective.
 
     objective: used instead of the recipe's, for experiments that recipes do not offer. resumes: a checkpoint in the
-    output folder will be loaded, and must fit. measure: compares bfloat16 with float32 on this CPU. Raises RecipeError,
-    DataError, LayoutError, ... with what is wrong and where.
+    output folder will be loaded, and must fit. measure: compares bfloat16 with float32 on this CPU. console: of this
+    rank; default: one on standard output. Raises RecipeError, DataError, LayoutError, ... with what is wrong and where.
     """
-    console = Console(enabled=context.is_leader)
+    console = console or Console(enabled=context.is_leader, progress_s=recipe.tracking.progress_seconds)
+    with console.phase("build"):
+        return _build_run(recipe, context, objective, resumes, measure, console)
+
+
+def _build_run(
+    recipe: Recipe,
+    context: ParallelContext,
+    objective: Objective | None,
+    resumes: bool,
+    measure: Measure,
+    console: Console,
+) -> Run:
     _open_logs(recipe, context, console)
     architecture = read_architecture(recipe.model.path)
     recipe = settle_precision(recipe, architecture, context, console, measure)
@@ -142,8 +160,8 @@ def build_run(
     rewards = RewardPool(recipe.data.tasks, recipe.reward)
     data = _load_data(recipe, context, console, tokenizer, rewards)
     policy = _build_policy(recipe, context, console, architecture)
-    with console.phase("start engine"):
-        built = build_engine(recipe.rollout, Path(recipe.model.path), architecture, context, recipe.output)
+    with console.phase("start engine") as phase:
+        built = build_engine(recipe.rollout, Path(recipe.model.path), architecture, context, recipe.output, phase.note)
     sync = PolicySync(policy, built.sync)
     learner = Learner(
         policy=policy,

@@ -22,6 +22,11 @@ WARMED_UP = "warmed_up"
 
 def prepare(run: Run) -> None:
     """Bring the run to the state in which `run.step` is the next step to take."""
+    with run.console.phase("prepare"):
+        _prepare(run)
+
+
+def _prepare(run: Run) -> None:
     _check_tokenizers(run)
     latest = run.checkpoints.latest()
     if latest is None:

@@ -21,6 +21,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from megatron_hdpo.types.divergences import DivergenceKind, DivergenceTail
+from megatron_hdpo.types.headline import Headline
 from megatron_hdpo.types.rollouts import Group, TopKArrays
 
 if TYPE_CHECKING:
@@ -208,6 +209,13 @@ class Objective(Protocol):
     @property
     def loss(self) -> LossSpec:
         """Return the loss of the current step."""
+
+    @property
+    def headlines(self) -> Sequence[Headline]:
+        """Return the metrics to show on the console besides reward, length and speed, the most important first.
+
+        A terminal of 80 columns has space for three. Each should be measured in nearly every step.
+        """
 
     def privileged_rollouts_for(self, group: Group, step: int) -> int:
         """Return the number of privileged rollouts of this group at this rollout step (counted from 0); 0 for none.

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from thread_ranks import PROBLEMS, Context, World, coordinator
 
 from megatron_hdpo.evaluation.config import EvaluationConfig
-from megatron_hdpo.evaluation.evaluate import evaluate, evaluation_samples
+from megatron_hdpo.evaluation.evaluate import evaluate
 from megatron_hdpo.objectives.base import BaseObjective, ObjectiveDeps
 from megatron_hdpo.objectives.settings import ObjectiveSettings
 from megatron_hdpo.types.problem import Problem
@@ -112,11 +112,6 @@ def test_tasks_apart() -> None:
     both = problems([0], "easy") + problems([0], "hard")
     found = evaluate(EvaluationConfig(samples=1, k=[1], greedy=False), both, Known([[1.0], [0.0]], []))  # type: ignore[arg-type]
     assert (found["eval/easy/pass@1"], found["eval/hard/pass@1"]) == (1.0, 0.0)
-
-
-def test_number_of_samples() -> None:
-    assert evaluation_samples(EvaluationConfig(samples=8), problems([0] * 3)) == 27
-    assert evaluation_samples(EvaluationConfig(samples=8, greedy=False), problems([0] * 3)) == 24
 
 
 def test_seeds_are_the_same_every_time_and_unlike_those_of_training() -> None:

@@ -193,6 +193,11 @@ def test_three_sentences_say_what_was_seen(folder: Path) -> None:
     assert summary(grpo, hdpo, words)[0].endswith("no verdict, because the last step of a run has no evaluation.")
 
 
+def test_its_runs_say_every_second_what_they_are_doing() -> None:
+    for training in trainings():
+        assert load_recipe(ROOT / training.recipe, training.arguments).tracking.progress_seconds <= 1
+
+
 def test_progress_lines_do_not_stay_on_the_screen() -> None:
     assert matters(" 1/40    0.086") and matters("warning: x")
     assert not matters("[12:00:01] warm-up: 1/8 step (12 %)") and not matters("")

@@ -177,11 +177,38 @@ def test_one_right_rollout_may_stop_its_group() -> None:
     assert engine.cancelled == ["a#0"] and len(done["b"].samples) == 4
 
 
-def test_progress_counts_what_came() -> None:
-    came: list[int] = []
+class Counter:
+    """Progress of a sampling; the largest share of what was asked for at any time."""
+
+    def __init__(self) -> None:
+        self.asked = self.came = 0
+
+    def extend(self, n: int, /) -> None:
+        self.asked += n
+
+    def advance(self, n: int, /) -> None:
+        self.came += n
+        assert self.came <= self.asked, "more came than was asked for"
+
+
+def test_progress_counts_what_is_asked_for_and_what_came() -> None:
+    progress = Counter()
     engine = FakeEngine(lambda request, index: first_try(request) and index == 0)
-    sampler(engine).sample([request("a"), request("b")], came.append)
-    assert sum(came) == 8
+
+    def then(done: RolloutRequest, rollouts: Rollouts) -> list[RolloutRequest]:
+        return [request("b/again", n=2)] if done.key == "b" else []
+
+    sampler(engine).sample([request("a"), request("b")], progress, then)
+    assert (progress.asked, progress.came) == (10, 10)
+
+
+def test_progress_reaches_its_end_when_samples_are_given_up() -> None:
+    progress = Counter()
+    sampler(FakeEngine(lambda request, index: index == 0)).sample([request("a")], progress)
+    assert progress.asked == progress.came == 3
+    stopped = Counter()
+    done = sampler(PiecemealEngine()).sample([replace(request("a", n=30), stop_at=1.0)], stopped)
+    assert stopped.asked == stopped.came == len(done["a"].samples) < 30
 
 
 def test_nothing_asked_nothing_done() -> None:

@@ -9,6 +9,7 @@ import warnings
 import pytest
 
 from megatron_hdpo.tracking.console import Console
+from megatron_hdpo.tracking.evaluations import Evaluations
 from megatron_hdpo.tracking.logging import configure_logging, reset_logging
 
 
@@ -49,6 +50,24 @@ def test_console_gets_our_warnings_and_everybody_s_errors_once(tmp_path):
     for text in ("detail", "noise", "not ours"):
         assert text not in shown and written.count(text) == 1
     assert "too much" not in written
+
+
+def test_the_file_shows_the_run_as_the_console_does(tmp_path):
+    """`tail -f` of it shows phases, steps, evaluations and warnings, on a terminal too, where phases are bars."""
+    for interactive in (False, True):
+        console = Console(True, interactive, stream=io.StringIO(), clock=iter(range(0, 9000, 30)).__next__, tick_s=None)
+        path = configure_logging(tmp_path / str(interactive), 0, console)
+        with console.phase("load model"):
+            pass
+        console.print("health: fine")
+        console.step(1, 2, {"rollout/reward_mean": 0.125})
+        console.evaluation(1, Evaluations().add(1, {"eval/gsm/pass@4": 0.375}))
+        console.warn("odd")
+        console.table("too wide for a log", [{"a": 1}])
+        written = path.read_text()
+        for text in ("load model: done in", "health: fine", " 0.125 ", "evaluation after step 1: ", " 0.375 ", "odd"):
+            assert written.count(text) == 1, text
+        assert "- = not measured" in written and "too wide" not in written
 
 
 def test_python_warnings_go_to_the_file_and_ours_to_the_console(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -215,6 +216,23 @@ def test_exported_model_is_the_engines(uninterrupted: tuple[Tree, Ended]) -> Non
         assert generated[0, len(prompt) :].tolist() == response
 
 
+def test_console_and_log_show_each_step_and_evaluation(uninterrupted: tuple[Tree, Ended]) -> None:
+    tree, ended = uninterrupted
+    said, log = ended.stdout[0], (Path(tree["output"]) / "logs/rank_00000.log").read_text()
+    assert said.splitlines()[0] == "loading PyTorch and Megatron-Core ..."
+    for text in (said, log):
+        assert re.findall(rf"(\d)/{STEPS}  +\d\.\d\d\d ", text) == [str(step) for step in range(1, STEPS + 1)]
+        assert re.findall(r"evaluation (.* step \d):", text) == ["before step 1", "after step 2", "after step 4"]
+    (header,) = {line for line in said.splitlines() if line.split()[:2] == ["step", "reward"]}
+    assert header.split()[2:] == ["cliffs", "priv.", "diverg.", "length", "tok/s", "seconds", "left"]
+    final = metrics_of(tree)[-1]["eval/held_out/pass@1"]
+    assert re.search(rf"held_out  pass@1    {final:.3f}  0\.\d\d\d to \d\.\d\d\d ", _last_evaluation(ended))
+
+
+def _last_evaluation(ended: Ended) -> str:
+    return ended.stdout[0].rpartition("  set ")[2].partition("held_out  greedy")[0]
+
+
 def test_finished_run_started_again(uninterrupted: tuple[Tree, Ended], tmp_path: Path) -> None:
     tree = uninterrupted[0] | {"output": str(tmp_path / "run")}
     shutil.copytree(uninterrupted[0]["output"], tmp_path / "run")
@@ -262,6 +280,8 @@ def test_resumed_run_is_the_uninterrupted_one(
     results_of(resumed)
     assert "resumed from step_00000002" in resumed.stdout[0] and "warm-up" not in resumed.stdout[0]
     assert metrics_of(tree) == metrics_of(whole)
+    if ranks == 1:  # the best so far, which was reached before the run was killed, too
+        assert _last_evaluation(resumed) == _last_evaluation(uninterrupted[1])
     assert not any("time/resume_s" in line for line in read_metrics(tree["output"]))
     for step in range(1, STEPS + 1):
         assert _contents(rollouts_of(tree, step)) == _contents(rollouts_of(whole, step))

@@ -63,6 +63,32 @@ def test_servers_load_side_by_side(make_servers: MakeServers, tmp_path: Path) ->
     assert len(set(servers.urls)) == 2 and all(process.answers() for process in servers.processes)
 
 
+def test_the_state_of_starting_servers_is_reported(make_servers: MakeServers, tmp_path: Path) -> None:
+    """The stand-ins print nothing and wait for a third one, which comes when their state was reported."""
+    loading = tmp_path / "loading"
+    loading.mkdir()
+    states: list[str] = []
+
+    def report(state: str) -> None:
+        states.append(state)
+        (loading / "third").touch()
+
+    servers = make_servers(environment={"FAKE_MEETS": f"{loading}:3"})
+    servers.start(report)
+    assert states[0] == f"0 of 2 servers of this rank answer; {tmp_path}/sglang_0.log: nothing yet"
+    assert states[-1] == "2 of 2 servers of this rank answer"
+
+
+def test_the_last_line_of_a_log_is_that_of_the_latest_start(make_servers: MakeServers) -> None:
+    (process, _) = make_servers("dies").processes
+    for line in ("an old line", "ValueError: no such model"):
+        process.log.write_text(f"{line}\n\n")
+        with pytest.raises(ServerError):
+            process.start()
+            process.wait_ready()
+        assert process.last_line() == "ValueError: no such model"
+
+
 def test_a_dead_server_answers_again_when_its_restart_is_over(
     make_servers: MakeServers, caplog: pytest.LogCaptureFixture
 ) -> None:

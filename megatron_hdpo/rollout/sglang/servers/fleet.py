@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from tenacity import (
@@ -24,6 +25,12 @@ from megatron_hdpo.rollout.sglang.servers.server import ServerError, ServerProce
 LOGGER = logging.getLogger(__name__)
 BACKOFF = wait_exponential(multiplier=2, max=60)
 """Seconds between starts that fail."""
+Report = Callable[[str], None]
+"""Receiver of the state of servers that start."""
+
+
+def no_report(state: str) -> None:
+    """Ignore the state."""
 
 
 class ServerFleet:
@@ -44,16 +51,18 @@ class ServerFleet:
         """Addresses by server; a restart may change one."""
         return [process.url for process in self.processes]
 
-    def start(self) -> None:
+    def start(self, report: Report = no_report) -> None:
         """Start all servers in parallel and return when all answer.
 
-        Raises ServerError when one does not; then none is left running.
+        report: gets a line on their state again and again. Raises ServerError when a server does not answer; then none
+        is left running.
         """
         try:
             for process in self.processes:
                 process.start()
-            for process in self.processes:
-                process.wait_ready()
+            for ready, process in enumerate(self.processes):
+                process.wait_ready(partial(self._report_start, report, ready))
+            report(f"{len(self.processes)} of {len(self.processes)} servers of this rank answer")
         except BaseException:
             self.close()
             raise
@@ -97,3 +106,8 @@ class ServerFleet:
         self.processes[index].stop(now=True)
         self.processes[index].start()
         self.processes[index].wait_ready()
+
+    def _report_start(self, report: Report, ready: int) -> None:
+        process = self.processes[ready]
+        count = f"{ready} of {len(self.processes)} servers of this rank answer"
+        report(f"{count}; {process.log}: {process.last_line() or 'nothing yet'}")

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_hdpo.rollout.sglang.servers import supervisor
@@ -27,6 +28,7 @@ KILL_TIMEOUT_S = 60.0
 """A process with work on a GPU may need this long to die."""
 SIGNAL_EVERY_S = 1.0
 LOG_LINES = 30
+LAST_BYTES, LINE_CHARACTERS = 4096, 80
 PORT_TRIES = 3
 """Starts when a port is taken: SGLang chooses some ports itself, and another program may take them first."""
 
@@ -79,10 +81,11 @@ class ServerProcess:
             if not self.alive():
                 self._start()
 
-    def wait_ready(self) -> None:
+    def wait_ready(self, on_wait: Callable[[], None] = lambda: None) -> None:
         """Return when the server answers.
 
-        Raises ServerError when it died or did not answer within `start_timeout_s`; none of its processes is left then.
+        on_wait: called again and again meanwhile. Raises ServerError when the server died or did not answer within
+        `start_timeout_s`; none of its processes is left then.
         """
         deadline = time.monotonic() + self.config.start_timeout_s
         for attempt in range(1, PORT_TRIES + 1):
@@ -92,6 +95,7 @@ class ServerProcess:
                 if time.monotonic() > deadline:
                     self.stop(now=True)
                     raise ServerError(self._report(f"did not answer within {self.config.start_timeout_s:g} s"))
+                on_wait()
                 time.sleep(POLL_S)
             if attempt == PORT_TRIES or "address already in use" not in self._output().lower():
                 break
@@ -110,6 +114,14 @@ class ServerProcess:
             return False
         finally:
             connection.close()
+
+    def last_line(self) -> str:
+        """Return the last line that this start wrote to the log, "" if there is none."""
+        with self.log.open("rb") as log:
+            end = log.seek(0, os.SEEK_END)
+            log.seek(max(self._log_start, end - LAST_BYTES))
+            lines = log.read().decode(errors="replace").split("\n")
+        return next((line.strip()[:LINE_CHARACTERS] for line in reversed(lines) if line.strip()), "")
 
     def alive(self) -> bool:
         """Return whether the server's main process runs; it may not answer yet, or hang."""

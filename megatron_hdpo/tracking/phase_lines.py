@@ -1,0 +1,56 @@
+"""Lines about phases that last, for a log: none about short ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megatron_hdpo.tracking.formats import duration
+from megatron_hdpo.tracking.phase import Phase
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Seconds before something is said about a phase: that it runs, and at its end that it has ended."""
+
+    running: float
+    ended: float
+
+
+class PhaseLines:
+    """Sayer of lines about running and ended phases.
+
+    say: gets each line. every_s: seconds between two lines about a running phase. While the run starts, a phase is
+    mentioned after 2 seconds; later after `every_s`, and at its end if it took 10 seconds.
+    """
+
+    def __init__(self, say: Callable[[str], None], every_s: float) -> None:
+        self._say, self._every_s = say, every_s
+        self.patience = Patience(min(2.0, every_s), min(2.0, every_s))
+        self._said: dict[Phase, float] = {}
+        self._last_error: BaseException | None = None
+
+    def started(self) -> None:
+        """Say less from now on: the run has started."""
+        self.patience = Patience(self._every_s, min(10.0, self._every_s))
+
+    def tick(self, phase: Phase) -> None:
+        """Say how far the phase is, if a line about it is due."""
+        said = self._said.get(phase)
+        if phase.elapsed >= (self.patience.running if said is None else said + self._every_s):
+            self._said[phase] = phase.elapsed
+            self._say(f"{phase.name}: {phase.progress()}")
+
+    def end(self, phase: Phase, error: BaseException | None) -> None:
+        """Say how the phase ended, if it took long, was mentioned before, or failed.
+
+        An error is said of the innermost phase only.
+        """
+        mentioned = self._said.pop(phase, None) is not None
+        if error is not None:
+            if error is self._last_error:
+                return
+            self._last_error = error
+            self._say(f"{phase.name}: stopped after {duration(phase.elapsed)} by {type(error).__name__}")
+        elif mentioned or phase.elapsed >= self.patience.ended:
+            self._say(f"{phase.name}: {phase.summary()}")
