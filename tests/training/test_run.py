@@ -224,7 +224,7 @@ def test_console_and_log_show_each_step_and_evaluation(uninterrupted: tuple[Tree
         assert re.findall(rf"(\d)/{STEPS}  +\d\.\d\d\d ", text) == [str(step) for step in range(1, STEPS + 1)]
         assert re.findall(r"evaluation (.* step \d):", text) == ["before step 1", "after step 2", "after step 4"]
     (header,) = {line for line in said.splitlines() if line.split()[:2] == ["step", "reward"]}
-    assert header.split()[2:] == ["cliffs", "priv.", "diverg.", "length", "tok/s", "seconds", "left"]
+    assert header.split()[2:] == ["cliffs", "priv.", "diverg.", "tokens", "length", "tok/s", "seconds", "left"]
     final = metrics_of(tree)[-1]["eval/held_out/pass@1"]
     assert re.search(rf"held_out  pass@1    {final:.3f}  0\.\d\d\d to \d\.\d\d\d ", _last_evaluation(ended))
 
