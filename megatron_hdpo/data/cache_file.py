@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +45,26 @@ def write_problems(checked: CheckedProblems, file: Path) -> None:
 
 def read_problems(file: Path) -> CheckedProblems:
     """Return what `write_problems` wrote."""
-    with pyarrow.parquet.ParquetFile(file, memory_map=True) as opened:
-        groups = [opened.read_row_group(index) for index in range(opened.num_row_groups)]
+    problems, hashes = list[Problem](), [np.empty(0, np.uint64)]
+    with pyarrow.parquet.ParquetFile(file, memory_map=True) as opened, _garbage_uncollected():
         about = orjson.loads(opened.schema_arrow.metadata[_ABOUT])
-    hashes = [group["question_hash"].to_numpy() for group in groups]
-    problems = [problem for group in groups for problem in _problems(group)]
-    joined = np.concatenate([np.empty(0, np.uint64), *hashes])
-    return CheckedProblems(problems, joined, LoadReport(**about["report"]), about["certain"])
+        for index in range(opened.num_row_groups):
+            group = opened.read_row_group(index)
+            problems.extend(_problems(group))
+            hashes.append(group["question_hash"].to_numpy())
+    return CheckedProblems(problems, np.concatenate(hashes), LoadReport(**about["report"]), about["certain"])
+
+
+@contextmanager
+def _garbage_uncollected() -> Iterator[None]:
+    """Pause the garbage collector, which would walk millions of new objects again and again and find no garbage."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _table(problems: Sequence[Problem], hashes: np.ndarray, schema: pyarrow.Schema) -> pyarrow.Table:
