@@ -35,21 +35,24 @@ def command(*argv: object, **environment: str) -> subprocess.CompletedProcess[st
 
 
 def test_a_prepared_recipe_asks_no_network(recipe, tiny_model, tmp_path):
-    model = "model.path=org/tiny"
-    with hub("org/tiny", tiny_model) as (url, asked):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:20]))
+    with hub({"org/tiny": tiny_model, "datasets/org/set": tmp_path / "set"}) as (url, asked):
+        held_out = "data.evaluation=[{kind: huggingface, dataset: org/set, split: 'train[50%:]', name: held_out}]"
+        hubbed = [recipe, "model.path=org/tiny", "data.decontaminate=false", held_out]
         environment = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": url}
-        prepared = command("prepare", recipe, model, **environment)
+        prepared = command("prepare", *hubbed, **environment)
         assert prepared.returncode == 0, prepared.stderr
         downloaded = len(asked)
-        checked = command("check", recipe, model, **environment)
-        assert checked.returncode == 0, checked.stderr
+        again = command("prepare", *hubbed, **environment, HF_HUB_OFFLINE="1")
+        assert again.returncode == 0, again.stderr
         assert len(asked) == downloaded > 0
+    assert again.stdout == prepared.stdout.replace("checked and cached in", "read from the cache")
     lines = prepared.stdout.splitlines()
     assert lines[0].startswith(f"model.path: org/tiny, revision {COMMIT[:12]}: ")
     assert f"in {tmp_path / 'hf'}" in lines[0]
-    assert "rows: 81 problems" in lines
+    assert {"rows: 81 problems", "held_out: 10 problems", "warmup.plain:", "more: 30 problems"} <= set(lines)
     assert any(line.startswith("rows: 1 left out, prompt too long") for line in lines)
-    assert "warmup.plain:" in lines and "more: 30 problems" in lines
     assert f"all by: rm -r {tmp_path / 'cache' / 'problems'}" in prepared.stdout
 
 

@@ -60,7 +60,7 @@ def test_a_folder_is_no_hub_model(tmp_path, monkeypatch):
 def test_a_download_is_found_later_without_a_hub(cache, folder, monkeypatch):
     model = HubModel("org/tiny")
     assert model.snapshot() is None
-    with hub("org/tiny", folder) as (url, asked):
+    with hub({"org/tiny": folder}) as (url, asked):
         use(monkeypatch, url)
         snapshot = model.download()
         downloaded = len(asked)
@@ -74,7 +74,7 @@ def test_a_download_is_found_later_without_a_hub(cache, folder, monkeypatch):
 
 
 def test_a_model_that_the_hub_lacks_is_an_error(cache, folder, monkeypatch):
-    with hub("org/tiny", folder) as (url, _):
+    with hub({"org/tiny": folder}) as (url, _):
         use(monkeypatch, url)
         with pytest.raises(HubError, match=r"^org/tny cannot be downloaded: [^\n]*; check its name, the network"):
             HubModel("org/tny").download()
@@ -84,7 +84,7 @@ def test_recipes_get_the_folder_of_a_snapshot(cache, folder, monkeypatch, tree, 
     tree["model"]["path"] = "org/tiny"
     recipe = write_recipe(tree)
     assert load_recipe(recipe).model.path == "org/tiny"
-    with hub("org/tiny", folder) as (url, _):
+    with hub({"org/tiny": folder}) as (url, _):
         use(monkeypatch, url)
         snapshot = HubModel("org/tiny").download()
     teacher = "teacher={kind: external, path: org/tiny}"

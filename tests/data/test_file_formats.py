@@ -85,6 +85,18 @@ def test_content_changes_with_the_rows_alone(sources, tmp_path):
     assert task(**sources["dict"] | {"split": "test"}).content() != before["dict"]
 
 
+def test_content_of_a_folder_of_files_changes_with_a_file(sources, tmp_path):
+    (tmp_path / "set").mkdir()
+    file = tmp_path / "set" / "train.jsonl"
+    file.write_bytes((tmp_path / "rows.jsonl").read_bytes())
+    keys = {"kind": "huggingface", "dataset": str(tmp_path / "set")}
+    first = task(**keys).content()
+    assert task(**keys).content() == first
+    file.write_bytes(file.read_bytes().replace(b"it is 3", b"it is not 3"))
+    assert task(**keys).content() != first
+    assert read(**keys)[3].solution.startswith("it is not 3")
+
+
 @pytest.mark.parametrize(
     ("split", "numbers"), [("mine[:50%]", [0, 1, 2]), ("mine[-2:]", [4, 5]), ("test+mine[5:]", [0, 5])]
 )

@@ -1,11 +1,11 @@
-"""A small Hugging Face hub on this machine: it serves one folder as the repository of a model."""
+"""A small Hugging Face hub on this machine: it serves folders as repositories of models or datasets."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,15 +14,16 @@ COMMIT = "c0ffee" * 6 + "c0de"
 
 
 @contextmanager
-def hub(repository: str, folder: Path, revision: str = "main") -> Iterator[tuple[str, list[str]]]:
-    """Serve the files of `folder` as `repository`; yield the address and the paths that are asked for, as they come."""
+def hub(repositories: Mapping[str, Path]) -> Iterator[tuple[str, list[str]]]:
+    """Serve the files of folders, by name: `org/name` is a model, `datasets/org/name` a dataset.
+
+    Yields the address, and the paths that are asked for as they come.
+    """
     asked: list[str] = []
 
-    class Handler(_Handler):
-        answers = _answers(repository, folder, revision)
-        seen = asked
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    answers = {path: body for name, folder in repositories.items() for path, body in _answers(name, folder).items()}
+    handler = type("Handler", (_Handler,), {"answers": answers, "seen": asked})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
@@ -33,17 +34,17 @@ def hub(repository: str, folder: Path, revision: str = "main") -> Iterator[tuple
         thread.join()
 
 
-def _answers(repository: str, folder: Path, revision: str) -> dict[str, bytes]:
+def _answers(repository: str, folder: Path) -> dict[str, bytes]:
     files = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
-    info = {"id": repository, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
+    api = f"/api/{repository}" if repository.startswith("datasets/") else f"/api/models/{repository}"
+    siblings = [{"rfilename": name} for name in files]
+    info = {"id": repository.removeprefix("datasets/"), "sha": COMMIT, "siblings": siblings, "tags": []}
     tree = [
         {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
         for name, data in files.items()
     ]
-    answers = {
-        f"/api/models/{repository}/revision/{revision}": json.dumps(info).encode(),
-        f"/api/models/{repository}/tree/{COMMIT}": json.dumps(tree).encode(),
-    }
+    answers = {f"{api}{end}": json.dumps(info).encode() for end in ("", "/revision/main", f"/revision/{COMMIT}")}
+    answers[f"{api}/tree/{COMMIT}"] = json.dumps(tree).encode()
     return answers | {f"/{repository}/resolve/{COMMIT}/{name}": data for name, data in files.items()}
 
 
@@ -64,10 +65,12 @@ class _Handler(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         self.seen.append(path)
         body = self.answers.get(path)
-        self.send_response(200 if body is not None else 404)
-        if body is not None:
+        self.send_response(404 if body is None else 200)
+        self.send_header("X-Repo-Commit", COMMIT)
+        if body is None:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        else:
             self.send_header("ETag", f'"{hashlib.sha1(body).hexdigest()}"')
-            self.send_header("X-Repo-Commit", COMMIT)
         self.send_header("Content-Length", str(len(body or b"")))
         self.end_headers()
         if with_body:
