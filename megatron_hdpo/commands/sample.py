@@ -100,8 +100,8 @@ def _group_lines(groups: Iterable[Group]) -> Iterable[str]:
     for group in groups:
         yield f"=== {group.problem.id}: {group.problem.question}\nanswer: {group.problem.answer}"
         for number, sample in enumerate(group.samples, start=1):
-            reason = sample.completion.finish_reason
-            yield f"--- sample {number}: reward {sample.reward:g}, {sample.length} tokens, {reason}\n{sample.text}"
+            tokens = f"{sample.length} tokens, {sample.completion.finish_reason}"
+            yield f"--- sample {number}: reward {sample.reward:g}, {tokens}\n{sample.text}"
         for reason, count in group.dropped.items():
             yield f"--- {count} samples dropped: {reason}"
 

@@ -100,13 +100,13 @@ def test_for_gpu_finds_what_is_wrong_on_gpus_too(shipped_7b: list[str]) -> None:
 
 def test_optimizer_offload_is_allowed_for_gpus_without_transformer_engine_here(shipped_7b: list[str]) -> None:
     offload = "optimizer.offload=0.5"
-    results_of(run_command("check", *shipped_7b, offload, "--for", "gpu"))
-    ended = run_command("check", *shipped_7b, offload, "device=cuda")
+    results_of(run_command("check", *shipped_7b, offload, "--for", "gpu", "--ranks", 2))
+    ended = run_command("check", *shipped_7b, offload, "device=cuda", "--ranks", 2)
     assert ended.codes == [2] and "needs Transformer Engine" in ended.stderr[0]
 
 
 def test_a_recipe_for_cuda_is_warned_about_here(shipped_7b: list[str]) -> None:
-    ended = run_command("check", *shipped_7b, "device=cuda")
+    ended = run_command("check", *shipped_7b, "device=cuda", "--ranks", 2)
     results_of(ended)
     warnings = [line for line in ended.stdout[0].splitlines() if line.startswith("warning: ")]
     assert len(warnings) == 3 and all(line.endswith("check --for gpu") for line in warnings)

@@ -35,7 +35,7 @@ def test_a_failed_check_ends_with_1(folder: Path) -> None:
     ("arguments", "says"),
     [
         (["convert", "{folder}", "{folder}/x", "--to", "huggingface"], "is neither a Hugging Face folder"),
-        (["convert", "{folder}/hf", "{folder}/hf", "--to", "megatron"], "exists: remove it"),
+        (["convert", "{folder}/hf", "{folder}/hf", "--to", "megatron"], "is the folder that the model came from"),
         (["verify-conversion", "{folder}/hf", "--tensor", "2"], "LayoutError: "),
     ],
 )
