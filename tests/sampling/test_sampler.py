@@ -195,7 +195,7 @@ def test_progress_counts_what_is_asked_for_and_what_came() -> None:
     progress = Counter()
     engine = FakeEngine(lambda request, index: first_try(request) and index == 0)
 
-    def then(done: RolloutRequest, rollouts: Rollouts) -> list[RolloutRequest]:
+    def then(done: RolloutRequest, rollouts: SampledRollouts) -> list[RolloutRequest]:
         return [request("b/again", n=2)] if done.key == "b" else []
 
     sampler(engine).sample([request("a"), request("b")], progress, then)
