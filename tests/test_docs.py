@@ -40,7 +40,7 @@ def test_the_example_objective_of_the_docs_works_as_written():
     objective = namespace["Rejection"](namespace["RejectionConfig"](), ObjectiveDeps())
     group = Group(Problem("p/0", "p", "q", "1"), np.array([5, 6], np.int32), [_sample(1.0, 3), _sample(0.0, 4)])
     (example,) = objective.examples([group], {})
-    assert objective.privileged(group, 0) == 0 and objective.scorings([group]) == []
+    assert objective.privileged_rollouts_for(group, 0) == 0 and objective.scorings([group]) == []
     assert example.surrogate_count == 3 and example.advantages_T.tolist() == [1, 1, 1]
     assert example.response_ids.tolist() == [0, 1, 2] and not example.inert
 
