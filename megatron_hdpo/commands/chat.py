@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_hdpo.commands.base import Command
-from megatron_hdpo.commands.local_model import Message, add_generation, load_local_model
+from megatron_hdpo.commands.local_model import Message, add_device_and_seed, load_local_model
 
 _DESCRIPTION = """\
 Runs the model by transformers on one device, with its chat template. An empty
@@ -18,8 +18,13 @@ line forgets the conversation; Ctrl-D ends."""
 def _add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face folder")
     parser.add_argument("--system", metavar="TEXT", help="system message")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="of the model (default auto)")
-    add_generation(parser, 0.7, 1024)
+    parser.add_argument(
+        "--temperature", type=float, default=0.7, metavar="X", help="0: the greedy answer (default %(default)s)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=1024, metavar="N", help="longest answer (default %(default)s)"
+    )
+    add_device_and_seed(parser)
 
 
 def _chat(arguments: argparse.Namespace) -> None:

@@ -20,16 +20,10 @@ class LocalModelError(UserError, ValueError):
     """A model that cannot be loaded from this machine, or that cannot take the prompt."""
 
 
-def add_generation(parser: argparse.ArgumentParser, temperature: float | None, max_new_tokens: int | None) -> None:
-    """Add the options of `Generation`, with these defaults; None: those of the recipe."""
-    of_recipe = "1, or the recipe's evaluation"
-    for name, kind, default, meaning in (
-        ("--temperature", float, temperature, f"0: the one greedy answer (default {temperature or of_recipe})"),
-        ("--max-new-tokens", int, max_new_tokens, f"longest answer (default {max_new_tokens or '512, or the recipe'})"),
-        ("--seed", int, 0, "seed of the sampling (default 0)"),
-    ):
-        metavar = "X" if kind is float else "N"
-        parser.add_argument(name, type=kind, default=default, metavar=metavar, help=meaning)
+def add_device_and_seed(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `load_local_model` reads."""
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="of a model (default auto)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampling (default 0)")
 
 
 @dataclass

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from megatron_hdpo.commands.base import Command
-from megatron_hdpo.commands.local_model import LocalModelError, add_generation, load_local_model
+from megatron_hdpo.commands.local_model import LocalModelError, add_device_and_seed, load_local_model
 from megatron_hdpo.commands.opened_run import opened_run
 
 if TYPE_CHECKING:
@@ -32,8 +32,13 @@ def _add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-n", "--samples", type=int, default=4, metavar="N", help="samples per prompt (default 4)")
     parser.add_argument("--problems", type=int, default=4, metavar="N", help="problems of a recipe (default 4)")
     parser.add_argument("--raw", action="store_true", help="use no chat template: the prompt as it stands")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="of a model (default auto)")
-    add_generation(parser, None, None)
+    parser.add_argument(
+        "--temperature", type=float, metavar="X", help="0: the greedy answer (default 1, or as in an evaluation)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="longest answer (default 512, or as in an evaluation)"
+    )
+    add_device_and_seed(parser)
 
 
 def _sample(arguments: argparse.Namespace) -> None:
