@@ -13,20 +13,13 @@ if TYPE_CHECKING:
     from megatron_hdpo.config import Recipe
     from megatron_hdpo.data.load import LoadedData
 
-_EPILOG = """\
-Models and data sets go to the caches of Hugging Face: HF_HOME moves them (HF_HUB_CACHE, HF_DATASETS_CACHE one of them),
-HF_TOKEN opens gated ones. Checked problems go to data.cache_dir, by default ~/.cache/megatron_hdpo. Run it where the
-network is, with the cache folders that the training nodes see; there HF_HUB_OFFLINE=1 makes sure that nothing asks the
-network. Run it again after a change of recipe or files: only what is missing is done.
-
-example:
-  megatron_hdpo prepare recipe.yaml model.path=Qwen/Qwen2.5-7B-Instruct
-"""
-
-
-def _add(parser: argparse.ArgumentParser) -> None:
-    add_recipe(parser)
-    parser.epilog, parser.formatter_class = _EPILOG, argparse.RawDescriptionHelpFormatter
+_DESCRIPTION = """\
+Models and data sets go to the caches of Hugging Face: HF_HOME moves them
+(HF_HUB_CACHE, HF_DATASETS_CACHE one of them), HF_TOKEN opens gated ones. Checked
+problems go to data.cache_dir, by default ~/.cache/megatron_hdpo. Run it where
+the network is, with the cache folders that the training nodes see; there
+HF_HUB_OFFLINE=1 makes sure that nothing asks the network. Run it again after a
+change of recipe or files: only what is missing is done."""
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
@@ -94,5 +87,10 @@ def _size(files: Sequence[Path]) -> str:
 
 
 COMMAND = Command(
-    "prepare", "download models and data sets and check all problems, once, for use offline", _add, _prepare
+    "prepare",
+    "Download models and data, and check all problems, once.",
+    add_recipe,
+    _prepare,
+    description=_DESCRIPTION,
+    examples=("my.yaml model.path=Qwen/Qwen2.5-7B-Instruct",),
 )
