@@ -27,10 +27,12 @@ def _add(parser: argparse.ArgumentParser) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from megatron_hdpo.config import RecipeError
-    from megatron_hdpo.evaluation.evaluate import metrics_of, sample_responses
-    from megatron_hdpo.evaluation.files import evaluation_table, write_evaluation
 
     with opened_run(arguments.recipe, arguments.overrides) as run:
+        # Here: `opened_run` says first what takes seconds to import.
+        from megatron_hdpo.evaluation.evaluate import metrics_of, sample_responses
+        from megatron_hdpo.evaluation.files import evaluation_table, write_evaluation
+
         config, problems = run.recipe.evaluation, run.data.evaluation
         if run.recipe.rollout.replay is not None:
             raise RecipeError("rollout.replay: an evaluation samples, so it needs an engine: leave replay out")

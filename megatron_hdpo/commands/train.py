@@ -10,9 +10,9 @@ from megatron_hdpo.commands.report import show_report
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from megatron_hdpo.training.loop import train
-
     with opened_run(arguments.recipe, arguments.overrides, trains=True) as run:
+        from megatron_hdpo.training.loop import train  # here: `opened_run` says first what takes seconds to import
+
         train(run)
         folder = run.recipe.output if run.context.is_leader else None
     if folder is not None:

@@ -84,8 +84,8 @@ def load(
     _check_not_empty(config, train, evaluation, report)
     weights = {task.task_name: task.weight for task in config.train if task.weight is not None}
     sources = {name: origin for name, (_, origin) in loaded.items()}
-    for line in [*report.lines(), *(f"{name}: {origin}" for name, origin in sources.items())]:
-        _logger.info("%s", line)
+    for name, origin in sources.items():
+        _logger.info("%s: %s", name, origin)
     return LoadedData(
         train=train,
         evaluation=evaluation,

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TextIO
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.table import Table
@@ -193,7 +194,7 @@ class Console:
 
 
 def _table(title: str, rows: Sequence[Mapping[str, object]]) -> Table:
-    table = Table(title=escape(title), title_justify="left")
+    table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for key in rows[0]:
         numeric = all(_NUMBER.fullmatch(_text(row.get(key))) for row in rows)
         table.add_column(escape(str(key)), justify="right" if numeric else "left")

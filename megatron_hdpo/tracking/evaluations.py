@@ -37,7 +37,7 @@ class Evaluations:
             self.add(record["step"], record)
 
     def add(self, step: int, metrics: Mapping[str, Any]) -> list[Measured]:
-        """Take the metrics of a step; return its measured shares in their order, [] if nothing was evaluated."""
+        """Take the metrics of a step; return its measured shares set by set, [] if nothing was evaluated."""
         measured = []
         for name, value in metrics.items():
             if value is None or (parsed := parse_share(name)) is None:
@@ -46,7 +46,8 @@ class Evaluations:
                 self._best[name] = (value, step)
             low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
             measured.append(Measured(*parsed, value, low, high, *self._best[name]))
-        return measured
+        sets = list(dict.fromkeys(one.dataset for one in measured))
+        return sorted(measured, key=lambda one: sets.index(one.dataset))
 
 
 def moment(step: int) -> str:
