@@ -20,7 +20,10 @@ def show_report(run: Path, out: Path | None = None) -> None:
     from megatron_hdpo.tracking.console import Console
     from megatron_hdpo.tracking.report import write_report
 
-    write_report(run, out).show(Console(enabled=True))
+    console = Console(enabled=True)
+    with console.phase("report"):
+        report = write_report(run, out)
+    report.show(console)
 
 
 def _report(arguments: argparse.Namespace) -> None:
