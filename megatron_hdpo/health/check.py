@@ -20,6 +20,7 @@ from megatron_hdpo.health.versions import check_versions, versions_here
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.parallel.location import RankLocation, locate_rank
 from megatron_hdpo.tracking.console import Console
+from megatron_hdpo.tracking.formats import amount
 
 
 def check_health(
@@ -55,7 +56,7 @@ def check_health(
 def summary(locations: Sequence[RankLocation], metrics: Mapping[str, float]) -> str:
     """Return the line that the console shows for the health metrics of a run."""
     nodes = len({location.node for location in locations})
-    parts = [f"{len(locations)} ranks on {nodes} nodes agree"] if len(locations) > 1 else []
+    parts = [f"{len(locations)} ranks on {amount(nodes, 'node')} agree"] if len(locations) > 1 else []
     if len(locations) > 1:
         parts.append(f"clocks within {metrics['health/clock_offset_s']:.3f} s")
         parts.append(f"slowest device {metrics['health/matmul_slowest_ratio']:.2f} x the median")

@@ -10,6 +10,7 @@ from megatron_hdpo.teachers.build import build_teacher
 from megatron_hdpo.teachers.config import ExternalTeacherConfig
 from megatron_hdpo.teachers.external import check_same_vocabulary
 from megatron_hdpo.teachers.weight_copies import FrozenTeacher
+from megatron_hdpo.tracking.formats import amount
 from megatron_hdpo.training.run import Run, load_tokenizer, rollouts_file
 from megatron_hdpo.training.warmup import warm_up
 from megatron_hdpo.types.errors import DataError
@@ -159,7 +160,7 @@ def _self_test(run: Run) -> None:
             temperature=recipe.rollout.temperature,
         )
     run.console.print(
-        f"self-test passed: engine and trainer differ by {result.mean_difference:.2g} nats per token on average, "
-        f"{result.max_difference:.2g} at most, over {result.tokens} tokens; divergence of an equal teacher "
-        f"{result.divergence:.2g}; weight updates arrive"
+        f"self-test passed: log-probs of engine and trainer differ by {result.mean_difference:.2g} nats on average, "
+        f"{result.max_difference:.2g} at most, over {amount(result.tokens, 'token')}; divergence from an identical "
+        f"teacher {result.divergence:.2g} (should be near 0); weight sync verified"
     )

@@ -13,6 +13,7 @@ import numpy as np
 from megatron_hdpo.config.recipe import WarmupConfig
 from megatron_hdpo.data.sft import SupervisedData, SupervisedExample
 from megatron_hdpo.data.tasks import TaskConfig
+from megatron_hdpo.tracking.formats import amount
 from megatron_hdpo.training.load_data import load_warmup_data
 from megatron_hdpo.training.run import Run
 from megatron_hdpo.types.errors import DataError
@@ -36,7 +37,9 @@ def warm_up(run: Run, config: WarmupConfig) -> None:
             mine = batch[context.dp_rank :: context.dp_size]
             nll = run.policy.update([_example(example) for example in mine], spec)["train/nll"]
             phase.advance()
-    run.console.print(f"warm-up: {config.steps} steps, negative log-likelihood {nll:.3f} nats per token at the end")
+    run.console.print(
+        f"warm-up: {amount(config.steps, 'step')}, negative log-likelihood {nll:.3f} nats per token at the end"
+    )
 
 
 def _supervised_data(run: Run, tasks: Sequence[TaskConfig], privileged: bool) -> SupervisedData:
@@ -55,7 +58,8 @@ def _supervised_data(run: Run, tasks: Sequence[TaskConfig], privileged: bool) ->
     except DataError as error:
         raise DataError(f"{key}: {error}") from error
     if data.left_out:
-        run.console.warn(f"{key}: {data.left_out} problems without a worked solution that fits are left out")
+        skipped = amount(data.left_out, "problem")
+        run.console.warn(f"{key}: skipped {skipped}: without a solution, or with one over the length limit")
     return data
 
 

@@ -92,7 +92,7 @@ def test_the_whole_check_has_metrics_and_one_line(seen: Seen) -> None:
     expected = {"clock_offset_s", "free_disk_gb", "matmul_ms_median", "matmul_slowest_ratio", "allreduce_gb_per_s"}
     assert {f"health/{name}" for name in expected} == seen[0]["metrics"].keys()
     (line,) = [line for line in seen[0]["console"].splitlines() if line.startswith("health: ")]
-    assert line.startswith(f"health: {len(seen)} ranks on 1 nodes agree, clocks within 0.")
+    assert line.startswith(f"health: {len(seen)} ranks on 1 node agree, clocks within 0.")
     assert all(rank["console"] == "" for rank in seen[1:])
 
 
