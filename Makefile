@@ -83,4 +83,4 @@ test-long: dev-setup sglang-env newest-core
 	    --summary benchmarks/test_long.json
 
 clean:
-	rm -rf $(VENV) $(SGLANG) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(SGLANG) .cache runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

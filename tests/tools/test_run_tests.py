@@ -81,9 +81,9 @@ def pretend_failing(folder: Path) -> Path:
 def test_the_parts_of_the_newest_core_find_it_before_the_installed_one() -> None:
     (part,) = PARTS["newest-core"]()
     assert part.core == NEWEST_CORE and part.variables["PYTHONPATH"].startswith(str(run_tests.NEWEST_FOLDER))
-    tests = {line.partition("::")[0] for line in (ROOT / "tests" / "newest_core.txt").read_text().splitlines()}
-    folders = {Path(name).parts[1] for name in tests}
-    assert {"model", "weights", "checkpoint"} <= folders and all((ROOT / name).is_file() for name in tests)
+    tests = [word for word in part.arguments if word.startswith("tests/")]
+    assert {"model", "weights", "checkpoint"} <= {Path(name).parts[1] for name in tests}
+    assert all((ROOT / name).is_file() for name in tests)
 
 
 def test_make_downloads_the_newest_core_that_the_tests_run_on() -> None:
