@@ -317,7 +317,7 @@ TABLE = [
     Wrong(
         "no such model folder",
         "ArchitectureError: {folder}/nowhere/config.json does not exist: model.path must be a Hugging "
-        "Face checkpoint folder",
+        "Face checkpoint folder; for a model of the hub, run `megatron_hdpo prepare` with this recipe first",
         ["model.path={folder}/nowhere"],
     ),
     Wrong(

@@ -89,7 +89,7 @@ def test_a_model_that_cannot_be_had_is_one_line(recipe, monkeypatch, name, path,
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(Exception) as raised:
         arguments = cli.parser().parse_args([name, str(recipe), f"model.path={path}"])
-        arguments.run(arguments)
+        arguments.command.run(arguments)
     text = f"{type(raised.value).__name__}: {raised.value}"
     assert text.startswith(message)
     assert "\n" not in text

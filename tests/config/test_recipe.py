@@ -37,7 +37,7 @@ def test_saved_recipe_reads_back_equal(tree: Tree, tmp_path: Path) -> None:
     tree["data"]["train"].append({"kind": "reasoning_gym", "dataset": "chain_sum", "parameters": {"min_terms": 2}})
     tree["optimizer"] = {"lr": "1e-6", "betas": [0.9, 0.95], "schedule": "cosine"}
     tree["tracking"] = {"wandb": {"project": "p", "tags": ["a", "b"]}}
-    tree["data"]["prompts"]["system"] = "Antworte knapp, größte Zahl zuerst: \\boxed{}\nzweite Zeile"
+    tree["data"]["prompts"] = {"system": "Antworte knapp, größte Zahl zuerst: \\boxed{}\nzweite Zeile"}
     recipe = parse_recipe(tree)
     save_recipe(recipe, tmp_path / "saved" / "recipe.yaml")
     assert load_recipe(tmp_path / "saved" / "recipe.yaml") == recipe

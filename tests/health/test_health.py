@@ -161,7 +161,7 @@ def test_a_run_of_two_recipes_is_refused_before_anything_is_read(
     assert ended.codes == [2, 2], ended.text
     said = "".join(ended.stderr)
     assert said.count("HealthError: the recipe differs: ") == 1 and "on 1 of 2 ranks, but " in said
-    assert "load" not in ended.text and "Traceback" not in ended.text
+    assert "health checks: stopped after " in ended.text and "Traceback" not in ended.text
     assert [path.name for path in Path(tree["output"]).iterdir()] == ["logs"]
 
 
