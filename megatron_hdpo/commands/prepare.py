@@ -14,12 +14,15 @@ if TYPE_CHECKING:
     from megatron_hdpo.data.load import LoadedData
 
 _DESCRIPTION = """\
-Models and data sets go to the caches of Hugging Face: HF_HOME moves them
-(HF_HUB_CACHE, HF_DATASETS_CACHE one of them), HF_TOKEN opens gated ones. Checked
-problems go to data.cache_dir, by default ~/.cache/megatron_hdpo. Run it where
-the network is, with the cache folders that the training nodes see; there
-HF_HUB_OFFLINE=1 makes sure that nothing asks the network. Run it again after a
-change of recipe or files: only what is missing is done."""
+Downloads what the recipe names on the Hugging Face hub, then reads and checks
+every set of problems, and keeps the result: the next start reads it in seconds.
+
+Run it where the network is, with the caches that the training nodes see:
+  HF_HOME        models and data sets; HF_HUB_CACHE and HF_DATASETS_CACHE move
+                 one of them. HF_TOKEN opens gated ones.
+  data.cache_dir checked problems; by default ~/.cache/megatron_hdpo
+Afterwards HF_HUB_OFFLINE=1 makes sure that nothing asks the network. After a
+change of the recipe or of a file, run it again: it does only what is missing."""
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
@@ -88,9 +91,9 @@ def _size(files: Sequence[Path]) -> str:
 
 COMMAND = Command(
     "prepare",
-    "Download models and data, and check all problems, once.",
+    "Download models and data sets and check all problems.",
     add_recipe,
     _prepare,
     description=_DESCRIPTION,
-    examples=("my.yaml model.path=Qwen/Qwen2.5-7B-Instruct",),
+    examples=("my.yaml", "my.yaml model.path=Qwen/Qwen2.5-7B-Instruct"),
 )
