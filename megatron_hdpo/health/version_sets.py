@@ -62,14 +62,14 @@ _ENGINES = {"transformer-engine": "2.12.0", "sglang": "0.5.23", "transformers": 
 _ONE_ENVIRONMENT = _CPU | _ENGINES
 _NEWEST = _CPU | {"torch": "2.15.0", "triton": "3.9.0", "transformer-engine": "2.20.2"}
 SETS = (
-    VersionSet("cpu", "3.11", _OLD, "tests run"),
-    VersionSet("cpu", "3.12", _CPU, "resolved"),
+    VersionSet("cpu", "3.11", _OLD, "`make test`"),
+    VersionSet("cpu", "3.12", _CPU, "installed, fast tests"),
     VersionSet("cpu", "3.13", _CPU, "resolved"),
     VersionSet("cu130", "3.11", _ONE_ENVIRONMENT | {"megatron-core": "0.16.1"}, "resolved"),
     VersionSet("cu130", "3.12", _ONE_ENVIRONMENT, "resolved"),
     VersionSet("cu130", "3.13", _ONE_ENVIRONMENT, "resolved"),
-    VersionSet("cu132", "3.12", _NEWEST, "resolved"),
-    VersionSet("cu132", "3.13", _NEWEST, "resolved"),
+    VersionSet("cu132", "3.12", _NEWEST, "resolved, wheels inspected"),
+    VersionSet("cu132", "3.13", _NEWEST, "resolved, wheels inspected"),
 )
 
 
