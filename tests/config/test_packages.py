@@ -66,3 +66,10 @@ def test_tensorboard_that_nobody_asked_for_is_left_out_with_a_warning(
     (line,) = said()
     assert "no events are written" in line and "pip install 'megatron-hdpo[tensorboard]', or set it to false" in line
     assert not recipe.tracking.writes_tensorboard
+
+
+def test_a_command_that_lacks_a_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    without("matplotlib", monkeypatch)
+    said = environment.missing_package(ModuleNotFoundError(name="matplotlib.axes"))
+    install = "pip install 'megatron-hdpo[report]'"
+    assert said == f"matplotlib.axes is not installed for {sys.executable}: {install}"
