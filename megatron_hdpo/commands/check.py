@@ -89,7 +89,7 @@ def _checked(recipe: Recipe, arguments: argparse.Namespace) -> tuple[Recipe, lis
         warnings.insert(0, choice.warning)
     if here:
         warnings += [f"{line}; for a run on another machine: check --for gpu" for line in _unknown_here(resolved)]
-    return resolved, [choice.line, f"ranks: {ranks}", *(f"warning: {warning}" for warning in warnings)]
+    return resolved, [choice.line, *(f"warning: {warning}" for warning in warnings), f"ranks: {ranks}"]
 
 
 def _unknown_here(recipe: Recipe) -> Iterator[str]:
