@@ -28,8 +28,11 @@ def _add(parser: argparse.ArgumentParser) -> None:
 
 
 def _make(arguments: argparse.Namespace) -> None:
+    from transformers.utils.logging import disable_progress_bar
+
     from megatron_hdpo.model.tiny_model import make_tiny_model
 
+    disable_progress_bar()
     sizes = {key.replace("-", "_"): getattr(arguments, key.replace("-", "_")) for key in _SIZES}
     print(make_tiny_model(arguments.out, family=arguments.family, **sizes))
 
