@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from recipes import ROOT
 
+from megatron_hdpo import commands
+
 REMEDY = "run `make quickstart`, then `source .venv/bin/activate`"
 RECIPE = "examples/digit_sums/hdpo.yaml"
 TOOLS = sorted(path for path in (ROOT / "tools").glob("*.py") if path.name != "relay.py" and path.name[0] != "_")
@@ -43,9 +45,16 @@ def test_doctor_lists_what_is_missing_and_what_to_do() -> None:
     assert lines[-1].endswith(REMEDY) and sum(REMEDY in line for line in lines) == 1
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["plan", "--help"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["--help"], *([command.name, "--help"] for command in commands.ALL)], ids=" ".join
+)
 def test_help_needs_no_package(arguments: list[str]) -> None:
     assert bare("python", "-m", "megatron_hdpo", *arguments, code=0).startswith("usage: megatron_hdpo")
+
+
+def test_version_says_what_is_not_installed() -> None:
+    lines = bare("python", "-m", "megatron_hdpo", "--version", code=0).splitlines()
+    assert lines[0].startswith("megatron_hdpo ") and "torch not installed" in lines
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "check", "plan", "report"])
