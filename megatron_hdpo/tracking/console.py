@@ -194,7 +194,14 @@ class Console:
 
 
 def _table(title: str, rows: Sequence[Mapping[str, object]]) -> Table:
-    table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=escape(title),
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     for key in rows[0]:
         numeric = all(_NUMBER.fullmatch(_text(row.get(key))) for row in rows)
         table.add_column(escape(str(key)), justify="right" if numeric else "left")

@@ -24,7 +24,7 @@ def test_evaluate_writes_two_files_and_leaves_the_run_alone(tree: Tree, write_re
     results_of(ended)
     (header,) = [line for line in ended.stdout[0].splitlines() if "pass@1" in line]
     assert [word for word in ("set", "problems", "samples", "pass@1", "pass@2", "greedy") if word not in header] == []
-    (row,) = [line for line in ended.stdout[0].splitlines() if " held_out " in line]
+    (row,) = [line for line in ended.stdout[0].splitlines() if line.startswith("held_out ")]
     evaluation = json.loads((output / "evaluation.json").read_text())
     metrics = evaluation["metrics"]
     low, high = metrics["eval/held_out/pass@1_low"], metrics["eval/held_out/pass@1_high"]

@@ -261,8 +261,8 @@ def test_numbers_stand_on_the_right_also_when_formatted():
     timed = Timed()
     rows = [{"name": "a", "change": "+0.118", "n": 5, "share": "43.8%"}, {"name": "bcd", "change": "-", "n": 1234}]
     timed.console.table("t", rows)
-    assert " a      +0.118      5   43.8% " in timed.lines
-    assert " bcd         -   1234       - " in timed.lines
+    assert "a     +0.118     5  43.8%" in timed.lines
+    assert "bcd        -  1234      -" in timed.lines
 
 
 def test_empty_table():
