@@ -60,6 +60,8 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Return the report of both loads, and their ratios."""
     section = write_section(folder, options.rows, options.latex)
     first, second = load_in_a_process(section), load_in_a_process(section)
+    if not first["checked"] or second["checked"]:
+        raise SystemExit(f"the first load must fill the cache and the second read it: empty {folder / 'cache'}")
     if first["problems"] != second["problems"]:
         raise SystemExit("the problems from the cache are not those that were checked")
     config = DataConfig.model_validate_json(section.read_text())
@@ -120,7 +122,14 @@ def measured_load(section: Path) -> dict[str, Any]:
     digest = hashlib.sha256("\n".join(data.report.lines()).encode())
     for problem in (*data.train, *data.evaluation):
         digest.update(f"{problem} {problem.metadata}".encode())
-    return {"seconds": seconds, "peak_GB": peak, "kept": len(data.train), "problems": digest.hexdigest()}
+    checked = all(origin.fresh for origin in data.origins.values())
+    return {
+        "checked": checked,
+        "seconds": seconds,
+        "peak_GB": peak,
+        "kept": len(data.train),
+        "problems": digest.hexdigest(),
+    }
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
