@@ -37,12 +37,12 @@ def _check(arguments: argparse.Namespace) -> None:
 
     recipe = _for_machine(load_recipe(arguments.recipe, arguments.overrides), arguments.machine)
     check_sections(recipe)  # before the imports below, which take seconds: torch and Megatron
-    from megatron_hdpo.data.load import load
+    from megatron_hdpo.training.load_data import load_data
     from megatron_hdpo.training.run import load_tokenizer
 
     recipe, lines = _checked(recipe, arguments)
     print("\n".join(lines))
-    data = load(recipe.data, load_tokenizer(recipe.model.path))
+    data = load_data(recipe, load_tokenizer(recipe.model.path))
     print("\n".join(data.report.lines()))
     example = data.train[0]
     print(f"\nfirst prompt ({example.id}):\n{data.prompts.render_student(example)}")
