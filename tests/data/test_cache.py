@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import logging
 import os
@@ -221,6 +222,7 @@ def test_many_groups_of_rows_and_none(tmp_path, monkeypatch):
         assert not origin.fresh
         assert entry.problems == problems(count).problems
         assert np.array_equal(entry.question_hashes, problems(count).question_hashes)
+    assert gc.isenabled()
 
 
 def test_a_folder_that_cannot_be_used_costs_time_only(section, tmp_path, caplog):
