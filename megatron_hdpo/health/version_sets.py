@@ -66,7 +66,7 @@ SETS = (
     VersionSet("cpu", "3.12", _CPU, "installed, fast tests"),
     VersionSet("cpu", "3.13", _CPU, "resolved"),
     VersionSet("cu130", "3.11", _ONE_ENVIRONMENT | {"megatron-core": "0.16.1"}, "resolved"),
-    VersionSet("cu130", "3.12", _ONE_ENVIRONMENT, "resolved"),
+    VersionSet("cu130", "3.12", _ONE_ENVIRONMENT, "installed without Transformer Engine"),
     VersionSet("cu130", "3.13", _ONE_ENVIRONMENT, "resolved"),
     VersionSet("cu132", "3.12", _NEWEST, "resolved, wheels inspected"),
     VersionSet("cu132", "3.13", _NEWEST, "resolved, wheels inspected"),
