@@ -317,7 +317,7 @@ TABLE = [
     Wrong(
         "no such model folder",
         "ArchitectureError: {folder}/nowhere/config.json does not exist: model.path must be a Hugging "
-        "Face checkpoint folder; for a model of the hub, run `megatron_hdpo prepare` with this recipe first",
+        "Face checkpoint folder, or a model of the hub that `megatron_hdpo prepare` has downloaded",
         ["model.path={folder}/nowhere"],
     ),
     Wrong(
@@ -483,7 +483,7 @@ TABLE = [
     ),
     Wrong(
         "text without tokens",
-        "DataError: the tokenizer has no token for some characters of this prompt: 'Solve 6+5='",
+        "NoTokenForText: the tokenizer has no token for some characters of this prompt: 'Solve 6+5='",
         edit=put("data.prompts.student", "Solve {{ question }}"),
     ),
     Wrong(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_hdpo.data.prompts import Hint, PromptBuilder, PromptTooLong
+from megatron_hdpo.data.prompts import Hint, NoTokenForText, PromptBuilder, PromptTooLong
 from megatron_hdpo.data.tasks import Task
 from megatron_hdpo.data.tasks.files import FileTaskBase
 from megatron_hdpo.data.tasks.rows import question_key
@@ -17,7 +17,7 @@ from megatron_hdpo.types.load_report import LoadReport
 from megatron_hdpo.types.problem import Problem
 
 ENCODED_AT_LOAD = 100
-"""Problems of each task that are encoded at load, to find a tokenizer that has no tokens for the text."""
+"""Problems of each task that are encoded at load, if the tokenizer has a token for every text; else all of them are."""
 
 CheckGolds = Callable[[Sequence[str]], Mapping[str, GoldVerdict]]
 
@@ -55,7 +55,7 @@ class ProblemChecker:
         problems = task.problems(report)
         if isinstance(task, FileTaskBase) and task.needs_parsed_gold:
             problems, certain = self._with_readable_gold(task, problems, report)
-        kept = [problem for index, problem in enumerate(problems) if self._fits(problem, index, report)]
+        kept = [problem for index, problem in enumerate(problems) if self._fits(task, problem, index, report)]
         return CheckedProblems(kept, question_hashes(kept), report, certain)
 
     def _with_readable_gold(
@@ -72,20 +72,31 @@ class ProblemChecker:
                 report.reject(task.task_name, task.on_bad_row, "gold answer not readable", message)
         return kept, all(verdict.certain for verdict in verdicts.values())
 
-    def _fits(self, problem: Problem, index: int, report: LoadReport) -> bool:
+    def _fits(self, task: Task, problem: Problem, index: int, report: LoadReport) -> bool:
         if token := self.prompts.foreign_special_token(problem):
             report.drop(problem.task, "special token in its text", f"{problem.id} contains {token}")
             return False
         try:
             self.prompts.check_length(problem, self.privileged, self.hints)
-            if index < ENCODED_AT_LOAD:
-                self.prompts.student(problem)
-                if self.hints:
-                    self.prompts.hinted(problem, Hint())
+            if index < ENCODED_AT_LOAD or self.prompts.may_lack_tokens:
+                self._encode(problem)
         except PromptTooLong as error:
             report.drop(problem.task, "prompt too long", str(error))
             return False
+        except NoTokenForText as error:
+            if not isinstance(task, FileTaskBase):  # no rows that could be corrected or dropped
+                raise
+            report.reject(task.task_name, task.on_bad_row, "no token", f"{problem.metadata['source']}: {error}")
+            return False
         return True
+
+    def _encode(self, problem: Problem) -> None:
+        """Encode every prompt that a run may ask for. Raises NoTokenForText."""
+        self.prompts.student(problem)
+        if self.privileged:
+            self.prompts.privileged_prompt(problem)
+        if self.hints:
+            self.prompts.hinted(problem, Hint())
 
 
 def question_hashes(problems: Sequence[Problem]) -> np.ndarray:

@@ -24,6 +24,10 @@ class PromptTooLong(DataError):
     """A prompt over max_prompt_tokens that cannot be shortened without cutting its problem."""
 
 
+class NoTokenForText(DataError):
+    """A prompt with characters that the tokenizer has no token for."""
+
+
 class TokenizerLike(Protocol):
     """The part of a Hugging Face tokenizer that prompts need."""
 
@@ -148,6 +152,11 @@ class PromptBuilder:
         if hints and self._most_tokens(self._render_hint(problem, Hint())) > limit:
             self.hinted(problem, Hint())
 
+    @property
+    def may_lack_tokens(self) -> bool:
+        """Return whether the tokenizer may have no token for some characters."""
+        return self.tokenizer.unk_token_id is not None
+
     def encode(self, text: str) -> np.ndarray:
         """Return the ids int32 [P] of rendered text.
 
@@ -159,7 +168,7 @@ class PromptBuilder:
             ids.pop()
         unknown = self.tokenizer.unk_token_id
         if unknown is not None and unknown in ids and self.tokenizer.decode([unknown]) not in text:
-            raise DataError(f"the tokenizer has no token for some characters of this prompt: {text[:200]!r}")
+            raise NoTokenForText(f"the tokenizer has no token for some characters of this prompt: {text[:200]!r}")
         return np.asarray(ids, dtype=np.int32)
 
     def foreign_special_token(self, problem: Problem) -> str | None:

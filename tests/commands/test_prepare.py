@@ -23,6 +23,8 @@ def recipe(tree, tmp_path, write_recipe) -> Path:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:30]))
     tree["data"]["train"] = [{"kind": "jsonl", "path": str(tmp_path / "rows.jsonl")}]
+    # A worked solution gets a box around its answer, for which the tiny model's tokenizer has no tokens.
+    tree["data"]["prompts"] |= {"privileged": "{{ answer }}#{{ question }}", "privileged_context": "answer"}
     tree["data"]["cache_dir"] = str(tmp_path / "cache")
     tree["warmup"] = {"kind": "sft", "plain": [{"kind": "jsonl", "path": str(tmp_path / "more.jsonl")}]}
     return write_recipe(tree)
@@ -80,7 +82,7 @@ def test_a_second_time_does_nothing_again(recipe, capsys):
             "check",
             "org/tiny",
             "ArchitectureError: org/tiny/config.json does not exist: model.path must be a Hugging "
-            "Face checkpoint folder; for a model of the hub, run `megatron_hdpo prepare` with this recipe first",
+            "Face checkpoint folder, or a model of the hub that `megatron_hdpo prepare` has downloaded",
         ),
     ],
 )

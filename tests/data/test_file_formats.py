@@ -140,7 +140,11 @@ def test_a_quote_that_never_ends_names_the_line_where_it_begins(tmp_path):
 
 @pytest.mark.parametrize(
     ("header", "message"),
-    [("", "the header is empty"), ("problem,answer,problem", "the header names the column 'problem' twice")],
+    [
+        ("", "the header is empty"),
+        ("problem,answer,problem", "the header names the column 'problem' twice"),
+        ("problem;answer", "the header names one column, 'problem;answer': write delimiter: ';'"),
+    ],
 )
 def test_wrong_csv_headers(tmp_path, header, message):
     (tmp_path / "rows.csv").write_text(f"{header}\n")
@@ -170,6 +174,12 @@ def test_wrong_json_files(tmp_path, text, message):
     (tmp_path / "rows.json").write_text(text)
     with pytest.raises(DataError, match=message):
         read(kind="json", path=tmp_path / "rows.json")
+
+
+def test_a_json_list_is_no_file_of_objects(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('[{"problem": "a", "answer": "1"}]')
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: is a JSON list; .* write kind: json"):
+        read(kind="jsonl", path=tmp_path / "rows.jsonl", on_bad_row="drop")
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])

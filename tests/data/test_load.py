@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
-from tiny_tokenizers import byte_tokenizer
+from tiny_tokenizers import byte_tokenizer, character_tokenizer
 
 from megatron_hdpo.data.config import DataConfig
 from megatron_hdpo.data.load import load
@@ -73,6 +73,30 @@ def test_problems_without_room_are_left_out_and_counted(make):
     assert data.report.counts["train"] == {"prompt too long": 1, "special token in its text": 1}
     with pytest.raises(DataError, match=r"'train' has no problem left .*3 left out, prompt too long .*tokens"):
         make([(q, a) for q, a in rows if "end" not in q] + [("c", "4")], prompts={"max_prompt_tokens": 10})
+
+
+@pytest.mark.parametrize("policy", ["error", "drop"])
+def test_rows_that_the_tokenizer_has_no_token_for_are_found_at_load(policy, tmp_path, pool):
+    """Those of privileged prompts too, which are asked for only at a cliff."""
+    path = tmp_path / "rows.jsonl"
+    rows = [{"problem": f"{n}+1=", "answer": str(n + 1), "solution": str(n + 1)} for n in range(120)]
+    rows[110]["solution"] = "it is 111"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    section = DataConfig.model_validate(
+        {
+            "train": [{"kind": "jsonl", "path": path, "on_bad_row": policy}],
+            "prompts": {"chat": False, "student": "{{ question }}", "privileged": "{{ solution }}#{{ question }}"},
+            "cache_dir": tmp_path / "cache",
+        }
+    )
+    tokenizer = character_tokenizer("0123456789+=#\\boxed{}\n")
+    if policy == "error":
+        with pytest.raises(DataError, match=r"rows\.jsonl:111: the tokenizer has no token .* on_bad_row: drop"):
+            load(section, tokenizer, pool)
+        return
+    data = load(section, tokenizer, pool)
+    assert data.report.counts == {"rows": {"no token": 1}} and len(data.train) == 119
+    assert len(load(section, tokenizer, pool, privileged=False).train) == 120
 
 
 def test_nothing_left_after_decontamination_is_an_error(make):

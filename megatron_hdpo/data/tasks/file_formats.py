@@ -28,7 +28,13 @@ class JsonlTask(FileTask):
                 if not line.strip():
                     continue
                 try:
-                    yield where, json.loads(line)
+                    row = json.loads(line)
+                    if number == 1 and isinstance(row, list):
+                        raise DataError(
+                            f"task {self.task_name!r}: {where}: is a JSON list; for a file that is one list of objects "
+                            "write kind: json"
+                        )
+                    yield where, row
                 except json.JSONDecodeError as error:
                     message = f"{where}: not JSON: {error.msg} at column {error.colno}"
                     report.reject(self.task_name, self.on_bad_row, "not JSON", message)
@@ -102,6 +108,11 @@ class CsvTask(FileTask):
             header = next(lines, [])
         except csv.Error as error:
             raise DataError(f"task {self.task_name!r}: {self.path}:1: not CSV: {error}") from error
+        if len(header) == 1 and (other := next((c for c in ";\t|" if c in header[0]), None)):
+            raise DataError(
+                f"task {self.task_name!r}: {self.path}:1: the header names one column, {header[0]!r}: write "
+                f"delimiter: {other!r}"
+            )
         twice = sorted({name for name in header if header.count(name) > 1})
         if not header or twice:
             problem = f"names the column {twice[0]!r} twice" if twice else "is empty"
