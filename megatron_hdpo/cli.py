@@ -41,7 +41,7 @@ _FAILED = "megatron_hdpo/failed"
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; for an error that the user can fix, print one message and exit with code 2."""
-    arguments = parser().parse_args(argv)
+    arguments = _parsed(argv)
     command: Command = arguments.command
     try:
         code = command.run(arguments)
@@ -130,6 +130,16 @@ def _agent_store() -> Store | None:
         return None
 
 
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the parsed arguments; overrides may stand behind options, where argparse takes no positional arguments."""
+    arguments, others = parser().parse_known_args(argv)
+    if others:
+        if not hasattr(arguments, "overrides") or any(other.startswith("-") for other in others):
+            arguments.own_parser.error(f"unrecognized arguments: {' '.join(others)}")
+        arguments.overrides += others
+    return arguments
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
     whole = argparse.ArgumentParser(
@@ -146,7 +156,7 @@ def parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add(own)
-        own.set_defaults(command=command, parser=whole)
+        own.set_defaults(command=command, parser=whole, own_parser=own)
     return whole
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +41,15 @@ class Command:
         if not self.examples:
             return None
         return "examples:\n" + "\n".join(f"  {PROGRAM} {self.name} {example}".rstrip() for example in self.examples)
+
+
+def write_out(text: str) -> None:
+    """Print a long text; quiet when its reader, such as `head`, has seen enough."""
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        # What is left in the buffer is written at the end of the process, and would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def add_nothing(parser: argparse.ArgumentParser) -> None:

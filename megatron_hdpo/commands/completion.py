@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_hdpo.commands.base import Command
+from megatron_hdpo.commands.base import Command, write_out
 
 _DESCRIPTION = """\
 Prints a script that completes commands, options and files. To keep it:
@@ -26,7 +26,7 @@ def _completion(arguments: argparse.Namespace) -> None:
     for action in _actions(whole):
         if action.type is Path:
             action.complete = shtab.FILE  # type: ignore[attr-defined]  # where shtab looks for it
-    print(shtab.complete(whole, arguments.shell))
+    write_out(f"{shtab.complete(whole, arguments.shell)}\n")
 
 
 def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:

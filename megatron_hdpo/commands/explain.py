@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_hdpo.commands.base import Command
+from megatron_hdpo.commands.base import Command, write_out
 
 
 def _add(parser: argparse.ArgumentParser) -> None:
@@ -18,9 +18,9 @@ def _explain(arguments: argparse.Namespace) -> None:
     from megatron_hdpo.config.explain import explain, json_schema, markdown
 
     if arguments.markdown or arguments.json_schema:
-        print(markdown() if arguments.markdown else json_schema(), end="")
+        write_out(markdown() if arguments.markdown else json_schema())
     else:
-        print(explain(arguments.key))
+        write_out(f"{explain(arguments.key)}\n")
 
 
 COMMAND = Command(

@@ -60,11 +60,11 @@ def copy_recipe(name: str, folder: Path) -> list[Path]:
 
 
 def _found(name: str) -> str:
-    """Return the full name of the recipe that `name` means; a folder's name does where it holds one recipe."""
+    """Return the full name of the recipe that `name` means; either half of it does where only one recipe has it."""
     known = shipped()
     if name in known:
         return name
-    inside = [full for full in known if full.partition("/")[0] == name]
+    inside = [full for full in known if name in full.split("/")]
     if len(inside) == 1:
         return inside[0]
     choices = ", ".join(inside or known)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_hdpo.types.errors import UserError
@@ -108,6 +109,8 @@ def load_local_model(name: str, device: str, seed: int) -> LocalModel:
     disable_progress_bar()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise LocalModelError(f"{name} has no config.json: give the folder of a Hugging Face model")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)
         dtype = "auto" if device == "cuda" else torch.float32

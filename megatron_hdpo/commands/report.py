@@ -36,6 +36,8 @@ def _report(arguments: argparse.Namespace) -> None:
             f"--out: several of the runs are called {max(names, key=names.count)}: report them one by one"
         )
     for run, name in zip(runs, names, strict=True):
+        if len(runs) > 1:
+            print(f"\n{run}")
         show_report(run, out if out is None or len(runs) == 1 else out / name)
 
 

@@ -26,5 +26,5 @@ COMMAND = Command(
     _train,
     description="One rank without torchrun; more ranks: torchrun --nproc-per-node N -m megatron_hdpo train ...",
     examples=("examples/digit_sums/hdpo.yaml", "my.yaml train.steps=10 output=runs/short"),
-    interrupted="interrupted: run the same command again to resume from the last checkpoint",
+    interrupted="interrupted: run the same command again to resume from the last checkpoint, where there is one",
 )

@@ -115,7 +115,10 @@ def _gpu() -> Iterator[tuple[str, bool | None]]:
 
 
 def _precision() -> Iterator[tuple[str, bool | None]]:
-    """Yield the speed of bfloat16 on this CPU at the layer sizes of SmolLM2-135M; on a GPU, yield nothing."""
+    """Yield the speed of bfloat16 on this CPU at the layer sizes of SmolLM2-135M; on a GPU, yield nothing.
+
+    `dtype: auto` measures at the sizes of the recipe's own model, so the choice may differ from this one.
+    """
     if importlib.util.find_spec("torch") is None:
         return
     import torch
@@ -126,7 +129,7 @@ def _precision() -> Iterator[tuple[str, bool | None]]:
         return
     speed = measure_bfloat16(hidden=576, channels=1536)
     taken = "float32" if speed.slow else "bfloat16"
-    yield f"{speed} (a layer's product, 576 x 1536): dtype=auto takes {taken}", True
+    yield f"{speed} (a layer of 576 x 1536, for which dtype=auto takes {taken}; `check` measures a recipe's own)", True
 
 
 def _transformer_engine() -> tuple[str, bool | None]:

@@ -84,8 +84,8 @@ def read_architecture(model_path: str | Path) -> Architecture:
     path = Path(model_path) / "config.json"
     if not path.is_file():
         raise ArchitectureError(
-            f"{path} does not exist: model.path must be a Hugging Face checkpoint folder; for a model of the hub, run "
-            "`megatron_hdpo prepare` with this recipe first"
+            f"{path} does not exist: model.path must be a Hugging Face checkpoint folder, or a model of the hub that "
+            "`megatron_hdpo prepare` has downloaded"
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

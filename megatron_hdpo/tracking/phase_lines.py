@@ -51,6 +51,8 @@ class PhaseLines:
             if error is self._last_error:
                 return
             self._last_error = error
-            self._say(f"{phase.name}: stopped after {duration(phase.elapsed)} by {type(error).__name__}")
+            how = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped"
+            cause = "" if isinstance(error, KeyboardInterrupt) else f" by {type(error).__name__}"
+            self._say(f"{phase.name}: {how} after {duration(phase.elapsed)}{cause}")
         elif mentioned or phase.elapsed >= self.patience.ended:
             self._say(f"{phase.name}: {phase.summary()}")

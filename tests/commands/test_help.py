@@ -6,9 +6,12 @@ import argparse
 import importlib.metadata
 import shlex
 import signal
+import subprocess
+import sys
 
 import pytest
 from commands import run_world
+from recipes import ROOT
 
 from megatron_hdpo import cli, commands, config
 from megatron_hdpo.commands.base import Command
@@ -57,6 +60,23 @@ def test_help_names_every_command_and_the_exit_codes(capsys: pytest.CaptureFixtu
     assert [int(line.split()[0]) for line in codes.splitlines() if line.split()[0].isdigit()] == [0, 1, 2, 130]
 
 
+def test_overrides_behind_an_option(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = cli._parsed(["check", "my.yaml", "a.b=1", "--for", "gpu", "c=2"])
+    assert (arguments.recipe.name, arguments.overrides, arguments.machine) == ("my.yaml", ["a.b=1", "c=2"], "gpu")
+    for wrong in (["check", "my.yaml", "--fly", "c=2"], ["report", "runs/a", "--out", "b", "--fly"]):
+        with pytest.raises(SystemExit) as exit:
+            cli._parsed(wrong)
+        assert exit.value.code == 2
+        said = capsys.readouterr().err
+        assert f"usage: megatron_hdpo {wrong[0]} " in said and "unrecognized arguments: --fly" in said
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    command = f"{shlex.quote(sys.executable)} -m megatron_hdpo explain --json-schema | head -1; exit ${{PIPESTATUS[0]}}"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert (ended.returncode, ended.stderr) == (0, "") and len(ended.stdout.splitlines()) == 1
+
+
 def test_versions_are_those_that_pip_installed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         cli.main(["--version"])
@@ -77,7 +97,9 @@ def test_wrong_usage_ends_with_2(arguments: list[str], capsys: pytest.CaptureFix
 def test_an_interrupted_command_says_so_in_one_line_and_ends_with_130() -> None:
     ended = run_world(1, _interrupted_at_the_recipe)
     assert ended.codes == [130]
-    assert ended.stderr == ["interrupted: run the same command again to resume from the last checkpoint\n"]
+    assert ended.stderr == [
+        "interrupted: run the same command again to resume from the last checkpoint, where there is one\n"
+    ]
 
 
 def _interrupted_at_the_recipe() -> None:

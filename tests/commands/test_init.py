@@ -63,6 +63,11 @@ def test_init_overwrites_nothing_and_knows_no_other_name(tmp_path: Path) -> None
     assert recipe.read_text() == "mine\n"
     with pytest.raises(InitError, match=r"methods: is not the name of a recipe; choose one of methods/akl, "):
         copy_recipe("methods", tmp_path)
+    assert copy_recipe("opd", tmp_path)[0].name == "methods-opd.yaml"
+    with pytest.raises(
+        InitError, match=r"hdpo: is not the name of a recipe; choose one of digit_sums/hdpo, methods/hdpo"
+    ):
+        copy_recipe("hdpo", tmp_path)
     with pytest.raises(InitError, match=r"fly: .* choose one of digit_sums/hdpo, "):
         copy_recipe("fly", tmp_path)
 

@@ -266,8 +266,8 @@ def test_the_doctor_says_it(slow_here: None, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert list(doctor._precision()) == [
         (
-            "bfloat16 is 23 times slower than float32 on this CPU (a layer's product, 576 x 1536): dtype=auto takes "
-            "float32",
+            "bfloat16 is 23 times slower than float32 on this CPU (a layer of 576 x 1536, for which dtype=auto takes "
+            "float32; `check` measures a recipe's own)",
             True,
         )
     ]
