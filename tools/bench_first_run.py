@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import platform
+import queue
 import re
 import subprocess
 import sys
@@ -118,10 +119,12 @@ def timed(command: Sequence[str], folder: Path, changes: Mapping[str, str], log:
     )
     watch = threading.Thread(target=_watch_memory, args=(process, result), daemon=True)
     watch.start()
-    assert process.stdout is not None
+    # By a thread that writes nothing: while a checkpoint is saved, a write to the log may take seconds.
+    lines: queue.Queue[tuple[float, str] | None] = queue.Queue()
+    threading.Thread(target=_stamp, args=(process, began, lines), daemon=True).start()
     with log.open("w", encoding="utf-8") as file:
-        for line in process.stdout:
-            at = time.monotonic() - began
+        while (stamped := lines.get()) is not None:
+            at, line = stamped
             result.lines.append((at, line.rstrip("\n")))
             file.write(f"{at:8.1f} {line}")
             file.flush()
@@ -129,6 +132,14 @@ def timed(command: Sequence[str], folder: Path, changes: Mapping[str, str], log:
     result.code, result.seconds = process.wait(), time.monotonic() - began
     watch.join()
     return result
+
+
+def _stamp(process: subprocess.Popen[str], began: float, lines: queue.Queue[tuple[float, str] | None]) -> None:
+    """Put every line of the command's output into the queue with its second, and None at the end."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        lines.put((time.monotonic() - began, line))
+    lines.put(None)
 
 
 def _watch_memory(process: subprocess.Popen[str], result: Timed) -> None:
