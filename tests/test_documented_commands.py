@@ -56,6 +56,7 @@ COVERED = {
     "make sglang-env": NotRun("a step of `make test`, before the tests"),
     "make docs": Tested('"mkdocs", "build", "--strict"'),
     "pip install": INSTALLS,
+    "pip check": INSTALLS,
     "git clone": INSTALLS,
     "python -m venv": INSTALLS,
     "python -c": NotRun("shows on a machine with GPUs that a package loads"),
