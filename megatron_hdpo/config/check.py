@@ -34,8 +34,8 @@ def check_recipe(recipe: Recipe, architecture: Architecture, world_size: int, el
     """Return the warnings for a recipe that can run.
 
     recipe: without dtype=auto (`config.precision.resolve`). elsewhere: another machine will run it, which may have the
-    packages that this one lacks. Raises RecipeError, with all reasons (those of
-    `check_sections` too), for a recipe that cannot run.
+    Transformer Engine that this one lacks. Raises RecipeError, with all reasons (those of `check_sections` too), for a
+    recipe that cannot run.
     """
     _raise_for(
         [

@@ -58,8 +58,7 @@ def build_engine(
     """Build the engine of the recipe on every rank. Collective.
 
     model_path: Hugging Face folder. output: the run's folder, for logs. report: gets the state of this rank's servers
-    while they start. Raises EngineError, on every rank, when a
-    server does not start or cannot be used.
+    while they start. Raises EngineError, on every rank, when a server does not start or cannot be used.
     """
     if config.engine == "embedded" or config.replay is not None:
         embedded = config.embedded.model_copy(update={"vocab_size": architecture.vocab_size})

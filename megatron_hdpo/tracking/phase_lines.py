@@ -18,10 +18,10 @@ class Patience:
 
 
 class PhaseLines:
-    """Sayer of lines about running and ended phases.
+    """Lines about running and ended phases, written when they are due.
 
-    say: gets each line. every_s: seconds between two lines about a running phase. While the run starts, a phase is
-    mentioned after 2 seconds; later after `every_s`, and at its end if it took 10 seconds.
+    say: prints a line. every_s: seconds between two lines about a running phase. While the run starts, a phase gets a
+    line after 2 seconds; later after `every_s`, and at its end if it took 10 seconds.
     """
 
     def __init__(self, say: Callable[[str], None], every_s: float) -> None:
@@ -31,20 +31,20 @@ class PhaseLines:
         self._last_error: BaseException | None = None
 
     def started(self) -> None:
-        """Say less from now on: the run has started."""
+        """Print fewer lines from now on, because the run has started."""
         self.patience = Patience(self._every_s, min(10.0, self._every_s))
 
     def tick(self, phase: Phase) -> None:
-        """Say how far the phase is, if a line about it is due."""
+        """Print how far the phase is, if a line about it is due."""
         said = self._said.get(phase)
         if phase.elapsed >= (self.patience.running if said is None else said + self._every_s):
             self._said[phase] = phase.elapsed
             self._say(f"{phase.name}: {phase.progress()}")
 
     def end(self, phase: Phase, error: BaseException | None) -> None:
-        """Say how the phase ended, if it took long, was mentioned before, or failed.
+        """Print how the phase ended, if it took long, has a line already, or failed.
 
-        An error is said of the innermost phase only.
+        An error is printed for the innermost phase only.
         """
         mentioned = self._said.pop(phase, None) is not None
         if error is not None:
