@@ -10,18 +10,20 @@
 # make newest-core  the wheel of the newest Megatron-Core, unpacked into .cache
 # make docs         the site of the documents, in build/site; fails on a link that leads nowhere
 # make sglang-env   an environment with SGLang for a CPU, for its tests
+# make rehearsal-env   an environment with torch's CUDA build (5 GB), in which tools/rehearse.py runs a step without a GPU
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 SGLANG := .venv-sglang
+REHEARSAL := .venv-rehearsal
 TORCH_INDEX ?=
 NEWEST_CORE := 0.19.2
 NEWEST := .cache/megatron-core-$(NEWEST_CORE)
 # The tests of a file stay on one of two workers: they share what they prepare.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup dev-setup sglang-env newest-core quickstart compare docs test all-tests fast-test test-long lint clean
+.PHONY: setup dev-setup sglang-env rehearsal-env newest-core quickstart compare docs test all-tests fast-test test-long lint clean
 
 setup: $(VENV)/.ready
 
@@ -40,6 +42,13 @@ sglang-env: $(SGLANG)/.ready
 
 $(SGLANG)/.ready: $(VENV)/.ready-dev $(addprefix tests/sglang_cpu/,install.sh requirements.txt constraints.txt)
 	tests/sglang_cpu/install.sh $(BIN)/python $(SGLANG)
+	touch $@
+
+# Where pip is set to take torch's build for CPUs, TORCH_INDEX names an index that has the one for CUDA.
+rehearsal-env: $(REHEARSAL)/.ready
+
+$(REHEARSAL)/.ready: setup.py $(wildcard constraints/cu130-*.txt)
+	$(PYTHON) tools/install_environment.py $(REHEARSAL) rehearsal --device cu130 --torch-index "$(TORCH_INDEX)"
 	touch $@
 
 newest-core: $(NEWEST)/.ready
@@ -83,4 +92,4 @@ test-long: dev-setup sglang-env newest-core
 	    --summary benchmarks/test_long.json
 
 clean:
-	rm -rf $(VENV) $(SGLANG) .cache runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(SGLANG) $(REHEARSAL) .cache runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

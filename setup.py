@@ -90,6 +90,8 @@ setup(
         "gpu-torch215": GPU_TORCH_2_15,
         "sglang": ["sglang>=0.5.21,<0.6", "sglang-router>=0.3.2"],
         "docs": DOCS,
+        # Headers of CUDA beside those that torch brings; tests are run in its environment too.
+        "rehearsal": ["nvidia-cuda-crt", "pytest>=8"],
         "dev": [
             *DOCS,
             *FEATURES["datasets"],

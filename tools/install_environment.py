@@ -31,19 +31,19 @@ def main() -> None:
     parser.add_argument("environment", type=Path, help="folder of the virtual environment")
     parser.add_argument("extras", help="extras of setup.py, separated by commas")
     parser.add_argument("--torch-index", default="", help="package index that torch is taken from; default: pip's own")
+    parser.add_argument("--device", default="cpu", help="device of the set of versions: cpu, cu130, ...; default: cpu")
     arguments = parser.parse_args()
     if sys.version_info < OLDEST_PYTHON:
         have, need = (".".join(map(str, version[:2])) for version in (sys.version_info, OLDEST_PYTHON))
         sys.exit(f"this is Python {have}, and {need} or newer is needed: make setup PYTHON=python{need}")
-    if not constraints().exists():
-        known = ", ".join(sorted(path.stem for path in CONSTRAINTS.glob("cpu-*.txt")))
-        sys.exit(
-            f"there is no {constraints()}, the versions for this Python ({known} are there): make setup PYTHON=..."
-        )
+    pinned = constraints(arguments.device)
+    if not pinned.exists():
+        known = ", ".join(sorted(path.stem for path in CONSTRAINTS.glob(f"{arguments.device}-*.txt")))
+        sys.exit(f"there is no {pinned}, the versions for this Python ({known} are there): make setup PYTHON=...")
     interrupt_on_signals()
     screen, began = Screen(), time.monotonic()
     try:
-        install(screen, arguments.environment, arguments.extras, arguments.torch_index)
+        install(screen, arguments.environment, arguments.extras, arguments.torch_index, pinned)
     except PartFailed as failure:
         sys.exit(str(failure))
     except KeyboardInterrupt:
@@ -52,13 +52,13 @@ def main() -> None:
     screen.line(f"set-up: {arguments.environment} is ready after {time.monotonic() - began:.0f} s")
 
 
-def constraints() -> Path:
-    """Return the file that pins every version for this Python, on a CPU."""
-    return CONSTRAINTS / f"cpu-py{sys.version_info.major}{sys.version_info.minor}.txt"
+def constraints(device: str = "cpu") -> Path:
+    """Return the file that pins every version for this Python and a device."""
+    return CONSTRAINTS / f"{device}-py{sys.version_info.major}{sys.version_info.minor}.txt"
 
 
-def install(screen: Screen, environment: Path, extras: str, torch_index: str) -> None:
-    """Install torch, then the project with its extras. Raises PartFailed with what pip said."""
+def install(screen: Screen, environment: Path, extras: str, torch_index: str, pinned: Path) -> None:
+    """Install torch, then the project with its extras, at the pinned versions. Raises PartFailed with what pip said."""
     log = environment / "install.log"
     screen.line(f"set-up: {environment}, with the extras {extras}; output of pip in {log}")
     python = environment / "bin" / "python"
@@ -67,10 +67,10 @@ def install(screen: Screen, environment: Path, extras: str, torch_index: str) ->
     pip = [python, "-m", "pip", "--disable-pip-version-check", "--no-input"]
     # Without the index's other packages: those come from pip's own index, at the versions that the constraints pin.
     index = ["--index-url", torch_index, "--no-deps"] if torch_index else []
-    torch = ["--constraint", constraints(), *index, "torch"]
+    torch = ["--constraint", pinned, *index, "torch"]
     _say_sizes(screen, [*pip, "install", "--dry-run", *torch], environment / "torch.json", log)
     run(screen, Part("installing torch", [*pip, "install", *torch], log, matters))
-    project = ["--constraint", constraints(), "--editable", f"{ROOT}[{extras}]"]
+    project = ["--constraint", pinned, "--editable", f"{ROOT}[{extras}]"]
     run(screen, Part("installing the project", [*pip, "install", *project], log, matters))
 
 

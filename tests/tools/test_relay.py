@@ -116,10 +116,11 @@ def test_each_python_gets_its_constraints_and_another_is_told_which_there_are(
     monkeypatch.setattr(sys, "version_info", SimpleNamespace(major=3, minor=12))
     assert install_environment.constraints() == ROOT / "constraints" / "cpu-py312.txt"
     assert install_environment.constraints().is_file()
+    assert install_environment.constraints("cu130").is_file()  # of `make rehearsal-env`
 
     (tmp_path / "cpu-py311.txt").touch()
     monkeypatch.setattr(sys, "version_info", (3, 14))
-    monkeypatch.setattr(install_environment, "constraints", lambda: tmp_path / "cpu-py314.txt")
+    monkeypatch.setattr(install_environment, "constraints", lambda device: tmp_path / "cpu-py314.txt")
     monkeypatch.setattr(install_environment, "CONSTRAINTS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["install_environment.py", str(tmp_path / "venv"), "dev"])
     with pytest.raises(SystemExit) as ended:

@@ -1,0 +1,153 @@
+"""Values that decide shapes, and that a kernel or another rank would have computed: answered from what the host knows.
+
+| value | answer |
+|---|---|
+| lengths of packed sequences, for RoPE | those that were packed |
+| where a chunk's targets begin and end | those of the same search on the host |
+| shape that a neighbouring stage announces | that of this rank's micro-batch |
+| tokens that the router sends to each expert | an even split: all experts get the same number, to one token |
+
+The copies that read the values, and their waits, take place all the same and are counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.transformer.moe import moe_utils, token_dispatcher
+from torch import Tensor
+
+from _rehearsal.device import NullGpu
+from megatron_hdpo.model import pipeline, policy
+
+
+@contextmanager
+def answered(gpu: NullGpu) -> Iterator[None]:
+    """Answer the values in the table above while the block runs."""
+    dispatcher = token_dispatcher.MoEAlltoAllTokenDispatcher
+    with ExitStack() as stack:
+
+        def replace(owner: Any, name: str, made: Callable[[Any], Any]) -> None:
+            stack.enter_context(patch.object(owner, name, made(getattr(owner, name))))
+
+        replace(rope_utils, "_apply_rotary_pos_emb_thd", lambda real: _rope(gpu, real))
+        replace(torch, "searchsorted", lambda real: _search(gpu, real))
+        for module in (moe_utils, token_dispatcher):
+            replace(module, "permute", lambda real: _permute(gpu, real))
+        replace(dispatcher, "_maybe_dtoh_and_synchronize", _even_split)
+        shapes = _Shapes()
+        replace(policy, "run_micro_batches", shapes.noting)
+        replace(pipeline.StageCommunicator, "_communicate_shapes", shapes.announced)
+        yield
+
+
+def _rope(gpu: NullGpu, real: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def rope(values: Tensor, cu_seqlens: Tensor, frequencies: Tensor, *rest: Any, **options: Any) -> Tensor:
+        if not cu_seqlens.is_cuda:
+            return real(values, cu_seqlens, frequencies, *rest, **options)
+        boundaries = _quietly(gpu, cu_seqlens)
+        lengths = np.diff(boundaries) // options["cp_group"].size()
+        every_row = bytes([len(frequencies) == boundaries[-1]])
+        with gpu.answering(lengths.tobytes(), every_row):
+            return real(values, cu_seqlens, frequencies, *rest, **options)
+
+    return rope
+
+
+def _search(gpu: NullGpu, real: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def search(sorted_values: Tensor, wanted: Tensor, **options: Any) -> Tensor:
+        found = real(sorted_values, wanted, **options)
+        if found.is_cuda:
+            on_host = (torch.from_numpy(_quietly(gpu, values)) for values in (sorted_values, wanted))
+            gpu.answer(real(*on_host, **options).numpy().tobytes())
+        return found
+
+    return search
+
+
+def _quietly(gpu: NullGpu, values: Tensor) -> np.ndarray:
+    """Return values that the host once sent, without counting the copy."""
+    with gpu.not_counting():
+        return values.cpu().numpy()
+
+
+def _permute(gpu: NullGpu, real: Callable[..., Any]) -> Callable[..., Any]:
+    def permute(tokens: Tensor, routing_map: Tensor, *rest: Any, num_out_tokens: int, **options: Any) -> Any:
+        # Two selections of the routed places, and each one counts them first.
+        count = np.int32(num_out_tokens).tobytes()
+        with gpu.answering(count, count):
+            return real(tokens, routing_map, *rest, num_out_tokens=num_out_tokens, **options)
+
+    return permute
+
+
+def _even_split(real: Callable[..., Any]) -> Callable[..., Any]:
+    def move(self: Any, point: str, tokens_per_expert: Tensor | None = None) -> Any:
+        moved = real(self, point, tokens_per_expert)
+        if self.drop_and_pad or point != self.cuda_dtoh_point:
+            return moved
+        own = even_parts(int(self.num_out_tokens), self.num_experts).reshape(self.ep_size, -1)
+        mine = own[self.ep_rank if hasattr(self, "ep_rank") else self.ep_group.rank()]
+        if self.ep_size > 1 or self.tp_size > 1:
+            self.input_splits = own.sum(axis=1)
+            self.output_splits = np.full(self.ep_size, mine.sum())
+            self.output_splits_tp = np.full(self.tp_size, mine.sum() * self.ep_size)
+        if self.num_local_experts > 1:
+            ranks = self.tp_size * self.ep_size
+            self.num_global_tokens_per_local_expert = torch.from_numpy(np.tile(mine, (ranks, 1)))
+        return torch.from_numpy(mine * (self.tp_size * self.ep_size))
+
+    return move
+
+
+def even_parts(total: int, parts: int) -> np.ndarray:
+    """Return `parts` whole numbers that sum to `total` and differ by at most one; int64 [parts]."""
+    return np.diff(np.arange(parts + 1) * total // parts)
+
+
+class _Shapes:
+    """Shapes of the tensors that stages exchange: all stages run the same micro-batches, in the same order.
+
+    Under the interleaved schedule chunks take turns, and the shape is that of the largest micro-batch.
+    """
+
+    def __init__(self) -> None:
+        self._forward: list[list[int]] = []
+        self._taken = [0, 0]
+
+    def noting(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `run_micro_batches` that notes the shapes of its work first."""
+
+        def run(ddp: Any, context: Any, work: Sequence[Any], *rest: Any, **options: Any) -> Any:
+            config = policy.unwrap(ddp).config
+            parts = context.layout.tensor if context.layout.sequence else 1
+            rows = [len(item.batch.packed.tokens_M) // parts for item in work]
+            if context.layout.virtual_stages > 1:
+                rows = [max(rows)] * len(rows) * context.layout.virtual_stages
+            self._forward = [[count, 1, config.hidden_size] for count in rows]
+            self._taken = [0, 0]
+            return real(ddp, context, work, *rest, **options)
+
+        return run
+
+    def announced(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the exchange of shapes with its result replaced."""
+
+        def exchange(stage: Any, to_next: Any, to_previous: Any, from_previous: bool, from_next: bool) -> Any:
+            real(stage, to_next, to_previous, from_previous, from_next)
+            return self._next(0, from_previous), self._next(1, from_next)
+
+        return exchange
+
+    def _next(self, side: int, expected: bool) -> list[int]:
+        if not expected:
+            return [0, 0, 0]
+        shape = self._forward[self._taken[side] % len(self._forward)]
+        self._taken[side] += 1
+        return shape
