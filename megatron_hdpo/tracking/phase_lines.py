@@ -20,26 +20,35 @@ class Patience:
 class PhaseLines:
     """Lines about running and ended phases, written when they are due.
 
-    say: prints a line. every_s: seconds between two lines about a running phase. While the run starts, a phase gets a
-    line after 2 seconds; later after `every_s`, and at its end if it took 10 seconds.
+    say: prints a line. every_s: seconds between two lines about a running phase, and before the first. While the run
+    starts, a phase has a line every 2 seconds, after 20 seconds every 10, so that a log shows that it lives. Later a
+    phase has one at its end if it took 10 seconds.
     """
 
     def __init__(self, say: Callable[[str], None], every_s: float) -> None:
         self._say, self._every_s = say, every_s
+        self._starting = True
         self.patience = Patience(min(2.0, every_s), min(2.0, every_s))
         self._said: dict[Phase, float] = {}
         self._last_error: BaseException | None = None
 
     def started(self) -> None:
         """Print fewer lines from now on, because the run has started."""
+        self._starting = False
         self.patience = Patience(self._every_s, min(10.0, self._every_s))
 
     def tick(self, phase: Phase) -> None:
         """Print how far the phase is, if a line about it is due."""
         said = self._said.get(phase)
-        if phase.elapsed >= (self.patience.running if said is None else said + self._every_s):
+        if phase.elapsed >= (self.patience.running if said is None else said + self._pause_s(said)):
             self._said[phase] = phase.elapsed
             self._say(f"{phase.name}: {phase.progress()}")
+
+    def _pause_s(self, said: float) -> float:
+        """Return the seconds to the next line about a phase whose last line was `said` seconds after its begin."""
+        if not self._starting:
+            return self._every_s
+        return min(self._every_s, 2.0 if said < 20 else 10.0)
 
     def end(self, phase: Phase, error: BaseException | None) -> None:
         """Print how the phase ended, if it took long, has a line already, or failed.
