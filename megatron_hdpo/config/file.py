@@ -31,21 +31,25 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), snapshots: bool
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}: must be a mapping of sections, not {type(tree).__name__}")
     tree = _unshared(tree)
-    for override in overrides:
-        apply_override(tree, override)
-    recipe = parse_recipe(tree, str(path))
+    origins = {apply_override(tree, override): f"override '{override}'" for override in overrides}
+    recipe = parse_recipe(tree, str(path), origins)
     return with_snapshots(recipe) if snapshots else recipe
 
 
-def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set one `key.path=value` in a tree of mappings and lists; the value is parsed as YAML. Raises RecipeError."""
+def apply_override(tree: dict[str, Any], override: str) -> str:
+    """Set one `key.path=value` in a tree of mappings and lists; the value is parsed as YAML. Raises RecipeError.
+
+    Returns the key.path of what it set or made: that of a section if it was not there.
+    """
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise RecipeError(f"override '{override}': write key.path=value")
     node: Any = tree
     *parents, last = re.sub(r"\[(\d+)\]", r".\1", path).split(".")  # data.train[0] is data.train.0
+    made: str | None = None
     for depth, key in enumerate(parents):
         if isinstance(node, dict) and node.get(key) is None:
+            made = made or ".".join(parents[: depth + 1])
             node[key] = {}
         node = _child(node, key, override, ".".join(parents[: depth + 1]))
     try:
@@ -60,6 +64,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         node[last] = value
     else:
         raise RecipeError(f"override '{override}': {'.'.join(parents)} is a value, not a section")
+    return made or ".".join([*parents, last])
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:

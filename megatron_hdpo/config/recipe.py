@@ -5,7 +5,7 @@ Each section's class lives in the room that reads it (`<room>/config.py`, an obj
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -103,14 +103,23 @@ class Recipe(BaseModel):
     health: HealthConfig = Field(default_factory=HealthConfig)
 
 
-def parse_recipe(tree: dict[str, Any], origin: str = "recipe") -> Recipe:
-    """Return the typed recipe of a tree. Raises RecipeError with one line per wrong or unknown key."""
+def parse_recipe(tree: dict[str, Any], origin: str = "recipe", overrides: Mapping[str, str] | None = None) -> Recipe:
+    """Return the typed recipe of a tree. Raises RecipeError with one line per wrong or unknown key.
+
+    origin: where the tree comes from. overrides: by key, the origin of what replaced a part of the tree.
+    """
+
+    def placed(line: str) -> str:
+        path = line.partition(":")[0]
+        source = [own for key, own in (overrides or {}).items() if f"{path}.".startswith(f"{key}.")]
+        return f"{source[-1] if source else origin}: {line}"
+
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        raise RecipeError("\n".join(f"{origin}: {line}" for line in error_lines(error, Recipe))) from error
+        raise RecipeError("\n".join(map(placed, error_lines(error, Recipe)))) from error
     if lines := list(_booleans_for_numbers(tree, recipe.model_dump())):
-        raise RecipeError("\n".join(f"{origin}: {line}" for line in lines))
+        raise RecipeError("\n".join(map(placed, lines)))
     return recipe
 
 

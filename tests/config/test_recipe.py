@@ -109,6 +109,19 @@ def test_a_boolean_is_no_number(override: str, tree: Tree, write_recipe: Callabl
     assert load_recipe(write_recipe(tree), ["train.steps=1", "parallel.sequence=true"]).train.steps == 1
 
 
+@pytest.mark.parametrize(
+    "override", ["train.steps=-1", "trian.steps=3", "train.step=3", "data.train[0].lengths=[2, on]"]
+)
+def test_an_error_names_the_override_that_made_it(
+    override: str, tree: Tree, write_recipe: Callable[[Tree], Path]
+) -> None:
+    with pytest.raises(RecipeError, match=re.escape(f"override '{override}': ")):
+        load_recipe(write_recipe(tree), [override])
+    path = write_recipe(tree | {"seed": "x"})
+    with pytest.raises(RecipeError, match=re.escape(f"{path}: seed: ")):
+        load_recipe(path, ["train.steps=3"])
+
+
 def test_later_overrides_win_and_the_file_stays(tree: Tree, write_recipe: Callable[[Tree], Path]) -> None:
     path = write_recipe(tree)
     assert load_recipe(path, ["train.steps=5", "train.steps=6"]).train.steps == 6
