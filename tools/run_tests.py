@@ -38,6 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NEWEST_FOLDER = ROOT / ".cache" / f"megatron-core-{NEWEST_CORE}"
 # Each thing that Megatron-Core is used for, at layouts of one and two ranks. All of a layout is run for its first test.
 NEWEST_SUBSET = (
+    "tests/checkpoint/test_across_versions.py",
     "tests/checkpoint/test_store.py",
     "tests/parallel/test_results_queue.py",
     "tests/model/test_policy_layouts.py",
