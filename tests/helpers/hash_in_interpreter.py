@@ -1,6 +1,6 @@
 """Run by SGLang's interpreter with TRITON_INTERPRET=1: its own hash kernels over CPU tensors of the sizes in argv.
 
-Prints one 16-digit hash per line. The tensors are those of `hashed_tensor` in test_digests.py.
+Prints one 16-digit hash per line. The tensors are those of `hashed_tensor` in word_digest_reference.py.
 """
 
 import importlib.metadata

@@ -3,76 +3,91 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import struct
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from word_digest_reference import RECORDED, SIZES, hashed_tensor, word_digest
 
 from megatron_hdpo.rollout.sglang.servers.config import ServerConfig
-from megatron_hdpo.rollout.sglang.weights.digests import digest
+from megatron_hdpo.rollout.sglang.weights.digests import ByteDigests, digests_of_servers
+from megatron_hdpo.rollout.sglang.weights.word_digests import WordDigests
 
-SIZES = [1, 4, 6, 1023, 32768, 32771, 70001, 300000]
-"""Bytes: below a word, whole words, odd ends, one tile of 8192 words exactly, just beyond it, many tiles."""
-# Of the sizes above, by the kernels of SGLang 0.5.23 in Triton's interpreter.
-RECORDED = [
-    "d7f1f4357db32352",
-    "d8097d9413bc9b31",
-    "cc19624358fd7f6f",
-    "645103703325d7c4",
-    "636b2d513320d9ec",
-    "53a2e575e62dae95",
-    "41d184dc5f488df2",
-    "c12c00b9136bcb23",
-]
+ROOT = Path(__file__).parents[3]
+HELPERS = ROOT / "tests" / "helpers"
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed (pip install triton)"
+)
 
 
-def hashed_tensor(size: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(size)
-    return torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator)
+def of_bytes(*pieces: torch.Tensor, padding: int = 0) -> str:
+    digests = ByteDigests()
+    for piece in pieces:
+        digests.append((0, "w"), piece, padding)
+    return digests.result()[0, "w"]
 
 
 def test_a_server_on_a_cpu_hashes_bytes() -> None:
     values = [1.5, -2.0, 0.0, 3.25]
     wanted = hashlib.sha256(struct.pack("<4f", *values)).hexdigest()[:16]
-    assert digest(torch.tensor(values), "cpu") == wanted
-    assert digest(torch.tensor(values).view(2, 2), "cpu") == wanted, "of bytes, not of shapes"
+    assert of_bytes(torch.tensor(values)) == wanted
+    assert of_bytes(torch.tensor(values).view(2, 2)) == wanted, "of bytes, not of shapes"
+    assert of_bytes(torch.tensor(values[:1]), torch.tensor(values[1:])) == wanted, "of pieces as of the whole"
     half = hashlib.sha256(b"\xc0\x3f\x00\xc0").hexdigest()[:16]
-    assert digest(torch.tensor([1.5, -2.0], dtype=torch.bfloat16), "cpu") == half
+    assert of_bytes(torch.tensor([1.5, -2.0], dtype=torch.bfloat16)) == half
+    assert of_bytes(torch.tensor([1.5]), padding=2) == hashlib.sha256(struct.pack("<fh", 1.5, 0)).hexdigest()[:16]
+    assert of_bytes(torch.empty(0)) == hashlib.sha256().hexdigest()[:16]
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_layout_in_memory_does_not_matter_and_every_bit_does(device: str) -> None:
+def test_layout_in_memory_does_not_matter_and_every_bit_does() -> None:
     tensor = torch.arange(20_000, dtype=torch.float32).view(100, 200)
-    plain = digest(tensor, device)
-    assert digest(tensor.T.contiguous().T, device) == plain and len(plain) == 16
-    for place in ((0, 0), (50, 100), (99, 199)):
-        other = tensor.clone()
-        other.view(torch.int32)[place] ^= 1
-        assert digest(other, device) != plain, place
-    swapped = tensor.clone()
-    swapped[0, 0], swapped[99, 199] = tensor[99, 199], tensor[0, 0]
-    assert digest(swapped, device) != plain, "the place of a value counts"
+    plain = of_bytes(tensor)
+    assert of_bytes(tensor.T.contiguous().T) == plain and len(plain) == 16
+    other = tensor.clone()
+    other.view(torch.int32)[50, 100] ^= 1
+    assert of_bytes(other) != plain
+    assert of_bytes(tensor.flip(0)) != plain, "the place of a value counts"
+
+
+def test_the_device_of_the_servers_decides() -> None:
+    assert isinstance(digests_of_servers("cpu"), ByteDigests)
+    assert isinstance(digests_of_servers("cuda"), WordDigests)
 
 
 @pytest.mark.parametrize(("size", "recorded"), list(zip(SIZES, RECORDED, strict=True)))
-def test_a_server_on_a_gpu_hashes_words(size: int, recorded: str) -> None:
-    assert digest(hashed_tensor(size), "cuda") == recorded
+def test_the_definition_of_a_gpus_digest(size: int, recorded: str) -> None:
+    assert word_digest(hashed_tensor(size)) == recorded
 
 
-def test_an_empty_tensor_has_a_digest() -> None:
-    assert digest(torch.empty(0), "cuda") == "0" * 16
-    assert digest(torch.empty(0), "cpu") == hashlib.sha256().hexdigest()[:16]
-
-
-def test_sglangs_own_kernels_say_the_same(sglang_config: ServerConfig) -> None:
+def test_sglangs_own_kernels_follow_the_definition(sglang_config: ServerConfig) -> None:
     sizes = [3, 1023, 32771, 100_002]
-    script = Path(__file__).parents[2] / "helpers" / "hash_in_interpreter.py"
     environment = os.environ | sglang_config.environment | {"TRITON_INTERPRET": "1"}
+    script = HELPERS / "hash_in_interpreter.py"
     command = [sglang_config.interpreter, "-W", "ignore", script, *map(str, sizes)]
     answer = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert answer.returncode == 0, answer.stderr
     hashes = answer.stdout.split()[-len(sizes) :]
-    assert hashes == [digest(hashed_tensor(size), "cuda") for size in sizes]
+    assert hashes == [word_digest(hashed_tensor(size)) for size in sizes]
+
+
+def run_alone(script: str, **more: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(HELPERS), str(ROOT)]), **more}
+    run = subprocess.run([sys.executable, HELPERS / script], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
+
+
+@needs_triton
+def test_the_kernel_follows_the_definition() -> None:
+    assert "digests agree" in run_alone("word_digests_in_interpreter.py", TRITON_INTERPRET="1")
+
+
+@needs_triton
+def test_the_kernel_compiles_for_hopper_with_wide_loads_and_without_spilling() -> None:
+    assert "tile_sums_kernel" in run_alone("tile_sums_ahead.py")

@@ -75,10 +75,25 @@ def by_hand(full: Tensors, family: str, rank: int, ranks: int, kv_heads: int) ->
     return held
 
 
+class Contents:
+    """In place of digests, the bytes themselves."""
+
+    def __init__(self) -> None:
+        self.bytes: dict[tuple[int, str], bytes] = {}
+
+    def append(self, key: tuple[int, str], piece: Tensor, padding: int = 0) -> None:
+        self.bytes[key] = self.bytes.get(key, b"") + _bytes(piece) + bytes(padding)
+
+    def result(self) -> dict[tuple[int, str], str]:
+        return {key: content.hex() for key, content in self.bytes.items()}
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().numpy().tobytes()
+
+
 def bits(tensor: Tensor) -> str:
-    """A digest that shows shape and values."""
-    assert tensor.is_contiguous()
-    return f"{tuple(tensor.shape)} {tensor.tolist()}"
+    return _bytes(tensor).hex()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
@@ -88,28 +103,24 @@ def test_each_rank_holds_its_part(ranks: int, kv_heads: int, family: str) -> Non
     full = checkpoint(kv_heads, family)
     order = list(full.items())
     random.Random(ranks).shuffle(order)
-    parameters = ServedParameters(ranks, kv_heads, bits)
+    parameters = ServedParameters(ranks, kv_heads, Contents())
     for name, tensor in order:
         parameters.add(name, tensor)
     for rank in range(ranks):
         wanted = {name: bits(t.contiguous()) for name, t in by_hand(full, family, rank, ranks, kv_heads).items()}
-        assert parameters.digests[rank] == wanted
+        assert parameters.by_rank()[rank] == wanted
 
 
 def test_a_parameter_is_digested_when_its_last_part_has_come() -> None:
     full = checkpoint(2, "llama")
-    parameters = ServedParameters(2, 2, bits)
+    parameters = ServedParameters(2, 2, Contents())
     attention = LAYER + "self_attn."
     for name in "qv":
         parameters.add(f"{attention}{name}_proj.weight", full[f"{attention}{name}_proj.weight"])
-    assert parameters.digests == [{}, {}]
+    assert parameters.by_rank() == [{}, {}]
     parameters.add(f"{attention}k_proj.weight", full[f"{attention}k_proj.weight"])
-    assert [list(held) for held in parameters.digests] == [[f"{attention}qkv_proj.weight"]] * 2
-    assert not parameters._waiting, "parts are let go of"
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.contiguous().numpy().tobytes()
+    assert [list(held) for held in parameters.by_rank()] == [[f"{attention}qkv_proj.weight"]] * 2
+    assert not any(arrived.waiting for arrived in parameters._arrived.values()), "parts are let go of"
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -123,7 +134,7 @@ def test_experts_are_two_parameters(ranks: int) -> None:
     }
     order = list(full.items())
     random.Random(ranks).shuffle(order)
-    parameters = ServedParameters(ranks, 2, _bytes, experts)
+    parameters = ServedParameters(ranks, 2, Contents(), experts)
     parameters.add(LAYER + "mlp.gate.weight", torch.ones(experts, HIDDEN))
     for (expert, name), tensor in order:
         parameters.add(f"{LAYER}mlp.experts.{expert}.{name}.weight", tensor)
@@ -131,10 +142,10 @@ def test_experts_are_two_parameters(ranks: int) -> None:
         mine = slice(rank * FFN // ranks, (rank + 1) * FFN // ranks)
         w13 = [torch.cat([full[e, "gate_proj"][mine], full[e, "up_proj"][mine]]) for e in range(experts)]
         w2 = [full[e, "down_proj"][:, mine] for e in range(experts)]
-        assert parameters.digests[rank] == {
-            LAYER + "mlp.gate.weight": _bytes(torch.ones(experts, HIDDEN)),
-            LAYER + "mlp.experts.w13_weight": _bytes(torch.stack(w13)),
-            LAYER + "mlp.experts.w2_weight": _bytes(torch.stack(w2)),
+        assert parameters.by_rank()[rank] == {
+            LAYER + "mlp.gate.weight": bits(torch.ones(experts, HIDDEN)),
+            LAYER + "mlp.experts.w13_weight": bits(torch.stack(w13)),
+            LAYER + "mlp.experts.w2_weight": bits(torch.stack(w2)),
         }
 
 
@@ -142,10 +153,12 @@ def test_experts_are_two_parameters(ranks: int) -> None:
 def test_a_vocabulary_is_padded_to_64_rows(rows: int) -> None:
     tensor = torch.ones(rows, 2)
     for ranks in (1, 2, 4):
-        parameters = ServedParameters(ranks, 2, lambda part: str(tuple(part.shape)))
+        parameters = ServedParameters(ranks, 2, Contents())
         parameters.add("lm_head.weight", tensor)
         padded = {64: 64, 65: 128, 128: 128, 129: 192}[rows]
-        assert [held["lm_head.weight"] for held in parameters.digests] == [str((padded // ranks, 2))] * ranks
+        held = [held["lm_head.weight"] for held in parameters.by_rank()]
+        assert [len(content) for content in held] == [padded // ranks * 2 * 4 * 2] * ranks
+        assert "".join(held) == bits(torch.cat([tensor, torch.zeros(padded - rows, 2)]))
 
 
 def test_a_bias_behind_a_sum_over_ranks_is_whole() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_hdpo.rollout.sglang.answers import BadAnswerError, parse_completion
 from megatron_hdpo.rollout.sglang.replica import Replica
-from megatron_hdpo.rollout.sglang.weights.digests import digest
+from megatron_hdpo.rollout.sglang.weights.digests import digests_of_servers
 from megatron_hdpo.rollout.sglang.weights.participants import Participants
 from megatron_hdpo.rollout.sglang.weights.served_parameters import ServedParameters
 
@@ -35,8 +35,7 @@ class Expected:
 
     def __init__(self, sizes: Sequence[int], kv_heads: int, device: str, num_experts: int = 0) -> None:
         self.by_size = {
-            size: ServedParameters(size, kv_heads, lambda tensor: digest(tensor, device), num_experts)
-            for size in set(sizes)
+            size: ServedParameters(size, kv_heads, digests_of_servers(device), num_experts) for size in set(sizes)
         }
 
     def add(self, bucket: Sequence[tuple[str, Tensor]]) -> None:
@@ -79,13 +78,14 @@ class Gate:
             found[replica.url] = await replica.api.checksums(self.timeout_s)
 
         await servers.each(ask)
+        digests = {size: parameters.by_rank() for size, parameters in expected.by_size.items()}
         for replica in servers.replicas:
-            parameters = expected.by_size[replica.info.tensor_parallel]
+            sent = digests[replica.info.tensor_parallel]
             for rank in found[replica.url]:
                 place = _tensor_parallel_rank(rank)
                 if replica.info.quantization and not self._audited:
-                    self._log_audit(rank["checksums"], parameters.digests[place], replica)
-                wrong = differences(rank["checksums"], parameters.digests[place], replica.info.quantization)
+                    self._log_audit(rank["checksums"], sent[place], replica)
+                wrong = differences(rank["checksums"], sent[place], replica.info.quantization)
                 if wrong:
                     raise GateError(
                         f"step {version}: server {replica.url}, its rank {place}: {wrong[0]}"

@@ -11,11 +11,11 @@ rearrange experts, and servers with expert parallelism (`ep_size`) distribute th
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
+
+from megatron_hdpo.rollout.sglang.weights.digests import Digests
 
 VOCABULARY_MULTIPLE = 64
 _QKV = {"q_proj": 0, "k_proj": 1, "v_proj": 2}
@@ -60,45 +60,65 @@ def _expert_part(experts: str, number: int, module: str, num_experts: int) -> Pa
 
 
 def cut(tensor: Tensor, kind: str, rank: int, ranks: int, kv_heads: int) -> Tensor:
-    """Return the part of a full tensor that rank `rank` of a server of `ranks` ranks holds."""
+    """Return the part of a full tensor that rank `rank` of a server of `ranks` ranks holds; a view."""
     if kind == "whole" or (ranks == 1 and kind != "vocabulary"):
         return tensor
     if kind == "columns":
         return tensor.chunk(ranks, dim=1)[rank]
     if kind == "vocabulary":
-        return _vocabulary(tensor, rank, ranks)
+        rows = _vocabulary_rows(tensor, ranks)
+        return tensor[rank * rows : (rank + 1) * rows]
     if kind == "key_value" and kv_heads < ranks:
         return tensor.chunk(kv_heads, dim=0)[rank * kv_heads // ranks]
     return tensor.chunk(ranks, dim=0)[rank]
 
 
-def _vocabulary(tensor: Tensor, rank: int, ranks: int) -> Tensor:
-    rows = -(-len(tensor) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE // ranks
-    mine = tensor[rank * rows : (rank + 1) * rows]
-    return torch.cat([mine, mine.new_zeros(rows - len(mine), *tensor.shape[1:])])
+def _vocabulary_rows(tensor: Tensor, ranks: int) -> int:
+    """Return the rows of the vocabulary that each rank holds, with those of padding."""
+    return -(-len(tensor) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE // ranks
+
+
+@dataclass
+class _Arrived:
+    """Parts of a parameter: how many there are, how many are digested, and those that wait for an earlier one."""
+
+    count: int
+    digested: int = 0
+    waiting: dict[int, tuple[Tensor, str]] = field(default_factory=dict)
 
 
 class ServedParameters:
     """Digests of the parameters that a server of `ranks` ranks holds, computed from the stream of full tensors.
 
-    digest: the server's own hash function, of bytes alone. A parameter is hashed when its last part has arrived; only
-    parts of incomplete parameters are stored. num_experts: per layer, 0 in a dense model.
+    digests: the server's own hash function, of bytes alone. A part is digested as soon as all parts before it are; only
+    parts that come too early are stored. num_experts: per layer, 0 in a dense model.
     """
 
-    def __init__(self, ranks: int, kv_heads: int, digest: Callable[[Tensor], str], num_experts: int = 0) -> None:
-        self.ranks, self.kv_heads, self.digest, self.num_experts = ranks, kv_heads, digest, num_experts
-        self.digests: list[dict[str, str]] = [{} for _ in range(ranks)]
-        self._waiting: dict[str, dict[int, tuple[Tensor, str]]] = {}
+    def __init__(self, ranks: int, kv_heads: int, digests: Digests, num_experts: int = 0) -> None:
+        self.ranks, self.kv_heads, self.digests, self.num_experts = ranks, kv_heads, digests, num_experts
+        self._arrived: dict[str, _Arrived] = {}
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Add a tensor of the stream."""
         part = part_of(name, self.num_experts)
-        parts = self._waiting.setdefault(part.name, {})
-        parts[part.index] = (tensor, part.kind)
-        if len(parts) < part.count:
-            return
-        del self._waiting[part.name]
+        arrived = self._arrived.setdefault(part.name, _Arrived(part.count))
+        arrived.waiting[part.index] = (tensor, part.kind)
+        while arrived.digested in arrived.waiting:
+            self._digest(part.name, *arrived.waiting.pop(arrived.digested))
+            arrived.digested += 1
+
+    def by_rank(self) -> list[dict[str, str]]:
+        """Return, for each rank of the server, the digest of every parameter of which all parts were added."""
+        complete = {name for name, arrived in self._arrived.items() if arrived.digested == arrived.count}
+        ranks: list[dict[str, str]] = [{} for _ in range(self.ranks)]
+        for (rank, name), value in self.digests.result().items():
+            if name in complete:
+                ranks[rank][name] = value
+        return ranks
+
+    def _digest(self, name: str, tensor: Tensor, kind: str) -> None:
+        rows = _vocabulary_rows(tensor, self.ranks) if kind == "vocabulary" else 0
         for rank in range(self.ranks):
-            pieces = [cut(*parts[i], rank, self.ranks, self.kv_heads) for i in range(part.count)]
-            whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-            self.digests[rank][part.name] = self.digest(whole.contiguous())
+            piece = cut(tensor, kind, rank, self.ranks, self.kv_heads)
+            padding = (rows - len(piece)) * tensor[0].numel() * tensor.itemsize if rows else 0
+            self.digests.append((rank, name), piece, padding)
