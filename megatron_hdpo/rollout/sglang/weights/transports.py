@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
 import json
-import pickle
 import shutil
 from collections.abc import Callable, Sequence
-from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,29 +16,10 @@ from torch import Tensor
 from megatron_hdpo.rollout.sglang.api import ApiError
 from megatron_hdpo.rollout.sglang.replica import Replica
 from megatron_hdpo.rollout.sglang.weights.participants import Participants
+from megatron_hdpo.rollout.sglang.weights.payload import Bucket, flattened, request_text
 from megatron_hdpo.rollout.sglang.weights.update_group import UpdateGroup
 
-Bucket = list[tuple[str, Tensor]]
 GatherPayloads = Callable[[str], Sequence[str]]
-
-
-def flattened(bucket: Bucket) -> tuple[Tensor, list[SimpleNamespace]]:
-    """Return a bucket as one uint8 tensor, and the position of each tensor in it.
-
-    The server reads only the attributes of the entries, so they need not be objects of its own class.
-    """
-    parts, metadata, start = [], [], 0
-    for name, tensor in bucket:
-        part = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        end = start + part.numel()
-        metadata.append(
-            SimpleNamespace(
-                name=name, shape=tensor.shape, dtype=tensor.dtype, start_idx=start, end_idx=end, numel=part.numel()
-            )
-        )
-        parts.append(part)
-        start = end
-    return torch.cat(parts), metadata
 
 
 class TensorTransport:
@@ -68,7 +44,7 @@ class TensorTransport:
         one.
         """
         tensor, metadata = flattened(bucket)
-        payload = _serialised({"flattened_tensor": tensor, "metadata": metadata})
+        payload = request_text(tensor, metadata)
         payloads = [payload] if self.gather is None else self.gather(payload)
         self._kept = [*self._kept[-1:], tensor]
         return payloads
@@ -90,20 +66,6 @@ class TensorTransport:
 
     async def leave(self, replicas: Sequence[Replica]) -> None:
         """Do nothing: there is nothing to leave."""
-
-
-def _serialised(payload: Any) -> str:
-    buffer = io.BytesIO()
-    if payload["flattened_tensor"].is_cuda:
-        # The server finds the GPU by its UUID only if both sides use SGLang's form of a handle.
-        from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
-
-        monkey_patch_torch_reductions()
-        ForkingPickler(buffer).dump(payload)
-    else:
-        # Plain pickling copies values; ForkingPickler would pass a file descriptor, which crashes the server.
-        pickle.dump(payload, buffer)
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 class BroadcastTransport:
