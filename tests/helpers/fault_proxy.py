@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 import orjson
@@ -102,7 +102,17 @@ def changed(change: Callable[[Answer], Answer]) -> Fault:
 @contextmanager
 def fault_proxy(target: str) -> Iterator[FaultProxy]:
     """A proxy at a port of its own, in a thread."""
-    proxy, loop, started = FaultProxy(target), asyncio.new_event_loop(), threading.Event()
+    with serving(FaultProxy(target)) as proxy:
+        yield proxy
+
+
+Proxy = TypeVar("Proxy", bound=FaultProxy)
+
+
+@contextmanager
+def serving(proxy: Proxy) -> Iterator[Proxy]:
+    """Serves at a port of its own, in a thread."""
+    loop, started = asyncio.new_event_loop(), threading.Event()
 
     async def serve() -> web.AppRunner:
         app = web.Application(client_max_size=2**30)

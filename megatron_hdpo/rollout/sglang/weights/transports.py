@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import shutil
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_hdpo.rollout.sglang.api import ApiError
+from megatron_hdpo.rollout.sglang.loop_thread import in_daemon_thread
 from megatron_hdpo.rollout.sglang.replica import Replica
 from megatron_hdpo.rollout.sglang.weights.participants import Participants
 from megatron_hdpo.rollout.sglang.weights.payload import Bucket, flattened, request_text
 from megatron_hdpo.rollout.sglang.weights.update_group import UpdateGroup
 
+LOGGER = logging.getLogger(__name__)
+ABANDON_S = 30.0
+"""Longest wait for NCCL to abort a group; it takes a fraction of a second."""
 GatherPayloads = Callable[[str], Sequence[str]]
 
 
@@ -68,10 +75,20 @@ class TensorTransport:
         """Do nothing: there is nothing to leave."""
 
 
+@dataclass(frozen=True)
+class _Sendable:
+    """A bucket to broadcast: flattened on the group's device, with the event after which it is complete on a GPU."""
+
+    flat: Tensor
+    bucket: Bucket
+    ready: torch.cuda.Event | None
+
+
 class BroadcastTransport:
     """Transport by update_weights_from_distributed.
 
     This rank broadcasts each bucket to the servers' ranks in a process group of their own (NCCL; gloo on a CPU).
+    timeout_s: longest wait for an answer of a server, and then for the end of a broadcast.
     """
 
     def __init__(self, timeout_s: float, device: torch.device) -> None:
@@ -86,7 +103,7 @@ class BroadcastTransport:
         await self.leave(servers.replicas)
         if not members:
             return
-        self._group = UpdateGroup(members, "nccl" if self.device.type == "cuda" else "gloo")
+        self._group = UpdateGroup(members, self.device)
         joining = asyncio.create_task(asyncio.to_thread(self._group.join, self.timeout_s))
         offsets = self._group.offsets
 
@@ -97,60 +114,80 @@ class BroadcastTransport:
         await servers.each(join)
         if len(servers.replicas) < len(members):
             # The group cannot be formed without the servers that failed; try again without them.
-            self._group.abandon()
-            self._group = None
+            await self._abandon()
             await asyncio.gather(joining, return_exceptions=True)
             await self.open(servers)
             return
-        await joining
+        try:
+            await joining
+        except (RuntimeError, OSError):
+            await self._abandon()
+            raise
 
-    def prepare(self, bucket: Bucket) -> tuple[Tensor, Bucket]:
-        """Return the bucket as one flat tensor on the group's device, and the bucket."""
-        return flattened(bucket)[0].to(self.device), bucket
+    def prepare(self, bucket: Bucket) -> _Sendable:
+        """Return the bucket as one flat tensor on the group's device."""
+        flat = flattened(bucket)[0].to(self.device)
+        ready = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
+        return _Sendable(flat, bucket, ready)
 
-    async def send(self, prepared: tuple[Tensor, Bucket], servers: Participants, last: dict[str, Any]) -> None:
-        """Announce the bucket to every server, and broadcast it while they receive."""
-        flat, bucket = prepared
-        if not servers.replicas or self._group is None:
+    async def send(self, prepared: _Sendable, servers: Participants, last: dict[str, Any]) -> None:
+        """Announce the bucket to every server, broadcast it while they receive, and wait until it has been sent."""
+        group, bucket = self._group, prepared.bucket
+        if not servers.replicas or group is None:
             return
         body = {
             "names": [name for name, _ in bucket],
             "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
             "shapes": [list(tensor.shape) for _, tensor in bucket],
-            "group_name": self._group.name,
+            "group_name": group.name,
             "load_format": "flattened_bucket",
             "flush_cache": False,
         }
-        sending = asyncio.create_task(asyncio.to_thread(self._group.broadcast, flat))
+        sending = in_daemon_thread(lambda: group.broadcast(prepared.flat, prepared.ready))
 
         async def update(replica: Replica) -> None:
             await replica.api.update("/update_weights_from_distributed", body | last, self.timeout_s)
 
         before = len(servers.replicas)
         await servers.each(update)
-        if len(servers.replicas) < before:
-            await self._give_up(servers)
-        await asyncio.gather(sending, return_exceptions=len(servers.replicas) < before)
+        problem = "another server failed" if len(servers.replicas) < before else await self._problem(sending)
+        if problem:
+            # When a member is lost during a broadcast, the others hold undefined weights.
+            await self._abandon()
+            servers.exclude_all(f"a broadcast of weights was interrupted because {problem}")
 
-    async def _give_up(self, servers: Participants) -> None:
-        """Exclude all servers: when a member dies during a broadcast, the others hold undefined weights."""
-        if self._group is not None:
-            self._group.abandon()
-            self._group = None
-        servers.exclude_all("a broadcast of weights was interrupted because another server failed")
+    async def _problem(self, sending: Future[None]) -> str:
+        """Wait for the end of a broadcast; return why it did not arrive, "" when it did."""
+        try:
+            await asyncio.wait_for(asyncio.wrap_future(sending), self.timeout_s)
+        except TimeoutError:
+            return f"it did not end within {self.timeout_s:g} s"
+        except (RuntimeError, OSError) as error:
+            return f"of {type(error).__name__}: {error}"
+        return ""
+
+    async def _abandon(self) -> None:
+        """Leave the group at once, without its other members."""
+        group, self._group = self._group, None
+        if group is None:
+            return
+        try:
+            await asyncio.wait_for(asyncio.wrap_future(in_daemon_thread(group.abandon)), ABANDON_S)
+        except TimeoutError:
+            LOGGER.error("the process group %s was not aborted within %g s; it is left behind", group.name, ABANDON_S)
 
     async def leave(self, replicas: Sequence[Replica]) -> None:
-        """Destroy the group, on both sides where the servers answer."""
+        """Leave the group, on both sides where the servers answer."""
         if self._group is None:
             return
-        group, self._group = self._group, None
         for replica in replicas:
-            if replica.url in group.members:
+            if replica.url in self._group.members:
                 try:
-                    await replica.api.update("/destroy_weights_update_group", {"group_name": group.name}, 30)
+                    body = {"group_name": self._group.name}
+                    await replica.api.update("/destroy_weights_update_group", body, 30)
                 except ApiError:
                     continue  # it was restarted since and has no such group
-        group.abandon()
+        await self._abandon()
 
     async def close(self, servers: Participants) -> None:
         """Do nothing: the group stays for the next update."""
