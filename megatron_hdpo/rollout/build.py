@@ -18,11 +18,13 @@ from megatron_hdpo.rollout.embedded import EmbeddedEngine
 from megatron_hdpo.rollout.engine import Engine
 from megatron_hdpo.rollout.sglang.answers import ExpertChoice
 from megatron_hdpo.rollout.sglang.api import ApiError
+from megatron_hdpo.rollout.sglang.config import SGLangConfig
 from megatron_hdpo.rollout.sglang.engine import SGLangEngine
 from megatron_hdpo.rollout.sglang.servers.command import ServerLaunch
 from megatron_hdpo.rollout.sglang.servers.fleet import Report, ServerFleet, no_report
 from megatron_hdpo.rollout.sglang.servers.server import ServerError
 from megatron_hdpo.rollout.sglang.servers.topology import PlannedServer, given_urls, planned_servers
+from megatron_hdpo.rollout.sglang.shared_gpu import CudaMemory, SharedGpu
 from megatron_hdpo.rollout.sglang.weights.gate import Gate
 from megatron_hdpo.rollout.sglang.weights.push import Transport, WeightPush
 from megatron_hdpo.rollout.sglang.weights.same_model import check_served_models
@@ -91,6 +93,7 @@ def _on_servers(
             context_length=architecture.max_positions,
             servers=servers,
             experts=_experts(architecture),
+            shared_gpu=_shared_gpu(config, plan, context),
         ),
         close=servers.close if servers else None,
     )
@@ -126,6 +129,15 @@ def check_returns_experts(engine: SGLangEngine) -> None:
             f"{', '.join(silent)} cannot return the experts of a token, which rollout.routing_replay needs: start them "
             "with --enable-return-routed-experts"
         )
+
+
+def _shared_gpu(config: SGLangConfig, plan: Sequence[PlannedServer], context: ParallelContext) -> SharedGpu | None:
+    """Return the turns on this rank's GPU; None where no rank shares its GPU with a server."""
+    if context.device.type != "cuda" or config.placement != "colocated":
+        return None
+    size = config.servers.tensor_parallel
+    owners = {rank: server.owner for server in plan for rank in range(server.owner, server.owner + size)}
+    return SharedGpu(CudaMemory(context.device), owners.get(context.rank), context.gather_objects)
 
 
 def _started(

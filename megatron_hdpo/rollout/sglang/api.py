@@ -34,7 +34,8 @@ class ServerInfo:
 
     model_path: folder of its current weights. tokenizer_path: folder it was started with. max_prompt: longest prompt in
     tokens. context: longest prompt plus response, None for the model's own limit. sessions: weight updates need a begin
-    and an end call. routed_experts: answers can hold the experts that a token was sent to.
+    and an end call. memory: bytes of weights and key-value cache on each of its GPUs, 0 if it does not say.
+    routed_experts: answers can hold the experts that a token was sent to.
     """
 
     version: str
@@ -50,6 +51,7 @@ class ServerInfo:
     deterministic: bool
     sessions: bool
     memory_saver: bool
+    memory: int
     routed_experts: bool
 
 
@@ -111,6 +113,7 @@ class ServerApi:
             deterministic=bool(said.get("enable_deterministic_inference")),
             sessions=await self._has("/begin_weight_update"),
             memory_saver=bool(said.get("enable_memory_saver")),
+            memory=_memory(said),
             routed_experts=bool(said.get("enable_return_routed_experts")),
         )
 
@@ -164,6 +167,13 @@ class ServerApi:
         if not answer.get("success") or not answer.get("ranks"):
             raise ApiError(self.url, "/weights_checker", str(answer.get("message")), 400)
         return answer["ranks"]
+
+
+def _memory(said: dict[str, Any]) -> int:
+    """Return the bytes that weights and key-value cache occupy on each GPU of a server; it reports GiB."""
+    states = said.get("internal_states") or [{}]
+    usage = states[0].get("memory_usage") or {}
+    return int(2**30 * sum(usage.get(part) or 0.0 for part in ("weight", "kvcache")))
 
 
 def _reason(body: bytes) -> str:

@@ -30,6 +30,7 @@ from megatron_hdpo.rollout.sglang.config import SGLangConfig
 from megatron_hdpo.rollout.sglang.loop_thread import LoopThread
 from megatron_hdpo.rollout.sglang.replica import Replica
 from megatron_hdpo.rollout.sglang.servers.fleet import ServerFleet
+from megatron_hdpo.rollout.sglang.shared_gpu import SharedGpu
 from megatron_hdpo.rollout.sglang.watch import Watch
 from megatron_hdpo.types.rollouts import Completion, GenerationRequest, GenerationResult
 
@@ -45,8 +46,9 @@ class SGLangEngine:
     """Engine on the servers of this rank; implements the Engine protocol. A rank that samples nothing has no server.
 
     urls: all addresses. servers: the processes that this rank started, in the order of the first urls; `close` stops
-    them. experts: sizes of the model's experts; without it requests must not ask for routed experts. Raises ApiError
-    when a server does not answer or is too old, ValueError when its dp_size is not 1.
+    them. experts: sizes of the model's experts; without it requests must not ask for routed experts. shared_gpu: the
+    GPU that this rank shares with a server, None if the servers have devices of their own. Raises ApiError when a
+    server does not answer or is too old, ValueError when its dp_size is not 1.
     """
 
     def __init__(
@@ -57,9 +59,10 @@ class SGLangEngine:
         context_length: int,
         servers: ServerFleet | None = None,
         experts: ExpertChoice | None = None,
+        shared_gpu: SharedGpu | None = None,
     ) -> None:
         self.config, self.vocab_size, self.context_length = config, vocab_size, context_length
-        self.experts = experts
+        self.experts, self.shared_gpu = experts, shared_gpu
         self.servers = servers
         self.replicas: list[Replica] = []
         self.mixed_versions = 0
@@ -126,8 +129,15 @@ class SGLangEngine:
         self._thread.run(self._cancel(request_ids))
 
     def make_room(self) -> None:
-        """Let servers with a memory saver free weights and key-value cache, until the next weight update."""
-        if self.config.servers.memory_saver:
+        """Let servers with a memory saver free weights and key-value cache, until the next weight update.
+
+        Collective over the ranks where they share GPUs with servers.
+        """
+        if not self.config.servers.memory_saver:
+            return
+        if self.shared_gpu is not None:
+            self.shared_gpu.receive(lambda: self._thread.run(self._release()))
+        else:
             self._thread.run(self._release())
 
     async def mark_served(self, served: Sequence[Replica], version: int) -> None:
@@ -193,15 +203,19 @@ class SGLangEngine:
         if self._session is not None:
             await self._session.close()
 
-    async def _release(self) -> None:
+    async def _release(self) -> int:
+        """Let the servers release their memory; return the bytes that one occupied on each of its GPUs."""
+        released = 0
         for replica in self.replicas:
             if replica.state == "serving" and replica.info.memory_saver:
                 replica.state, replica.reason, replica.asleep = "stale", "its memory is the trainer's", True
                 try:
                     async with replica.health_lock:
                         await replica.api.post("/release_memory_occupation", {}, self.config.sync.timeout_s)
+                    released = max(released, replica.info.memory)
                 except ApiError as error:
                     await self.watch.mark_down(replica, str(error))
+        return released
 
     async def _begin(self, requests: Sequence[GenerationRequest]) -> None:
         loop = asyncio.get_running_loop()

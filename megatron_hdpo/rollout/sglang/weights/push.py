@@ -90,14 +90,18 @@ class WeightPush:
         """Send the weights to the servers and stamp them with `version`.
 
         Servers that fail are taken out. Raises WeightPushError when this rank has servers and none took the weights,
-        GateError when a server holds other weights than were sent; the stream is read to its end before.
+        GateError when a server holds other weights than were sent; the stream is read to its end before. Raises
+        MemoryShortageError, before the stream is read, when a colocated server cannot take its memory back.
         """
         run = self.engine.thread.run
         begin = time.monotonic()
         servers = run(self._participants())
         try:
+            self._give_memory_back()
             run(self._begin(servers))
             num_bytes, gate_input = self._stream(stream, servers, version)
+            run(self._complete(servers))
+            self._give_memory_back()
             run(self._end(servers))
             seconds = time.monotonic() - begin
             if self.gate is not None:
@@ -193,7 +197,13 @@ class WeightPush:
             await replica.api.update("/end_weight_update", {}, self.config.timeout_s)
             await replica.api.update("/begin_weight_update", {}, self.config.timeout_s)
 
-    async def _end(self, servers: Participants) -> None:
+    def _give_memory_back(self) -> None:
+        """Return the trainer's cached memory to GPUs that servers share, before they take theirs."""
+        if self.engine.shared_gpu is not None:
+            self.engine.shared_gpu.give_back(any(replica.asleep for replica in self.engine.replicas))
+
+    async def _complete(self, servers: Participants) -> None:
+        """Complete the transfer and the servers' sessions."""
         await servers.attempt(self.transport.close(servers))
         with_session = [replica for replica in servers.replicas if replica.info.sessions]
 
@@ -202,6 +212,8 @@ class WeightPush:
                 await replica.api.update("/end_weight_update", {}, self.config.timeout_s)
 
         await servers.each(end)
+
+    async def _end(self, servers: Participants) -> None:
         await servers.each(lambda replica: self._resume(replica, "kv_cache", "cuda_graph"))
         for replica in servers.replicas:
             replica.asleep = False
