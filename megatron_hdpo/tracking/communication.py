@@ -30,7 +30,7 @@ class TrainingTraffic:
 
     def __call__(self, work: Sequence[Work], spec: LossSpec) -> None:
         """Count an optimizer step that runs these micro-batches."""
-        shapes = [Repeated(_shape(item, spec), 1) for item in work]
+        shapes = [Repeated(packed_shape(item, spec), 1) for item in work]
         for made in step_collectives(self.architecture, self.layout, self.stage, shapes, self.head_chunk):
             if made.group != "host" and self.layout.ranks(made.group) > 1:
                 self._bytes[f"comm/{made.kind}_{made.group}_bytes"] += round(made.bytes * made.count)
@@ -42,7 +42,7 @@ class TrainingTraffic:
         return taken
 
 
-def _shape(work: Work, spec: LossSpec) -> PackedShape:
+def packed_shape(work: Work, spec: LossSpec) -> PackedShape:
     """Return the micro-batch's shape as the arithmetic needs it; only the last stage has targets and sends for them."""
     target = None if work.inputs is None else work.inputs.target
     targets = 0 if target is None or target.rows is None else len(target.rows)

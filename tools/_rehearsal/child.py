@@ -22,7 +22,7 @@ from _rehearsal.launch import DEVICES, ROOT, interpreter, replace_process
 
 
 def call(
-    function: Callable[..., Any],
+    function: Callable[..., Any] | str,
     arguments: Sequence[Any],
     *,
     rank: int = 0,
@@ -34,13 +34,14 @@ def call(
 ) -> Any:
     """Return what `function(null_gpu, *arguments)` returns as rank `rank` of `world`, in a process on the null GPU.
 
-    function: of a module's top level. arguments, result: JSON values. folders: more of PYTHONPATH. Raises
-    RehearsalError with the end of the process's output when it fails.
+    function: of a module's top level, or its `module:name`. arguments, result: JSON values. folders: more of
+    PYTHONPATH. Raises RehearsalError with the end of the process's output when it fails.
     """
     paths = [str(ROOT), str(ROOT / "tools"), *map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])]
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
-        asked = {"function": f"{function.__module__}:{function.__qualname__}", "arguments": list(arguments)}
+        name = function if isinstance(function, str) else f"{function.__module__}:{function.__qualname__}"
+        asked = {"function": name, "arguments": list(arguments)}
         asked |= {"rank": rank, "world": world, "gpu": gpu, "result": str(result)}
         ended = subprocess.run(
             [python or interpreter(), "-m", "_rehearsal.child", json.dumps(asked)],

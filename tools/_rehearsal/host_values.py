@@ -4,6 +4,8 @@
 |---|---|
 | lengths of packed sequences, for RoPE | those that were packed |
 | where a chunk's targets begin and end | those of the same search on the host |
+| which of the targets' entries are in this rank's shard of the vocabulary | an even split over the shards |
+| whether ranks hold equal copies | yes |
 | shape that a neighbouring stage announces | that of this rank's micro-batch |
 | tokens that the router sends to each expert | an even split: all experts get the same number, to one token |
 
@@ -24,6 +26,7 @@ from megatron.core.transformer.moe import moe_utils, token_dispatcher
 from torch import Tensor
 
 from _rehearsal.device import NullGpu
+from megatron_hdpo.divergence.shard import OwnedEntries, VocabShard
 from megatron_hdpo.model import pipeline, policy
 
 
@@ -38,6 +41,9 @@ def answered(gpu: NullGpu) -> Iterator[None]:
 
         replace(rope_utils, "_apply_rotary_pos_emb_thd", lambda real: _rope(gpu, real))
         replace(torch, "searchsorted", lambda real: _search(gpu, real))
+        find = OwnedEntries.find.__func__  # type: ignore[attr-defined]
+        stack.enter_context(patch.object(OwnedEntries, "find", classmethod(_owned(gpu, find))))
+        replace(torch, "equal", lambda real: _equal(gpu, real))
         for module in (moe_utils, token_dispatcher):
             replace(module, "permute", lambda real: _permute(gpu, real))
         replace(dispatcher, "_maybe_dtoh_and_synchronize", _even_split)
@@ -53,7 +59,7 @@ def _rope(gpu: NullGpu, real: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return real(values, cu_seqlens, frequencies, *rest, **options)
         boundaries = _quietly(gpu, cu_seqlens)
         lengths = np.diff(boundaries) // options["cp_group"].size()
-        every_row = bytes([len(frequencies) == boundaries[-1]])
+        every_row = bytes([int(len(frequencies) == boundaries[-1])])
         with gpu.answering(lengths.tobytes(), every_row):
             return real(values, cu_seqlens, frequencies, *rest, **options)
 
@@ -69,6 +75,24 @@ def _search(gpu: NullGpu, real: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return found
 
     return search
+
+
+def _owned(gpu: NullGpu, real: Callable[..., OwnedEntries]) -> Callable[..., OwnedEntries]:
+    def find(cls: type[OwnedEntries], ids: Tensor, rows: Tensor | None, shard: VocabShard) -> OwnedEntries:
+        owned = ids.numel() * shard.valid // shard.vocab_size
+        answers = [bytes([int(owned == ids.numel())]), np.int32(owned).tobytes()] if ids.is_cuda else []
+        with gpu.answering(*answers):
+            return real(cls, ids, rows, shard)
+
+    return find
+
+
+def _equal(gpu: NullGpu, real: Callable[..., bool]) -> Callable[..., bool]:
+    def equal(left: Tensor, right: Tensor) -> bool:
+        with gpu.answering(*([b"\1"] if left.is_cuda else [])):
+            return real(left, right)
+
+    return equal
 
 
 def _quietly(gpu: NullGpu, values: Tensor) -> np.ndarray:
