@@ -21,7 +21,7 @@ from typing import Any
 import _environment  # noqa: F401
 from _rehearsal.child import call
 from _rehearsal.launch import DEVICES, interpreter
-from _rehearsal.planned import lines
+from _rehearsal.planned import Line, lines
 from _rehearsal.report import failure_line, largest_errors, rank_text
 from _rehearsal.setting import Asked, Setting, sampled_ranks, setting_of
 
@@ -67,20 +67,25 @@ def rehearse(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     print(f"{setting.layout}; {_work(setting)}", flush=True)
     told = []
     for rank in _ranks(arguments.rank, setting, arguments.world):
-        found = call(
-            "_rehearsal.ranks:run",
-            [asdict(asked)],
-            rank=rank,
-            world=arguments.world,
-            gpu=arguments.gpu,
-            timeout_s=TIMEOUT_S,
-            python=interpreter(),
-        )
-        found["rank"] = rank
-        compared = lines(setting, found) if found["failure"] is None else []
-        print(f"\n{rank_text(found, compared)}\n{'; '.join(largest_errors(compared)) if compared else ''}", flush=True)
+        found, compared = rehearse_rank(asked, setting, rank)
+        print(f"\n{rank_text(found, compared)}\n{'; '.join(largest_errors(compared))}", flush=True)
         told.append(found | {"lines": [asdict(line) | {"error": line.error} for line in compared]})
     return told
+
+
+def rehearse_rank(asked: Asked, setting: Setting, rank: int) -> tuple[dict[str, Any], list[Line]]:
+    """Return what one rank told, and the plan beside it: no line if it ran out of memory."""
+    found = call(
+        "_rehearsal.ranks:run",
+        [asdict(asked)],
+        rank=rank,
+        world=asked.world,
+        gpu=asked.gpu,
+        timeout_s=TIMEOUT_S,
+        python=interpreter(),
+    )
+    found["rank"] = rank
+    return found, lines(setting, found) if found["failure"] is None else []
 
 
 def _ranks(text: str, setting: Setting, world: int) -> Sequence[int]:

@@ -111,7 +111,8 @@ def largest_errors(lines: Sequence[Line]) -> Iterator[str]:
     wrong = {line.what for line in collectives if line.planned != line.rehearsed}
     if memory:
         yield f"memory planned within {max(memory):.1%}"
-    yield f"{len(names) - len(wrong)} of {len(names)} collectives exact"
+    if names:
+        yield f"{len(names) - len(wrong)} of {len(names)} collectives exact"
 
 
 def gib(num_bytes: float) -> str:
