@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from megatron_hdpo.costs.layout import Layout
 from megatron_hdpo.model.architecture import Architecture
@@ -15,33 +14,50 @@ from megatron_hdpo.model.architecture import Architecture
 # of lcm(data-parallel ranks, 128).
 _PARAMETER_STEP = 64
 _BUCKET_STEP = 128
+# megatron.core.distributed.distributed_data_parallel: a bucket is full at 40 million values, at 1 million per replica
+# if that is more.
+_FULL_BUCKET, _FULL_BUCKET_PER_REPLICA = 40_000_000, 1_000_000
 
 
 @dataclass(frozen=True)
 class Buffer:
     """Parameters of one chunk of layers that the same ranks share.
 
-    group: those ranks. buckets: what is reduced in one call; each is a tuple of (values of a parameter, number of such
-    parameters).
+    group: those ranks. values: of all parameters, without padding. buckets: the values of each bucket, which is reduced
+    in one call; its parameters are aligned, its end is not padded.
     """
 
     group: str
-    buckets: tuple[tuple[tuple[int, int], ...], ...]
+    values: int
+    buckets: tuple[int, ...]
 
-    @cached_property
-    def values(self) -> int:
-        """Return the number of values without padding."""
-        return sum(values * count for bucket in self.buckets for values, count in bucket)
+    @classmethod
+    def of(cls, group: str, parameters: Sequence[int], full: int | None, *, alone: int | None = None) -> Buffer:
+        """Cut parameters, in the model's order, into buckets as Megatron does: from the last one to the first.
+
+        full: a bucket with so many values is full; None: one bucket takes all. alone: index of the parameter that has
+        a bucket of its own.
+        """
+        buckets, filled = [], 0
+        for index in range(len(parameters) - 1, -1, -1):
+            if index == alone and filled:
+                buckets.append(filled)
+                filled = 0
+            end = filled + parameters[index]
+            filled = _rounded(end, _PARAMETER_STEP)
+            if index == alone or (full is not None and end >= full):
+                buckets.append(filled)
+                filled = 0
+        return cls(group, sum(parameters), (*buckets, filled) if filled else tuple(buckets))
 
     def bucket_values(self, layout: Layout) -> tuple[int, ...]:
         """Return the number of values of each bucket, padding included."""
         step = math.lcm(layout.ranks(self.group), _BUCKET_STEP)
-        return tuple(-(-values // step) * step for values in self._aligned)
+        return tuple(_rounded(values, step) for values in self.buckets)
 
-    @cached_property
-    def _aligned(self) -> tuple[int, ...]:
-        step = _PARAMETER_STEP
-        return tuple(sum(-(-values // step) * step * count for values, count in bucket) for bucket in self.buckets)
+
+def _rounded(values: int, step: int) -> int:
+    return -(-values // step) * step
 
 
 @dataclass(frozen=True)
@@ -102,11 +118,16 @@ def head_values(architecture: Architecture, tensor: int) -> int:
     return architecture.padded_vocab_size(tensor) // tensor * architecture.hidden_size
 
 
-@lru_cache(maxsize=1024)  # a mixture has many experts, and a search repeats the same calls
 def stage_parameters(architecture: Architecture, layout: Layout, stage: int) -> StageParameters:
     """Return the parameters of a rank of pipeline stage `stage`, chunk by chunk."""
+    elsewhere = {"sequence": False, "recompute": False, "recomputed": (), "fp8": False, "offload": 0.0}
+    return _stage_parameters(architecture, replace(layout, **elsewhere), stage)  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=1024)  # a mixture has many experts, and a search repeats the same calls
+def _stage_parameters(a: Architecture, layout: Layout, stage: int) -> StageParameters:
     chunks = range(layout.virtual_stages)
-    return StageParameters(tuple(b for chunk in chunks for b in _chunk_buffers(architecture, layout, stage, chunk)))
+    return StageParameters(tuple(b for chunk in chunks for b in _chunk_buffers(a, layout, stage, chunk)))
 
 
 def _chunk_buffers(a: Architecture, layout: Layout, stage: int, chunk: int) -> list[Buffer]:
@@ -118,23 +139,46 @@ def _chunk_buffers(a: Architecture, layout: Layout, stage: int, chunk: int) -> l
     first = stage == 0 and chunk == 0
     last = stage == layout.pipeline - 1 and chunk == layout.virtual_stages - 1
     layers = a.num_layers // (layout.pipeline * layout.virtual_stages)
-    experts = expert_matrices(a, layout)
-    own = [*shared_matrices(a, layout.tensor), *layer_vectors(a, layout.tensor)]
-    own += [] if layout.experts_apart else experts
-    body = _counted(own, layers) + ([(a.hidden_size, 1)] if last else [])
-    embedding = head_values(a, layout.tensor)
-    if a.tied and layout.pipeline > 1 and (first or last):
-        made = [Buffer("dp_cp", (tuple(body), ((embedding, 1),)))]
-    else:
-        ends = int(first) + int(last and not a.tied)
-        made = [Buffer("dp_cp", ((*body, (embedding, ends)),))]
+    experts, embedding = _experts_in_order(a, layout), head_values(a, layout.tensor)
+    whole = (*_layer_in_order(a, layout), *(() if layout.experts_apart else experts))
+    parameters = [embedding] * first + [*whole] * layers + [a.hidden_size] * last
+    copied = a.tied and layout.pipeline > 1
+    if last and (copied or not a.tied):
+        parameters.append(embedding)
+    alone = None
+    if copied and (first or last):
+        alone = 0 if first else len(parameters) - 1
+    full = _full_bucket(layout, stage, chunk)
+    made = [Buffer.of("dp_cp", parameters, full, alone=alone)]
     if experts and layout.experts_apart:
-        made.append(Buffer("expt_dp", (tuple(_counted(experts, layers)),)))
+        made.append(Buffer.of("expt_dp", experts * layers, full))
     return made
 
 
-def _counted(values: Sequence[int], layers: int) -> list[tuple[int, int]]:
-    return [(value, count * layers) for value, count in Counter(values).items()]
+def _full_bucket(layout: Layout, stage: int, chunk: int) -> int | None:
+    """Return the values of a full bucket; None where one bucket takes all.
+
+    Buckets are for overlap, and only the first chunk of the first stage ends its backward pass with no other to hide
+    the reduction behind.
+    """
+    if not layout.overlap or stage > 0 or chunk > 0:
+        return None
+    return max(_FULL_BUCKET, _FULL_BUCKET_PER_REPLICA * layout.data)
+
+
+def _layer_in_order(a: Architecture, layout: Layout) -> tuple[int, ...]:
+    """Return the values of one layer's parameters on one rank, without experts, in the order of the modules."""
+    qkv, projection, *rest = shared_matrices(a, layout.tensor)
+    before, after, *vectors = layer_vectors(a, layout.tensor)
+    # Transformer Engine's product has the norm before it inside.
+    attention = (before, projection, qkv) if layout.spec == "torch" else (projection, before, qkv)
+    return (*attention, *vectors, after, *rest)
+
+
+def _experts_in_order(a: Architecture, layout: Layout) -> tuple[int, ...]:
+    """Return the values of one layer's expert matrices on one rank, in the order of the modules."""
+    matrices = expert_matrices(a, layout)
+    return matrices if layout.spec == "torch" else (*matrices[::2], *matrices[1::2])
 
 
 def product_values(architecture: Architecture, layout: Layout) -> int:
