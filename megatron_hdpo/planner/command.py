@@ -13,6 +13,7 @@ from megatron_hdpo.costs.errors import PlanError
 from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.model.fp8_rules import precision_errors
 from megatron_hdpo.planner.from_recipe import Guesses, common_of, layout_of, rollouts_of, workload_of
+from megatron_hdpo.planner.occasional import occasions
 from megatron_hdpo.planner.plan import plan, search
 from megatron_hdpo.planner.shapes import architecture_of
 from megatron_hdpo.planner.text import describe, ranking
@@ -40,7 +41,7 @@ def plan_recipe(recipe_path: Path, overrides: Sequence[str], options: argparse.N
     lengths = f"mean lengths: prompt {workload.prompt_tokens}, response {workload.response_tokens} tokens; " + (
         f"cliffs {workload.cliff_rate:.0%}, privileged success {workload.privileged_success:.0%}"
     )
-    return "\n\n".join([lengths, describe(own), ranking(found)])
+    return "\n\n".join([lengths, describe(own), "\n".join(occasions(own, recipe)), ranking(found)])
 
 
 def _check(recipe: Recipe, architecture: Architecture) -> None:

@@ -90,7 +90,7 @@ def plan(
     if architecture.num_heads % rollouts.tensor:
         raise PlanError(f"a server of {rollouts.tensor} GPUs does not divide {architecture.num_heads} attention heads")
     engines = _engines(layout, rollouts)
-    batch, cache = _student_batch(
+    batch, cache = student_batch(
         a=architecture, cluster=cluster, layout=layout, workload=workload, rollouts=rollouts, engines=engines
     )
     memory = by_phase(architecture, layout, workload, rollouts, cache)
@@ -136,7 +136,7 @@ def _engines(layout: Layout, rollouts: RolloutSetup) -> int:
     return gpus // rollouts.tensor
 
 
-def _student_batch(
+def student_batch(
     a: Architecture, cluster: Cluster, layout: Layout, workload: Workload, rollouts: RolloutSetup, engines: int
 ) -> tuple[Batch, float]:
     """Return what each engine decodes at once, and the bytes of cache per GPU: as needed, at most what is left."""

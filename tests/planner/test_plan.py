@@ -537,7 +537,7 @@ def test_the_command_prints_the_plan(tree: Tree, write_recipe, capsys: pytest.Ca
     cli.main(["plan", str(path), "model.dtype=bfloat16", "--model", "qwen2.5-7b", "--gpu", "h200", "--nodes", "2"])
     out = capsys.readouterr().out
     assert "DP 16 on 16 h200" in out and "key-value cache" in out and "privileged sampling" in out
-    assert "reduce_scatter" in out and "layouts fit" in out
+    assert "reduce_scatter" in out and "layouts fit" in out and "checkpoint of " in out
 
 
 def test_auto_is_planned_as_bfloat16(tree: Tree, write_recipe, capsys: pytest.CaptureFixture[str]) -> None:
