@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+
+from megatron_hdpo.model.segments import Segments, own_rows, shared_sequences, whole_sequences
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,25 @@ class RowLayout:
         """Return the number of rows, over all ranks, of a sequence of `length` tokens."""
         return length + -length % self.chunks
 
+    def rows(self, lengths: Sequence[int]) -> int:
+        """Return the number of rows, over all ranks, of a micro-batch of sequences of these lengths."""
+        whole = math.lcm(self.chunks, self.context * self.multiple)
+        total = sum(map(self.padded, lengths))
+        return total + -total % whole if total else whole
+
+
+@dataclass
+class PackedRowParams(PackedSeqParams):
+    """Megatron's description of the sequences' boundaries, and what the plain-torch layers read instead of it.
+
+    Megatron's has the boundaries on the device only, so that whoever needs them on the host waits for the device.
+
+    positions_M: position of each row of this rank in its sequence, int64. segments: what each row attends to.
+    """
+
+    positions_M: torch.Tensor | None = None
+    segments: Segments | None = None
+
 
 @dataclass(frozen=True)
 class PackedSequences:
@@ -49,6 +69,7 @@ class PackedSequences:
     tokens_M, positions_M: int64 [M]. cu_seqlens: int32 [number of sequences + 1], the padding sequence included.
     starts: first row of each real sequence. longest: rows of the longest sequence, the padding sequence included.
     num_tokens: rows of the micro-batch, padding included. own_rows_M: the rows of this rank among them, int64 [M].
+    boundaries: `cu_seqlens` on the host. layout: the distribution over ranks that they were packed for.
     """
 
     tokens_M: torch.Tensor
@@ -58,14 +79,16 @@ class PackedSequences:
     longest: int
     num_tokens: int
     own_rows_M: np.ndarray
+    boundaries: np.ndarray
+    layout: RowLayout
 
-    def packed_seq_params(self) -> PackedSeqParams:
+    def packed_seq_params(self) -> PackedRowParams:
         """Return Megatron's description of the sequence boundaries (format thd)."""
         shared = len(self.own_rows_M) < self.num_tokens
         # For sequences shared by ranks, Transformer Engine needs the boundaries with padding. Padding counts as tokens
         # here, so both are the same.
         padded = self.cu_seqlens if shared else None
-        return PackedSeqParams(
+        return PackedRowParams(
             qkv_format="thd",
             cu_seqlens_q=self.cu_seqlens,
             cu_seqlens_kv=self.cu_seqlens,
@@ -73,7 +96,15 @@ class PackedSequences:
             cu_seqlens_kv_padded=padded,
             max_seqlen_q=self.longest,
             max_seqlen_kv=self.longest,
+            positions_M=self.positions_M,
+            segments=self._segments(),
         )
+
+    def _segments(self) -> Segments:
+        if self.layout.context == 1:
+            return whole_sequences(self.boundaries, self.cu_seqlens)
+        device = self.cu_seqlens.device
+        return shared_sequences(self.boundaries, self.layout.context, self.layout.context_rank, device)
 
     def own(self, rows_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return which of the micro-batch's rows `rows_N` this rank holds (indices into it), and their local rows."""
@@ -89,10 +120,8 @@ def pack(sequences: Sequence[np.ndarray], device: torch.device, rows: RowLayout 
     An empty list gives a micro-batch of padding only: a rank without work must still join every collective.
     """
     rows = rows or RowLayout()
-    whole = math.lcm(rows.chunks, rows.context * rows.multiple)
     lengths = [rows.padded(len(ids)) for ids in sequences]
-    total = sum(lengths)
-    padding = -total % whole if total else whole
+    padding = rows.rows(lengths) - sum(lengths)
     all_lengths = [*lengths, padding] if padding else lengths
     boundaries = np.concatenate([[0], np.cumsum(all_lengths)])
     tokens = np.zeros(boundaries[-1], dtype=np.int64)
@@ -108,22 +137,9 @@ def pack(sequences: Sequence[np.ndarray], device: torch.device, rows: RowLayout 
         longest=max(all_lengths),
         num_tokens=int(boundaries[-1]),
         own_rows_M=own,
+        boundaries=boundaries,
+        layout=rows,
     )
-
-
-def own_rows(boundaries: np.ndarray, context: int, rank: int) -> np.ndarray:
-    """Return the rows of a context-parallel rank, in its order, from sequences between `boundaries`.
-
-    A rank holds chunks `rank` and `2 x context - 1 - rank` of each sequence, as in Megatron and Transformer Engine.
-    """
-    if context == 1:
-        return np.arange(boundaries[-1])
-    parts = []
-    for start, stop in pairwise(boundaries):
-        chunk = (stop - start) // (2 * context)
-        for index in (rank, 2 * context - 1 - rank):
-            parts.append(start + index * chunk + np.arange(chunk))
-    return np.concatenate(parts)
 
 
 def bin_by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:

@@ -5,7 +5,7 @@ the token then passes other weights than those that sampled it. Only the choice 
 probabilities of the chosen experts are the trainer's own, with their gradient. Known as rollout routing replay, R3
 (arXiv 2510.11370).
 
-The experts are part of the description of a micro-batch's sequences (PackedSeqParams), which every layer gets as an
+The experts are part of the description of a micro-batch's sequences (PackedRowParams), which every layer gets as an
 argument, in a forward pass and when it is recomputed. So a layer always gets the experts of the micro-batch that it
 computes, whatever the pipeline schedule.
 """
@@ -19,20 +19,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
-from megatron_hdpo.model.packing import PackedSequences
+from megatron_hdpo.model.packing import PackedRowParams, PackedSequences
 
 NOT_CHOSEN = -1
 """Value that lets the trainer's router choose: padding, the last token of a sequence, tokens without engine routing."""
 
 
 @dataclass
-class RoutedSeqParams(PackedSeqParams):
-    """PackedSeqParams with the experts of the rows.
+class RoutedSeqParams(PackedRowParams):
+    """PackedRowParams with the experts of the rows.
 
     routed_experts_MLK: int16 [M, layers of the model, experts per token], for the rows of this context-parallel rank.
     """
@@ -40,7 +39,7 @@ class RoutedSeqParams(PackedSeqParams):
     routed_experts_MLK: Tensor | None = None
 
 
-def with_routing(params: PackedSeqParams, routed_experts_MLK: Tensor | None) -> PackedSeqParams:
+def with_routing(params: PackedRowParams, routed_experts_MLK: Tensor | None) -> PackedRowParams:
     """Add the experts of a micro-batch, if there are any, to `params` and move them to the device.
 
     The experts of a whole step are large, so they stay on the host until their micro-batch runs.

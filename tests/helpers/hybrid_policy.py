@@ -26,9 +26,9 @@ from megatron_hdpo.model.architecture import Architecture, read_architecture
 from megatron_hdpo.model.build import _mark_experts, _mark_shards, wrap_data_parallel
 from megatron_hdpo.model.config import ModelConfig, OptimizerConfig
 from megatron_hdpo.model.megatron_config import transformer_config
-from megatron_hdpo.model.modules import RMSNorm
 from megatron_hdpo.model.optimizer import build_optimizer
 from megatron_hdpo.model.policy import Policy
+from megatron_hdpo.model.rms_norm import RMSNorm
 from megatron_hdpo.model.specs import layer_spec
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.weights.load import load_hf
