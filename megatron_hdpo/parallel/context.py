@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -15,6 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_hdpo.parallel.cpu import MegatronOnCpu
 from megatron_hdpo.parallel.layout import LayoutError, ParallelConfig, check_ranks
+from megatron_hdpo.parallel.router_name import router_name_defined
 
 T = TypeVar("T")
 
@@ -72,8 +73,8 @@ class ParallelContext:
         return dist.get_process_group_ranks(self.replica_host)
 
     def megatron_calls(self) -> AbstractContextManager[Any]:
-        """Return the context in which Megatron-Core runs on this device; on CUDA it does nothing."""
-        return nullcontext() if self.device.type == "cuda" else MegatronOnCpu()
+        """Return the context in which Megatron-Core runs on this device."""
+        return router_name_defined() if self.device.type == "cuda" else MegatronOnCpu()
 
     def gather_objects(self, value: T, group: dist.ProcessGroup | None = None) -> list[T]:
         """Gather `value` from every rank of a host group (default: all ranks), in rank order, to every rank."""

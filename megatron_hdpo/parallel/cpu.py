@@ -72,7 +72,7 @@ class MegatronOnCpu(TorchFunctionMode):
             (torch.cuda, "current_stream", _Stream),
             (torch.cuda, "stream", lambda stream: nullcontext()),
             *((dist, name, getattr(gloo, name)) for name in ("all_to_all_single", "all_gather", "reduce_scatter")),
-            # Without Transformer Engine the router reads a name that Megatron does not define (a NameError).
+            # No function of Transformer Engine's (see router_name.py).
             (moe_utils, "te_general_gemm", None),
             (megatron_random, "_get_cuda_rng_state", lambda *args, **kwargs: None),
             (megatron_random, "_set_cuda_rng_state", lambda *args, **kwargs: None),
