@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.model.chunks import ModelChunks, chunks_of, unwrap
 from megatron_hdpo.model.fp8_rules import alignment
+from megatron_hdpo.model.gradient_norm import gradient_norm
 from megatron_hdpo.model.loss import TokenCounts, micro_batch_loss
 from megatron_hdpo.model.micro_batch import (
     LossInputs,
@@ -259,7 +260,7 @@ class Policy:
         lr = self.optimizer.param_groups[0]["lr"]
         with self.context.megatron_calls(), torch.no_grad():
             self.optimizer.prepare_grads()
-            norm = float(self.optimizer.get_grad_norm())
+            norm = gradient_norm(self.optimizer, self.context.device)
             finite = math.isfinite(norm)
             if finite:
                 self._clip(norm)

@@ -67,7 +67,7 @@ class RouterStatistics:
         """
         config = self._routers[0].config
         total_LE = torch.zeros(config.num_layers, config.num_moe_experts, dtype=torch.float64)
-        for layer, tokens_E in self._counts.items():
-            total_LE[layer] = tokens_E
+        if self._counts:
+            total_LE[list(self._counts)] = torch.stack(list(self._counts.values())).to("cpu", torch.float64)
         dist.all_reduce(total_LE, group=context.host)
         return total_LE

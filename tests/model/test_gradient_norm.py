@@ -1,5 +1,6 @@
-"""The norm that gradients are clipped by is that of all parameters, whatever marks an expert's layer leaves on them.
+"""The norm that gradients are clipped by: it is Megatron's, and of all parameters.
 
+It counts all experts too, whatever marks an expert's layer leaves on its parameters.
 Megatron-Core before 0.19.2 omits experts that carry no mark if tensor and expert parallelism are used together.
 """
 
@@ -31,6 +32,7 @@ from tiny_policy import OPTIMIZER, SPEC, build_policy, joined, make_checkpoint, 
 from torch import Tensor, nn
 
 from megatron_hdpo.model import build, optimizer, specs
+from megatron_hdpo.model.gradient_norm import gradient_norm
 
 Sizes = dict[str, int]
 TENSOR = {"tensor": 2, "sequence": True}
@@ -129,3 +131,16 @@ def test_megatron_alone_omits_unmarked_experts(checkpoint: Path, reference: Refe
     expected = norm(seen if OMITS_UNMARKED else reference.gradients)
     for found in run_ranks(4, _without_our_marks, checkpoint, [{"expert": 2}], fresh=True):
         assert found == [pytest.approx(expected, rel=1e-5)]
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3_moe"])
+def test_the_norm_is_megatrons_bit_for_bit(name: str, tmp_path: Path) -> None:
+    with joined() as context:
+        policy = build_policy(make_checkpoint(name, tmp_path), context, optimizer=OPTIMIZER)
+        policy.accumulate_gradients(make_examples()[:3], SPEC)
+        assert policy.optimizer is not None
+        with context.megatron_calls(), torch.no_grad():
+            policy.optimizer.prepare_grads()
+            expected = float(policy.optimizer.get_grad_norm())
+            found = gradient_norm(policy.optimizer, context.device)
+    assert found == expected > 0
