@@ -17,8 +17,6 @@ _FP32 = 4
 _INT64 = 8
 # model/step_metrics.py in float64: the two normalisers; thirteen sums and the tokens; one maximum.
 _METRIC_BYTES = (16, 112, 8)
-# Megatron sends the shape first, to the next stage: three int64.
-_SHAPE_BYTES = 24
 
 
 @dataclass(frozen=True)
@@ -216,11 +214,10 @@ def _pipeline(
     ahead, behind = messages(layout, stage)
     hidden = shape.rows // layout.sequence_ranks * a.hidden_size * layout.value_bytes
     sent, received = ahead + behind * int(backward), behind + ahead * int(backward)
-    for size, what in ((_SHAPE_BYTES, "shapes"), (hidden, "activations")):
-        if sent:
-            yield Collective("send", "pp", size, sent, what)
-        if received:
-            yield Collective("recv", "pp", size, received, what)
+    if sent:
+        yield Collective("send", "pp", hidden, sent, "activations")
+    if received:
+        yield Collective("recv", "pp", hidden, received, "activations")
 
 
 def gradient_collectives(a: Architecture, layout: Layout, stage: int) -> Iterator[Collective]:

@@ -55,6 +55,7 @@ def transformer_config(
         variable_seq_lengths=layout.pipeline > 1,
         overlap_p2p_comm=layout.virtual_stages > 1,
         batch_p2p_comm=layout.virtual_stages == 1,
+        batch_p2p_sync=False,  # a wait for the GPU after every message, against a race in torch before 1.13
         deallocate_pipeline_outputs=True,
         calculate_per_token_loss=True,
         **_expert_settings(architecture, spec),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
-import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator, _p2p_ops
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.pipeline_parallel.schedules import get_schedule_table
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_hdpo.model.chunks import chunks_of, unwrap
@@ -17,6 +19,7 @@ from megatron_hdpo.model.routing_replay import with_routing
 from megatron_hdpo.parallel.context import ParallelContext
 
 OnProgress = Callable[[int], None]
+Shape = list[int]
 
 
 class HasBatch(Protocol):
@@ -36,6 +39,7 @@ def run_micro_batches(
     work: Sequence[WorkT],
     last_stage: Callable[[WorkT, Tensor], Tensor],
     *,
+    rows: Sequence[int],
     forward_only: bool,
     on_progress: OnProgress | None = None,
 ) -> None:
@@ -43,8 +47,9 @@ def run_micro_batches(
 
     The schedule is 1F1B, interleaved if a rank has several chunks of layers. A bare model can only run forward.
     last_stage: computes a scalar loss from a piece of work and the model's output on the last stage. The loss must be
-    normalised already: gradients of micro-batches and replicas are summed. on_progress: called with the rows of each
-    micro-batch. Every rank must bring the same number of micro-batches. Collective over all ranks.
+    normalised already: gradients of micro-batches and replicas are summed. rows: of each micro-batch, over all ranks;
+    the stages of a replica must bring the same. on_progress: called with the rows of each micro-batch. Every rank must
+    bring the same number of micro-batches. Collective over all ranks.
     """
 
     def forward_step(iterator: Iterator[WorkT], model: Any) -> tuple[Tensor, Any]:
@@ -64,14 +69,16 @@ def run_micro_batches(
     stages, chunks = context.groups.pp.size(), chunks_of(ddp)
     communicator = {}
     if stages > 1:
-        communicator["p2p_communicator"] = StageCommunicator(pp_group=context.groups.pp, config=unwrap(ddp).config)
+        config = unwrap(ddp).config
+        shapes = [_activation_shape(count, config) for count in rows]
+        communicator["p2p_communicator"] = StageCommunicator(context, config, *arrivals(shapes, len(chunks), context))
     interleaved = len(chunks) > 1
     get_forward_backward_func(pp_size=stages, vp_size=len(chunks) if interleaved else None)(
         forward_step_func=forward_step,
         data_iterator=[iter(work) for _ in chunks] if interleaved else iter(work),
         model=chunks,
         num_microbatches=len(work),
-        seq_length=max(item.batch.packed.num_tokens for item in work),  # not used: lengths vary and are communicated
+        seq_length=max(rows),  # not used: lengths vary
         micro_batch_size=1,
         forward_only=forward_only,
         pg_collection=context.groups,
@@ -79,17 +86,42 @@ def run_micro_batches(
     )
 
 
+def _activation_shape(rows: int, config: TransformerConfig) -> Shape:
+    """Return the shape of what a stage hands on, from the rows of a micro-batch over all ranks."""
+    split = config.context_parallel_size * (config.tensor_model_parallel_size if config.sequence_parallel else 1)
+    return [rows // split, 1, config.hidden_size]
+
+
+def arrivals(shapes: Sequence[Shape], chunks: int, context: ParallelContext) -> tuple[deque[Shape], deque[Shape]]:
+    """Return the shapes of the activations and of the gradients that a stage receives, in the order of their arrival.
+
+    shapes: of each micro-batch. In a backward pass the schedule runs through a rank's chunks from the last to the
+    first, so what holds for the first chunk of the first stage holds there for the last chunk of the last stage:
+    nothing arrives for it.
+    """
+    order = get_schedule_table(len(shapes), chunks, context.layout.pipeline)
+    forward = deque(shapes[m] for m, chunk in order if chunk > 0 or not context.is_first_stage)
+    backward = deque(shapes[m] for m, chunk in order if chunk > 0 or not context.is_last_stage)
+    return forward, backward
+
+
 class StageCommunicator(P2PCommunicator):
-    """Megatron's exchange between pipeline stages, made safe in two places.
+    """Megatron's exchange between pipeline stages, without its exchange of shapes, and safe for outputs that are freed.
+
+    Megatron sends the shape of every tensor first, and both sides wait for the GPU to read it. Here every stage knows
+    all micro-batches, and so what arrives next.
 
     The interleaved schedule frees the storage of an output (`deallocate_pipeline_outputs`) while the output is still
     being sent, and what is allocated next would be sent in its place. Aliases are sent instead: a send holds on to its
     tensor until it is over, and so to the storage.
-
-    With two ranks under the interleaved schedule, each rank is both the next and the previous one of the other.
-    Megatron's exchange of shapes would then deliver the shape of a gradient to a receive that waits for an activation.
-    Its exchange of tensors (`overlap_p2p_comm`) keeps them apart, and is used here for the shapes too.
     """
+
+    def __init__(
+        self, context: ParallelContext, config: TransformerConfig, forward: deque[Shape], backward: deque[Shape]
+    ) -> None:
+        """Expect these shapes from the stage before and from the stage after this one (see `arrivals`)."""
+        super().__init__(pp_group=context.groups.pp, config=config)
+        self._forward, self._backward = forward, backward
 
     def _communicate(
         self, *, tensor_send_next: Tensor | None, tensor_send_prev: Tensor | None, **options: Any
@@ -102,26 +134,12 @@ class StageCommunicator(P2PCommunicator):
 
     def _communicate_shapes(
         self, tensor_send_next: Tensor | None, tensor_send_prev: Tensor | None, recv_prev: bool, recv_next: bool
-    ) -> tuple[list[int], list[int]]:
-        if self.pp_group.size() > 2 or self.virtual_pipeline_model_parallel_size is None:
-            return super()._communicate_shapes(tensor_send_next, tensor_send_prev, recv_prev, recv_next)
-        device = torch.cuda.current_device()
-        sent = [
-            None if t is None else torch.tensor(t.shape, device=device) for t in (tensor_send_prev, tensor_send_next)
-        ]
-        received = [torch.zeros(3, dtype=torch.int64, device=device) for _ in range(2)]
-        requests = _p2p_ops(
-            tensor_send_prev=sent[0],
-            tensor_recv_prev=received[0] if recv_prev else None,
-            tensor_send_next=sent[1],
-            tensor_recv_next=received[1] if recv_next else None,
-            group=self.pp_group,
-            prev_pipeline_rank=self.prev_rank,
-            next_pipeline_rank=self.next_rank,
+    ) -> tuple[Shape, Shape]:
+        nothing = [0, 0, 0]
+        return (
+            self._forward.popleft() if recv_prev else nothing,
+            self._backward.popleft() if recv_next else nothing,
         )
-        for request in requests.values():
-            request.wait()
-        return received[0].tolist(), received[1].tolist()
 
 
 def finalize_without_division(model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:

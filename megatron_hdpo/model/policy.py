@@ -123,7 +123,8 @@ class Policy:
         scores: dict[ScoringKey, Score] = {}
         with self.context.megatron_calls(), torch.no_grad():
             step = partial(self._score_step, scores, answered)
-            run_micro_batches(self.ddp, self.context, work, step, forward_only=True, on_progress=on_progress)
+            rows = [self._rows.rows([scorings[i].num_tokens for i in indices]) for indices in bins]
+            run_micro_batches(self.ddp, self.context, work, step, rows=rows, forward_only=True, on_progress=on_progress)
         return scores
 
     def head_copy(self, rows: int) -> Tensor:
@@ -147,7 +148,7 @@ class Policy:
             by_settings.setdefault(settings_of(scoring, answered.asked), []).append(i)
         bins = []
         for members in by_settings.values():
-            lengths = [self._rows.padded(len(scorings[i].context_ids) + len(scorings[i].response_ids)) for i in members]
+            lengths = [self._rows.padded(scorings[i].num_tokens) for i in members]
             bins += [[members[j] for j in indices] for indices in bin_by_tokens(lengths, self.micro_batch_tokens)]
         return bins
 
@@ -222,7 +223,10 @@ class Policy:
             if self.optimizer is not None:
                 self.optimizer.zero_grad()
             step = partial(self._loss_step, sums, spec, normalisers)
-            run_micro_batches(self.ddp, self.context, work, step, forward_only=False, on_progress=on_progress)
+            rows = [self._rows.rows([lengths[i] for i in indices]) for indices in bins]
+            run_micro_batches(
+                self.ddp, self.context, work, step, rows=rows, forward_only=False, on_progress=on_progress
+            )
         metrics = step_metrics(sums, sum(example.num_tokens for example in live), normalisers, spec, self.context)
         return metrics | self._routers.metrics(self.context)
 

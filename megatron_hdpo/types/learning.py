@@ -57,6 +57,11 @@ class Scoring:
     reverse_kl_to: ScoringKey | None = None
     routed_experts: np.ndarray | None = None
 
+    @property
+    def num_tokens(self) -> int:
+        """Return the number of context and response tokens."""
+        return len(self.context_ids) + len(self.response_ids)
+
 
 @dataclass(frozen=True)
 class Score:

@@ -1,16 +1,30 @@
-"""Tensors between pipeline stages arrive as they were sent."""
+"""Tensors between pipeline stages arrive as they were sent, and in the shapes that the receiver expects."""
 
 from __future__ import annotations
 
+from collections import deque
 from datetime import timedelta
+from pathlib import Path
+from unittest.mock import patch
 
+import pytest
 import torch
 import torch.distributed as dist
 from distributed_helper import run_ranks
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.pipeline_parallel import p2p_communication
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import deallocate_output_tensor
-from tiny_policy import joined
+from tiny_policy import (
+    ONE_PER_MICRO_BATCH,
+    OPTIMIZER,
+    SPEC,
+    build_policy,
+    joined,
+    make_checkpoint,
+    make_examples,
+    make_scorings,
+)
 
 from megatron_hdpo.model.pipeline import StageCommunicator
 
@@ -33,7 +47,7 @@ def send_and_free() -> list[float]:
             batch_p2p_comm=False,
             variable_seq_lengths=True,
         )
-        communicator = StageCommunicator(pp_group=context.groups.pp, config=config)
+        communicator = StageCommunicator(context, config, deque([list(SHAPE)]), deque())
         store = dist.distributed_c10d._get_default_store()
         if context.rank == 0:
             return _send(communicator, store)
@@ -65,3 +79,27 @@ def _send(communicator: StageCommunicator, store: dist.Store) -> list[float]:
         handle.wait()
     assert all(bool((other == -1).all()) for other in others)
     return sent
+
+
+def _no_exchange(*_: object) -> None:
+    raise AssertionError("the shapes of a message are sent before it")
+
+
+def norms_with_different_lengths(path: Path, layouts: list[dict[str, int]]) -> list[float]:
+    """Return for each layout the norm of the gradients of micro-batches that all have different lengths."""
+    norms = []
+    with patch.object(P2PCommunicator, "_communicate_shapes", _no_exchange):
+        for layout in layouts:
+            with joined(**layout) as context:
+                policy = build_policy(path, context, budget=ONE_PER_MICRO_BATCH, optimizer=OPTIMIZER)
+                policy.score(make_scorings())
+                norms.append(policy.update(make_examples(), SPEC)["train/grad_norm"])
+    return norms
+
+
+def test_a_stage_knows_the_shapes_that_arrive(tmp_path: Path) -> None:
+    path = make_checkpoint("qwen2", tmp_path)
+    (alone,) = run_ranks(1, norms_with_different_lengths, path, [{}])[0]
+    for world, layouts in ((2, [{"pipeline": 2}, {"pipeline": 2, "virtual_stages": 2}]), (4, [{"pipeline": 4}])):
+        for norms in run_ranks(world, norms_with_different_lengths, path, layouts):
+            assert norms == pytest.approx([alone] * len(layouts), rel=1e-5)
