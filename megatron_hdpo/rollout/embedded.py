@@ -29,6 +29,7 @@ from megatron_hdpo.rollout.engine import WeightStream
 from megatron_hdpo.rollout.request_check import problem_with
 from megatron_hdpo.rollout.token_sampling import Draw, RowParams, row_params, sample, uniforms
 from megatron_hdpo.types.rollouts import FinishReason, GenerationRequest, GenerationResult
+from megatron_hdpo.types.transfer import to_device
 
 
 class EmbeddedEngine:
@@ -227,7 +228,7 @@ class EmbeddedEngine:
                 sources.append(source)
             pending.admitted += count
         self._note_experts(sequences, sources)
-        logits_BV = logits_RV[torch.tensor(sources, device=self._device)]
+        logits_BV = logits_RV[to_device(torch.tensor(sources), self._device)]
         ended = set(self._sample(sequences, logits_BV, self._row_params(sequences)))
         self._insert([s for r, s in enumerate(sequences) if r not in ended], batch, prefilled)
 
@@ -261,13 +262,14 @@ class EmbeddedEngine:
 
     def _sample(self, sequences: list[SequenceState], logits_BV: torch.Tensor, params: RowParams) -> list[int]:
         """Draw one token per row; return the rows that ended."""
-        u_B2 = torch.from_numpy(np.stack([s.uniforms[len(s.ids)] for s in sequences])).to(self._device)
+        u_B2 = to_device(torch.from_numpy(np.stack([s.uniforms[len(s.ids)] for s in sequences])), self._device)
         top = max(s.pending.request.sampling.top_logprobs for s in sequences)
         return self._record(sequences, sample(logits_BV, u_B2, params, top))
 
     def _record(self, sequences: list[SequenceState], draw: Draw) -> list[int]:
         """Append the drawn tokens and close samples that end; return the rows that ended."""
-        ids, logprobs, finite = draw.ids_B.tolist(), draw.logprobs_B.tolist(), draw.finite_B.tolist()
+        # In float64, which holds each of them exactly, they are read from the device at once.
+        ids, logprobs, finite = torch.stack([draw.ids_B.double(), draw.logprobs_B, draw.finite_B]).tolist()
         if draw.top_ids_BK is not None and draw.top_logprobs_BK is not None:
             top_ids, top_logprobs = draw.top_ids_BK.int().cpu().numpy(), draw.top_logprobs_BK.cpu().numpy()
         ended = []
@@ -277,7 +279,7 @@ class EmbeddedEngine:
                 ended.append(row)
                 continue
             sampling = sequence.pending.request.sampling
-            sequence.ids.append(ids[row])
+            sequence.ids.append(int(ids[row]))
             sequence.logprobs.append(logprobs[row])
             sequence.versions.append(self._version)
             if sampling.top_logprobs:

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, PretrainedConfig
 
+from megatron_hdpo.model.attention_kernels import without_cudnn
 from megatron_hdpo.rollout.slot_cache import SlotCache
+from megatron_hdpo.types.transfer import to_device
 
 SUPPORTED = ("llama", "qwen2", "qwen3", "qwen3_moe")
 
@@ -164,16 +166,17 @@ class EmbeddedModel:
         Columns of the cache beyond a prompt's own length are garbage (right padding: causality hides it from the
         prompt).
         """
-        lengths = torch.tensor([len(p) for p in prompts], device=self.device)
+        last_B = to_device(torch.tensor([len(p) - 1 for p in prompts]), self.device)
         ids_BP = torch.zeros(len(prompts), max(len(p) for p in prompts), dtype=torch.int64)
         for row, prompt in enumerate(prompts):
             ids_BP[row, : len(prompt)] = torch.from_numpy(prompt.astype(np.int64))
         cache = DynamicCache()
         self._chosen, self._pass_shape = [], tuple(ids_BP.shape)
-        hidden_BPH = self._model.model(
-            input_ids=ids_BP.to(self.device), past_key_values=cache, use_cache=True
-        ).last_hidden_state
-        return self._logits(hidden_BPH[torch.arange(len(prompts), device=self.device), lengths - 1]), cache
+        with without_cudnn(self.device):
+            hidden_BPH = self._model.model(
+                input_ids=to_device(ids_BP, self.device), past_key_values=cache, use_cache=True
+            ).last_hidden_state
+        return self._logits(hidden_BPH[torch.arange(len(prompts), device=self.device), last_B]), cache
 
     @torch.inference_mode()
     def decode(self, tokens: np.ndarray, lengths: np.ndarray, cache: SlotCache) -> torch.Tensor:
@@ -183,18 +186,19 @@ class EmbeddedModel:
         """
         width = int(lengths.max()) + 1
         cache.reserve(len(lengths), width)
-        positions_B = torch.from_numpy(lengths.astype(np.int64)).to(self.device)
+        positions_B = to_device(torch.from_numpy(lengths.astype(np.int64)), self.device)
         cache.plan_step(positions_B, width)
         columns_W = torch.arange(width, device=self.device)
         self._chosen, self._pass_shape = [], (len(tokens), 1)
         mask_B11W = (columns_W[None] <= positions_B[:, None])[:, None, None]
-        output = self._model.model(
-            input_ids=torch.from_numpy(tokens.astype(np.int64)).to(self.device)[:, None],
-            attention_mask=mask_B11W,
-            position_ids=positions_B[:, None],
-            past_key_values=cache,
-            use_cache=True,
-        )
+        with without_cudnn(self.device):
+            output = self._model.model(
+                input_ids=to_device(torch.from_numpy(tokens.astype(np.int64)), self.device)[:, None],
+                attention_mask=mask_B11W,
+                position_ids=positions_B[:, None],
+                past_key_values=cache,
+                use_cache=True,
+            )
         return self._logits(output.last_hidden_state[:, -1])
 
     def _logits(self, hidden_BH: torch.Tensor) -> torch.Tensor:

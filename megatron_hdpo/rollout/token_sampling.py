@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from megatron_hdpo.types.transfer import to_device
+
 _BLOCK = 128  # tokens per block of the two-level search; divides the usual vocabulary sizes, so no copy is needed
 _FIRST_CANDIDATES = 256  # number of most likely tokens that top-p tries first; it seldom needs more
 
@@ -67,10 +69,10 @@ def row_params(
     scales = [1.0 if t == 0.0 else t for t in temperatures]
     ks = [vocab_size if k is None else min(k, vocab_size) for k in top_ks]
     return RowParams(
-        temperature_B=torch.tensor(scales, dtype=torch.float32, device=device),
-        greedy_B=torch.tensor(greedy, device=device),
-        top_k_B=torch.tensor(ks, dtype=torch.int64, device=device),
-        top_p_B=torch.tensor(top_ps, dtype=torch.float64, device=device),
+        temperature_B=to_device(torch.tensor(scales, dtype=torch.float32), device),
+        greedy_B=to_device(torch.tensor(greedy), device),
+        top_k_B=to_device(torch.tensor(ks, dtype=torch.int64), device),
+        top_p_B=to_device(torch.tensor(top_ps, dtype=torch.float64), device),
         any_scaled=any(t != 1.0 for t in scales),
         any_greedy=any(greedy),
         any_truncated=any(not g and (k < vocab_size or p < 1.0) for g, k, p in zip(greedy, ks, top_ps, strict=True)),
