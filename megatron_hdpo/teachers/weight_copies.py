@@ -12,13 +12,13 @@ from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.teachers.config import EmaTeacherConfig, SnapshotTeacherConfig
 from megatron_hdpo.teachers.teacher import TeacherState
 from megatron_hdpo.weights.errors import WeightsError
-from megatron_hdpo.weights.host import HostWeights, copy_to_host, load_from_host
+from megatron_hdpo.weights.host import HostWeights, average_into, copy_to_host, load_from_host
 
 
 class FrozenTeacher:
     """A copy of this rank's shard taken at construction; it replaces the policy's weights during scoring.
 
-    Afterwards the policy's weights are restored bit for bit.
+    Afterwards the policy's weights are restored bit for bit. dtype: of the copy; default: that of each weight.
     """
 
     kind = "frozen"
@@ -29,9 +29,9 @@ class FrozenTeacher:
         """True if `after_update` reads the policy's weights."""
         return self.clock == "optimizer_step"
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, dtype: torch.dtype | None = None) -> None:
         self.policy = policy
-        self.copy: HostWeights = copy_to_host(policy.model)
+        self.copy: HostWeights = copy_to_host(policy.model, dtype=dtype)
         self._own: HostWeights | None = None
 
     @contextmanager
@@ -39,15 +39,11 @@ class FrozenTeacher:
         """Yield the policy with the copy as its weights; restore its own at the end, also after an error."""
         # Host memory is allocated and pinned at the first scoring, and reused at every later one.
         self._own = copy_to_host(self.policy.model, into=self._own)
-        load_from_host(self.policy.model, self.weights())
+        load_from_host(self.policy.model, self.copy, convert=True)
         try:
             yield self.policy
         finally:
             load_from_host(self.policy.model, self._own)
-
-    def weights(self) -> HostWeights:
-        """Return the weights that replace the policy's, in the policy's types."""
-        return self.copy
 
     def after_update(self) -> None:
         """Do nothing: the copy never changes."""
@@ -66,8 +62,8 @@ class FrozenTeacher:
 class _Following(FrozenTeacher):
     """A copy that follows the policy; `ticks` counts the steps of its clock (rollout or optimizer steps)."""
 
-    def __init__(self, policy: Policy, clock: str) -> None:
-        super().__init__(policy)
+    def __init__(self, policy: Policy, clock: str, dtype: torch.dtype | None = None) -> None:
+        super().__init__(policy, dtype)
         self.clock = clock
         self.ticks = 0
 
@@ -124,19 +120,11 @@ class EmaTeacher(_Following):
     kind = "ema"
 
     def __init__(self, policy: Policy, config: EmaTeacherConfig) -> None:
-        super().__init__(policy, config.clock)
+        super().__init__(policy, config.clock, torch.float32)
         self.decay = config.decay
-        self.copy = {name: values.float() for name, values in self.copy.items()}
-
-    def weights(self) -> HostWeights:
-        """Return the average in the policy's types."""
-        types = {name: parameter.dtype for name, parameter in self.policy.model.named_parameters()}
-        return {name: values.to(types[name]) for name, values in self.copy.items()}
 
     def _follow(self) -> None:
-        with torch.no_grad():
-            for name, parameter in self.policy.model.named_parameters():
-                self.copy[name].lerp_(parameter.detach().to("cpu", torch.float32), 1.0 - self.decay)
+        average_into(self.copy, self.policy.model, 1.0 - self.decay)
 
 
 def _copy_into(copy: HostWeights, weights: HostWeights) -> None:
