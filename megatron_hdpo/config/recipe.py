@@ -39,6 +39,12 @@ class TrainConfig(BaseModel):
     steps: int = Field(100, ge=0, description="Rollout steps.")
     updates_per_step: int = Field(1, ge=1, description="Optimizer steps per rollout step, each on a share of it.")
     micro_batch_tokens: int = Field(8192, ge=2, description="Most tokens in a packed micro-batch.")
+    head_chunk: int = Field(
+        1024,
+        ge=1,
+        description="Response tokens whose logits exist at a time. More make fewer and larger kernels, for memory: "
+        "tokens x vocabulary / tensor x 2 bytes.",
+    )
     max_skipped_updates: int = Field(
         3,
         ge=0,

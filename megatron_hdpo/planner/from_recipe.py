@@ -50,6 +50,7 @@ def workload_of(recipe: Recipe, guesses: Guesses) -> Workload:
         cliff_rate=guesses.cliff_rate,
         solved_rate=guesses.solved_rate,
         micro_batch_tokens=recipe.train.micro_batch_tokens,
+        head_chunk=recipe.train.head_chunk,
         updates=updates,
         teacher=recipe.teacher.kind if objective.teachers else "none",
         teacher_model=_teacher_model(recipe),

@@ -285,7 +285,7 @@ def _build_policy(recipe: Recipe, context: ParallelContext, console: Console, ar
         model = build_model(architecture, context, recipe.model)
         load_hf(model, architecture, context, recipe.model.path)
         ddp = wrap_data_parallel(model, context)
-    return Policy(architecture, context, ddp, recipe.train.micro_batch_tokens)
+    return Policy(architecture, context, ddp, recipe.train.micro_batch_tokens, head_chunk=recipe.train.head_chunk)
 
 
 def _build_objective(recipe: Recipe, data: LoadedData) -> Objective:

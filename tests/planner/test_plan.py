@@ -418,8 +418,12 @@ def test_inputs_that_cannot_be_are_refused() -> None:
 
 
 def test_a_recipe_is_read(tree: Tree) -> None:
-    recipe = parse_recipe(tree | {"model": tree["model"] | {"dtype": "bfloat16"}, "parallel": {"tensor": 2}})
+    train = tree["train"] | {"head_chunk": 7}
+    recipe = parse_recipe(
+        tree | {"model": tree["model"] | {"dtype": "bfloat16"}, "parallel": {"tensor": 2}, "train": train}
+    )
     work = workload_of(recipe, Guesses(cliff_rate=0.5, response_tokens=3))
+    assert (work.head_chunk, work.micro_batch_tokens) == (7, train["micro_batch_tokens"])
     rollout = tree["rollout"]
     assert (work.prompts, work.samples) == (rollout["prompts_per_step"], rollout["samples_per_prompt"])
     assert (work.response_tokens, work.longest_response) == (3, rollout["max_new_tokens"])
