@@ -10,7 +10,7 @@
 # make newest-core  the wheel of the newest Megatron-Core, unpacked into .cache
 # make docs         the site of the documents, in build/site; fails on a link that leads nowhere
 # make sglang-env   an environment with SGLang for a CPU, for its tests
-# make rehearsal-env   an environment with torch's CUDA build (5 GB), in which tools/rehearse.py runs a step without a GPU
+# make rehearsal-env   an environment with torch's CUDA build (5 GB): tools/rehearse.py runs a step in it without a GPU
 
 PYTHON ?= python3
 VENV   := .venv
@@ -87,6 +87,7 @@ all-tests: lint sglang-env newest-core
 fast-test: lint
 	$(PYTEST) -m "not slow and not long"
 
+# Tests on the null GPU are among them where `make rehearsal-env` was called; else they are skipped, and say so.
 test-long: dev-setup sglang-env newest-core
 	MEGATRON_HDPO_REQUIRE_SGLANG=1 $(BIN)/python tools/run_tests.py long newest-whole other-pythons \
 	    --summary benchmarks/test_long.json

@@ -107,6 +107,7 @@ class NullGpu:
     @contextmanager
     def answering(self, *values: bytes) -> Iterator[None]:
         """Let copies within the block give `values`, in order; those that nothing asked for are dropped."""
+        self._library.nullgpu_answer(b"", 0)
         for value in values:
             self.answer(value)
         try:

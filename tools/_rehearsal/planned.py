@@ -15,6 +15,9 @@ from megatron_hdpo.costs.layout import Layout
 from megatron_hdpo.costs.micro_batch_shape import PackedShape, Repeated
 
 
+_SMALL = 64 * 2**20  # bytes of pinned memory that are inputs, not weights
+
+
 @dataclass(frozen=True)
 class Line:
     """One number of the plan beside the rehearsed one. unit: bytes, calls or FLOP."""
@@ -35,7 +38,7 @@ def lines(setting: Setting, rank: dict[str, Any]) -> list[Line]:
     layout = replace(setting.layout, spec=rank["spec"])
     updates = [[PackedShape(**shape) for shape in update] for update in rank["updates"]]
     made = [*_memory(setting, layout, rank, updates), *_collectives(setting, layout, rank, updates)]
-    return [*made, *_flops(setting, layout, rank, updates), _host(setting, layout, rank)]
+    return [*made, *_flops(setting, layout, rank, updates), *_host(setting, layout, rank)]
 
 
 def last(rank: dict[str, Any], phase: str) -> dict[str, Any] | None:
@@ -108,7 +111,8 @@ def _flops(setting: Setting, layout: Layout, rank: dict[str, Any], updates: list
     yield Line("train: FLOPs of products", "FLOP", planned, train["flops"])
 
 
-def _host(setting: Setting, layout: Layout, rank: dict[str, Any]) -> Line:
+def _host(setting: Setting, layout: Layout, rank: dict[str, Any]) -> Iterator[Line]:
     planned = memory.host_bytes(setting.architecture, layout, setting.workload)
     pinned = max(measured["pinned"] for measured in rank["phases"])
-    return Line("host memory of teachers, pinned", "bytes", planned, pinned)
+    if max(planned, pinned) > _SMALL:
+        yield Line("host memory, pinned", "bytes", planned, pinned)

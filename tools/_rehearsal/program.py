@@ -74,7 +74,7 @@ def rehearse(
     `meter.now` then names the phase.
     """
     with tempfile.TemporaryDirectory() as folder, stand_ins(memory) as fleets, meter.watching():
-        recipe = _settled(recipe, architecture, teacher, Path(folder))
+        recipe = _on_given_servers(_settled(recipe, architecture, teacher, Path(folder)), fleets)
         context = start(recipe.parallel, "cuda", recipe.seed)
         meter.context = context
         done = Rehearsed(context, workload, 0, fleets=fleets)
@@ -101,7 +101,7 @@ def rehearse(
 def _settled(recipe: Recipe, architecture: Architecture, teacher: Architecture | None, folder: Path) -> Recipe:
     """Return the recipe with folders that exist, in the precision of a GPU, and without what a rehearsal leaves out."""
     path = write_folder(architecture, folder / "model")
-    recipe = resolve(recipe, "bfloat16") if recipe.model.dtype == "auto" else recipe
+    recipe = resolve(recipe, "bfloat16" if recipe.model.dtype == "auto" else recipe.model.dtype)
     changes: dict[str, Any] = {
         "output": folder / "run",
         "model": recipe.model.model_copy(update={"path": str(path)}),
@@ -111,6 +111,17 @@ def _settled(recipe: Recipe, architecture: Architecture, teacher: Architecture |
         other = write_folder(teacher, folder / "teacher")
         changes["teacher"] = recipe.teacher.model_copy(update={"path": str(other)})
     return recipe.model_copy(update=changes)
+
+
+def _on_given_servers(recipe: Recipe, fleets: list[StandInFleet]) -> Recipe:
+    """Return the recipe with stand-ins in place of servers that somebody else starts."""
+    config = recipe.rollout.sglang
+    if recipe.rollout.engine != "sglang" or config.placement != "given":
+        return recipe
+    fleets.append(StandInFleet(config.servers, len(config.urls), None))
+    fleets[-1].start()
+    sglang = config.model_copy(update={"urls": fleets[-1].urls, "router": None})
+    return recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"sglang": sglang})})
 
 
 def _build(
@@ -240,7 +251,8 @@ class _LastStage:
             scorings = learner.objective.scorings(groups)
             top_k_of: dict[object, int] = {scoring.key: scoring.top_k for scoring in scorings}
             scores = {scoring.key: score_of(scoring, top_k_of) for scoring in scorings}
-            totals = learner._totals(groups, scores)
+            own = learner.objective.totals(groups, scores)
+            totals = {name: value * context.dp_size for name, value in own.items()}
             return [strip(example) for example in learner.objective.examples(groups, scores, totals)]
 
         return share

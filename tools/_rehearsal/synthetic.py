@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from megatron_hdpo.costs.workload import Workload
 from megatron_hdpo.data.prompts import Hint
@@ -85,7 +86,7 @@ def top_of(length: int, k: int) -> TopKArrays:
 
 
 def score_of(scoring: Scoring, top_k_of: dict[object, int]) -> Score:
-    """Return a score of the right shapes: what the last stage would have computed. Hidden states are left out."""
+    """Return a score of the right shapes, as the last stage would have computed it; hidden states have one channel."""
     length = len(scoring.response_ids)
     ones = np.ones(length, dtype=np.float32)
     return Score(
@@ -93,5 +94,6 @@ def score_of(scoring: Scoring, top_k_of: dict[object, int]) -> Score:
         ones,
         top=top_of(length, scoring.top_k) if scoring.top_k else None,
         at_logprobs_TK=top_of(length, top_k_of[scoring.at]).logprobs_TK if scoring.at is not None else None,
+        hidden_TH=torch.zeros(length, 1) if scoring.hidden else None,
         reverse_kl_T=ones if scoring.reverse_kl_to is not None else None,
     )
