@@ -14,7 +14,6 @@ from megatron_hdpo.costs.flops import FORWARD, FORWARD_AND_BACKWARD, head_flops,
 from megatron_hdpo.costs.layout import Layout
 from megatron_hdpo.costs.micro_batch_shape import PackedShape, Repeated
 
-
 _SMALL = 64 * 2**20  # bytes of pinned memory that are inputs, not weights
 
 
