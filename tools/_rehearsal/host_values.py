@@ -6,7 +6,6 @@
 | where a chunk's targets begin and end | those of the same search on the host |
 | which of the targets' entries are in this rank's shard of the vocabulary | an even split over the shards |
 | whether ranks hold equal copies | yes |
-| shape that a neighbouring stage announces | that of this rank's micro-batch |
 | tokens that the router sends to each expert | an even split: all experts get the same number, to one token |
 
 The copies that read the values, and their waits, take place all the same and are counted.
@@ -14,7 +13,7 @@ The copies that read the values, and their waits, take place all the same and ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -27,7 +26,6 @@ from torch import Tensor
 
 from _rehearsal.device import NullGpu
 from megatron_hdpo.divergence.shard import OwnedEntries, VocabShard
-from megatron_hdpo.model import pipeline, policy
 
 
 @contextmanager
@@ -47,9 +45,6 @@ def answered(gpu: NullGpu) -> Iterator[None]:
         for module in (moe_utils, token_dispatcher):
             replace(module, "permute", lambda real: _permute(gpu, real))
         replace(dispatcher, "_maybe_dtoh_and_synchronize", _even_split)
-        shapes = _Shapes()
-        replace(policy, "run_micro_batches", shapes.noting)
-        replace(pipeline.StageCommunicator, "_communicate_shapes", shapes.announced)
         yield
 
 
@@ -133,45 +128,3 @@ def _even_split(real: Callable[..., Any]) -> Callable[..., Any]:
 def even_parts(total: int, parts: int) -> np.ndarray:
     """Return `parts` whole numbers that sum to `total` and differ by at most one; int64 [parts]."""
     return np.diff(np.arange(parts + 1) * total // parts)
-
-
-class _Shapes:
-    """Shapes of the tensors that stages exchange: all stages run the same micro-batches, in the same order.
-
-    Under the interleaved schedule chunks take turns, and the shape is that of the largest micro-batch.
-    """
-
-    def __init__(self) -> None:
-        self._forward: list[list[int]] = []
-        self._taken = [0, 0]
-
-    def noting(self, real: Callable[..., Any]) -> Callable[..., Any]:
-        """Return `run_micro_batches` that notes the shapes of its work first."""
-
-        def run(ddp: Any, context: Any, work: Sequence[Any], *rest: Any, **options: Any) -> Any:
-            config = policy.unwrap(ddp).config
-            parts = context.layout.tensor if context.layout.sequence else 1
-            rows = [len(item.batch.packed.tokens_M) // parts for item in work]
-            if context.layout.virtual_stages > 1:
-                rows = [max(rows)] * len(rows) * context.layout.virtual_stages
-            self._forward = [[count, 1, config.hidden_size] for count in rows]
-            self._taken = [0, 0]
-            return real(ddp, context, work, *rest, **options)
-
-        return run
-
-    def announced(self, real: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the exchange of shapes with its result replaced."""
-
-        def exchange(stage: Any, to_next: Any, to_previous: Any, from_previous: bool, from_next: bool) -> Any:
-            real(stage, to_next, to_previous, from_previous, from_next)
-            return self._next(0, from_previous), self._next(1, from_next)
-
-        return exchange
-
-    def _next(self, side: int, expected: bool) -> list[int]:
-        if not expected:
-            return [0, 0, 0]
-        shape = self._forward[self._taken[side] % len(self._forward)]
-        self._taken[side] += 1
-        return shape
