@@ -5,7 +5,6 @@ The stock core attention refuses packed sequences and context parallelism.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,7 +42,7 @@ class PackedSelfAttention(SelfAttention):
         if packed_seq_params is not None:
             assert rotary_pos_emb is not None and packed_seq_params.positions_M is not None
             rotary_pos_emb = rotary_pos_emb.index_select(0, packed_seq_params.positions_M)
-            packed_seq_params = replace(packed_seq_params, qkv_format="sbhd")
+            packed_seq_params = packed_seq_params.as_one_sequence()
         return super().forward(
             hidden_states,
             attention_mask,

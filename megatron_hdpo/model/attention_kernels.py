@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from inspect import signature
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,18 +32,9 @@ def attend(query_MHD: Tensor, key_NGD: Tensor, value_NGD: Tensor, segments: Segm
     key_NGD, value_NGD: rows of the segments' keys, back to back; each of the G heads serves H / G heads of queries.
     """
     if takes_flash(query_MHD):
-        return varlen_attn(
-            query_MHD,
-            key_NGD,
-            value_NGD,
-            segments.cu_queries,
-            segments.cu_keys,
-            max(segments.queries),
-            max(segments.keys),
-            scale=scale,
-            window_size=_CAUSAL,
-            **_GROUPED,
-        )
+        lengths = segments.cu_queries, segments.cu_keys, max(segments.queries), max(segments.keys)
+        output = varlen_attn(query_MHD, key_NGD, value_NGD, *lengths, scale=scale, window_size=_CAUSAL, **_GROUPED)
+        return cast(Tensor, output)
     parts = zip(
         query_MHD.split(segments.queries), key_NGD.split(segments.keys), value_NGD.split(segments.keys), strict=True
     )
@@ -61,7 +52,7 @@ def takes_flash(query: Tensor) -> bool:
     return head_dim % 8 == 0 and head_dim <= 256 and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
-def attend_causally(query_BHSD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, scale: float | None) -> Tensor:
+def attend_causally(query_BHSD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, *, scale: float | None) -> Tensor:
     """Attend causally, [B, heads, S, d]; the S queries are the last of the T rows of keys."""
     queries, keys = query_BHSD.shape[2], key_BGTD.shape[2]
     mask = None

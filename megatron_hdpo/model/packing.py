@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,6 +57,12 @@ class PackedRowParams(PackedSeqParams):
 
     positions_M: torch.Tensor | None = None
     segments: Segments | None = None
+
+    def as_one_sequence(self) -> PackedRowParams:
+        """Return the same description with Megatron told that the rows are one sequence (format sbhd)."""
+        params = copy(self)
+        params.qkv_format = "sbhd"
+        return params
 
 
 @dataclass(frozen=True)
