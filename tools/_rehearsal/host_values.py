@@ -2,7 +2,6 @@
 
 | value | answer |
 |---|---|
-| lengths of packed sequences, for RoPE | those that were packed |
 | where a chunk's targets begin and end | those of the same search on the host |
 | which of the targets' entries are in this rank's shard of the vocabulary | an even split over the shards |
 | whether ranks hold equal copies | yes |
@@ -20,7 +19,6 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
 from torch import Tensor
 
@@ -37,7 +35,6 @@ def answered(gpu: NullGpu) -> Iterator[None]:
         def replace(owner: Any, name: str, made: Callable[[Any], Any]) -> None:
             stack.enter_context(patch.object(owner, name, made(getattr(owner, name))))
 
-        replace(rope_utils, "_apply_rotary_pos_emb_thd", lambda real: _rope(gpu, real))
         replace(torch, "searchsorted", lambda real: _search(gpu, real))
         find = OwnedEntries.find.__func__  # type: ignore[attr-defined]
         stack.enter_context(patch.object(OwnedEntries, "find", classmethod(_owned(gpu, find))))
@@ -46,19 +43,6 @@ def answered(gpu: NullGpu) -> Iterator[None]:
             replace(module, "permute", lambda real: _permute(gpu, real))
         replace(dispatcher, "_maybe_dtoh_and_synchronize", _even_split)
         yield
-
-
-def _rope(gpu: NullGpu, real: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def rope(values: Tensor, cu_seqlens: Tensor, frequencies: Tensor, *rest: Any, **options: Any) -> Tensor:
-        if not cu_seqlens.is_cuda:
-            return real(values, cu_seqlens, frequencies, *rest, **options)
-        boundaries = _quietly(gpu, cu_seqlens)
-        lengths = np.diff(boundaries) // options["cp_group"].size()
-        every_row = bytes([int(len(frequencies) == boundaries[-1])])
-        with gpu.answering(lengths.tobytes(), every_row):
-            return real(values, cu_seqlens, frequencies, *rest, **options)
-
-    return rope
 
 
 def _search(gpu: NullGpu, real: Callable[..., Tensor]) -> Callable[..., Tensor]:
