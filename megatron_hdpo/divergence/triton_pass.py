@@ -1,8 +1,9 @@
-"""The top-k pass on Triton kernels: the same results as TopKPass, in two kernels forward and one backward.
+"""The top-k pass on Triton kernels: the same results as TopKPass.
 
-    stats_kernel    one read of the logits -> row statistics, sampled and support logits of this shard
+    forward_kernel  one read of the logits -> row statistics, sampled and support logits of this shard; on one rank also
+                    everything that finish_kernel computes
                     (over several ranks: the same two all-reduces as TopKPass)
-    finish_kernel   O(T k): normalisers, log-prob, entropy, divergence, its gradient on the support
+    finish_kernel   O(T k): log-prob, entropy, divergence, its gradient on the support
     gradient_kernel one read and one write of the logits
 
 TopKPass remains the reference, and handles what the kernels do not: float64, AKL, columns that are not adjacent in
@@ -12,6 +13,7 @@ memory.
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor
 
 from megatron_hdpo.divergence.options import Options, Outputs, Upstream, gradient_storage
-from megatron_hdpo.divergence.row_stats import RowStats, shift_stats
+from megatron_hdpo.divergence.shard import VocabShard
 from megatron_hdpo.divergence.targets import TopK
 from megatron_hdpo.divergence.topk_terms import TAIL_FLOOR
 
@@ -35,17 +37,26 @@ def suits(logits_TV: Tensor, target: TopK | None, options: Options) -> bool:
     return here and importlib.util.find_spec("triton") is not None
 
 
-def block_and_warps(width: int) -> dict[str, int]:
-    """Return the columns that a program reads at a time and its warps; more columns per thread spill registers."""
-    block = min(8192, max(128, 1 << (width - 1).bit_length()))
-    return {"BLOCK": block, "num_warps": max(1, min(16, block // 512))}
+def launch_shape(width: int, itemsize: int) -> dict[str, int]:
+    """Return how a program walks along a row: CHUNKS vectors of 128 bits a thread and turn, THREADS, and its warps.
+
+    width: columns of the shard; itemsize: bytes of a logit. Two vectors in flight and 32 to 40 registers a thread hide
+    the memory's latency; a narrow shard gets fewer threads, so that the reduction at a row's end stays small beside it.
+    """
+    warps = 4 if width <= 32768 else 8
+    return {"CHUNKS": 2, "THREADS": 32 * warps, "VECTOR": 16 // itemsize, "num_warps": warps}
 
 
 @dataclass(frozen=True)
-class _Buffers:
-    """Float32 buffers of the kernels; without a target the support's buffer has one element and is not used."""
+class _Sums:
+    """Float32 sums over the rows [T], and the logits at sampled and support ids, of this shard or of the whole group.
 
-    max_T: Tensor
+    ref_T: the largest logit x rate, where rate = log2(e) / temperature; sum_T: of e = 2^(z rate - ref); energy_T: of e
+    times its exponent; other_T: as sum_T at the distillation's temperature; rest_T: as that, without the support.
+    Without a target the support's buffer has one element and is not used.
+    """
+
+    ref_T: Tensor
     sum_T: Tensor
     energy_T: Tensor
     other_T: Tensor
@@ -54,9 +65,9 @@ class _Buffers:
     rest_T: Tensor
 
     @classmethod
-    def empty(cls, tokens: int, target: TopK | None, device: torch.device) -> _Buffers:
+    def empty(cls, tokens: int, target: TopK | None, device: torch.device) -> _Sums:
         """Allocate the buffers."""
-        names = ("max_T", "sum_T", "energy_T", "other_T", "sampled_T", "rest_T")
+        names = ("ref_T", "sum_T", "energy_T", "other_T", "sampled_T", "rest_T")
         rows = torch.empty((len(names), tokens), dtype=torch.float32, device=device).unbind(0)
         shape = (1, 1) if target is None else target.ids_TK.shape
         support_RK = torch.empty(shape, dtype=torch.float32, device=device)
@@ -64,8 +75,28 @@ class _Buffers:
 
 
 @dataclass(frozen=True)
+class _Finished:
+    """Results of the forward pass: [T] each (0 for tokens without target), and the gradient on the support [R, K]."""
+
+    entropy_T: Tensor
+    logprob_T: Tensor
+    value_T: Tensor
+    mass_T: Tensor
+    covered_T: Tensor
+    top_T: Tensor
+    grad_RK: Tensor
+    outside_T: Tensor
+
+    @classmethod
+    def empty(cls, sums: _Sums) -> _Finished:
+        """Allocate the buffers."""
+        like = {f.name: sums.support_RK if f.name == "grad_RK" else sums.ref_T for f in fields(cls)}
+        return cls(**{name: torch.empty_like(tensor) for name, tensor in like.items()})
+
+
+@dataclass(frozen=True)
 class _Modes:
-    """Compile-time choices of the three kernels."""
+    """Compile-time choices of the kernels."""
 
     entropy: bool
     two: bool
@@ -94,87 +125,93 @@ def _padded(k: int) -> int:
     return 1 << (k - 1).bit_length()
 
 
-def _run_stats(logits_TV: Tensor, ids_T: Tensor, row_T: Tensor, target: TopK | None, options: Options) -> _Buffers:
-    from megatron_hdpo.divergence.triton_kernels import stats_kernel
-
-    shard, modes, tokens = options.shard, _Modes.of(target, options), logits_TV.shape[0]
-    out = _Buffers.empty(tokens, target, logits_TV.device)
-    ids_RK = ids_T if target is None else target.ids_TK
-    sorted_RK = ids_RK
-    if modes.rest:
-        sorted_RK = ids_RK.masked_fill(ids_RK < shard.start, 2147483647).sort(dim=-1).values.to(torch.int32)
-    k = 1 if target is None else ids_RK.shape[-1]
-    stats_kernel[(tokens,)](
-        logits_TV, logits_TV.stride(0), ids_T, row_T, ids_RK, sorted_RK,
-        out.max_T, out.sum_T, out.energy_T, out.other_T, out.sampled_T, out.support_RK, out.rest_T,
-        shard.start, shard.valid, 1.0 / options.temperature, 1.0 / options.distill_temperature, k,
-        ENTROPY=modes.entropy, TWO=modes.two, TARGET=modes.target, REST=modes.rest,
-        K=_padded(k), **block_and_warps(shard.width),
-    )  # fmt: skip
-    return out
+def _descending(ids_RK: Tensor, shard: VocabShard) -> Tensor:
+    """Return the local columns of a support in this shard, int32 [R, K], in descending order; -1 for all other ids."""
+    local_RK = ids_RK - shard.start
+    absent_RK = (local_RK < 0) | (local_RK >= shard.valid)
+    return local_RK.masked_fill(absent_RK, -1).to(torch.int32).sort(dim=-1, descending=True).values
 
 
-def _join(local: _Buffers, options: Options, modes: _Modes) -> _Buffers:
-    """Join the ranks' sums, relative to the group's maximum, by two all-reduces."""
-    if options.shard.size == 1:
-        return local
-    shard, t_s, t_d = options.shard, options.temperature, options.distill_temperature
-    max_T = shard.all_reduce_max_(local.max_T.clone())
-    rest_T = local.rest_T if modes.rest else None
-    energy_T = local.energy_T if modes.entropy else None
-    sums = {"sampled_T": local.sampled_T}
-    if modes.two:
-        sums["sum_T"] = shift_stats(RowStats(local.max_T, local.sum_T, energy_T, None), max_T, t_s).sum_T
-        sums["other_T"] = shift_stats(RowStats(local.max_T, local.other_T, None, rest_T), max_T, t_d).sum_T
-    else:
-        sums["sum_T"] = shift_stats(RowStats(local.max_T, local.sum_T, energy_T, rest_T), max_T, t_s).sum_T
-    if modes.target:
-        sums["support_RK"] = local.support_RK
-    if energy_T is not None:
-        sums["energy_T"] = energy_T
-    if rest_T is not None:
-        sums["rest_T"] = rest_T
-    total: dict[str, Any] = dict(zip(sums, shard.all_reduce_sum(list(sums.values())), strict=True))
-    return replace(local, max_T=max_T, **total)
+def _rates(options: Options) -> tuple[float, float, float]:
+    """Return log2(e) / temperature for sampling and distillation, and the second one relative to the first."""
+    t_s, t_d = options.temperature, options.distill_temperature
+    return math.log2(math.e) / t_s, math.log2(math.e) / t_d, t_s / t_d
 
 
 @dataclass(frozen=True)
-class _Finished:
-    """Outputs of finish_kernel: [T] each (0 for tokens without target), and the gradient on the support [R, K]."""
+class _Launch:
+    """Arguments that the forward's kernels have in common, in their order."""
 
-    lse_T: Tensor
-    lse_distill_T: Tensor
-    entropy_T: Tensor
-    logprob_T: Tensor
-    value_T: Tensor
-    mass_T: Tensor
-    covered_T: Tensor
-    top_T: Tensor
-    grad_RK: Tensor
-    outside_T: Tensor
+    tensors: tuple[Tensor, ...]
+    scalars: tuple[float, ...]
+    flags: dict[str, Any]
 
 
-def _finish(sums: _Buffers, ids_T: Tensor, row_T: Tensor, target: TopK | None, options: Options) -> _Finished:
-    from megatron_hdpo.divergence.triton_kernels import KIND_CODES, TAIL_CODES, finish_kernel
+def _launch(ids_T: Tensor, row_T: Tensor, target: TopK | None, options: Options) -> _Launch:
+    from megatron_hdpo.divergence.triton_terms import KIND_CODES, TAIL_CODES
 
-    modes, spec, tokens = _Modes.of(target, options), options.spec, ids_T.shape[0]
-    like = {f.name: sums.support_RK if f.name == "grad_RK" else sums.max_T for f in fields(_Finished)}
-    out = _Finished(**{name: torch.empty_like(tensor) for name, tensor in like.items()})
-    ids_RK, logprobs_RK = (ids_T, sums.sum_T) if target is None else (target.ids_TK, target.logprobs_TK)
+    modes, spec = _Modes.of(target, options), options.spec
+    ids_RK, logprobs_RK = (ids_T, ids_T) if target is None else (target.ids_TK, target.logprobs_TK)
     k = 1 if target is None else ids_RK.shape[-1]
-    finish_kernel[(tokens,)](
-        row_T, ids_T, ids_RK, logprobs_RK,
-        sums.max_T, sums.sum_T, sums.energy_T, sums.other_T, sums.sampled_T, sums.support_RK, sums.rest_T,
-        out.lse_T, out.lse_distill_T, out.entropy_T, out.logprob_T, out.value_T, out.mass_T, out.covered_T, out.top_T,
-        out.grad_RK, out.outside_T,
-        1.0 / options.temperature, 1.0 / options.distill_temperature,
-        spec.beta, spec.outside_constant if target is not None else 0.0, spec.clip or 0.0,
-        options.shard.vocab_size, TAIL_FLOOR, k,
-        ENTROPY=modes.entropy, TWO=modes.two, TARGET=modes.target,
-        KIND=KIND_CODES.get(spec.base, 0), TAIL=TAIL_CODES[spec.tail], CLIP=spec.clip is not None,
-        K=_padded(k), num_warps=max(1, min(4, _padded(k) // 32)),
+    outside = spec.outside_constant if target is not None else 0.0
+    return _Launch(
+        (ids_T, row_T, ids_RK, logprobs_RK),
+        (*_rates(options), spec.beta, outside, spec.clip or 0.0, options.shard.vocab_size, TAIL_FLOOR, k),
+        dict(
+            ENTROPY=modes.entropy, TWO=modes.two, TARGET=modes.target, REST=modes.rest,
+            KIND=KIND_CODES.get(spec.base, 0), TAIL=TAIL_CODES[spec.tail], CLIP=spec.clip is not None, K=_padded(k),
+        ),
     )  # fmt: skip
-    return out
+
+
+def _forward(logits_TV: Tensor, launch: _Launch, target: TopK | None, options: Options) -> tuple[_Sums, _Finished]:
+    """Run the forward pass, in one launch if no other rank's sums are needed and a row's support fits one program."""
+    from megatron_hdpo.divergence.triton_kernels import finish_kernel, forward_kernel
+
+    shard, modes, tokens = options.shard, _Modes.of(target, options), logits_TV.shape[0]
+    sums = _Sums.empty(tokens, target, logits_TV.device)
+    done = _Finished.empty(sums)
+    holes_RK = _descending(target.ids_TK, shard) if target is not None and modes.rest else launch.tensors[1]
+    at_once = shard.size == 1 and launch.flags["K"] <= 256
+    forward_kernel[(tokens,)](
+        logits_TV, logits_TV.stride(0), *launch.tensors, holes_RK, *_tensors(sums), *_tensors(done),
+        shard.start, shard.valid, *launch.scalars,
+        FINISH=at_once, **launch.flags, **launch_shape(shard.width, logits_TV.itemsize),
+    )  # fmt: skip
+    if at_once:
+        return sums, done
+    sums = _join(sums, options, modes)
+    finish_kernel[(tokens,)](
+        *launch.tensors, *_tensors(sums), *_tensors(done), *launch.scalars,
+        **launch.flags, num_warps=max(1, min(4, launch.flags["K"] // 32)),
+    )  # fmt: skip
+    return sums, done
+
+
+def _tensors(buffers: _Sums | _Finished) -> tuple[Tensor, ...]:
+    return tuple(getattr(buffers, f.name) for f in fields(buffers))
+
+
+def _join(local: _Sums, options: Options, modes: _Modes) -> _Sums:
+    """Join the ranks' sums, relative to the group's largest reference, by two all-reduces."""
+    if options.shard.size == 1:
+        return local
+    shard, ratio = options.shard, _rates(options)[2]
+    ref_T = shard.all_reduce_max_(local.ref_T.clone())
+    gap_T = local.ref_T - ref_T
+    scale_T = gap_T.exp2()
+    scale_d_T = (local.ref_T * ratio - ref_T * ratio).exp2() if modes.two else scale_T
+    sums = {"sampled_T": local.sampled_T, "sum_T": local.sum_T * scale_T}
+    if modes.two:
+        sums["other_T"] = local.other_T * scale_d_T
+    if modes.target:
+        sums["support_RK"] = local.support_RK
+    if modes.entropy:
+        sums["energy_T"] = (local.energy_T + local.sum_T * gap_T) * scale_T
+    if modes.rest:
+        sums["rest_T"] = local.rest_T * scale_d_T
+    total: dict[str, Any] = dict(zip(sums, shard.all_reduce_sum(list(sums.values())), strict=True))
+    return replace(local, ref_T=ref_T, **total)
 
 
 @dataclass(frozen=True)
@@ -186,7 +223,7 @@ class TritonPass:
     target: TopK | None
     ids_T: Tensor
     row_T: Tensor
-    sums: _Buffers
+    sums: _Sums
     done: _Finished
 
     @classmethod
@@ -198,8 +235,7 @@ class TritonPass:
             target = target.pruned()
             target = TopK(target.ids_TK.contiguous(), target.logprobs_TK.contiguous(), target.rows)
         row_T = _row_of_token(target, logits_TV.shape[0], logits_TV.device)
-        sums = _join(_run_stats(logits_TV, ids_T, row_T, target, options), options, _Modes.of(target, options))
-        done = _finish(sums, ids_T, row_T, target, options)
+        sums, done = _forward(logits_TV, _launch(ids_T, row_T, target, options), target, options)
         shown_T = done.logprob_T.detach() if options.logprobs else None
         entropy_T = done.entropy_T.detach() if options.entropy else None
         outputs = Outputs(shown_T, entropy_T, None)
@@ -228,10 +264,10 @@ class TritonPass:
         k = 1 if target is None else ids_RK.shape[-1]
         gradient_kernel[(logits_TV.shape[0],)](
             logits_TV, logits_TV.stride(0), grad_TV, grad_TV.stride(0), self.ids_T, self.row_T, ids_RK,
-            self.sums.support_RK, *given, done.lse_T, done.lse_distill_T, done.entropy_T, done.logprob_T,
-            self.sums.sampled_T, done.grad_RK, done.outside_T,
-            shard.start, shard.valid, shard.width, 1.0 / options.temperature, 1.0 / options.distill_temperature, k,
+            self.sums.support_RK, *given, self.sums.ref_T, self.sums.sum_T, self.sums.other_T, done.entropy_T,
+            done.logprob_T, self.sums.sampled_T, done.grad_RK, done.outside_T,
+            shard.start, shard.valid, shard.width, *_rates(options), k,
             LOGPROB=upstream.logprobs_T is not None, ENTROPY=upstream.entropy_T is not None,
-            TARGET=distills, TWO=modes.two, K=_padded(k), **block_and_warps(shard.width),
+            TARGET=distills, TWO=modes.two, K=_padded(k), **launch_shape(shard.width, logits_TV.itemsize),
         )  # fmt: skip
         return grad_TV

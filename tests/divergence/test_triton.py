@@ -33,6 +33,9 @@ def test_kernels_agree_with_the_definitions_in_the_interpreter() -> None:
 
 
 @needs_triton
-def test_kernels_compile_for_hopper_without_spilling() -> None:
-    """The interpreter accepts what the compiler does not: a variable that changes its type in a loop, for one."""
+def test_kernels_compile_for_hopper_within_their_budget_of_instructions() -> None:
+    """Registers, loads and instructions per logit, read from the machine code.
+
+    An H200 delivers about 10 bfloat16 logits per cycle and SM, which issues 128 lanes' instructions in that time.
+    """
     assert "gradient_kernel" in run_alone("triton_ahead.py")

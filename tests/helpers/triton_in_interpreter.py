@@ -6,15 +6,24 @@ import itertools
 import os
 import socket
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from divergence_cases import KINDS, TAILS, Case, assert_agrees, build, engine, has_meaning, reference
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from megatron_hdpo.divergence import DivergenceSpec, triton_pass
+from megatron_hdpo.divergence import DivergenceSpec, TopK, logit_losses, triton_pass
 
 TRUNCATION = 2.0**-7  # the interpreter cuts float32 off to bfloat16 where a GPU rounds
 
+
+def fused_multiply_add(self, x, y, z):
+    """A GPU rounds once, the interpreter twice."""
+    return TensorHandle((x.data.astype(np.float64) * y.data + z.data).astype(np.float32), z.dtype.scalar)
+
+
+InterpreterBuilder.create_fma = fused_multiply_add
 calls = 0
 original = triton_pass.TritonPass.run.__func__
 
@@ -45,6 +54,8 @@ def main() -> None:
             assert (calls > before) == expected, f"the kernels were {'not ' if expected else ''}used for {case}"
             ran += 1
     only_parts_of_the_objective()
+    extremes()
+    many_support_entries()
     two_ranks()
     print(f"{ran} cases, {calls} on the kernels")
 
@@ -75,8 +86,6 @@ def two_ranks() -> None:
 
 def only_parts_of_the_objective() -> None:
     """Upstream gradients for one output at a time, no target, rows longer than a block."""
-    from megatron_hdpo.divergence import logit_losses
-
     case = Case("jsd", 0.5, "bucket", None, "topk", "float32", tokens=3, width=3000, k=7, temperature=0.7)
     data = build(case)
     for target, part in itertools.product((data.topk, None), range(3)):
@@ -92,6 +101,56 @@ def only_parts_of_the_objective() -> None:
         if results:
             for low, high in zip(*results, strict=True):
                 torch.testing.assert_close(low.double(), high, rtol=2e-5, atol=2e-5)
+
+
+def rows_of_extremes() -> torch.Tensor:
+    """Logits [8, 5000]: several blocks, and a ragged one."""
+    gen = torch.Generator().manual_seed(3)
+    usual = 2 * torch.randn(8, 5000, generator=gen)
+    usual[1] = 0.0  # all equal
+    usual[2] = -7e3
+    usual[3] += 1e4  # exponents of 14,427: a product that is rounded before the subtraction is off by a thousandth
+    usual[4] *= 5e3  # one token has all the mass
+    usual[5, 1::2] = -torch.inf
+    usual[5, 512:1536] = -torch.inf  # whole vectors of a thread
+    usual[6, 1:] = -torch.inf
+    usual[7] -= torch.linspace(0, 3e3, 5000)  # the first block that is read is far below the maximum
+    return usual
+
+
+def extremes() -> None:
+    """Every row against float64, at two temperatures; and a logit that is no number makes results that are none."""
+    for dtype, (t_s, t_d) in itertools.product((torch.float32, torch.bfloat16), ((1.0, 1.0), (0.7, 1.3))):
+        logits = rows_of_extremes().to(dtype)
+        ids = torch.zeros(8, dtype=torch.int64)
+        # The references' -inf is finite: its probability is 0, and 0 times it is 0.
+        z = logits.double().clamp_min(-1e6).requires_grad_()
+        lq = (z / t_s).log_softmax(-1)
+        wanted = [lq[:, 0], -(lq.exp() * lq).sum(-1)]
+        target = TopK(torch.arange(4).repeat(8, 1), torch.full((8, 4), 0.2).log())
+        at_target = (z / t_d).log_softmax(-1)[:, :4]
+        wanted += [(0.25 * (np.log(0.25) - at_target)).sum(-1).where(torch.arange(8) < 5, 0.0)]
+        target = TopK(target.ids_TK[:5], target.logprobs_TK[:5], torch.arange(5))
+        torch.stack(wanted).sum().backward()
+        leaf = logits.clone().requires_grad_()
+        spec = DivergenceSpec("forward_kl")
+        losses = logit_losses(leaf, ids, target, spec=spec, temperature=t_s, distill_temperature=t_d)
+        got = [losses.logprobs_T, losses.entropy_T, losses.divergence_T]
+        torch.stack(got).sum().backward()
+        for one, want in zip(got, wanted, strict=True):
+            torch.testing.assert_close(one.double(), want, rtol=1e-5, atol=1e-5)
+        rounding = 1e-5 if dtype == torch.float32 else TRUNCATION
+        torch.testing.assert_close(leaf.grad.double(), z.grad, rtol=rounding, atol=1e-5)
+    broken = rows_of_extremes()[:1]
+    broken[0, 4321] = torch.nan
+    losses = logit_losses(broken, torch.zeros(1, dtype=torch.int64))
+    assert losses.logprobs_T.isnan().all() and losses.entropy_T.isnan().all()
+
+
+def many_support_entries() -> None:
+    """A support that is too long for one launch: the separate finish on one rank."""
+    case = Case("jsd", 0.5, "bucket", None, "topk", "float32", tokens=2, width=100, k=300, ragged=True)
+    assert_agrees(case, [engine(case, None, 0, 1)], reference(case))
 
 
 if __name__ == "__main__":
