@@ -15,11 +15,14 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 
+from megatron_hdpo.checkpoint.extra_state import load_model, without_absent_extra_states
 from megatron_hdpo.checkpoint.optimizer_state import load_optimizer, sharded_optimizer
 from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.model.chunks import ModelChunks
+from megatron_hdpo.model.config import SpecName
 from megatron_hdpo.model.network import HeadlessGPTModel
 from megatron_hdpo.model.policy import Policy
+from megatron_hdpo.model.specs import spec_of
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.parallel.results_queue import start_results_queue
 from megatron_hdpo.types.errors import UserError
@@ -49,7 +52,8 @@ class RunState:
     """The description of a checkpoint in its `run_state.json`.
 
     step: finished steps of reinforcement learning. memory: the values of `LearnerState`. reshardable: the optimizer's
-    state fits any layout. dtype: precision of the model; None in checkpoints of older versions.
+    state fits any layout. dtype: precision of the model; None in checkpoints of older versions. spec: the layers of the
+    model; older versions do not tell, and have been run with plain torch layers only.
     """
 
     step: int
@@ -62,6 +66,7 @@ class RunState:
     expert_tensor_parallel: int = 1
     reshardable: bool = False
     dtype: str | None = None
+    spec: SpecName = "torch"
 
     @property
     def layout(self) -> dict[str, int]:
@@ -107,6 +112,7 @@ class CheckpointStore:
             expert_tensor_parallel=layout.expert_tensor,
             reshardable=self.reshardable,
             dtype=_dtype_of(policy),
+            spec=spec_of(policy.model),
         )
         self._write(
             final, self._sharded(policy, self.reshardable), {_STATE: json.dumps(vars(state), indent=1)}, memory.weights
@@ -117,26 +123,29 @@ class CheckpointStore:
         self.context.barrier("checkpoint saved")
         return final
 
-    def check(self, path: Path, architecture: Architecture, dtype: str) -> RunState:
+    def check(self, path: Path, architecture: Architecture, dtype: str, spec: SpecName) -> RunState:
         """Return the description of a checkpoint after checking that it can be loaded.
 
-        dtype: precision of the model that it will be loaded into. Raises CheckpointError when the checkpoint is of
-        another model, or when it has another layout or precision and cannot change it.
+        dtype, spec: precision and layers of the model that it will be loaded into. Raises CheckpointError when the
+        checkpoint is of another model, or when it has another layout, precision or spec and cannot change it.
         """
         state = read_state(path)
         _check_dtype(path, state, dtype)
+        _check_spec(path, state, spec)
         _check_layout(path, state, {key: getattr(self.context.layout, key) for key in state.layout})
         _check_architecture(path, state, architecture)
         return state
 
     def load(self, path: Path, policy: Policy) -> RunState:
         """Restore model, optimizer and schedule in place. Raises CheckpointError when the checkpoint does not fit."""
-        state = self.check(path, policy.architecture, _dtype_of(policy))
+        state = self.check(path, policy.architecture, _dtype_of(policy), spec_of(policy.model))
         assert policy.optimizer is not None and policy.schedule is not None
         # In float32 the optimizer's main weights are views of the model's own.
         with self.context.megatron_calls(), torch.no_grad():
-            loaded = _load(self._sharded(policy, state.reshardable, loading=True), path)
-            policy.model.load_state_dict(loaded["model"])
+            sharded = self._sharded(policy, state.reshardable, loading=True)
+            sharded["model"] = without_absent_extra_states(sharded["model"], path)
+            loaded = _load(sharded, path)
+            load_model(policy.model, loaded["model"])
             load_optimizer(policy.optimizer, loaded["optimizer"], state.reshardable)
             policy.schedule.num_steps = 0
             policy.schedule.step(increment=loaded["schedule"]["num_steps"])
@@ -188,7 +197,8 @@ class CheckpointStore:
                 f"{path} is missing: a run with a frozen teacher or a KL penalty cannot be resumed without it"
             )
         with self.context.megatron_calls():
-            model.load_state_dict(_load({"model": model.sharded_state_dict()}, path)["model"])
+            sharded = without_absent_extra_states(model.sharded_state_dict(), path)
+            load_model(model, _load({"model": sharded}, path)["model"])
 
     def _sharded(self, policy: Policy, reshardable: bool, loading: bool = False) -> dict[str, Any]:
         assert policy.optimizer is not None and policy.schedule is not None
@@ -244,6 +254,22 @@ def _check_dtype(path: Path, state: RunState, dtype: str) -> None:
         f"{path} was written with model.dtype={state.dtype}, this run has {dtype}: the optimizer's state cannot change "
         f"its precision. Set model.dtype to auto or {state.dtype}, start a new run from the exported Hugging Face "
         "checkpoint, or write a checkpoint with checkpoint.reshardable=true there"
+    )
+
+
+def _check_spec(path: Path, state: RunState, spec: SpecName) -> None:
+    """Refuse a checkpoint whose optimizer's state is in the order in which another spec has the parameters.
+
+    The order is all that tells one parameter's state from another's there: Megatron would mix them up without a word.
+    """
+    if state.spec == spec or (state.reshardable and not _has_shards(state.memory)):
+        return
+    tied, way = "the optimizer's state", "or write a checkpoint with checkpoint.reshardable=true there"
+    if _has_shards(state.memory):
+        tied, way = "the saved weights of its teacher", "or resume with the same layers"
+    raise CheckpointError(
+        f"{path} was written with model.spec={state.spec}, this run has {spec}: {tied} cannot change layers. Set "
+        f"model.spec={state.spec} where that runs, start a new run from the exported Hugging Face checkpoint, {way}"
     )
 
 

@@ -17,6 +17,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import nn
 
 from megatron_hdpo.model.attention import PackedAttention, PackedSelfAttention
 from megatron_hdpo.model.config import SpecName
@@ -39,6 +40,12 @@ def layer_spec(
         )
     layers = [_torch_layer(config)] * get_num_layers_to_build(config, chunk)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+
+def spec_of(model: nn.Module) -> SpecName:
+    """Return the layer spec of a built model, by its parameters' names: in one of them norms are part of products."""
+    fused = any(name.endswith("linear_qkv.layer_norm_weight") for name, _ in model.named_parameters())
+    return "transformer_engine" if fused else "torch"
 
 
 def _torch_layer(config: TransformerConfig) -> ModuleSpec:

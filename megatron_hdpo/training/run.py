@@ -25,7 +25,7 @@ from megatron_hdpo.data.prompts import TokenizerLike
 from megatron_hdpo.health.check import check_health
 from megatron_hdpo.model.architecture import Architecture, read_architecture
 from megatron_hdpo.model.build import build_model, wrap_data_parallel
-from megatron_hdpo.model.config import ModelError, OptimizerConfig
+from megatron_hdpo.model.config import ModelError, OptimizerConfig, choose_spec
 from megatron_hdpo.model.dtype_speed import Measure, measure_bfloat16
 from megatron_hdpo.model.optimizer import build_optimizer
 from megatron_hdpo.model.policy import Policy
@@ -155,7 +155,7 @@ def _build_run(
     health = check_health(recipe.health, context, console, recipe.output, recipe.model_dump_json())
     checkpoints = CheckpointStore(recipe.output, context, recipe.checkpoint.keep, recipe.checkpoint.reshardable)
     if resumes and (latest := checkpoints.latest()) is not None:
-        checkpoints.check(latest, architecture, recipe.model.dtype)
+        checkpoints.check(latest, architecture, recipe.model.dtype, choose_spec(recipe.model, context.device))
     tokenizer = load_tokenizer(recipe.model.path)
     rewards = RewardPool(recipe.data.tasks, recipe.reward)
     data = _load_data(recipe, context, console, tokenizer, rewards)

@@ -300,10 +300,35 @@ def test_a_teacher_that_follows_keeps_its_layout(resharded, folder: Path, tmp_pa
     state = json.loads((path / "run_state.json").read_text())
     architecture = read_architecture(folder / "experts" / "qwen3_moe")
     store = CheckpointStore(tmp_path, SimpleNamespace(layout=ParallelConfig(pipeline=2)), keep=1)
-    assert store.check(path, architecture, "float32").step == 2
+    assert store.check(path, architecture, "float32", "torch").step == 2
     (path / "run_state.json").write_text(json.dumps(state | {"memory": {"teacher": {"weights": True}}}))
     with pytest.raises(CheckpointError, match=r"its teacher cannot change its layout.* or resume at the old layout"):
-        store.check(path, architecture, "float32")
+        store.check(path, architecture, "float32", "torch")
+
+
+@pytest.mark.parametrize("written", ["torch", "transformer_engine", None])
+def test_the_optimizer_state_of_other_layers_is_refused(written: str | None, folder: Path, one, tmp_path: Path) -> None:
+    """It is in the order of the parameters, and Megatron would load it for other ones. None: an older version's."""
+    shutil.copytree(folder / "one_rank" / "checkpoints" / "step_00000002", tmp_path / "step_00000002")
+    path = tmp_path / "step_00000002"
+    state = json.loads((path / "run_state.json").read_text())
+    assert state["spec"] == "torch"
+    del state["spec"]
+    (path / "run_state.json").write_text(json.dumps(state | ({} if written is None else {"spec": written})))
+    store = CheckpointStore(tmp_path, SimpleNamespace(layout=ParallelConfig()), keep=1)
+    same, other = (
+        ("transformer_engine", "torch") if written == "transformer_engine" else ("torch", "transformer_engine")
+    )
+    architecture = read_architecture(folder / "llama")
+    assert store.check(path, architecture, "float32", same).step == 2
+    with pytest.raises(CheckpointError, match=f"was written with model.spec={same}, this run has {other}: .* or write"):
+        store.check(path, architecture, "float32", other)
+    (path / "run_state.json").write_text(json.dumps(state | {"spec": same, "reshardable": True}))
+    assert store.check(path, architecture, "float32", other).step == 2
+    followed = {"memory": {"teacher": {"weights": True}}, "reshardable": True}
+    (path / "run_state.json").write_text(json.dumps(state | {"spec": same} | followed))
+    with pytest.raises(CheckpointError, match=r"its teacher cannot change layers.* or resume with the same layers"):
+        store.check(path, architecture, "float32", other)
 
 
 @pytest.mark.parametrize(
