@@ -8,6 +8,7 @@
 # make test-long    the tests that need many minutes each, model, weights and checkpoints on the newest Megatron-Core, and
 #                   the fast tests on other Pythons; their result goes to benchmarks/test_long.json
 # make newest-core  the wheel of the newest Megatron-Core, unpacked into .cache
+# make te-python    the Python half of Transformer Engine (0.7 MB), unpacked into .cache: its layers, built without a GPU
 # make docs         the site of the documents, in build/site; fails on a link that leads nowhere
 # make sglang-env   an environment with SGLang for a CPU, for its tests
 # make rehearsal-env   an environment with torch's CUDA build (5 GB): tools/rehearse.py runs a step in it without a GPU
@@ -20,10 +21,13 @@ REHEARSAL := .venv-rehearsal
 TORCH_INDEX ?=
 NEWEST_CORE := 0.19.2
 NEWEST := .cache/megatron-core-$(NEWEST_CORE)
+TE_VERSION := 2.11.0
+TE_PYTHON := .cache/transformer-engine-$(TE_VERSION)
 # The tests of a file stay on one of two workers: they share what they prepare.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup dev-setup sglang-env rehearsal-env newest-core quickstart compare docs test all-tests fast-test test-long lint clean
+.PHONY: setup dev-setup sglang-env rehearsal-env newest-core te-python quickstart compare docs test all-tests fast-test \
+    test-long lint clean
 
 setup: $(VENV)/.ready
 
@@ -60,6 +64,15 @@ $(NEWEST)/.ready: $(VENV)/.ready-dev
 	$(BIN)/python -m zipfile -e .cache/megatron_core-$(NEWEST_CORE)-*.whl $(NEWEST)
 	touch $@
 
+te-python: $(TE_PYTHON)/.ready
+
+# Without its requirements, which are the compiled half: 180 MB, and a GPU under them.
+$(TE_PYTHON)/.ready: $(VENV)/.ready-dev
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --dest .cache \
+	    transformer-engine==$(TE_VERSION)
+	$(BIN)/python -m zipfile -e .cache/transformer_engine-$(TE_VERSION)-*.whl $(TE_PYTHON)
+	touch $@
+
 quickstart: setup
 	$(BIN)/python examples/quickstart/quickstart.py
 
@@ -81,14 +94,14 @@ test:
 	@start=$$(date +%s); $(MAKE) --no-print-directory all-tests || exit 1; \
 	echo "make test: $$(( $$(date +%s) - start )) s, set-up included"
 
-all-tests: lint sglang-env newest-core
+all-tests: lint sglang-env newest-core te-python
 	MEGATRON_HDPO_REQUIRE_SGLANG=1 $(BIN)/python tools/run_tests.py suite newest-core
 
 fast-test: lint
 	$(PYTEST) -m "not slow and not long"
 
 # Tests on the null GPU are among them where `make rehearsal-env` was called; else they are skipped, and say so.
-test-long: dev-setup sglang-env newest-core
+test-long: dev-setup sglang-env newest-core te-python
 	MEGATRON_HDPO_REQUIRE_SGLANG=1 $(BIN)/python tools/run_tests.py long newest-whole other-pythons \
 	    --summary benchmarks/test_long.json
 
