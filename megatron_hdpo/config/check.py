@@ -16,6 +16,7 @@ from megatron_hdpo.model.config import transformer_engine_available
 from megatron_hdpo.model.fp8_rules import precision_errors, precision_warnings, size_errors
 from megatron_hdpo.objectives.settings import RecipeContext, surrogate_of
 from megatron_hdpo.parallel.layout import LayoutError, check_layout
+from megatron_hdpo.rollout.sglang.servers.config import REQUANTISED
 from megatron_hdpo.teachers.config import ExternalTeacherConfig
 from megatron_hdpo.teachers.sizes import check_sizes
 
@@ -221,6 +222,11 @@ def _started_server_errors(recipe: Recipe, architecture: Architecture, device: s
         yield (
             f"rollout.sglang.servers.context_length: {context} cannot hold a prompt of {prompt} tokens (data.prompts) "
             f"and rollout.max_new_tokens {response}"
+        )
+    if servers.quantization is not None and architecture.family not in REQUANTISED:
+        yield (
+            f"rollout.sglang.servers.quantization: SGLang takes new weights of quantised layers for "
+            f"{' and '.join(REQUANTISED)} only, not for {architecture.family}: leave it out"
         )
     if device == "cpu" and recipe.rollout.routing_replay:
         yield (

@@ -114,11 +114,21 @@ def test_a_flag_that_is_not_wanted_is_left_out() -> None:
         ServerConfig(extra_args={"disable-radix-cache": False}).check("cuda")
 
 
-@pytest.mark.parametrize("setting", [{"quantization": "fp8"}, {"memory_saver": True}, {"mem_fraction_static": 0.5}])
+FP8 = {"quantization": "fp8", "extra_args": {"load-format": "flash_rl"}}
+
+
+@pytest.mark.parametrize("setting", [FP8, {"memory_saver": True}, {"mem_fraction_static": 0.5}])
 def test_what_needs_a_gpu_is_refused_on_a_cpu(setting: dict[str, Any]) -> None:
     ServerConfig(**setting).check("cuda")
     with pytest.raises(ValueError, match=rf"{next(iter(setting))}=.* needs a GPU"):
         ServerConfig(**setting).check("cpu")
+
+
+@pytest.mark.parametrize("extra", [{}, {"load-format": "auto"}])
+def test_quantised_weights_that_could_not_be_updated(extra: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"quantization=fp8: SGLang quantises weights once.*load-format: flash_rl"):
+        ServerConfig(quantization="fp8", extra_args=extra).check("cuda")
+    ServerConfig(quantization="fp8", extra_args={"--load_format": "flash_rl"}).check("cuda")
 
 
 @pytest.mark.parametrize("setting", [{"dtype": "half"}, {"port": 30000}, {"tensor_parallel": 0}])

@@ -15,6 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from megatron_hdpo.rollout.sglang.servers.command import RESERVED_FLAGS, server_environment
 
 OLDEST_SGLANG = Version("0.5.15")
+REQUANTISING_LOADER = "flash_rl"
+"""The load format under which SGLang quantises updated weights again, for the models in REQUANTISED."""
+REQUANTISED = ("qwen2", "qwen3")
 INSTALL = "install `megatron-hdpo[sglang]` there, or name another interpreter as `python`"
 
 FlagValue = bool | int | float | str | list[str]
@@ -41,7 +44,9 @@ class ServerConfig(BaseModel):
         "that engine and trainer agree on log-probs; SGLang never chooses it.",
     )
     quantization: Literal["fp8"] | None = Field(
-        None, description="Quantise the weights as they are loaded and updated. GPUs only."
+        None,
+        description="Quantise the weights. GPUs only, and only with extra_args={load-format: flash_rl}, see "
+        "docs/rollouts-on-sglang.md.",
     )
     context_length: int | None = Field(
         None, ge=1, description="Longest prompt plus response in tokens; default: the model's own limit."
@@ -81,6 +86,12 @@ class ServerConfig(BaseModel):
         """Return the Python interpreter that runs the servers."""
         return self.python or Path(sys.executable)
 
+    @property
+    def requantises(self) -> bool:
+        """Return whether SGLang quantises updated weights as it did those that it loaded."""
+        flags = {flag.lstrip("-").replace("_", "-"): value for flag, value in self.extra_args.items()}
+        return flags.get("load-format") == REQUANTISING_LOADER
+
     def check(self, device: str) -> None:
         """Raise ValueError for settings that cannot work on `device` ("cuda" or "cpu"). Pure."""
         if device == "cpu":
@@ -90,6 +101,14 @@ class ServerConfig(BaseModel):
                         f"SGLang servers: {name}={getattr(self, name)!r} needs a GPU, and the run's device is the CPU; "
                         f"leave {name} out"
                     )
+        if self.quantization is not None and not self.requantises:
+            # Seen in 0.5.23: the quantised parameter has lost its loader and is transposed; a new square matrix is
+            # stored without its scale.
+            raise ValueError(
+                f"SGLang servers: quantization={self.quantization}: SGLang quantises weights once, when it loads them, "
+                "and stores later ones wrongly or not at all; leave quantization out, or add "
+                f"extra_args={{load-format: {REQUANTISING_LOADER}}} ({', '.join(REQUANTISED)} only, untested)"
+            )
         for flag, value in self.extra_args.items():
             name = flag.lstrip("-").replace("_", "-")
             if name in RESERVED_FLAGS:
