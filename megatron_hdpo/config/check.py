@@ -258,12 +258,20 @@ def _warnings(recipe: Recipe) -> Iterator[str]:
             "rollout.top_p/top_k truncate the distribution, log-probs are those of the whole: importance ratios are "
             f"biased; objective.surrogate.importance_cap={DEFAULT_IMPORTANCE_CAP} is used"
         )
-    if recipe.model.fp8 is not None and surrogate is not None and surrogate.importance_cap is None:
+    servers = recipe.rollout.sglang
+    quantised = recipe.rollout.engine == "sglang" and servers.placement != "given" and servers.servers.quantization
+    if quantised:
         yield (
-            "model.fp8: the engine samples in its own precision, and without objective.surrogate.importance_cap "
+            "rollout.sglang.servers.quantization: nobody has seen it on a GPU yet, and the check after a weight sync "
+            "does not compare quantised weights; watch train/mismatch_k3"
+        )
+    rounding = [f"model.{key}" for key in ("fp8", "fp8_emulation") if getattr(recipe.model, key) is not None]
+    rounding += ["rollout.sglang.servers.quantization"] if quantised else []
+    if rounding and surrogate is not None and surrogate.importance_cap is None:
+        yield (
+            f"{rounding[0]}: trainer and engine round differently, and without objective.surrogate.importance_cap "
             "nothing corrects for the difference; watch train/mismatch_k3"
         )
-    servers = recipe.rollout.sglang
     if (
         recipe.rollout.engine == "sglang"
         and servers.placement != "given"

@@ -53,7 +53,7 @@ def _build_chunk(
         megatron_config = transformer_config(architecture, layout, config, spec)
         model = HeadlessGPTModel(
             config=megatron_config,
-            transformer_layer_spec=layer_spec(spec, megatron_config, chunk),
+            transformer_layer_spec=layer_spec(spec, megatron_config, config, chunk),
             vocab_size=architecture.padded_vocab_size(layout.tensor),
             max_sequence_length=config.max_sequence or architecture.max_positions,
             pre_process=context.is_first_stage and chunk in (None, 0),

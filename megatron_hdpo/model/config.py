@@ -49,9 +49,16 @@ class ModelConfig(BaseModel):
         description="Source of FP8 scales: delayed, earlier values of the tensor; tensorwise, the tensor itself; "
         "blockwise, its blocks of 128; mxfp8, its blocks of 32 (Blackwell).",
     )
+    fp8_emulation: Literal["tensorwise", "blockwise", "mxfp8"] | None = Field(
+        None,
+        description="With spec=torch, on any device: round the operands of the layers' matrix products as the FP8 "
+        "recipe of this name does, and multiply in float32. Slower than no FP8; shows its effect without a GPU.",
+    )
     fp8_param: bool = Field(False, description="Keep the weights themselves in FP8: refused, see docs/precision.md.")
     first_last_layers_bf16: tuple[Layers, Layers] = Field(
-        (0, 0), description="With fp8: how many layers at the start and at the end of the model stay in bfloat16."
+        (0, 0),
+        description="With fp8 or fp8_emulation: how many layers at the start and at the end of the model stay without "
+        "FP8.",
     )
     recompute: Literal["none", "selective", "full"] = Field(
         "none",

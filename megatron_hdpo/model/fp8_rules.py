@@ -1,4 +1,4 @@
-"""Rules of FP8 training with Transformer Engine: allowed combinations of recipe keys, and needs of shapes and devices.
+"""Rules of FP8 training: allowed combinations of recipe keys, and needs of shapes and devices.
 
 Only the matrix products of the transformer layers run in FP8. Embedding and head are Megatron's own modules, which have
 no FP8; log-probs and divergences are computed by this package in float32. FP8 was not run when this was written: the
@@ -44,9 +44,9 @@ def precision_errors(config: ModelConfig, layout: ParallelConfig, architecture: 
             "computes in FP8 from bfloat16 weights"
         )
     yield from _recompute_errors(config, architecture)
+    yield from _emulation_errors(config)
+    yield from _unquantised_layer_errors(config, layout, architecture)
     if config.fp8 is None:
-        if any(config.first_last_layers_bf16):
-            yield "model.first_last_layers_bf16: all layers are bfloat16 without model.fp8"
         if config.fp8_recipe != ModelConfig.model_fields["fp8_recipe"].default:
             yield "model.fp8_recipe: there is no FP8 without model.fp8"
         return
@@ -73,16 +73,34 @@ def _recompute_errors(config: ModelConfig, architecture: Architecture) -> Iterat
         yield "model.recompute_modules: layernorm cannot be recomputed with fp8_recipe=delayed"
 
 
+def _emulation_errors(config: ModelConfig) -> Iterator[str]:
+    if config.fp8_emulation is None:
+        return
+    if config.fp8 is not None:
+        yield "model.fp8_emulation: not together with model.fp8, which computes in FP8 itself: remove one of the two"
+    if config.spec != "torch":
+        yield f"model.fp8_emulation: emulates FP8 in plain torch layers: set model.spec=torch, not {config.spec}"
+
+
+def _unquantised_layer_errors(config: ModelConfig, layout: ParallelConfig, architecture: Architecture) -> Iterator[str]:
+    """Yield the reasons why these layers cannot be the ones that stay without FP8."""
+    if not any(config.first_last_layers_bf16):
+        return
+    if config.fp8 is None and config.fp8_emulation is None:
+        yield "model.first_last_layers_bf16: all layers are bfloat16 without model.fp8"
+        return
+    if config.fp8 is not None and config.fp8_recipe == "delayed":
+        yield "model.first_last_layers_bf16: not with fp8_recipe=delayed, whose scales would not all be reduced"
+    per_stage = architecture.num_layers // layout.pipeline
+    if max(config.first_last_layers_bf16) > per_stage:
+        yield f"model.first_last_layers_bf16: at most the {per_stage} layers of a pipeline stage at either end"
+
+
 def _fp8_errors(config: ModelConfig, layout: ParallelConfig, architecture: Architecture) -> Iterator[str]:
     if config.spec == "torch":
         yield "model.fp8: needs model.spec=transformer_engine; under plain torch layers it would do nothing"
     if config.dtype == "float32":
         yield "model.fp8: needs model.dtype=bfloat16, not float32"
-    if config.fp8_recipe == "delayed" and any(config.first_last_layers_bf16):
-        yield "model.first_last_layers_bf16: not with fp8_recipe=delayed, whose scales would not all be reduced"
-    per_stage = architecture.num_layers // layout.pipeline
-    if max(config.first_last_layers_bf16) > per_stage:
-        yield f"model.first_last_layers_bf16: at most the {per_stage} layers of a pipeline stage at either end"
     yield from size_errors(config, layout, architecture)
 
 
@@ -108,6 +126,8 @@ def runtime_error(config: ModelConfig, spec: SpecName, device: torch.device) -> 
     """Return why the recipe's precision does not run with this run's layers and device; None if it runs."""
     if spec == "torch" and config.recompute == "selective" and "layernorm" in config.recompute_modules:
         return "model.recompute_modules: layernorm needs Transformer Engine, and this run has plain torch layers"
+    if spec != "torch" and config.fp8_emulation is not None:
+        return "model.fp8_emulation emulates FP8 in plain torch layers, and this run has those of Transformer Engine"
     if config.fp8 is None:
         return None
     if spec == "torch":  # Megatron would silently compute in bfloat16
@@ -127,6 +147,11 @@ def runtime_error(config: ModelConfig, spec: SpecName, device: torch.device) -> 
 
 def precision_warnings(config: ModelConfig) -> Iterator[str]:
     """Yield warnings about the recipe's precision that do not depend on the device."""
+    if config.fp8_emulation is not None:
+        yield (
+            f"model.fp8_emulation={config.fp8_emulation}: products are rounded as in FP8, but computed in float32, "
+            "which takes longer than no FP8: for studying its effect (docs/fp8-emulation.md)"
+        )
     if config.fp8 is not None and config.fp8_recipe == "mxfp8":
         yield "model.fp8_recipe=mxfp8 runs on Blackwell only: on H100 and H200 the run stops at its start"
     if config.fp8 is not None and config.fp8_recipe == "delayed":

@@ -148,7 +148,7 @@ def _rope(architecture: Architecture, context: ParallelContext) -> RotaryEmbeddi
 
 def _stack(config: TransformerConfig) -> ModuleSpec:
     """The halves of a layer of the plain-torch spec."""
-    layer: TransformerLayerSubmodules = layer_spec("torch", config).layer_specs[0].submodules
+    layer: TransformerLayerSubmodules = layer_spec("torch", config, ModelConfig(path="")).layer_specs[0].submodules
     attention = TransformerLayerSubmodules(
         input_layernorm=layer.input_layernorm, self_attention=layer.self_attention, self_attn_bda=layer.self_attn_bda
     )

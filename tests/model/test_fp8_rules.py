@@ -19,6 +19,7 @@ from tiny_policy import OPTIMIZER, SIZES, SPEC, build_policy, gradients_of, join
 from transformers import LlamaConfig
 
 from megatron_hdpo.config import RecipeError, check_recipe, parse_recipe
+from megatron_hdpo.config.precision import resolve
 from megatron_hdpo.model import megatron_config
 from megatron_hdpo.model.architecture import Architecture, read_architecture
 from megatron_hdpo.model.build import build_model
@@ -118,9 +119,16 @@ def architecture(tmp_path_factory: pytest.TempPathFactory) -> Architecture:
     return read_architecture(folder)
 
 
+FP8_SERVERS = {"quantization": "fp8", "extra_args": {"load-format": "flash_rl"}}
+
+
 def fp8(**options: Any) -> ModelConfig:
     defaults = {"path": "", "dtype": "bfloat16", "spec": "transformer_engine", "fp8": "hybrid"}
     return ModelConfig(**(defaults | options))
+
+
+def emulated(**options: Any) -> ModelConfig:
+    return ModelConfig(**({"path": "", "spec": "torch", "fp8_emulation": "blockwise"} | options))
 
 
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise"])
@@ -139,6 +147,9 @@ def test_fp8_that_can_be(recipe: str, architecture: Architecture) -> None:
         (fp8(), {"tensor": 4}, "24 FFN channels of a tensor-parallel rank are no multiple of 16"),
         (fp8(fp8_recipe="mxfp8"), {"tensor": 2}, "48 FFN channels of a tensor-parallel rank are no multiple of 32"),
         (ModelConfig(path="", first_last_layers_bf16=(1, 1)), {}, "all layers are bfloat16 without model.fp8"),
+        (emulated(spec="transformer_engine"), {}, "set model.spec=torch, not transformer_engine"),
+        (emulated(spec="auto"), {}, "set model.spec=torch, not auto"),
+        (emulated(first_last_layers_bf16=(3, 0)), {"pipeline": 2}, "at most the 2 layers of a pipeline stage"),
         (ModelConfig(path="", recompute="selective", recompute_modules=["moe"]), {}, "this one is dense: use mlp"),
         (
             ModelConfig(path="", recompute="selective", recompute_modules=["core_attn", "layernorm"]),
@@ -151,6 +162,20 @@ def test_fp8_that_can_be(recipe: str, architecture: Architecture) -> None:
 def test_what_is_refused(config: ModelConfig, layout: dict, reason: str, architecture: Architecture) -> None:
     reasons = list(precision_errors(config, ParallelConfig(**layout), architecture))
     assert len(reasons) == 1 and reason in reasons[0]
+
+
+def test_emulation_beside_fp8_is_refused(architecture: Architecture) -> None:
+    first, *_ = precision_errors(emulated(fp8="hybrid", dtype="bfloat16"), ParallelConfig(), architecture)
+    assert "model.fp8_emulation: not together with model.fp8" in first
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_emulation_needs_no_gpu_and_no_sizes(dtype: Any, architecture: Architecture) -> None:
+    """Blocks at the end of a dimension may be smaller."""
+    config = emulated(dtype=dtype, first_last_layers_bf16=(1, 1))
+    assert not list(precision_errors(config, ParallelConfig(tensor=4), architecture))
+    assert runtime_error(config, "torch", torch.device("cpu")) is None
+    assert "plain torch layers" in (runtime_error(config, "transformer_engine", torch.device("cuda")) or "")
 
 
 def test_what_is_refused_of_a_model_with_experts(architecture: Architecture) -> None:
@@ -196,9 +221,47 @@ def test_a_recipe_is_warned(architecture: Architecture, tmp_path: Path) -> None:
     assert not any("model.fp8" in line for line in check_recipe(parse_recipe(tree), longer, 1))
 
 
+@pytest.mark.parametrize(
+    ("quantised", "key"),
+    [
+        ({"model": {"spec": "torch", "fp8_emulation": "mxfp8"}}, "model.fp8_emulation"),
+        (
+            {"device": "cuda", "rollout": {"engine": "sglang", "sglang": {"servers": FP8_SERVERS}}},
+            "rollout.sglang.servers.quantization",
+        ),
+    ],
+    ids=["emulated", "servers"],
+)
+def test_a_recipe_whose_sides_round_differently_is_warned(
+    quantised: dict[str, Any], key: str, architecture: Architecture, tmp_path: Path
+) -> None:
+    tree = small_recipe(tmp_path, tmp_path / "run")
+    for section, values in quantised.items():
+        tree[section] = tree[section] | values if isinstance(values, dict) else values
+    tree["rollout"].pop("embedded")
+    tree["model"]["dtype"] = "bfloat16"
+    longer = replace(architecture, family="qwen2", max_positions=256)
+    recipe = resolve(parse_recipe(tree), "bfloat16")
+    assert [line for line in check_recipe(recipe, longer, 1) if line.startswith(f"{key}: trainer and engine round")]
+    tree["objective"]["surrogate"] = {"importance_cap": 2.0}
+    capped = check_recipe(resolve(parse_recipe(tree), "bfloat16"), longer, 1)
+    assert not any("importance_cap nothing corrects" in line for line in capped)
+
+
+def test_servers_that_could_not_take_new_weights_are_refused(architecture: Architecture, tmp_path: Path) -> None:
+    tree = small_recipe(tmp_path, tmp_path / "run") | {"device": "cuda"}
+    tree["rollout"] |= {"engine": "sglang", "sglang": {"servers": FP8_SERVERS}}
+    longer = replace(architecture, max_positions=256)
+    with pytest.raises(
+        RecipeError, match=r"servers\.quantization: SGLang takes .* qwen2 and qwen3 only, not for llama"
+    ):
+        check_recipe(resolve(parse_recipe(tree), "bfloat16"), longer, 1)
+
+
 def test_warnings_before_the_device_is_known() -> None:
     assert any("Blackwell" in line for line in precision_warnings(fp8(fp8_recipe="mxfp8")))
     assert any("one update old" in line for line in precision_warnings(fp8(fp8_recipe="delayed")))
+    assert any("computed in float32" in line for line in precision_warnings(emulated()))
     assert not list(precision_warnings(fp8()))
 
 
