@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_hdpo import commands
 from megatron_hdpo.commands.base import PROGRAM, Command
-from megatron_hdpo.environment import missing_package, versions
+from megatron_hdpo.environment import broken_package, missing_package, versions
 from megatron_hdpo.types.errors import UserError
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _for_the_user(error: Exception) -> str | None:
     """Return the one line to print for an error that the user can fix; None for a bug of this package."""
-    if (line := missing_package(error)) is not None:
+    if (line := missing_package(error) or broken_package(error)) is not None:
         return line
     return f"{type(error).__name__}: {error}" if isinstance(error, UserError) else None
 

@@ -1,10 +1,11 @@
-"""One-line messages about missing packages, in place of tracebacks. Needs the standard library only."""
+"""One-line messages about missing and broken packages, in place of tracebacks. Needs the standard library only."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
 import sys
+import traceback
 from collections.abc import Iterator
 from types import TracebackType
 
@@ -36,6 +37,28 @@ def missing_package(error: BaseException) -> str | None:
     return absent(error.name)
 
 
+def broken_package(error: BaseException) -> str | None:
+    """Return one line about Transformer Engine if the error arose while it was imported; None for any other error.
+
+    Megatron-Core imports it wherever it is installed, and expects no error but ImportError.
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        module = str(frame.f_globals.get("__name__"))
+        if frame.f_code.co_name == "<module>" and module.partition(".")[0].startswith("transformer_engine"):
+            return engine_does_not_load(error)
+    return None
+
+
+def engine_does_not_load(error: BaseException) -> str:
+    """Return one line that says that Transformer Engine is incomplete, and the remedy."""
+    first_line = str(error).strip().partition("\n")[0]
+    return (
+        f"Transformer Engine is installed but does not load ({type(error).__name__}: {first_line}); Megatron-Core "
+        "cannot be imported beside it: complete it (transformer-engine[pytorch], for this torch and CUDA) or uninstall "
+        "it"
+    )
+
+
 def installed(package: str) -> bool:
     """Return whether a top-level package can be found; imports nothing."""
     return importlib.util.find_spec(package) is not None
@@ -57,11 +80,11 @@ def remedy(package: str) -> str:
 
 
 def explain_missing_packages() -> None:
-    """Print one line in place of the traceback when a script ends by a missing package. The exit code stays 1."""
+    """Print one line in place of the traceback when a missing or broken package ends a script; the exit code is 1."""
     usual = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        line = missing_package(error)
+        line = missing_package(error) or broken_package(error)
         if line is None:
             usual(kind, error, trace)
         else:

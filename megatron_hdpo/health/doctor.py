@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 
-from megatron_hdpo.environment import EXTRAS, REMEDY, project_is_installed
+from megatron_hdpo.environment import EXTRAS, REMEDY, engine_does_not_load, project_is_installed
 from megatron_hdpo.health.version_sets import PYTHONS, misfits, nearest
 from megatron_hdpo.model.apex import Apex, installed_apex
 
@@ -135,19 +135,15 @@ def _precision() -> Iterator[tuple[str, bool | None]]:
 def _transformer_engine() -> tuple[str, bool | None]:
     """Return the finding on Transformer Engine.
 
-    With an installed but incomplete Transformer Engine, `import megatron.core` itself fails with a RuntimeError.
+    With an installed but incomplete Transformer Engine, `import megatron.core` itself fails, with whatever error that
+    raises: RuntimeError, FileNotFoundError and OSError have been seen.
     """
     if importlib.util.find_spec("transformer_engine") is None:
         return "Transformer Engine: not installed, plain torch layers are used", None
     try:
         import transformer_engine.pytorch  # noqa: F401
     except Exception as error:
-        return (
-            f"Transformer Engine is installed but does not load ({type(error).__name__}: {error}); Megatron-Core "
-            "cannot be imported beside it: complete it (transformer-engine[pytorch], for this torch and CUDA) or "
-            "uninstall it",
-            False,
-        )
+        return engine_does_not_load(error), False
     return "Transformer Engine loads", True
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from megatron_hdpo.environment import engine_does_not_load
 from megatron_hdpo.types.errors import UserError
 
 if TYPE_CHECKING:
@@ -128,10 +129,20 @@ def transformer_engine_available() -> bool:
 
 
 def choose_spec(config: ModelConfig, device: torch.device) -> SpecName:
-    """Return the layer spec of this run. Raises ModelError when it asks for Transformer Engine and that cannot run."""
+    """Return the layer spec of this run. Raises ModelError when it takes Transformer Engine and that cannot run."""
     available = device.type == "cuda" and transformer_engine_available()
+    if available and config.spec != "torch":
+        _check_that_the_engine_loads()
     if config.spec == "auto":
         return "transformer_engine" if available else "torch"
     if config.spec == "transformer_engine" and not available:
         raise ModelError("model.spec=transformer_engine needs a GPU and the transformer-engine package: use spec=torch")
     return config.spec
+
+
+def _check_that_the_engine_loads() -> None:
+    """Raise ModelError if Transformer Engine is incomplete; Megatron takes an ImportError in it for its absence."""
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except Exception as error:
+        raise ModelError(f"{engine_does_not_load(error)}; or set model.spec=torch") from error
