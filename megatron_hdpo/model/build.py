@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -69,6 +70,7 @@ def _build_chunk(
         )
     _mark_shards(model)
     _mark_experts(model, layout)
+    _forget_routing(model)
     return model.to(context.device)
 
 
@@ -99,6 +101,20 @@ def _mark_experts(model: HeadlessGPTModel, layout: ParallelConfig) -> None:
         for parameter in layer.experts.parameters():
             parameter.allreduce = layout.expert == 1 and layout.expert_tensor == layout.tensor
             parameter.tensor_model_parallel = True
+
+
+def _forget_routing(model: HeadlessGPTModel) -> None:
+    """Let no dispatcher of tokens hold on to a layer's graph after its forward pass.
+
+    Megatron's keeps the router's probabilities, of which it reads only the type, until the next forward pass. With
+    recomputed layers the input and its gradient of every layer would stay: a gigabyte and a half of Qwen3-235B.
+    """
+    for layer in (module for module in model.modules() if isinstance(module, MoELayer)):
+        layer.experts.register_forward_pre_hook(partial(_detach_probabilities, layer.token_dispatcher))
+
+
+def _detach_probabilities(dispatcher: Any, *_: Any) -> None:
+    dispatcher.probs = dispatcher.probs.detach()
 
 
 def wrap_data_parallel(model: nn.Module, context: ParallelContext) -> Any:
