@@ -14,7 +14,9 @@ from _rehearsal import build
 from _rehearsal.folder import UnwrittenWeights, write_folder
 from _rehearsal.host_values import even_parts
 from _rehearsal.planned import Line, lines
+from _rehearsal.replaced import Rehearsed, replaced
 from _rehearsal.report import comparison, failure_line, largest_errors, rank_text
+from _rehearsal.servers import stand_ins
 from _rehearsal.setting import Asked, Setting, sampled_ranks, setting_of, shortened
 from _rehearsal.synthetic import Prompts, groups_of, score_of
 from _rehearsal.world import OneRankStore
@@ -122,6 +124,13 @@ def test_running_out_of_memory_is_one_line() -> None:
     failure = {"phase": "sync", "text": "no room", "allocated": 2 * GIB, "reserved": 3 * GIB, "free": GIB}
     line = failure_line(told(setting(), failure=failure))
     assert "phase sync" in line and "reserved 3.00" in line and "\n" not in line
+
+
+def test_the_program_of_a_rank_finds_what_it_replaces() -> None:
+    """Every name that a rehearsal replaces is there: patching one that is gone would fail on the null GPU only."""
+    done = Rehearsed(None, None, 0)  # type: ignore[arg-type]
+    with replaced(done), stand_ins(None) as fleets:
+        assert fleets == [] and done.saved == 0
 
 
 def _headers() -> Path | None:

@@ -9,7 +9,8 @@ import torch
 
 from _rehearsal.device import NullGpu
 from _rehearsal.meter import Measured, Meter, peak_rss
-from _rehearsal.program import Rehearsed, rehearse
+from _rehearsal.program import rehearse
+from _rehearsal.replaced import Rehearsed
 from _rehearsal.servers import ServerMemory
 from _rehearsal.setting import Asked, Setting, setting_of
 from megatron_hdpo.costs.cluster import GIB
