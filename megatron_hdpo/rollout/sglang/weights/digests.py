@@ -33,7 +33,7 @@ class ByteDigests:
     def append(self, key: Key, piece: Tensor, padding: int = 0) -> None:
         """Append a piece to a parameter; see Digests."""
         content = self._hashes.setdefault(key, hashlib.sha256())
-        content.update(piece.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        content.update(piece.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         content.update(bytes(padding))
 
     def result(self) -> dict[Key, str]:

@@ -88,7 +88,7 @@ def as_words(piece: Tensor) -> Tensor:
     return words
 
 
-def _divides(divisor: int, *numbers: int) -> bool:
+def _divides(divisor: int, *numbers: int | torch.SymInt) -> bool:
     return not any(number % divisor for number in numbers)
 
 
