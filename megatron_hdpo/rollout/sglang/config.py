@@ -22,7 +22,11 @@ class WeightSyncConfig(BaseModel):
         "auto: tensor on a CPU and where servers are colocated, else distributed.",
     )
     bucket_mib: int = Field(256, ge=1, description="Tensors travel in buckets of at most this size.")
-    timeout_s: float = Field(600, gt=0, description="Longest wait for one answer of a server during a sync.")
+    timeout_s: float = Field(
+        600,
+        gt=0,
+        description="Longest wait for one answer of a server during a sync, and for the end of one broadcast.",
+    )
     pause: Literal["retract", "in_place", "abort"] = Field(
         "retract",
         description="Treatment of samples in progress: retract queues them again and recomputes their keys and values "

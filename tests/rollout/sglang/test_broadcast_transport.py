@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import torch
 from fault_proxy import cut_off, serving
 from stand_in_server import StandIn
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from megatron_hdpo.rollout.sglang.config import SGLangConfig
 from megatron_hdpo.rollout.sglang.engine import SGLangEngine
@@ -20,6 +22,7 @@ from megatron_hdpo.rollout.sglang.loop_thread import in_daemon_thread
 from megatron_hdpo.rollout.sglang.weights import transports
 from megatron_hdpo.rollout.sglang.weights.push import WeightPush, WeightPushError
 from megatron_hdpo.rollout.sglang.weights.transports import BroadcastTransport
+from megatron_hdpo.rollout.sglang.weights.update_group import UpdateGroup
 
 
 class Group:
@@ -132,6 +135,27 @@ def test_a_group_that_was_never_formed_is_not_used(group: type[Group], monkeypat
         group.stuck = False
         push.push(stream(), 2)
         assert [made.sent for made in group.made] == [0, 3]
+
+
+def test_torchs_watchdog_does_not_end_the_process_when_a_member_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch reads this variable when a group is created; other groups keep what the user has set."""
+    variable, seen = "TORCH_NCCL_ASYNC_ERROR_HANDLING", []
+
+    def create(*arguments: object, **options: object) -> tuple[str, None]:
+        seen.append(os.environ.get(variable))
+        return "a group", None
+
+    monkeypatch.setattr(distributed_c10d, "_new_process_group_helper", create)
+    for before in (None, "3"):
+        if before is not None:
+            monkeypatch.setenv(variable, before)
+        group = UpdateGroup({"http://127.0.0.1:1": 1}, torch.device("cpu"))
+        group.join(30.0)
+        del distributed_c10d._world.pg_group_ranks[group._group]
+        group._group = None
+        group.abandon()
+        assert os.environ.get(variable) == before
+    assert seen == ["0", "0"]
 
 
 def test_a_call_in_a_daemon_thread_gives_its_result_or_its_error() -> None:

@@ -24,6 +24,9 @@ from torch.distributed import distributed_c10d
 from megatron_hdpo.rollout.sglang.servers.ports import HeldPort, node_address
 
 POLL_S = 0.002
+NCCL_PATIENCE = 4
+"""Timeout of the NCCL group in multiples of the time that an answer or a broadcast may take. torch may end the process
+when the timeout of a group passes, so whoever waits for a broadcast must have given up long before."""
 _ERROR_HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 
 
@@ -69,6 +72,8 @@ class UpdateGroup:
         self._store = dist.PrefixStore(self.name, store)
         # torch has no public function for a second world; SGLang's side uses this private one too.
         name = distributed_c10d.GroupName(self.name)
+        if self.backend == "nccl":
+            timeout *= NCCL_PATIENCE
         with _errors_do_not_end_the_process():
             self._group, _ = distributed_c10d._new_process_group_helper(
                 self.world_size, 0, [], dist.Backend(self.backend), self._store, group_name=name, timeout=timeout
