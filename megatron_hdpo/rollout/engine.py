@@ -58,7 +58,7 @@ class Engine(Protocol):
     def make_room(self) -> None:
         """Free memory that a trainer on the same device can use, until the next weight update.
 
-        Call it only when no request is outstanding and none will be submitted before that update.
+        Call it on every rank, and only when no request is outstanding and none will be submitted before that update.
         """
 
     def close(self) -> None:

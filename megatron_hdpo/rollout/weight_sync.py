@@ -55,8 +55,8 @@ class ServerSync:
     def __call__(self, open_stream: OpenStream, version: int) -> dict[str, float]:
         """Push the weights to the servers of all ranks; see WeightSync.
 
-        Raises TrainingError, on every rank, when a server does not hold the weights it was sent, or when no server of a
-        rank took them.
+        Raises, on every rank, TrainingError when a server does not hold the weights it was sent, or when no server of a
+        rank took them; MemoryShortageError when a colocated server cannot take its memory back.
         """
         for last in (False,) * (PUSHES - 1) + (True,):
             metrics, failure, fatal = self._push(open_stream, version)

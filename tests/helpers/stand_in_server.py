@@ -13,16 +13,14 @@ from fault_proxy import Answer, FaultProxy
 class StandIn(FaultProxy):
     """calls: paths in order, with the tags of those that have some. Faults befall it as they do a real one's proxy.
 
-    memory: what it says to occupy, in GiB. on_call: called with every path before it is answered.
+    memory: what it says to occupy, in GiB. on_call: called with every call and its body before it is answered.
     """
 
-    def __init__(
-        self, memory: dict[str, float] | None = None, on_call: Callable[[str], None] = lambda path: None
-    ) -> None:
+    def __init__(self, memory: dict[str, float] | None = None) -> None:
         super().__init__("")
         self.calls: list[str] = []
         self.version = "-1"
-        self.on_call = on_call
+        self.on_call: Callable[[str, Answer], None] = lambda call, asked: None
         self.info = {
             "version": "0.5.23",
             "tp_size": 1,
@@ -39,7 +37,7 @@ class StandIn(FaultProxy):
         asked = orjson.loads(body) if body else {}
         if request.method == "POST":
             call = " ".join([request.path, *asked.get("tags", [])])
-            self.on_call(call)
+            self.on_call(call, asked)
             self.calls.append(call)
             self.version = asked.get("weight_version", self.version)
         answer: dict[str, Any] = {"success": True, "message": "", "weight_version": self.version}

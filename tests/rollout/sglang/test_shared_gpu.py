@@ -42,7 +42,7 @@ class FakeMemory:
         self.calls.append("the trainer releases its cache")
         self.cached = 0
 
-    def changed_by(self, call: str) -> None:
+    def changed_by(self, call: str, asked: object = None) -> None:
         if call == "/release_memory_occupation":
             self.server = 0
         if call == "/resume_memory_occupation weights":
@@ -100,7 +100,7 @@ def test_memory_that_comes_late_is_waited_for(caplog: pytest.LogCaptureFixture) 
     with turns() as (engine, push, memory, server), caplog.at_level(logging.WARNING):
         push.push(stream(), 0)
 
-        def late(call: str) -> None:
+        def late(call: str, asked: object) -> None:
             memory.changed_by(call)
             memory.looks_until_free = 3
 
@@ -113,7 +113,7 @@ def test_memory_that_comes_late_is_waited_for(caplog: pytest.LogCaptureFixture) 
 def test_memory_that_never_comes_is_said(caplog: pytest.LogCaptureFixture) -> None:
     with turns() as (engine, push, _, server), caplog.at_level(logging.WARNING):
         push.push(stream(), 0)
-        server.on_call = lambda call: None
+        server.on_call = lambda call, asked: None
         engine.make_room()
         (record,) = caplog.records
         assert "occupied 36.0 GiB of this GPU and has released 0.0 GiB within 0.2 s" in record.getMessage()
