@@ -28,7 +28,7 @@ from megatron_hdpo.rollout.sglang.shared_gpu import CudaMemory, SharedGpu
 from megatron_hdpo.rollout.sglang.weights.gate import Gate
 from megatron_hdpo.rollout.sglang.weights.push import Transport, WeightPush
 from megatron_hdpo.rollout.sglang.weights.same_model import check_served_models
-from megatron_hdpo.rollout.sglang.weights.transports import BroadcastTransport, DiskTransport, TensorTransport
+from megatron_hdpo.rollout.sglang.weights.transports import BroadcastTransport, DiskTransport, Gather, TensorTransport
 from megatron_hdpo.rollout.weight_sync import EmbeddedSync, ServerSync, WeightSync
 from megatron_hdpo.types.errors import UserError
 from megatron_hdpo.weights.stream import Receivers
@@ -187,14 +187,12 @@ def _transport(
         return DiskTransport(timeout, (config.sync.folder or output / "sync") / f"rank{context.rank}", model_path)
     if path == "distributed":
         return BroadcastTransport(timeout, device)
-    gather = _gather_payloads(plan, config.servers.tensor_parallel, context) if device.type == "cuda" else None
+    gather = _gather_on_server(plan, config.servers.tensor_parallel, context) if device.type == "cuda" else None
     return TensorTransport(timeout, gather)
 
 
-def _gather_payloads(
-    plan: Sequence[PlannedServer], size: int, context: ParallelContext
-) -> Callable[[str], Sequence[str]] | None:
-    """Return a function that gathers payloads from the ranks on whose GPUs this rank's server runs.
+def _gather_on_server(plan: Sequence[PlannedServer], size: int, context: ParallelContext) -> Gather | None:
+    """Return a function that gathers a value from the ranks on whose GPUs this rank's server runs.
 
     Every rank creates every group, in the same order; None on a rank outside all of them.
     """
@@ -206,7 +204,7 @@ def _gather_payloads(
     if mine is None:
         return None
     group = mine
-    return lambda payload: context.gather_objects(payload, group)
+    return lambda value: context.gather_objects(value, group)
 
 
 def together(context: ParallelContext, work: Callable[[], T], close: Callable[[], None] | None = None) -> T:

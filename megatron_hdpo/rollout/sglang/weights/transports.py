@@ -26,35 +26,44 @@ from megatron_hdpo.rollout.sglang.weights.update_group import UpdateGroup
 LOGGER = logging.getLogger(__name__)
 ABANDON_S = 30.0
 """Longest wait for NCCL to abort a group; it takes a fraction of a second."""
-GatherPayloads = Callable[[str], Sequence[str]]
+Gather = Callable[[Any], Sequence[Any]]
 
 
 class TensorTransport:
     """Transport by update_weights_from_tensor.
 
     On a GPU the request holds handles to the trainer's memory (CUDA IPC), which the server's process on the same GPU
-    opens; on a CPU it holds the values. gather: collects the payloads of the ranks on whose GPUs one server runs, in
-    the server's rank order (collective over them); None where this rank's payload serves all ranks of a server.
+    opens; on a CPU it holds the values. gather: collects a value of the ranks on whose GPUs one server runs, in the
+    server's rank order (collective over them); None where this rank's payload serves all ranks of a server.
     """
 
-    def __init__(self, timeout_s: float, gather: GatherPayloads | None = None) -> None:
+    def __init__(self, timeout_s: float, gather: Gather | None = None) -> None:
         self.timeout_s, self.gather = timeout_s, gather
+        self._servers: Participants | None = None
         self._kept: list[Any] = []
 
     async def open(self, servers: Participants) -> None:
-        """Do nothing: no preparation is needed."""
+        """Note the servers, of which some may be lost until a bucket is prepared."""
+        self._servers = servers
 
     def prepare(self, bucket: Bucket) -> Sequence[str]:
-        """Return one payload, or one per rank of a server.
+        """Return one payload, or one per rank of a server; none when no server takes part any more.
 
         Memory that handles point to is kept until the next bucket has been gathered; by then the server has read this
-        one.
+        one. Memory whose handle nobody opens is lost: torch keeps it until the other side lets go of it.
         """
+        if not self._are_servers_left():
+            return []
         tensor, metadata = flattened(bucket)
         payload = request_text(tensor, metadata)
         payloads = [payload] if self.gather is None else self.gather(payload)
         self._kept = [*self._kept[-1:], tensor]
         return payloads
+
+    def _are_servers_left(self) -> bool:
+        """Return whether a server takes part that reads this rank's memory."""
+        mine = self._servers is not None and bool(self._servers.replicas)
+        return mine if self.gather is None else any(self.gather(mine))
 
     async def send(self, prepared: Sequence[str], servers: Participants, last: dict[str, Any]) -> None:
         """Send the same bucket to every server."""
