@@ -100,6 +100,15 @@ class NullGpu:
         """Take memory as another process on the GPU does (negative: give it back). Return whether there was room."""
         return bool(self._library.nullgpu_occupy(num_bytes))
 
+    @contextmanager
+    def hanging(self) -> Iterator[None]:
+        """Let broadcasts that begin in the block never end, until a communicator is aborted (counted: N, "Abort")."""
+        self._library.nullgpu_hang(1)
+        try:
+            yield
+        finally:
+            self._library.nullgpu_hang(0)
+
     def answer(self, value: bytes) -> None:
         """Let the next copy of len(value) bytes from the device to the host give `value`."""
         self._library.nullgpu_answer(value, len(value))

@@ -165,10 +165,12 @@ API int ncclAllGather(const void *from, void *to, size_t n, int type, void *grou
 API int ncclReduceScatter(const void *from, void *to, size_t n, int type, int, void *group, void *) {
     return collective("ReduceScatter", n, type, group, from, to);
 }
-API int ncclBroadcast(const void *from, void *to, size_t n, int type, int, void *group, void *) {
+API int ncclBroadcast(const void *from, void *to, size_t n, int type, int, void *group, void *stream) {
+    broadcast_on(stream);
     return collective("Broadcast", n, type, group, from, to);
 }
-API int ncclBcast(void *both, size_t n, int type, int, void *group, void *) {
+API int ncclBcast(void *both, size_t n, int type, int, void *group, void *stream) {
+    broadcast_on(stream);
     return collective("Broadcast", n, type, group, both, both);
 }
 API int ncclReduce(const void *from, void *to, size_t n, int type, int, int, void *group, void *) {

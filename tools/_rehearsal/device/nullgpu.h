@@ -36,6 +36,8 @@ void forget(const void *pointer);  // a kernel wrote there: its value is not kno
 size_t free_bytes();
 size_t capacity();
 
+void broadcast_on(const void *stream);  // may never end: see hang.cpp
+
 int device_count();
 int current_device();
 bool set_device(int device);
