@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import inspect
-import io
-import pickle
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
+from _rehearsal.servers import opened
 from fault_proxy import serving, status
 from stand_in_server import StandIn
 from torch import Tensor
-from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
 from megatron_hdpo.rollout.sglang.config import SGLangConfig
 from megatron_hdpo.rollout.sglang.engine import SGLangEngine
@@ -155,19 +150,6 @@ def handles_of_a_bucket(gpu: Any, index: int) -> dict[str, Any]:
     return {"text": text, "uuid": uuid, "sglang": importlib.util.find_spec("sglang") is not None}
 
 
-class _Reader(pickle.Unpickler):
-    """Lets go of the memory that handles in a request point to, as a server does that has read it."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        return _let_go if name == "rebuild_cuda_tensor" else super().find_class(module, name)
-
-
-def _let_go(*arguments: Any) -> None:
-    names = list(inspect.signature(rebuild_cuda_tensor).parameters)
-    handle, offset = (arguments[names.index(name)] for name in ("ref_counter_handle", "ref_counter_offset"))
-    torch.UntypedStorage._release_ipc_counter(handle, offset, device=DEVICE)
-
-
 def turns(gpu: Any, layout: dict[str, Any], weights: int, cache: int, examples: int) -> dict[str, Any]:
     """A 7B policy trains and syncs while a server with `weights` and `cache` bytes comes and goes on the same GPU."""
     from megatron_hdpo.model.build import build_model, wrap_data_parallel
@@ -192,7 +174,7 @@ def turns(gpu: Any, layout: dict[str, Any], weights: int, cache: int, examples: 
 
     def occupied(call: str, asked: dict[str, Any]) -> None:
         for text in asked.get("serialized_named_tensors", []):
-            _Reader(io.BytesIO(base64.b64decode(text))).load()
+            opened(text)
         if call in moves:
             free = gpu.num_bytes("free")
             there_was_room = gpu.occupy(moves[call])
@@ -211,9 +193,7 @@ def turns(gpu: Any, layout: dict[str, Any], weights: int, cache: int, examples: 
     with pushing(server, TensorTransport(600.0), shared, **settings) as (engine, push):
 
         def sync(version: int) -> None:
-            # Whether ranks hold equal copies is a value, and this device computes none.
-            with patch("megatron_hdpo.weights.stream.same_bits", lambda a, b: True):
-                push.push(stream_hf(model, architecture, context, to="all"), version)
+            push.push(stream_hf(model, architecture, context, to="all"), version)
 
         sync(0)
         engine.make_room()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import inspect
+import io
 import pickle
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,10 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import torch
 from aiohttp import web
+from torch import Tensor
+from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
 from _rehearsal.device import NullGpu
 from megatron_hdpo.health.version_sets import SESSIONS_SINCE
@@ -30,6 +34,29 @@ _ACCEPTED = (
     *("/update_weights_from_distributed", "/update_weights_from_disk"),
     *("/init_weights_update_group", "/destroy_weights_update_group"),
 )
+
+
+def opened(text: str) -> Any:
+    """Return what a request carries, with tensors in the trainer's memory, as SGLang opens it.
+
+    Until the result is let go of, the trainer cannot use that memory again.
+    """
+    return _Opener(io.BytesIO(base64.b64decode(text))).load()
+
+
+class _Opener(pickle.Unpickler):
+    """Finds the GPU of a handle by its UUID."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return what a name in the pickle stands for."""
+        found = super().find_class(module, name)
+        return _rebuilt if found is rebuild_cuda_tensor else found
+
+
+def _rebuilt(*arguments: Any) -> Tensor:
+    place = list(inspect.signature(rebuild_cuda_tensor).parameters).index("storage_device")
+    uuids = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
+    return rebuild_cuda_tensor(*arguments[:place], uuids.index(arguments[place]), *arguments[place + 1 :])
 
 
 @dataclass
@@ -94,6 +121,9 @@ class StandIn:
             "enable_memory_saver": self.config.memory_saver,
             "enable_return_routed_experts": True,
         }
+        if self.memory is not None:
+            usage = {"weight": self.memory.weights / 2**30, "kvcache": self.memory.cache / 2**30}
+            said["internal_states"] = [{"memory_usage": usage}]
         return web.json_response(said)
 
     async def _accept(self, request: web.Request) -> web.Response:
@@ -106,7 +136,7 @@ class StandIn:
         """Open the trainer's memory and let go of it: before that the trainer cannot use it again."""
         payloads = (await request.json())["serialized_named_tensors"]
         if self.memory is not None:
-            pickle.loads(base64.b64decode(payloads[0]))  # all ranks' payloads are this one (world.py)
+            opened(payloads[0])  # all ranks' payloads are this one (world.py)
         return await self._accept(request)
 
     async def _release(self, request: web.Request) -> web.Response:
@@ -166,10 +196,7 @@ def stand_ins(memory: ServerMemory | None) -> Iterator[list[StandInFleet]]:
     async def nothing(*_: Any) -> None:
         await asyncio.sleep(0)
 
-    # Handles of shared memory are made as for a server in another environment: SGLang is not in a rehearsal's.
-    patched = SimpleNamespace(monkey_patch_torch_reductions=lambda: None)
     with ExitStack() as stack:
-        stack.enter_context(patch.dict(sys.modules, {"sglang.srt.utils.patch_torch": patched}))  # type: ignore[dict-item]
         for owner, name, stand_in in (
             (build, "ServerFleet", fleet),
             (ServerConfig, "check_interpreter", lambda *_: None),
