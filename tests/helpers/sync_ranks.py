@@ -138,7 +138,14 @@ def _cost(gpu: Any, before: int) -> dict[str, Any]:
     }
 
 
-def handles_of_a_bucket(gpu: Any, index: int) -> dict[str, Any]:
+def digests_and_handles(gpu: Any, index: int) -> dict[str, Any]:
+    """All that needs no policy. index: of the GPU whose memory the handles are of."""
+    found = {"tensor of 128 MiB": digests_of_a_tensor(gpu, 128)}
+    found |= {f"layer on {ranks}": digests_of_a_layer(gpu, ranks) for ranks in (1, 2)}
+    return found | {"handles": handles_of_a_bucket(index)}
+
+
+def handles_of_a_bucket(index: int) -> dict[str, Any]:
     """The text that a request carries, made where SGLang is not installed."""
     import importlib.util
 

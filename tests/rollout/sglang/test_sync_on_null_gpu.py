@@ -7,17 +7,11 @@ import os
 import pickletools
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from null_gpu import needs_null_gpu, on_null_gpu
-from sync_ranks import (
-    GIB,
-    broadcast_that_never_ends,
-    digests_of_a_layer,
-    digests_of_a_tensor,
-    handles_of_a_bucket,
-    turns,
-)
+from sync_ranks import GIB, broadcast_that_never_ends, digests_and_handles, turns
 
 from megatron_hdpo.rollout.sglang.servers.config import ServerConfig
 
@@ -34,8 +28,13 @@ def test_a_broadcast_that_never_ends_holds_no_other_work_of_the_trainer() -> Non
     assert found["left"]["Abort"] == 1
 
 
-def test_digests_read_the_weights_once() -> None:
-    found = on_null_gpu(digests_of_a_tensor, 128)
+@pytest.fixture(scope="module")
+def costs() -> dict[str, Any]:
+    return on_null_gpu(digests_and_handles, 3)
+
+
+def test_digests_read_the_weights_once(costs: dict[str, Any]) -> None:
+    found = costs["tensor of 128 MiB"]
     assert found["launches"] == 1 and found["kernels"] == ["tile_sums_kernel"]
     assert found["waits"] == 1, "for the result"
     sums = 128 * 2**20 // 32768 * 8
@@ -43,16 +42,18 @@ def test_digests_read_the_weights_once() -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_digests_of_fused_and_split_parameters_copy_no_weights(ranks: int) -> None:
-    found = on_null_gpu(digests_of_a_layer, ranks)
+def test_digests_of_fused_and_split_parameters_copy_no_weights(costs: dict[str, Any], ranks: int) -> None:
+    found = costs[f"layer on {ranks}"]
     assert found["parameters"] == [7] * ranks
     assert found["launches"] <= found["pieces"] + 1, "a launch per piece, and one that puts the sums together"
     assert found["waits"] == 1
     assert found["scratch"] < 2**20
 
 
-def test_handles_need_nothing_of_sglang_and_sglang_reads_them(sglang_config: ServerConfig) -> None:
-    found = on_null_gpu(handles_of_a_bucket, 3)
+def test_handles_need_nothing_of_sglang_and_sglang_reads_them(
+    costs: dict[str, Any], sglang_config: ServerConfig
+) -> None:
+    found = costs["handles"]
     assert not found["sglang"]
     pickled = base64.b64decode(found["text"])
     strings = [argument for _, argument, _ in pickletools.genops(pickled) if isinstance(argument, str)]
