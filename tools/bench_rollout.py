@@ -53,7 +53,11 @@ from megatron_hdpo.sampling.coordinator import RolloutCoordinator
 from megatron_hdpo.sampling.sampler import RolloutSampler
 from megatron_hdpo.types.rollouts import GenerationRequest, SamplingParams
 
-SIZES = {"small": {"layers": 4, "hidden": 96, "ffn": 256}, "large": {"layers": 12, "hidden": 512, "ffn": 1536}}
+# Heads have 64 channels: attention kernels of GPUs support few sizes.
+SIZES = {
+    "small": {"layers": 4, "hidden": 128, "heads": 2, "kv_heads": 1, "ffn": 256},
+    "large": {"layers": 12, "hidden": 512, "heads": 8, "kv_heads": 4, "ffn": 1536},
+}
 
 
 def main() -> None:
@@ -67,12 +71,21 @@ def main() -> None:
             with server(options, Path(scratch), name) as (url, model):
                 if name == "small":
                     report["throughput"] = throughput(options, url, model)
+                    write(report, options.out)
                     report["privileged_overlap"] = overlap(options, url, model, context)
-                report.setdefault("sync", []).extend(syncs(options, url, model, Path(scratch)))
+                    write(report, options.out)
+                report.setdefault("sync", [])
+                for found in syncs(options, url, model, Path(scratch)):
+                    report["sync"].append(found)
+                    write(report, options.out)
     Console().print_json(json.dumps(report))
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def write(report: dict[str, Any], out: Path | None) -> None:
+    """Write the report as far as it goes, after each measurement: a later one may fail."""
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def parse_options() -> argparse.Namespace:
@@ -103,7 +116,7 @@ def server(options: argparse.Namespace, scratch: Path, size: str) -> Iterator[tu
     if options.url:
         yield options.url, options.model
         return
-    model = make_tiny_model(scratch / size, heads=8, kv_heads=4, max_positions=256, **SIZES[size])
+    model = make_tiny_model(scratch / size, max_positions=256, **SIZES[size])
     config = ServerConfig(
         python=options.python,
         dtype="float32" if options.device == "cpu" else "bfloat16",
@@ -179,10 +192,9 @@ async def bare_load(url: str, bodies: Sequence[dict[str, Any]], concurrency: int
         await asyncio.gather(*(ask(body) for body in bodies))
 
 
-def syncs(options: argparse.Namespace, url: str, model: Path, scratch: Path) -> list[dict[str, Any]]:
+def syncs(options: argparse.Namespace, url: str, model: Path, scratch: Path) -> Iterator[dict[str, Any]]:
     """Measure the seconds of a push by each path, with and without the gate."""
     device = torch.device(options.device)
-    found = []
     with engine_on(options, url, model) as (engine, weights):
         config = weights.config
         gate = Gate(
@@ -204,16 +216,13 @@ def syncs(options: argparse.Namespace, url: str, model: Path, scratch: Path) -> 
                         seconds[gated].append(time.perf_counter() - begin)
             push.close()
             whole, ungated = (statistics.median(seconds[gated]) for gated in (True, False))
-            found.append(
-                {
-                    "path": path,
-                    "megabytes": report.num_bytes / 1e6,
-                    "seconds": ungated,
-                    "seconds_with_gate": whole,
-                    "gb_per_s": report.num_bytes / 1e9 / ungated,
-                }
-            )
-    return found
+            yield {
+                "path": path,
+                "megabytes": report.num_bytes / 1e6,
+                "seconds": ungated,
+                "seconds_with_gate": whole,
+                "gb_per_s": report.num_bytes / 1e9 / ungated,
+            }
 
 
 def overlap(options: argparse.Namespace, url: str, model: Path, context: Any) -> dict[str, float]:

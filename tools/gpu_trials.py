@@ -1,10 +1,11 @@
-"""Run a trial of `tools/check_gpu.py` that needs its own process; print one line of JSON.
+"""Run a trial of `tools/check_gpu.py` that needs its own process; print a line of JSON for each setting, as it ends.
 
     python tools/gpu_trials.py fp8 --model FOLDER --device cuda
     python -m torch.distributed.run --standalone --nproc-per-node 2 tools/gpu_trials.py overlap --model FOLDER
 
 A trial builds the same policy under several settings, gives each the same work, and reports what differs: values,
-seconds, and bytes of GPU memory. On a CPU it reports null for memory, and "refused" for what needs a GPU.
+seconds, and bytes of GPU memory. On a CPU it reports null for memory, and "refused" for what needs a GPU. A setting
+that fails reports its error; on several ranks it ends the trial, since the others would wait for the rank that failed.
 """
 
 from __future__ import annotations
@@ -48,6 +49,9 @@ from megatron_hdpo.types.learning import Example, LossSpec, Scoring, SurrogateCo
 from megatron_hdpo.types.rollouts import GenerationRequest, SamplingParams
 from megatron_hdpo.weights.load import load_hf
 from megatron_hdpo.weights.stream import stream_hf
+
+Results = Iterator[tuple[str, Any]]
+"""Names and results of a trial's settings, each as soon as it is known."""
 
 SPEC = LossSpec(SurrogateConfig(), None, 1.0)
 FP8_RECIPES = {"delayed": "hybrid", "tensorwise": "hybrid", "blockwise": "e4m3", "mxfp8": "e4m3"}
@@ -122,29 +126,38 @@ def build(work: Work, context: ParallelContext, offload: float = 0.0, **model: A
     return Policy(architecture, context, ddp, work.micro_batch_tokens, *optimizer)
 
 
-def fp8(work: Work, device: str) -> dict[str, Any]:
+def fp8(work: Work, device: str) -> Results:
     """Compare the loss of `steps` updates on the same examples in each FP8 recipe with that in bfloat16.
 
     Reports the largest and the mean relative difference of the curves, seconds per step after the first ten, and peak
     memory.
     """
-    results: dict[str, Any] = {}
+    settings: dict[str, dict[str, Any]] = {"bfloat16": {}}
+    settings |= {recipe: {"fp8": kind, "fp8_recipe": recipe} for recipe, kind in FP8_RECIPES.items()}
+    plain: list[float] | None = None
     with joined(device) as context:
-        settings: dict[str, dict[str, Any]] = {"bfloat16": {}}
-        settings |= {recipe: {"fp8": kind, "fp8_recipe": recipe} for recipe, kind in FP8_RECIPES.items()}
         for name, model in settings.items():
-            config = ModelConfig(path="", **model)
-            if reason := runtime_error(config, choose_spec(config, context.device), context.device):
-                results[name] = {"refused": reason}
-                continue
-            results[name] = _freed(lambda model=model: _curve(work, build(work, context, **model)))
-            losses, plain = np.array(results[name]["losses"]), np.array(results["bfloat16"]["losses"])
-            difference = np.abs(losses - plain) / np.abs(plain)
-            results[name] |= {
-                "largest_difference": float(difference.max()),
-                "mean_difference": float(difference.mean()),
-            }
-    return results
+            result = _freed(partial(_fp8_curve, work, context, model))
+            if name == "bfloat16":
+                plain = result.get("losses")
+            yield name, result | _apart(result.get("losses"), plain)
+
+
+def _fp8_curve(work: Work, context: ParallelContext, model: dict[str, Any]) -> dict[str, Any]:
+    config = ModelConfig(path="", **model)
+    if reason := runtime_error(config, choose_spec(config, context.device), context.device):
+        return {"refused": reason}
+    return _curve(work, build(work, context, **model))
+
+
+def _apart(losses: list[float] | None, plain: list[float] | None) -> dict[str, float | None]:
+    """Return relative differences of a curve from the plain one; nothing without a curve, None without a plain one."""
+    if losses is None:
+        return {}
+    if plain is None:
+        return {"largest_difference": None, "mean_difference": None}
+    difference = np.abs(np.array(losses) - plain) / np.abs(plain)
+    return {"largest_difference": float(difference.max()), "mean_difference": float(difference.mean())}
 
 
 def _curve(work: Work, policy: Policy) -> dict[str, Any]:
@@ -156,35 +169,36 @@ def _curve(work: Work, policy: Policy) -> dict[str, Any]:
     return {"losses": losses, "step_s": float(np.median(seconds[min(10, work.steps - 1) :])), "peak_gib": _peak()}
 
 
-def recompute(work: Work, device: str) -> dict[str, Any]:
+def recompute(work: Work, device: str) -> Results:
     """Measure peak memory and seconds of forward and backward passes in each recompute mode.
 
     Also reports the largest difference of any gradient from that without recompute, relative to its norm.
     """
     with joined(device) as context:
-        return _compare(
+        yield from _compare(
             {name: partial(build, work, context, **model) for name, model in RECOMPUTE.items()},
             lambda policy: policy.accumulate_gradients(work.examples(), SPEC),
             _gradients,
         )
 
 
-def offload(work: Work, device: str) -> dict[str, Any]:
+def offload(work: Work, device: str) -> Results:
     """Measure peak memory and seconds of an update with 0, half and all of the optimizer on the host.
 
     Also reports how far the weights after three updates are from those with the optimizer on the device.
     """
     with joined(device) as context:
         if context.device.type != "cuda":
-            return {"refused": "on a CPU the optimizer is in host memory already"}
-        return _compare(
+            yield "refused", "on a CPU the optimizer is in host memory already"
+            return
+        yield from _compare(
             {str(share): partial(build, work, context, share) for share in (0.0, 0.5, 1.0)},
             lambda policy: policy.update(work.examples(), SPEC),
             _weights,
         )
 
 
-def checkpoint(work: Work, device: str) -> dict[str, Any]:
+def checkpoint(work: Work, device: str) -> Results:
     """Measure the seconds to write and read a checkpoint tied to its layout, and a reshardable one.
 
     With the optimizer on the device and half of it on the host. Also reports how far the weights after three further
@@ -210,54 +224,55 @@ def checkpoint(work: Work, device: str) -> dict[str, Any]:
         for _ in range(3):  # a step count that stands still shows from the second one on
             policy.update(examples, SPEC)
 
-    results: dict[str, Any] = {}
     with joined(device) as context, TemporaryDirectory() as folder:
         for share, reshardable in product((0.0, 0.5), (False, True)):
             name = ("reshardable" if reshardable else "tied") + (", half offloaded" if share else "")
             if share and context.device.type != "cuda":
-                results[name] = {"refused": "on a CPU the optimizer is in host memory already"}
+                yield name, {"refused": "on a CPU the optimizer is in host memory already"}
                 continue
-            results[name] = _freed(partial(run, CheckpointStore(Path(folder) / name, context, 1, reshardable), share))
-    return results
+            yield name, _freed(partial(run, CheckpointStore(Path(folder) / name, context, 1, reshardable), share))
 
 
-def overlap(work: Work, device: str) -> dict[str, Any]:
+def overlap(work: Work, device: str) -> Results:
     """Measure the seconds of an update with and without overlap over the replicas (one per rank).
 
     Also reports how far the weights are apart after three updates. Every replica has its own examples.
     """
-    results: dict[str, Any] = {}
     kept: dict[str, Any] = {}
     for name, switch in (("off", False), ("on", True)):
         with joined(device, overlap=switch) as context:
             examples = work.examples(context.dp_rank)
-            results |= _compare(
-                {name: partial(build, work, context)}, lambda p, e=examples: p.update(e, SPEC), _weights, kept
-            )
-            results["replicas"] = context.dp_size
-    return results
+            step = lambda policy, examples=examples: policy.update(examples, SPEC)  # noqa: E731
+            yield from _compare({name: partial(build, work, context)}, step, _weights, "off", kept)
+            yield "replicas", context.dp_size
 
 
 def _compare(
     settings: dict[str, Callable[[], Policy]],
     step: Callable[[Policy], Any],
     read: Callable[[Policy], dict[str, torch.Tensor]],
+    reference: str | None = None,
     kept: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Run three steps of each setting; return median seconds, peak memory, and the difference from the first setting.
+) -> Results:
+    """Run three steps of each setting; yield median seconds, peak memory, and the difference from the reference.
 
-    The difference is that of what `read` returns: the largest, relative to the norm of each tensor.
+    The difference is that of what `read` returns: the largest, relative to the norm of each tensor; None when the
+    reference (default: the first setting) failed. kept: what the reference read, from an earlier call.
     """
     kept = {} if kept is None else kept
+    reference = reference or next(iter(settings))
 
     def run(name: str, make: Callable[[], Policy]) -> dict[str, Any]:
         policy = make()
         seconds = [_timed(lambda: step(policy))[0] for _ in range(3)]
         peak, values = _peak(), read(policy)
-        difference = _difference(values, kept.setdefault("first", values))
+        if name == reference:
+            kept[reference] = values
+        difference = _difference(values, kept[reference]) if reference in kept else None
         return {"seconds": float(np.median(seconds)), "peak_gib": peak, "largest_difference": difference}
 
-    return {name: _freed(lambda name=name, make=make: run(name, make)) for name, make in settings.items()}
+    for name, make in settings.items():
+        yield name, _freed(partial(run, name, make))
 
 
 def _difference(values: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
@@ -278,7 +293,7 @@ def _gradients(policy: Policy) -> dict[str, torch.Tensor]:
     return _weights(policy)
 
 
-def specs(work: Work, device: str) -> dict[str, Any]:
+def specs(work: Work, device: str) -> Results:
     """Compare Transformer Engine's spec with plain torch in both dtypes.
 
     Reports differences of log-probs of sequences of different lengths, and the largest relative error of a gradient.
@@ -291,38 +306,38 @@ def specs(work: Work, device: str) -> dict[str, Any]:
         ones = np.ones(len(response), np.float32)
         examples.append(Example(prompt, response, ones * np.float32(rng.normal()), ones, float(len(response))))
         scorings.append(Scoring((i, "student", 0, "check"), prompt, response, "policy"))
-    results: dict[str, Any] = {}
+
+    def outputs(context: ParallelContext, spec: str, dtype: str) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
+        policy = build(work, context, spec=spec, dtype=dtype)
+        scores = policy.score(scorings)
+        policy.accumulate_gradients(examples, SPEC)
+        return np.concatenate([scores[scoring.key].logprobs_T for scoring in scorings]), _gradients(policy)
+
+    def compare(context: ParallelContext, dtype: str) -> dict[str, Any]:
+        plain, plain_grads = outputs(context, "torch", dtype)
+        fused, fused_grads = outputs(context, "transformer_engine", dtype)
+        errors = {
+            name: float((fused_grads[name] - grad).norm() / grad.norm().clamp(min=1e-12))
+            for name, grad in plain_grads.items()
+        }
+        return {
+            "max_logprob_difference": float(np.abs(plain - fused).max()),
+            "mean_logprob_difference": float(np.abs(plain - fused).mean()),
+            "largest_relative_gradient_error": max(errors.values()),
+            "in": max(errors, key=lambda name: errors[name]),
+        }
+
     with joined(device) as context:
         for dtype in ("float32", "bfloat16"):
-            outputs = []
-            for spec in ("torch", "transformer_engine"):
-                policy = build(work, context, spec=spec, dtype=dtype)
-                scores = policy.score(scorings)
-                logprobs = np.concatenate([scores[scoring.key].logprobs_T for scoring in scorings])
-                policy.accumulate_gradients(examples, SPEC)
-                outputs.append((logprobs, _gradients(policy)))
-            (plain, plain_grads), (fused, fused_grads) = outputs
-            errors = {
-                name: float((fused_grads[name] - grad).norm() / grad.norm().clamp(min=1e-12))
-                for name, grad in plain_grads.items()
-            }
-            results[dtype] = {
-                "max_logprob_difference": float(np.abs(plain - fused).max()),
-                "mean_logprob_difference": float(np.abs(plain - fused).mean()),
-                "largest_relative_gradient_error": max(errors.values()),
-                "in": max(errors, key=lambda name: errors[name]),
-            }
-    return results
+            yield dtype, _freed(partial(compare, context, dtype))
 
 
-def planned_memory(work: Work, device: str) -> dict[str, Any]:
+def planned_memory(work: Work, device: str) -> Results:
     """Compare the planner's bytes of an update with what torch allocated, without and with full recompute."""
-    results: dict[str, Any] = {}
     with joined(device) as context:
         spec = choose_spec(ModelConfig(path=""), context.device)
         for name in ("none", "full"):
-            results[name] = _freed(lambda name=name: _planned(work, context, spec, name))
-    return results
+            yield name, _freed(partial(_planned, work, context, spec, name))
 
 
 def _planned(work: Work, context: ParallelContext, spec: Any, mode: str) -> dict[str, Any]:
@@ -341,12 +356,12 @@ def _planned(work: Work, context: ParallelContext, spec: Any, mode: str) -> dict
     return {
         "planned_gib": planned,
         "measured_gib": measured,
-        "error": None if measured is None else planned / measured - 1,
+        "relative_error": None if measured is None else planned / measured - 1,
         "kinds_gib": {name: value / 2**30 for name, value in kinds.items()},
     }
 
 
-def embedded(work: Work, device: str) -> dict[str, Any]:
+def embedded(work: Work, device: str) -> Results:
     """Measure the embedded engine's tokens per second, and the difference of its log-probs from the trainer's."""
     with joined(device) as context:
         policy = build(work, context)
@@ -363,12 +378,10 @@ def embedded(work: Work, device: str) -> dict[str, Any]:
         scores = policy.score(scorings)
         off = [np.abs(scores[q.key].logprobs_T - c.logprobs) for q, (_, _, c) in zip(scorings, samples, strict=True)]
         differences = np.concatenate(off)
-        return {
-            "tokens": len(differences),
-            "tokens_per_s": len(differences) / seconds,
-            "mean_logprob_difference": float(differences.mean()),
-            "max_logprob_difference": float(differences.max()),
-        }
+        yield "tokens", len(differences)
+        yield "tokens_per_s", len(differences) / seconds
+        yield "mean_logprob_difference", float(differences.mean())
+        yield "max_logprob_difference", float(differences.max())
 
 
 def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -392,7 +405,7 @@ def _peak() -> float | None:
 def _freed(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Return the result of the work, begun with an empty GPU cache.
 
-    An error becomes a result, so that the next setting runs.
+    On one rank an error becomes a result, so that the next setting runs.
     """
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -400,10 +413,12 @@ def _freed(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return work()
     except Exception as error:
+        if torch.distributed.get_world_size() > 1:
+            raise
         return {"error": f"{type(error).__name__}: {error}"}
 
 
-TRIALS: dict[str, Callable[[Work, str], dict[str, Any]]] = {
+TRIALS: dict[str, Callable[[Work, str], Results]] = {
     "specs": specs,
     "fp8": fp8,
     "recompute": recompute,
@@ -416,7 +431,7 @@ TRIALS: dict[str, Callable[[Work, str], dict[str, Any]]] = {
 
 
 def main() -> None:
-    """Run the trial of the command line and print its result."""
+    """Run the trial of the command line; print its results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trial", choices=TRIALS)
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face checkpoint folder")
@@ -425,11 +440,10 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     arguments = parser.parse_args()
     sizes = {name: getattr(arguments, name) for name in ("prompt", "response", "micro_batch_tokens", "steps")}
-    result = TRIALS[arguments.trial](Work(arguments.model, **sizes), arguments.device)
-    leader = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    for name, result in TRIALS[arguments.trial](Work(arguments.model, **sizes), arguments.device):
+        if torch.distributed.get_rank() == 0:
+            print(json.dumps({name: result}), flush=True)
     stop()
-    if leader:
-        print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":
