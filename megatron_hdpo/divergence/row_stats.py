@@ -54,29 +54,28 @@ def local_stats(
         e, top_C = _block_stats(logits_TV[block, : shard.valid], stats, block, temperature, scratch[:, :rows])
         if holes is not None and rest_T is not None:
             e[holes.row[part] - block.start, holes.col[part]] = 0.0
-            torch.div(e.sum(dim=-1), top_C, out=rest_T[block])
+            torch.div(e.sum(dim=-1), top_C, out=rest_T[block]).masked_fill_(max_T[block] == -torch.inf, 0.0)
     return stats
 
 
 def _block_stats(
     z: Tensor, stats: RowStats, block: slice, temperature: float, scratch: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Compute the statistics of one block of rows; return its softmax over the shard and the row maxima of that [n]."""
+    """Compute the statistics of one block of rows; return its softmax over the shard and the row maxima of that [n].
+
+    Both are NaN in a row that is -inf on the whole shard.
+    """
     e, spare = scratch[0], scratch[-1]
     torch.amax(z, dim=-1, out=stats.max_T[block]) if z.dtype == e.dtype else stats.max_T[block].copy_(z.amax(dim=-1))
     z = local_softmax(z, temperature, e, spare)
     top_C = e.amax(dim=-1)
-    # A row that is -inf on the whole shard (a masked teacher) gets a softmax of NaN here, and has no mass.
+    # A row that is -inf on the whole shard (a masked teacher) has a softmax of NaN here, and no mass. To ask whether
+    # there is one would make the host wait.
     dead_C = stats.max_T[block] == -torch.inf
-    masked = bool(dead_C.any())
-    if masked:
-        e[dead_C], top_C[dead_C] = 0.0, 1.0
-    torch.div(e.sum(dim=-1), top_C, out=stats.sum_T[block])
+    torch.div(e.sum(dim=-1), top_C, out=stats.sum_T[block]).masked_fill_(dead_C, 0.0)
     if stats.energy_T is not None:
         torch.sub(z, stats.max_T[block].unsqueeze(-1) / temperature, out=spare).mul_(e)
-        if masked:
-            spare[dead_C] = 0.0
-        torch.div(spare.sum(dim=-1), top_C, out=stats.energy_T[block])
+        torch.div(spare.sum(dim=-1), top_C, out=stats.energy_T[block]).masked_fill_(dead_C, 0.0)
     return e, top_C
 
 

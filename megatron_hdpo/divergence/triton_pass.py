@@ -31,7 +31,7 @@ def suits(logits_TV: Tensor, target: TopK | None, options: Options) -> bool:
     """Return whether the kernels can run this pass: on CUDA (or Triton's interpreter), float32 or narrower, not AKL."""
     if logits_TV.dtype == torch.float64 or logits_TV.stride(-1) != 1 or not logits_TV.shape[0]:
         return False
-    if target is not None and (options.spec.base == "akl" or target.ids_TK.shape[-1] > 1024 or not len(target.ids_TK)):
+    if target is not None and (options.spec.base == "akl" or target.ids_TK.shape[-1] > 1024):
         return False
     here = logits_TV.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
     return here and importlib.util.find_spec("triton") is not None

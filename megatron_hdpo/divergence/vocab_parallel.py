@@ -48,16 +48,13 @@ class _LogProbs(torch.autograd.Function):
     def forward(
         ctx: Any, logits_TV: Tensor, ids_TK: Tensor, shard: VocabShard, temperature: float, inplace: bool
     ) -> Tensor:
-        owned = OwnedEntries.find(ids_TK, None, shard)
         stats = local_stats(logits_TV, shard, temperature)
         local_max_T = stats.max_T
         max_T = shard.all_reduce_max_(local_max_T.clone())
         stats = shift_stats(stats, max_T, temperature)
-        sum_T, z_TK = shard.all_reduce_sum(
-            [stats.sum_T, owned.gather(logits_TV, ids_TK.shape, compute_dtype(logits_TV))]
-        )
+        sum_T, z_TK = shard.all_reduce_sum([stats.sum_T, _own_logits(logits_TV, ids_TK, shard)])
         lse_T = max_T / temperature + sum_T.log()
-        ctx.owned, ctx.shard, ctx.temperature, ctx.inplace = owned, shard, temperature, inplace
+        ctx.shard, ctx.temperature, ctx.inplace = shard, temperature, inplace
         ctx.save_for_backward(logits_TV, ids_TK, local_max_T, lse_T)
         return (z_TK / temperature - lse_T.unsqueeze(-1)).masked_fill(ids_TK < 0, 0.0)
 
@@ -65,7 +62,7 @@ class _LogProbs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         logits_TV, ids_TK, local_max_T, lse_T = ctx.saved_tensors
-        owned: OwnedEntries = ctx.owned
+        owned = OwnedEntries.find(ids_TK, None, ctx.shard)
         g_TK = grads[0].masked_fill(ids_TK < 0, 0.0) / ctx.temperature
         total_T = -g_TK.sum(-1)
         # The values at the ids are computed in full precision before the dense write destroys the logits. Repeated
@@ -80,6 +77,17 @@ class _LogProbs(torch.autograd.Function):
         write_dense(grad_TV, logits_TV, ctx.shard, [SoftmaxTerm(local_max_T, lse_T, ctx.temperature, total_T)])
         grad_TV[row, col] = value.to(grad_TV.dtype)
         return grad_TV, None, None, None, None
+
+
+def _own_logits(logits_TV: Tensor, ids_TK: Tensor, shard: VocabShard) -> Tensor:
+    """Return this rank's logits at the ids [T, K], 0 at ids of other ranks, in the compute dtype.
+
+    Unlike OwnedEntries it does not wait for the device to count the ids of this rank.
+    """
+    col_TK = ids_TK - shard.start
+    owned_TK = (col_TK >= 0) & (col_TK < shard.valid)
+    found_TK = logits_TV.gather(-1, col_TK.clamp(0, shard.width - 1))
+    return found_TK.to(compute_dtype(logits_TV)).masked_fill(~owned_TK, 0.0)
 
 
 @torch.no_grad()

@@ -56,6 +56,7 @@ def main() -> None:
     only_parts_of_the_objective()
     extremes()
     many_support_entries()
+    a_target_of_no_token()
     two_ranks()
     print(f"{ran} cases, {calls} on the kernels")
 
@@ -151,6 +152,25 @@ def many_support_entries() -> None:
     """A support that is too long for one launch: the separate finish on one rank."""
     case = Case("jsd", 0.5, "bucket", None, "topk", "float32", tokens=2, width=100, k=300, ragged=True)
     assert_agrees(case, [engine(case, None, 0, 1)], reference(case))
+
+
+def a_target_of_no_token() -> None:
+    """A chunk of a micro-batch may have no target: the torch path would make a GPU's host wait for it."""
+    from megatron_hdpo.divergence import TopK, logit_losses
+
+    for tail in ("outside", "bucket"):
+        results = []
+        for dtype in (torch.float32, torch.float64):
+            z = torch.linspace(-3, 3, 36, dtype=dtype).view(4, 9).requires_grad_()
+            nothing = TopK(torch.zeros(0, 5, dtype=torch.int64), torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64))
+            before = calls
+            losses = logit_losses(z, torch.arange(4), nothing, spec=DivergenceSpec(tail=tail), temperature=0.7)
+            assert (calls > before) == (dtype == torch.float32)
+            (losses.logprobs_T - losses.entropy_T + losses.divergence_T).sum().backward()
+            assert not losses.divergence_T.any() and not losses.covered_mass_T.any()
+            results.append((losses.logprobs_T.detach(), losses.entropy_T.detach(), z.grad))
+        for low, high in zip(*results, strict=True):
+            torch.testing.assert_close(low.double(), high, rtol=2e-5, atol=2e-5)
 
 
 if __name__ == "__main__":
