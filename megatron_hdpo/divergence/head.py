@@ -20,14 +20,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_hdpo.divergence.head_run import Chunk, HeadRun
+from megatron_hdpo.divergence.head_run import Chunk, HeadRun, join_chunks
 from megatron_hdpo.divergence.kinds import JSD, DivergenceSpec
-from megatron_hdpo.divergence.losses import Losses, run_pass
+from megatron_hdpo.divergence.losses import Losses
 from megatron_hdpo.divergence.options import Options, Outputs, Upstream
 from megatron_hdpo.divergence.targets import Target
 
-# A chunk's part of the objective: (losses of the chunk's n tokens, int64 [n] their indices among all tokens) -> scalar.
-ChunkObjective = Callable[[Losses, Tensor], Tensor]
+# A chunk's part of the objective: (losses of the chunk's n tokens, the chunk) -> scalar.
+ChunkObjective = Callable[[Losses, Chunk], Tensor]
 
 
 def head_losses(
@@ -97,10 +97,10 @@ def head_loss(
 ) -> tuple[Tensor, Losses]:
     """Compute the objective summed over chunks, differentiable in hidden states and head weight, and the losses.
 
-    objective(losses, places) gets a chunk's Losses (1-D; log-prob, entropy and divergence with gradient) and the
-    indices of its tokens among all tokens (int64), and returns the chunk's scalar contribution, the same on every rank
-    of the group. It runs inside the forward; only gradients through the chunk's losses are used. The returned losses
-    are detached. Other arguments and errors as in head_losses; a second backward raises RuntimeError.
+    objective(losses, chunk) gets a chunk's Losses (1-D; log-prob, entropy and divergence with gradient) and the chunk,
+    whose `take` selects its tokens' values from those of all tokens, and returns the chunk's scalar contribution, the
+    same on every rank of the group. It runs inside the forward; only gradients through the chunk's losses are used. The
+    returned losses are detached. Other arguments and errors as in head_losses; a second backward raises RuntimeError.
     """
     run = HeadRun.of(
         hidden_TH,
@@ -137,14 +137,13 @@ class _Gradients:
 
     def add(self, chunk: Chunk, grad_CV: Tensor, hidden_CH: Tensor) -> None:
         if self.hidden_TH is not None:
-            piece = grad_CV @ self.weight_VH
-            self.hidden_TH[chunk.local] = self.run.scatter_sum(piece) if self.run.sequence_parallel else piece
-        if self.head_VH is None:
-            return
-        if self.head_VH.dtype == grad_CV.dtype:
-            self.head_VH.addmm_(grad_CV.t(), hidden_CH)
-        else:
-            self.head_VH += grad_CV.t() @ hidden_CH
+            own_CH = self.hidden_TH[chunk.local]
+            if self.run.sequence_parallel:
+                own_CH.copy_(self.run.scatter_sum(grad_CV @ self.weight_VH))
+            else:
+                torch.mm(grad_CV, self.weight_VH, out=own_CH)
+        if self.head_VH is not None:
+            _add_product(self.head_VH, grad_CV.t(), hidden_CH)
 
     def finish(self) -> tuple[Tensor | None, Tensor | None]:
         """Return the gradients in the dtypes of their inputs, that of the hidden states summed over the group."""
@@ -155,28 +154,26 @@ class _Gradients:
         return self.hidden_TH, head_VH
 
 
-class _Collected:
-    """Outputs of the chunks, joined in token order."""
-
-    def __init__(self, tokens: int) -> None:
-        self.tokens = tokens
-        self.outputs: list[Tensor | None] = [None] * 6
-
-    def add(self, chunk: Chunk, outputs: Outputs) -> None:
-        for i, out in enumerate(outputs.as_tuple()):
-            if out is None:
-                continue
-            whole = self.outputs[i]
-            if whole is None:
-                whole = self.outputs[i] = out.new_zeros(self.tokens)
-            chunk.put(out, whole)
+def _add_product(sum_VH: Tensor, left_VC: Tensor, right_CH: Tensor) -> None:
+    """Add a matrix product to `sum_VH`, in place, without rounding the product to a narrower dtype on a GPU."""
+    if sum_VH.dtype == left_VC.dtype:
+        sum_VH.addmm_(left_VC, right_CH)
+    elif sum_VH.is_cuda:
+        torch.addmm(sum_VH, left_VC, right_CH, out_dtype=sum_VH.dtype, out=sum_VH)
+    else:  # no such product on a CPU
+        sum_VH += left_VC @ right_CH
 
 
-def _empty_outputs(run: HeadRun, options: Options, like: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the outputs of a run over no tokens: the same tensors as for tokens, but empty."""
-    target = run.target
-    logits = like.new_empty((0, run.shard.width))
-    return run_pass(logits, run.ids_T, target, options).outputs.as_tuple()
+def _joined(outputs: Sequence[Outputs], run: HeadRun, options: Options, like: Tensor) -> tuple[Tensor | None, ...]:
+    """Join the outputs of the chunks to those of all tokens, [T] each; a run over no tokens has them too, empty."""
+    if not run.chunks:
+        logits, nothing = like.new_empty((0, run.shard.width)), slice(0, 0)
+        return run.run_chunk(logits, Chunk(nothing, [nothing], [nothing]), options).outputs.as_tuple()
+    joined: list[Tensor | None] = []
+    for parts in zip(*(out.as_tuple() for out in outputs), strict=True):
+        given = [part for part in parts if part is not None]  # of all chunks or of none
+        joined.append(join_chunks(given, run.chunks) if given else None)
+    return tuple(joined)
 
 
 class _HeadLosses(torch.autograd.Function):
@@ -185,16 +182,16 @@ class _HeadLosses(torch.autograd.Function):
         ctx: Any, hidden_TH: Tensor, head_weight_VH: Tensor, run: HeadRun, options: Options
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
-        collected, ctx.passes = _Collected(run.ids_T.shape[0]), []
-        buffer = run.buffer(hidden_TH)
+        collected: list[Outputs] = []
+        ctx.passes, buffer = [], run.buffer(hidden_TH)
         for chunk in run.chunks:
             logits_CV = _logits(run.gather(hidden_TH[chunk.local]), head_weight_VH, buffer)
             made = run.run_chunk(logits_CV, chunk, options, remake=True)
-            collected.add(chunk, made.outputs)
+            collected.append(made.outputs)
             ctx.passes.append(made.without_outputs())
         ctx.run, ctx.buffer = run, buffer
         ctx.save_for_backward(hidden_TH, head_weight_VH)
-        outputs = tuple(collected.outputs) if run.chunks else _empty_outputs(run, options, hidden_TH)
+        outputs = _joined(collected, run, options, hidden_TH)
         ctx.mark_non_differentiable(*(out for out in outputs[3:] if out is not None))
         return outputs
 
@@ -227,19 +224,19 @@ class _HeadLoss(torch.autograd.Function):
         objective: ChunkObjective,
         wants: tuple[bool, bool],
     ) -> tuple[Tensor | None, ...]:
-        sums, collected = _Gradients(hidden_TH, head_weight_VH, run, wants), _Collected(run.ids_T.shape[0])
+        sums, collected = _Gradients(hidden_TH, head_weight_VH, run, wants), list[Outputs]()
         total, buffer = None, run.buffer(hidden_TH)
         for chunk in run.chunks:
             hidden_CH = run.gather(hidden_TH[chunk.local])
             logits_CV = _logits(hidden_CH, head_weight_VH, buffer)
             made = run.run_chunk(logits_CV, chunk, options)
-            value, upstream = _evaluate(objective, made.outputs, chunk.places(hidden_TH.device))
+            value, upstream = _evaluate(objective, made.outputs, chunk)
             total = value if total is None else total + value
-            collected.add(chunk, made.outputs)
+            collected.append(made.outputs)
             if any(wants):
                 sums.add(chunk, made.gradient(logits_CV, upstream, inplace=True), hidden_CH)
         ctx.grads = sums.finish()
-        outputs = tuple(collected.outputs) if run.chunks else _empty_outputs(run, options, hidden_TH)
+        outputs = _joined(collected, run, options, hidden_TH)
         ctx.mark_non_differentiable(*(out for out in outputs if out is not None))
         return (hidden_TH.new_zeros((), dtype=torch.float32) if total is None else total), *outputs
 
@@ -258,11 +255,11 @@ def _logits(hidden_CH: Tensor, head_weight_VH: Tensor, buffer: Tensor) -> Tensor
     return torch.mm(hidden_CH, head_weight_VH.t(), out=buffer[: len(hidden_CH)])
 
 
-def _evaluate(objective: ChunkObjective, outputs: Outputs, places: Tensor) -> tuple[Tensor, Upstream]:
+def _evaluate(objective: ChunkObjective, outputs: Outputs, chunk: Chunk) -> tuple[Tensor, Upstream]:
     """Evaluate the objective on a chunk; return its value and its gradient with respect to the chunk's losses."""
     main = [None if out is None else out.detach().requires_grad_() for out in outputs.as_tuple()[:3]]
     with torch.enable_grad():
-        value = objective(Losses(*main, *outputs.as_tuple()[3:]), places)
+        value = objective(Losses(*main, *outputs.as_tuple()[3:]), chunk)
     if not value.requires_grad:
         return value.detach(), Upstream(None, None, None)
     given = [x for x in main if x is not None]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -14,31 +15,40 @@ from megatron_hdpo.divergence.losses import flat_ids, run_pass
 from megatron_hdpo.divergence.options import Options, Pass
 from megatron_hdpo.divergence.shard import VocabShard
 from megatron_hdpo.divergence.targets import FullLogits, Hidden, Target, TopK
+from megatron_hdpo.types.transfer import join_to_device
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Indices of a chunk's tokens.
+    """The part of a run's tokens, and of its target's rows, that is computed at a time.
 
     local: among this rank's rows of the hidden states. parts: among all tokens, one slice for each rank whose hidden
-    states the chunk joins (sequence parallelism), else one slice.
+    states the chunk joins (sequence parallelism), else one slice. target_parts: among the rows of the target, one for
+    each of `parts`. target_rows: int64 [R], the chunk's token of each of those rows; None if each token has one.
     """
 
     local: slice
     parts: list[slice]
-
-    def places(self, device: torch.device) -> Tensor:
-        """Return the indices of the chunk's tokens among all tokens, int64 [n]."""
-        return torch.cat([torch.arange(p.start, p.stop, device=device) for p in self.parts])
+    target_parts: list[slice]
+    target_rows: Tensor | None = None
 
     def take(self, values_T: Tensor) -> Tensor:
-        """Select the chunk's values [n, ...] from those of all tokens [T, ...]."""
-        return values_T[self.parts[0]] if len(self.parts) == 1 else torch.cat([values_T[p] for p in self.parts])
+        """Select the chunk's values [n, ...] from those of all tokens [T, ...]; a view if it is of one part."""
+        return _take(values_T, self.parts)
 
-    def put(self, values_C: Tensor, out_T: Tensor) -> None:
-        """Write the chunk's values [n, ...] to their tokens in `out_T` [T, ...]."""
-        for part, piece in zip(self.parts, values_C.chunk(len(self.parts)), strict=True):
-            out_T[part] = piece
+    def take_target(self, values_R: Tensor) -> Tensor:
+        """Select the chunk's rows from those of the whole target."""
+        return _take(values_R, self.target_parts)
+
+
+def _take(values: Tensor, parts: Sequence[slice]) -> Tensor:
+    return values[parts[0]] if len(parts) == 1 else torch.cat([values[part] for part in parts])
+
+
+def join_chunks(values: Sequence[Tensor], chunks: Sequence[Chunk]) -> Tensor:
+    """Join the values [n, ...] of all chunks to those of all tokens [T, ...], in token order."""
+    pieces = [piece.chunk(len(chunk.parts)) for piece, chunk in zip(values, chunks, strict=True)]
+    return torch.cat([piece for of_rank in zip(*pieces, strict=True) for piece in of_rank])
 
 
 @dataclass(frozen=True)
@@ -81,7 +91,10 @@ class HeadRun:
             tokens = ids_T.shape[0]
             wide = isinstance(target, TopK)
             target = target.flat(tokens, shard.vocab_size if wide else shard.width, hidden_TH.device)
-        return cls(shard, ids_T, target, _cut(ids_T.shape[0], ranks, chunk), sequence_parallel)
+        chunks = _cut(ids_T.shape[0], ranks, chunk)
+        if target is not None and target.rows is not None:
+            chunks = _cut_target(chunks, target.rows, hidden_TH.device)
+        return cls(shard, ids_T, target, chunks, sequence_parallel)
 
     def buffer(self, like: Tensor) -> Tensor:
         """Allocate [n, V / tp] for the logits of the largest chunk."""
@@ -121,32 +134,41 @@ class HeadRun:
 def _cut(tokens: int, ranks: int, chunk: int) -> list[Chunk]:
     """Cut all tokens into chunks; with sequence parallelism (ranks > 1) a chunk takes the same rows of every rank."""
     local, step = tokens // ranks, -(-chunk // ranks)
-    cuts = [slice(a, min(a + step, local)) for a in range(0, local, step)]
-    return [Chunk(c, [slice(r * local + c.start, r * local + c.stop) for r in range(ranks)]) for c in cuts]
+    chunks = []
+    for start in range(0, local, step):
+        cut = slice(start, min(start + step, local))
+        parts = [slice(r * local + cut.start, r * local + cut.stop) for r in range(ranks)]
+        chunks.append(Chunk(cut, parts, target_parts=parts))
+    return chunks
+
+
+def _cut_target(chunks: list[Chunk], rows_R: Tensor, device: torch.device) -> list[Chunk]:
+    """Add to each chunk its rows of a target that covers the tokens `rows_R`.
+
+    All is computed on the host and copied to the device at once. Only `rows_R` on a device must be waited for.
+    """
+    if not chunks:
+        return []
+    rows = rows_R.cpu().numpy()
+    cuts, places = [], []
+    for chunk in chunks:
+        height = chunk.local.stop - chunk.local.start
+        edges = np.searchsorted(rows, [(p.start, p.stop) for p in chunk.parts]).tolist()
+        cut = [slice(first, last) for first, last in edges]
+        shifted = [rows[c] - p.start + i * height for i, (c, p) in enumerate(zip(cut, chunk.parts, strict=True))]
+        cuts.append(cut)
+        places.append(np.concatenate(shifted))
+    on_device = join_to_device(places, torch.int64, device)
+    return [replace(c, target_parts=cut, target_rows=own) for c, cut, own in zip(chunks, cuts, on_device, strict=True)]
 
 
 def _part_of_target(target: Target | None, chunk: Chunk) -> Target | None:
     """Return the part of a flat target that belongs to a chunk's tokens."""
+    take, rows = chunk.take_target, chunk.target_rows
     if target is None:
         return None
-    pick, rows = _pick_rows(target.rows, chunk)
-
-    def take(values_R: Tensor) -> Tensor:
-        return values_R[pick[0]] if len(pick) == 1 else torch.cat([values_R[p] for p in pick])
-
     if isinstance(target, TopK):
         return TopK(take(target.ids_TK), take(target.logprobs_TK), rows)
     if isinstance(target, Hidden):
         return Hidden(take(target.hidden_TH), target.head_weight_VH, rows)
     return FullLogits(take(target.logits_TV_local), rows)
-
-
-def _pick_rows(rows: Tensor | None, chunk: Chunk) -> tuple[Sequence[slice], Tensor | None]:
-    """Return which target rows belong to a chunk, and the indices of their tokens in the chunk."""
-    if rows is None:
-        return chunk.parts, None
-    edges = torch.tensor([(p.start, p.stop) for p in chunk.parts], device=rows.device)
-    pick = [slice(a, b) for a, b in torch.searchsorted(rows, edges).tolist()]
-    height = chunk.local.stop - chunk.local.start
-    places = [rows[s] - p.start + i * height for i, (s, p) in enumerate(zip(pick, chunk.parts, strict=True))]
-    return pick, torch.cat(places)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from megatron_hdpo.divergence.shard import VocabShard, compute_dtype
 from megatron_hdpo.divergence.targets import Target, TopK, check_ids
 from megatron_hdpo.divergence.teacher_rows import ScatteredTopK
 from megatron_hdpo.divergence.topk_pass import TopKPass
+from megatron_hdpo.types.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -150,10 +151,13 @@ def flat_ids(ids_T: Tensor, lead: torch.Size, vocab_size: int, device: torch.dev
 
 
 def flat_target(target: Target, logits_TV: Tensor, shard: VocabShard) -> Target:
-    """Flatten the target to 2-D tensors that match the logits [T, V / tp]; raises ValueError if it does not fit."""
-    if isinstance(target, TopK):
-        return target.flat(logits_TV.shape[0], shard.vocab_size, logits_TV.device)
-    return target.flat(logits_TV.shape[0], logits_TV.shape[1], logits_TV.device)
+    """Flatten the target to 2-D tensors (and rows) on the device of the logits [T, V / tp].
+
+    Raises ValueError if it does not fit.
+    """
+    width = shard.vocab_size if isinstance(target, TopK) else logits_TV.shape[1]
+    flat = target.flat(logits_TV.shape[0], width, logits_TV.device)
+    return flat if flat.rows is None else replace(flat, rows=to_device(flat.rows, logits_TV.device))
 
 
 def run_pass(logits_TV: Tensor, ids_T: Tensor | None, target: Target | None, options: Options) -> Pass:

@@ -2,6 +2,8 @@
 
 Every target may cover a subset of the tokens: `rows` holds, for each row of the target, the index of its token among
 the flattened tokens, strictly increasing. Tokens that are not in `rows` have no target: divergence 0, no gradient.
+`rows` may lie on the host whatever the device of the target, and should: there the values are checked, and the chunked
+head cuts them, without waiting for the device.
 Targets are constants: no gradient flows into them.
 """
 
@@ -12,9 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-
-def _to(rows: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if rows is None else rows.to(device)
+from megatron_hdpo.types.transfer import to_device
 
 
 def _check_rows(rows: Tensor | None, length: int, tokens: int, what: str) -> None:
@@ -35,7 +35,7 @@ def _check_rows(rows: Tensor | None, length: int, tokens: int, what: str) -> Non
 class TopK:
     """A teacher's log-probs at k ids per token, normalised over the FULL vocabulary.
 
-    ids_TK: int64 [..., K] global token ids, distinct within a row. logprobs_TK: [..., K], at the temperature of the
+    ids_TK: int [..., K] global token ids, distinct within a row. logprobs_TK: [..., K], at the temperature of the
     divergence. An entry with id < 0 or log-prob -inf is padding and not in the support: a row may have fewer than K
     entries, or none (then divergence 0, no gradient). rows: int64 [R], see the module; ids and log-probs are then
     [R, K].
@@ -46,18 +46,20 @@ class TopK:
     rows: Tensor | None = None
 
     def flat(self, tokens: int, vocab_size: int, device: torch.device) -> TopK:
-        """Return the same target as 2-D tensors on `device`; raises ValueError on shapes or ids that do not fit."""
+        """Return the same target as 2-D tensors on `device` (`rows` stay where they are).
+
+        Raises ValueError on shapes or ids that do not fit.
+        """
         if self.ids_TK.shape != self.logprobs_TK.shape or not self.ids_TK.shape or not self.ids_TK.shape[-1]:
             raise ValueError(
                 f"TopK ids {list(self.ids_TK.shape)} and log-probs {list(self.logprobs_TK.shape)} must have one shape, "
                 "[..., K] with K at least 1"
             )
         k = self.ids_TK.shape[-1]
-        ids_RK = self.ids_TK.detach().reshape(-1, k).to(device=device, dtype=torch.int64)
-        rows = _to(self.rows, device)
-        _check_rows(rows, ids_RK.shape[0], tokens, "TopK")
+        ids_RK = to_device(self.ids_TK.detach().reshape(-1, k), device).to(torch.int64)
+        _check_rows(self.rows, ids_RK.shape[0], tokens, "TopK")
         check_ids(ids_RK, vocab_size, "TopK")
-        return TopK(ids_RK, self.logprobs_TK.detach().reshape(-1, k).to(device), rows)
+        return TopK(ids_RK, to_device(self.logprobs_TK.detach().reshape(-1, k), device), self.rows)
 
     def pruned(self) -> TopK:
         """Return the same target with id -1 at every entry that has log-prob -inf."""
@@ -75,9 +77,9 @@ class FullLogits:
     rows: Tensor | None = None
 
     def flat(self, tokens: int, width: int, device: torch.device) -> FullLogits:
-        """Return the same target as 2-D tensors on `device`; raises ValueError on shapes that do not fit.
+        """Return the same target as 2-D tensors on `device` (`rows` stay where they are).
 
-        tokens: T. width: columns of the student's shard.
+        Raises ValueError on shapes that do not fit. tokens: T. width: columns of the student's shard.
         """
         logits_RV = self.logits_TV_local.detach()
         if logits_RV.shape[-1] != width:
@@ -86,7 +88,7 @@ class FullLogits:
             )
         logits_RV = logits_RV.reshape(-1, width)
         _check_rows(self.rows, logits_RV.shape[0], tokens, "FullLogits")
-        return FullLogits(logits_RV.to(device), _to(self.rows, device))
+        return FullLogits(to_device(logits_RV, device), self.rows)
 
     @property
     def height(self) -> int:
@@ -113,9 +115,9 @@ class Hidden:
     rows: Tensor | None = None
 
     def flat(self, tokens: int, width: int, device: torch.device) -> Hidden:
-        """Return the same target as 2-D tensors on `device`; raises ValueError on shapes that do not fit.
+        """Return the same target as 2-D tensors on `device` (`rows` stay where they are).
 
-        tokens: T. width: columns of the student's shard.
+        Raises ValueError on shapes that do not fit. tokens: T. width: columns of the student's shard.
         """
         size = self.hidden_TH.shape[-1]
         if self.head_weight_VH.shape != (width, size):
@@ -125,7 +127,7 @@ class Hidden:
             )
         hidden_RH = self.hidden_TH.detach().reshape(-1, size)
         _check_rows(self.rows, hidden_RH.shape[0], tokens, "Hidden")
-        return Hidden(hidden_RH.to(device), self.head_weight_VH.detach().to(device), _to(self.rows, device))
+        return Hidden(to_device(hidden_RH, device), to_device(self.head_weight_VH.detach(), device), self.rows)
 
     @property
     def height(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
@@ -17,6 +17,9 @@ from megatron_hdpo.model.packing import PackedSequences, RowLayout, pack
 from megatron_hdpo.model.routing_replay import pack_routing
 from megatron_hdpo.types.learning import Example, HiddenOnHost, Scoring
 from megatron_hdpo.types.rollouts import TopKArrays
+from megatron_hdpo.types.transfer import join_to_device
+
+_HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class MicroBatch:
     responses: number of tokens of each response, in order.
 
     Under context parallelism the N tokens are those whose logits this rank computes; places_N holds their indices among
-    all response tokens (None: this rank has all). `responses` counts the tokens of all ranks.
+    all response tokens (None: this rank has all), host_places_N the same on the host. `responses` counts the tokens of
+    all ranks.
     routed_experts_MLK: experts for the rows of this rank, on the host (`pack_routing`); None if the routers choose.
     """
 
@@ -36,11 +40,16 @@ class MicroBatch:
     sampled_ids_N: Tensor
     responses: tuple[int, ...]
     places_N: Tensor | None = None
+    host_places_N: np.ndarray | None = None
     routed_experts_MLK: Tensor | None = None
 
     def own(self, values: Tensor) -> Tensor:
         """Select this rank's values [N, ...] from those of all response tokens [all, ...]."""
-        return values if self.places_N is None else values.index_select(0, self.places_N.to(values.device))
+        return values if self.places_N is None else values.index_select(0, self.places_N)
+
+    def own_on_host(self, values: Tensor) -> Tensor:
+        """Select this rank's values from those of all response tokens, both on the host."""
+        return values if self.host_places_N is None else values[torch.from_numpy(self.host_places_N)]
 
     def whole(self, values: Tensor, group: ProcessGroup) -> Tensor:
         """Join the values [N, ...] of the context-parallel ranks to those of all response tokens, on every rank.
@@ -61,7 +70,7 @@ class LossInputs:
 
     old_N, rollout_N: log-probs of the ratio's denominators; NaN stands for the policy's own log-prob. reference_N: NaN
     for no penalty. moved: whether any response has denominators of its own. target: the teacher's distribution at the
-    tokens that have one (its `rows` index the N tokens); None if no token has one.
+    tokens that have one (its `rows`, on the host, index the N tokens); None if no token has one.
     """
 
     advantages_N: Tensor
@@ -73,18 +82,47 @@ class LossInputs:
     moved: bool
     target: TopK | Hidden | None
 
-    def at(self, places: Tensor) -> LossInputs:
-        """Return the inputs of some of the tokens (int64 indices into the N tokens), without their targets."""
+    def select(self, take: Callable[[Tensor], Tensor]) -> LossInputs:
+        """Return the inputs of the tokens whose values `take` selects, without their targets."""
         return LossInputs(
-            advantages_N=self.advantages_N[places],
-            surrogate_weights_N=self.surrogate_weights_N[places],
-            old_N=self.old_N[places],
-            rollout_N=self.rollout_N[places],
-            distill_weights_N=self.distill_weights_N[places],
-            reference_N=self.reference_N[places],
+            advantages_N=take(self.advantages_N),
+            surrogate_weights_N=take(self.surrogate_weights_N),
+            old_N=take(self.old_N),
+            rollout_N=take(self.rollout_N),
+            distill_weights_N=take(self.distill_weights_N),
+            reference_N=take(self.reference_N),
             moved=self.moved,
             target=None,
         )
+
+
+@dataclass(frozen=True)
+class MicroBatchShape:
+    """Sizes of a micro-batch on this rank.
+
+    rows: tokens, padding included. longest: rows of the longest sequence, over all ranks. responses: rows that the head
+    reads. targets: responses with a target, of `top_k` ids or, if `full`, over the whole vocabulary.
+    """
+
+    rows: int
+    longest: int
+    responses: int
+    targets: int = 0
+    top_k: int = 0
+    full: bool = False
+
+
+def shape_of(batch: MicroBatch, inputs: LossInputs | None) -> MicroBatchShape:
+    """Return the sizes of a micro-batch; without inputs, on a stage before the last, it has no targets."""
+    target = None if inputs is None else inputs.target
+    return MicroBatchShape(
+        rows=len(batch.packed.tokens_M),
+        longest=batch.packed.longest,
+        responses=len(batch.rows_N),
+        targets=0 if target is None or target.rows is None else len(target.rows),
+        top_k=target.ids_TK.shape[-1] if isinstance(target, TopK) else 0,
+        full=isinstance(target, Hidden),
+    )
 
 
 def response_micro_batch(
@@ -99,7 +137,7 @@ def response_micro_batch(
     routed_experts: for each pair, the experts of its tokens (`Example.routed_experts`); empty if no pair has any.
     """
     sequences = [np.concatenate([prompt, response]) for prompt, response in zip(prompts, responses, strict=True)]
-    packed = pack(sequences, device, layout)
+    packed = pack(sequences, _HOST, layout)
     rows = [
         start + len(prompt) - 1 + np.arange(len(response))
         for start, prompt, response in zip(packed.starts, prompts, responses, strict=True)
@@ -108,12 +146,17 @@ def response_micro_batch(
     sampled = _concatenate(responses, np.int64)[places]
     shared = layout is not None and layout.context > 1
     experts = pack_routing(packed, routed_experts, [len(ids) for ids in sequences]) if routed_experts else None
+    # One transfer of int32; the boundaries come first, because attention kernels want them aligned.
+    arrays = packed.cu_seqlens.numpy(), packed.tokens_M.numpy(), packed.positions_M.numpy(), own, sampled, places
+    boundaries, *moved = join_to_device(arrays, torch.int32, device)
+    tokens_M, positions_M, rows_N, sampled_N, places_N = (values.to(torch.int64) for values in moved)
     return MicroBatch(
-        packed=packed,
-        rows_N=torch.from_numpy(own).to(device),
-        sampled_ids_N=torch.from_numpy(sampled).to(device),
+        packed=replace(packed, cu_seqlens=boundaries, tokens_M=tokens_M, positions_M=positions_M),
+        rows_N=rows_N,
+        sampled_ids_N=sampled_N,
         responses=tuple(len(response) for response in responses),
-        places_N=torch.from_numpy(places).to(device) if shared else None,
+        places_N=places_N if shared else None,
+        host_places_N=places if shared else None,
         routed_experts_MLK=experts,
     )
 
@@ -148,27 +191,37 @@ def loss_inputs(
     examples: Sequence[Example],
     device: torch.device,
     teacher_head: Tensor | None = None,
-    places_N: Tensor | None = None,
+    places: np.ndarray | None = None,
 ) -> LossInputs:
     """Build the loss inputs of a micro-batch of examples; only the last pipeline stage needs them.
 
     teacher_head: [V / tp, H], for targets that are hidden states; those stay on the host until their loss is computed.
-    places_N: indices of this rank's response tokens (`MicroBatch.places_N`); None for all.
+    places: indices of this rank's response tokens (`MicroBatch.host_places_N`); None for all.
     """
-    places = None if places_N is None else places_N.cpu().numpy()
 
-    def tokens(read: Callable[[Example], np.ndarray | None], missing: float) -> Tensor:
+    def tokens(read: Callable[[Example], np.ndarray | None], missing: float) -> np.ndarray:
         parts = [np.full(len(e.response_ids), missing) if (v := read(e)) is None else v for e in examples]
         values = _concatenate(parts, np.float32)
-        return torch.from_numpy(values if places is None else values[places]).to(device)
+        return values if places is None else values[places]
 
+    arrays = [
+        tokens(lambda e: e.advantages_T, 0.0),
+        tokens(lambda e: e.surrogate_weights_T, 0.0),
+        tokens(lambda e: e.old_logprobs_T, np.nan),
+        tokens(lambda e: e.rollout_logprobs_T, np.nan),
+        tokens(lambda e: e.distill_weights_T, 0.0),
+        tokens(lambda e: e.reference_logprobs_T, np.nan),
+    ]
+    advantages, surrogate_weights, old, rollout, distill_weights, reference = join_to_device(
+        arrays, torch.float32, device
+    )
     return LossInputs(
-        advantages_N=tokens(lambda e: e.advantages_T, 0.0),
-        surrogate_weights_N=tokens(lambda e: e.surrogate_weights_T, 0.0),
-        old_N=tokens(lambda e: e.old_logprobs_T, np.nan),
-        rollout_N=tokens(lambda e: e.rollout_logprobs_T, np.nan),
-        distill_weights_N=tokens(lambda e: e.distill_weights_T, 0.0),
-        reference_N=tokens(lambda e: e.reference_logprobs_T, np.nan),
+        advantages_N=advantages,
+        surrogate_weights_N=surrogate_weights,
+        old_N=old,
+        rollout_N=rollout,
+        distill_weights_N=distill_weights,
+        reference_N=reference,
         moved=any(e.old_logprobs_T is not None for e in examples),
         target=_target(examples, device, teacher_head, places),
     )
@@ -184,22 +237,19 @@ def _target(
     spans = [
         (start, len(target.hidden_TH if isinstance(target, HiddenOnHost) else target.ids_TK)) for start, target in aimed
     ]
-    kept, rows = _own_rows(_rows(spans), places)
+    kept, own = _own_rows(_rows(spans), places)
     if not len(kept):
         return None
+    rows = torch.from_numpy(own)
     # A step has targets of one type.
     if isinstance(aimed[0][1], HiddenOnHost):
         assert teacher_head is not None
         hidden = torch.cat([cast(HiddenOnHost, target).hidden_TH for _, target in aimed])
-        return Hidden(
-            hidden if places is None else hidden[torch.from_numpy(kept)], teacher_head, torch.from_numpy(rows)
-        )
+        return Hidden(hidden if places is None else hidden[torch.from_numpy(kept)], teacher_head, rows)
     tops = [cast(TopKArrays, target) for _, target in aimed]
-    ids = np.concatenate([top.ids_TK for top in tops]).astype(np.int64)[kept]
-    logprobs = np.concatenate([top.logprobs_TK for top in tops])[kept]
-    return TopK(
-        torch.from_numpy(ids).to(device), torch.from_numpy(logprobs).to(device), torch.from_numpy(rows).to(device)
-    )
+    (ids,) = join_to_device([np.concatenate([top.ids_TK for top in tops])[kept]], torch.int32, device)
+    (logprobs,) = join_to_device([np.concatenate([top.logprobs_TK for top in tops])[kept]], torch.float32, device)
+    return TopK(ids.to(torch.int64), logprobs, rows)
 
 
 def _own_rows(rows: np.ndarray, places: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:

@@ -36,7 +36,7 @@ WorkT = TypeVar("WorkT", bound=HasBatch)
 def run_micro_batches(
     ddp: nn.Module,
     context: ParallelContext,
-    work: Sequence[WorkT],
+    work: Sequence[Callable[[], WorkT]],
     last_stage: Callable[[WorkT, Tensor], Tensor],
     *,
     rows: Sequence[int],
@@ -46,10 +46,11 @@ def run_micro_batches(
     """Run every micro-batch forward and, unless `forward_only`, backward, and reduce the gradients at the end.
 
     The schedule is 1F1B, interleaved if a rank has several chunks of layers. A bare model can only run forward.
-    last_stage: computes a scalar loss from a piece of work and the model's output on the last stage. The loss must be
-    normalised already: gradients of micro-batches and replicas are summed. rows: of each micro-batch, over all ranks;
-    the stages of a replica must bring the same. on_progress: called with the rows of each micro-batch. Every rank must
-    bring the same number of micro-batches. Collective over all ranks.
+    work: makes each piece of work; called once, when the first chunk of layers runs it. last_stage: computes a scalar
+    loss from a piece of work and the model's output on the last stage. The loss must be normalised already: gradients
+    of micro-batches and replicas are summed. rows: of each micro-batch, over all ranks; the stages of a replica must
+    bring the same. on_progress: called with the rows of each micro-batch. Every rank must bring the same number of
+    micro-batches. Collective over all ranks.
     """
 
     def forward_step(iterator: Iterator[WorkT], model: Any) -> tuple[Tensor, Any]:
@@ -75,7 +76,7 @@ def run_micro_batches(
     interleaved = len(chunks) > 1
     get_forward_backward_func(pp_size=stages, vp_size=len(chunks) if interleaved else None)(
         forward_step_func=forward_step,
-        data_iterator=[iter(work) for _ in chunks] if interleaved else iter(work),
+        data_iterator=readers(work, len(chunks)) if interleaved else (make() for make in work),
         model=chunks,
         num_microbatches=len(work),
         seq_length=max(rows),  # not used: lengths vary
@@ -84,6 +85,26 @@ def run_micro_batches(
         pg_collection=context.groups,
         **communicator,
     )
+
+
+def readers(work: Sequence[Callable[[], WorkT]], count: int) -> list[Iterator[WorkT]]:
+    """Return iterators over the same pieces of work, which are made for the first reader and dropped by the last one.
+
+    As itertools.tee, which keeps up to 57 items longer than it needs.
+    """
+    source = (make() for make in work)
+    waiting: list[deque[WorkT]] = [deque() for _ in range(count)]
+
+    def read(own: deque[WorkT]) -> Iterator[WorkT]:
+        for _ in work:
+            if not own:
+                item = next(source)
+                for queue in waiting:
+                    queue.append(item)
+                del item
+            yield own.popleft()
+
+    return [read(own) for own in waiting]
 
 
 def _activation_shape(rows: int, config: TransformerConfig) -> Shape:

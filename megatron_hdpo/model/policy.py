@@ -25,9 +25,11 @@ from megatron_hdpo.model.loss import TokenCounts, micro_batch_loss
 from megatron_hdpo.model.micro_batch import (
     LossInputs,
     MicroBatch,
+    MicroBatchShape,
     example_micro_batch,
     loss_inputs,
     scoring_micro_batch,
+    shape_of,
 )
 from megatron_hdpo.model.network import HeadlessGPTModel, hidden_rows, recut_head
 from megatron_hdpo.model.overlap import gather_weights
@@ -52,6 +54,7 @@ from megatron_hdpo.types.learning import (
     Scoring,
     ScoringKey,
 )
+from megatron_hdpo.types.transfer import wait_for_copies
 
 
 class TrainingError(UserError, RuntimeError):
@@ -67,7 +70,7 @@ class Work:
     scorings: tuple[Scoring, ...] = ()
 
 
-OnTraining = Callable[[Sequence[Work], LossSpec], None]
+OnTraining = Callable[[Sequence[MicroBatchShape], LossSpec], None]
 
 
 class Policy:
@@ -76,8 +79,8 @@ class Policy:
     The model may consist of chunks (`ModelChunks`). micro_batch_tokens: largest number of rows of a packed micro-batch,
     over all context-parallel ranks. head_chunk: number of tokens that have logits at a time.
     vocab_size: number of tokens that have probability; default: the architecture's. A teacher whose vocabulary is
-    padded further than the student's uses the student's. on_training: called with the micro-batches of every step
-    before they run.
+    padded further than the student's uses the student's. on_training: called with the shapes of every step's
+    micro-batches when they have run.
     """
 
     def __init__(
@@ -119,12 +122,13 @@ class Policy:
         """
         answered = answered or ScoringContext({}, {}, {})
         bins = same_number_everywhere(self._scoring_bins(scorings, answered), self.context)
-        work = [self._scoring_work([scorings[i] for i in indices]) for indices in bins]
+        work = [partial(self._scoring_work, [scorings[i] for i in indices]) for indices in bins]
         scores: dict[ScoringKey, Score] = {}
         with self.context.megatron_calls(), torch.no_grad():
             step = partial(self._score_step, scores, answered)
             rows = [self._rows.rows([scorings[i].num_tokens for i in indices]) for indices in bins]
             run_micro_batches(self.ddp, self.context, work, step, rows=rows, forward_only=True, on_progress=on_progress)
+        wait_for_copies(self.context.device)
         return scores
 
     def head_copy(self, rows: int) -> Tensor:
@@ -210,12 +214,15 @@ class Policy:
         _check_targets(examples, teacher_head)
         normalisers = self._normalisers(examples)
         live = [example for example in examples if not example.inert]
-        lengths = [self._rows.padded(example.num_tokens) for example in live]
-        bins = bin_by_tokens(lengths, self.micro_batch_tokens)
-        bins = same_number_everywhere(bins, self.context)
-        work = [self._training_work([live[i] for i in indices], teacher_head) for indices in bins]
-        if self.on_training is not None:
-            self.on_training(work, spec)
+        shapes: list[MicroBatchShape] = []
+
+        def made(indices: Sequence[int]) -> Work:
+            work = self._training_work([live[i] for i in indices], teacher_head)
+            shapes.append(shape_of(work.batch, work.inputs))
+            return work
+
+        bins = self._training_bins(live)
+        work = [partial(made, indices) for indices in bins]
         sums = TokenSums()
         with self.context.megatron_calls():
             for chunk in chunks_of(self.ddp):
@@ -223,17 +230,24 @@ class Policy:
             if self.optimizer is not None:
                 self.optimizer.zero_grad()
             step = partial(self._loss_step, sums, spec, normalisers)
-            rows = [self._rows.rows([lengths[i] for i in indices]) for indices in bins]
+            rows = [self._rows.rows([live[i].num_tokens for i in indices]) for indices in bins]
             run_micro_batches(
                 self.ddp, self.context, work, step, rows=rows, forward_only=False, on_progress=on_progress
             )
+        if self.on_training is not None:
+            self.on_training(shapes, spec)
         metrics = step_metrics(sums, sum(example.num_tokens for example in live), normalisers, spec, self.context)
         return metrics | self._routers.metrics(self.context)
+
+    def _training_bins(self, examples: Sequence[Example]) -> list[list[int]]:
+        """Bin the indices of examples into micro-batches, as many as on every other replica. Collective."""
+        lengths = [self._rows.padded(example.num_tokens) for example in examples]
+        return same_number_everywhere(bin_by_tokens(lengths, self.micro_batch_tokens), self.context)
 
     def _training_work(self, examples: Sequence[Example], teacher_head: Tensor | None) -> Work:
         batch = example_micro_batch(examples, self.context.device, self._rows)
         last = self.context.is_last_stage
-        inputs = loss_inputs(examples, self.context.device, teacher_head, batch.places_N) if last else None
+        inputs = loss_inputs(examples, self.context.device, teacher_head, batch.host_places_N) if last else None
         return Work(batch, inputs)
 
     def _loss_step(

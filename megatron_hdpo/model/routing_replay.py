@@ -24,6 +24,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from megatron_hdpo.model.packing import PackedRowParams, PackedSequences
+from megatron_hdpo.types.transfer import to_device
 
 NOT_CHOSEN = -1
 """Value that lets the trainer's router choose: padding, the last token of a sequence, tokens without engine routing."""
@@ -46,7 +47,7 @@ def with_routing(params: PackedRowParams, routed_experts_MLK: Tensor | None) -> 
     """
     if routed_experts_MLK is None:
         return params
-    return RoutedSeqParams(**vars(params), routed_experts_MLK=routed_experts_MLK.to(params.cu_seqlens_q.device))
+    return RoutedSeqParams(**vars(params), routed_experts_MLK=to_device(routed_experts_MLK, params.cu_seqlens_q.device))
 
 
 def pack_routing(

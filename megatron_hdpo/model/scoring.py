@@ -23,6 +23,7 @@ from megatron_hdpo.divergence import (
 from megatron_hdpo.model.micro_batch import MicroBatch
 from megatron_hdpo.types.learning import ModelRole, Score, Scoring, ScoringKey
 from megatron_hdpo.types.rollouts import TopKArrays
+from megatron_hdpo.types.transfer import to_device, to_host
 
 T = TypeVar("T")
 
@@ -116,7 +117,7 @@ def score_rows(
 
     hidden_NH: whole on every tensor-parallel rank. head_weight_VH: [V / tp, H], this rank's shard. At most `head_chunk`
     rows have logits at a time. All ranks of the tensor- and context-parallel groups must call it together; all get the
-    scores.
+    scores, whose values are there only after `wait_for_copies`.
     """
     if not scorings:
         return {}
@@ -126,7 +127,7 @@ def score_rows(
         chunk = slice(start, start + head_chunk)
         rows.add(F.linear(hidden_NH[chunk], head_weight_VH), batch.sampled_ids_N[chunk], chunk)
     columns = {name: _on_host(batch.whole(torch.cat(parts), groups.cp)) for name, parts in rows.columns.items()}
-    hidden = batch.whole(hidden_NH.detach(), groups.cp).cpu() if settings.hidden else None
+    hidden = to_host(batch.whole(hidden_NH.detach(), groups.cp)) if settings.hidden else None
     edges = np.cumsum([0, *batch.responses])
     return {
         scoring.key: _score(columns, hidden, slice(first, last))
@@ -159,11 +160,11 @@ class _Rows:
         self.head_VH: Tensor | None = None
         if settings.at:
             tops = [_given(answered.scores[_given(s.at)].top) for s in scorings]
-            ids = torch.from_numpy(np.concatenate([top.ids_TK for top in tops]).astype(np.int64))
-            self.at_ids_NK = batch.own(ids)
+            ids = batch.own_on_host(torch.from_numpy(np.concatenate([top.ids_TK for top in tops])))
+            self.at_ids_NK = to_device(ids, batch.rows_N.device)
         if settings.kl_to is not None:
             aims = [answered.scores[_given(s.reverse_kl_to)] for s in scorings]
-            self.teacher_NH = batch.own(torch.cat([_given(aim.hidden_TH) for aim in aims]))
+            self.teacher_NH = batch.own_on_host(torch.cat([_given(aim.hidden_TH) for aim in aims]))
             self.head_VH = answered.heads[settings.kl_to]
 
     def add(self, logits_CV: Tensor, sampled_C: Tensor, rows: slice) -> None:
@@ -171,7 +172,7 @@ class _Rows:
         temperature, device = self.settings.temperature, logits_CV.device
         target = None
         if self.teacher_NH is not None:
-            target = FullLogits(F.linear(self.teacher_NH[rows].to(device), _given(self.head_VH)))
+            target = FullLogits(F.linear(to_device(self.teacher_NH[rows], device), _given(self.head_VH)))
         losses = logit_losses(
             logits_CV,
             sampled_C,
@@ -188,8 +189,7 @@ class _Rows:
             found = vocab_parallel_topk(logits_CV, self.settings.top_k, temperature=temperature, **self.shard)
             self._put(ids=found.ids_TK.to(torch.int32), top=found.logprobs_TK)
         if self.at_ids_NK is not None:
-            ids_CK = self.at_ids_NK[rows].to(device)
-            self._put(at=vocab_parallel_logprobs(logits_CV, ids_CK, temperature, **self.shard))
+            self._put(at=vocab_parallel_logprobs(logits_CV, self.at_ids_NK[rows], temperature, **self.shard))
 
     def _put(self, **values: Tensor) -> None:
         for name, value in values.items():
@@ -217,4 +217,4 @@ def _score(columns: Mapping[str, np.ndarray], hidden_NH: Tensor | None, rows: sl
 
 
 def _on_host(whole: Tensor) -> np.ndarray:
-    return (whole.float() if whole.is_floating_point() else whole).cpu().numpy()
+    return to_host(whole.float() if whole.is_floating_point() else whole).numpy()

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_hdpo.model.loss import MAXIMA, TokenCounts, merge_sums
+from megatron_hdpo.model.loss import MAXIMA, TokenCounts
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.types.learning import LossSpec
 from megatron_hdpo.types.metrics import Metric
@@ -28,8 +28,12 @@ class TokenSums:
         self._sums: dict[str, Tensor] = {}
 
     def add(self, sums: Mapping[str, Tensor]) -> None:
-        """Add a micro-batch's sums."""
-        merge_sums(self._sums, {name: value.double() for name, value in sums.items()})
+        """Add a micro-batch's sums; of MAXIMA keep the larger value."""
+        for name, value in sums.items():
+            value, held = value.double(), self._sums.get(name)
+            if held is not None:
+                value = torch.maximum(held, value) if name in MAXIMA else held + value
+            self._sums[name] = value
 
     def values(self) -> list[float]:
         """Return the values in the order of the standard names; 0 (-inf for a maximum) for names never added."""

@@ -40,15 +40,15 @@ def clipped_surrogate(
     log_ratio = logprobs_T - old_logprobs_T
     ratio = log_ratio.detach().exp()
     clipped_ratio = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-    clipped = -advantages_T * clipped_ratio > -advantages_T * ratio
-    bound = -advantages_T * clipped_ratio
-    held = clipped
+    negative_T = -advantages_T
+    bound = negative_T * clipped_ratio
+    held = clipped = bound > negative_T * ratio
     if config.dual_clip is not None:
         dual = (advantages_T < 0) & (ratio > config.dual_clip)
-        bound = torch.where(dual, -advantages_T * config.dual_clip, bound)
+        bound = torch.where(dual, negative_T * config.dual_clip, bound)
         held = held | dual
     # A clipped ratio has no gradient; if its exp overflows, autograd would compute 0 * inf, so use 0 in its place.
-    loss = torch.where(held, bound, -advantages_T * torch.where(held, 0.0, log_ratio).exp())
+    loss = torch.where(held, bound, negative_T * torch.where(held, 0.0, log_ratio).exp())
     importance = (old_logprobs_T.detach() - rollout_logprobs_T).exp()
     if config.importance_cap is not None:
         importance = importance.clamp(max=config.importance_cap)

@@ -15,9 +15,8 @@ from collections.abc import Sequence
 from megatron_hdpo.costs.collectives import step_collectives
 from megatron_hdpo.costs.layout import Layout
 from megatron_hdpo.costs.micro_batch_shape import PackedShape, Repeated
-from megatron_hdpo.divergence import Hidden, TopK
 from megatron_hdpo.model.architecture import Architecture
-from megatron_hdpo.model.policy import Work
+from megatron_hdpo.model.micro_batch import MicroBatchShape
 from megatron_hdpo.types.learning import LossSpec
 
 
@@ -28,9 +27,9 @@ class TrainingTraffic:
         self.architecture, self.layout, self.stage, self.head_chunk = architecture, layout, stage, head_chunk
         self._bytes: Counter[str] = Counter()
 
-    def __call__(self, work: Sequence[Work], spec: LossSpec) -> None:
-        """Count an optimizer step that runs these micro-batches."""
-        shapes = [Repeated(packed_shape(item, spec), 1) for item in work]
+    def __call__(self, micro_batches: Sequence[MicroBatchShape], spec: LossSpec) -> None:
+        """Count an optimizer step of these micro-batches."""
+        shapes = [Repeated(packed_shape(one, spec), 1) for one in micro_batches]
         for made in step_collectives(self.architecture, self.layout, self.stage, shapes, self.head_chunk):
             if made.group != "host" and self.layout.ranks(made.group) > 1:
                 self._bytes[f"comm/{made.kind}_{made.group}_bytes"] += round(made.bytes * made.count)
@@ -42,18 +41,16 @@ class TrainingTraffic:
         return taken
 
 
-def packed_shape(work: Work, spec: LossSpec) -> PackedShape:
-    """Return the micro-batch's shape as the arithmetic needs it; only the last stage has targets and sends for them."""
-    target = None if work.inputs is None else work.inputs.target
-    targets = 0 if target is None or target.rows is None else len(target.rows)
+def packed_shape(own: MicroBatchShape, spec: LossSpec) -> PackedShape:
+    """Return the micro-batch's shape as the arithmetic needs it."""
     distill = spec.distill
     return PackedShape(
-        rows=len(work.batch.packed.tokens_M),
-        length=work.batch.packed.longest,
-        responses=len(work.batch.rows_N),
-        targets=targets,
-        top_k=target.ids_TK.shape[-1] if isinstance(target, TopK) else 0,
+        rows=own.rows,
+        length=own.longest,
+        responses=own.responses,
+        targets=own.targets,
+        top_k=own.top_k,
         two_temperatures=distill is not None and distill.temperature != spec.temperature,
         bucket=distill is not None and distill.tail == "bucket",
-        full=isinstance(target, Hidden),
+        full=own.full,
     )

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_hdpo.divergence import FullLogits, Hidden, Losses, head_loss, head_losses
+from megatron_hdpo.divergence.head_run import Chunk
 
 HIDDEN = 6
 
@@ -43,8 +44,8 @@ def engine(group: Any, rank: int, size: int, case: Case, way: str, chunk: int, s
     )  # fmt: skip
     up_3T = data.upstream_3T
 
-    def objective(losses: Losses, places: Tensor) -> Tensor:
-        up = up_3T[:, places]
+    def objective(losses: Losses, chunk: Chunk | None = None) -> Tensor:
+        up = up_3T if chunk is None else chunk.take(up_3T.t()).t()
         assert losses.logprobs_T is not None and losses.entropy_T is not None and losses.divergence_T is not None
         return (up[0] * losses.logprobs_T + up[1] * losses.entropy_T + up[2] * losses.divergence_T).sum()
 
@@ -53,7 +54,7 @@ def engine(group: Any, rank: int, size: int, case: Case, way: str, chunk: int, s
         (total * 1.0).backward()
     else:
         losses = head_losses(hidden, head, data.ids_T, target, **options)
-        objective(losses, torch.arange(case.tokens)).backward()
+        objective(losses).backward()
     out = {name: value.detach() for name, value in vars(losses).items()}
     return {**out, "hidden": hidden.grad, "head": head.grad}
 
@@ -157,6 +158,6 @@ def test_leading_shapes_of_megatron() -> None:
 def test_an_objective_without_gradient_gives_none() -> None:
     data, hidden, head = head_inputs(BASE)
     hidden.requires_grad_()
-    total, _ = head_loss(hidden, head, data.ids_T, lambda losses, places: torch.zeros(()), data.topk)
+    total, _ = head_loss(hidden, head, data.ids_T, lambda losses, chunk: torch.zeros(()), data.topk)
     total.backward()
     assert hidden.grad is not None and not hidden.grad.any()

@@ -1,9 +1,11 @@
-"""Tensors between pipeline stages arrive as they were sent, and in the shapes that the receiver expects."""
+"""Micro-batches are made when they run; tensors between stages arrive as they were sent, in the shapes expected."""
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -26,9 +28,70 @@ from tiny_policy import (
     make_scorings,
 )
 
-from megatron_hdpo.model.pipeline import StageCommunicator
+from megatron_hdpo.model.pipeline import StageCommunicator, readers
+from megatron_hdpo.model.policy import Policy
 
 SHAPE = (24, 1, 512)
+
+
+class Item:
+    """Something that a weak reference can name."""
+
+
+def test_readers_get_the_same_items_which_live_from_the_first_to_the_last_reader() -> None:
+    alive: list[weakref.ref[Item]] = []
+
+    def make() -> Item:
+        item = Item()
+        alive.append(weakref.ref(item))
+        return item
+
+    ahead, behind = readers([make] * 4, 2)
+    assert alive == []
+    first, second = id(next(ahead)), id(next(ahead))
+    assert [ref() is not None for ref in alive] == [True, True]
+    assert id(next(behind)) == first
+    assert [ref() is not None for ref in alive] == [False, True]
+    assert id(next(behind)) == second and len(list(behind)) == len(list(ahead)) == 2
+    assert [ref() for ref in alive] == [None] * 4
+
+
+@pytest.mark.parametrize("what", ["update", "score"])
+@pytest.mark.parametrize("layout", ["one rank", "interleaved"])
+def test_a_micro_batch_is_made_when_it_runs(what: str, layout: str, tmp_path: Path) -> None:
+    """At no time are all inputs there, only those between their first and their last chunk of layers."""
+    sizes = {"one rank": {}, "interleaved": {"pipeline": 2, "virtual_stages": 2}}[layout]
+    for most, count in run_ranks(2 if sizes else 1, most_alive, make_checkpoint("llama", tmp_path), what, sizes):
+        assert count >= 6 and most <= (4 if sizes else 2)
+
+
+def most_alive(path: Path, what: str, sizes: dict[str, int]) -> tuple[int, int]:
+    """Return the largest number of micro-batches that were there at a time, and their number."""
+    with joined(**sizes) as context:
+        policy = build_policy(path, context, budget=ONE_PER_MICRO_BATCH)
+        seen: list[weakref.ref] = []
+        most = 0
+        name = {"update": "_training_work", "score": "_scoring_work"}[what]
+        original = getattr(policy, name)
+
+        def made(*arguments: object) -> object:
+            nonlocal most
+            work = original(*arguments)
+            seen.append(weakref.ref(work.batch))
+            most = max(most, sum(ref() is not None for ref in seen))
+            return work
+
+        setattr(policy, name, made)
+        _run(policy, what)
+        return most, len(seen)
+
+
+def _run(policy: Policy, what: str) -> None:
+    run = {
+        "update": partial(policy.accumulate_gradients, make_examples(), SPEC),
+        "score": partial(policy.score, make_scorings()),
+    }
+    run[what]()
 
 
 def test_an_output_that_is_freed_while_it_is_sent_arrives_whole() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -51,10 +52,17 @@ def note_shapes(done: Rehearsed, work: Sequence[Any], spec: LossSpec) -> None:
 def _noting_scored(done: Rehearsed, real: Callable[..., None]) -> Callable[..., None]:
     def run(ddp: Any, context: ParallelContext, work: Sequence[Any], *rest: Any, **options: Any) -> None:
         if options["forward_only"]:
-            done.scored = [_scored_shape(item) for item in work]
+            done.scored = []
+            work = [partial(_noted, make, done.scored) for make in work]
         real(ddp, context, work, *rest, **options)
 
     return run
+
+
+def _noted(make: Callable[[], Any], shapes: list[PackedShape]) -> Any:
+    item = make()
+    shapes.append(_scored_shape(item))
+    return item
 
 
 def _scored_shape(item: Any) -> PackedShape:
