@@ -109,7 +109,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], int, int]] = {
     "one rank": ({}, 0, 1),
     "stages": ({"tensor": 2, "pipeline": 2, "sequence": True}, 5, 8),
     "interleaved stages": ({"pipeline": 2, "virtual_stages": 2}, 1, 4),
-    "shared sequences": ({"context": 2}, 1, 2),
+    "shared sequences": ({"context": 2}, 0, 2),
 }
 
 
@@ -119,7 +119,6 @@ LAYOUTS: dict[str, tuple[dict[str, Any], int, int]] = {
 def test_nothing_waits_for_the_gpu_between_the_first_forward_and_the_last_backward(name: str) -> None:
     layout, rank, world = LAYOUTS[name]
     found = on_null_gpu(update, "qwen2.5-1.5b", layout, 4, rank=rank, world=world)
-    print(found)
     assert found["places"] == {} and found["calls"] == 0
 
 
@@ -128,5 +127,4 @@ def test_nothing_waits_for_the_gpu_between_the_first_forward_and_the_last_backwa
 def test_experts_train_without_transformer_engine_and_only_megatron_waits_for_their_token_counts() -> None:
     layout = {"tensor": 2, "expert": 2, "sequence": True}
     found = on_null_gpu(update, "qwen3-30b-a3b", layout, 2, rank=1, world=4)
-    print(found)
     assert all(place.startswith("megatron/core/transformer/moe/") for place in found["places"])
