@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -83,6 +83,10 @@ def _as_on(rank: int, value: Any, gpus_per_node: int) -> Any:
     return value
 
 
+def _nothing(*_: Any, **__: Any) -> None:
+    """Return at once: this rank's value stays, and all ranks are there."""
+
+
 @contextmanager
 def one_rank(rank: int, size: int, gpus_per_node: int = 8) -> Iterator[OneRankStore]:
     """Make `megatron_hdpo.parallel.context.start` join a world of `size` ranks in which this process is alone.
@@ -111,13 +115,12 @@ def one_rank(rank: int, size: int, gpus_per_node: int = 8) -> Iterator[OneRankSt
         ranks = [other for other in range(size) if other // inner % replicas == rank // inner % replicas]
         return dist.new_group(ranks, backend="gloo", timeout=timeout)
 
-    nothing: Callable[..., None] = lambda *_, **__: None  # noqa: E731
     torchrun = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank % gpus_per_node, "LOCAL_WORLD_SIZE": gpus_per_node}
     torchrun |= {"GROUP_RANK": rank // gpus_per_node}
     with (
         patch.dict(os.environ, {key: str(value) for key, value in torchrun.items()}),
-        patch.multiple(dist, init_process_group=join, new_group=group, monitored_barrier=nothing),
-        patch.multiple(dist, all_gather_object=gather, broadcast_object_list=nothing),
+        patch.multiple(dist, init_process_group=join, new_group=group, monitored_barrier=_nothing),
+        patch.multiple(dist, all_gather_object=gather, broadcast_object_list=_nothing),
         patch.object(distributed_c10d, "new_group", group),
         patch.object(parallel_context, "_replica_group", replica),
     ):
