@@ -20,6 +20,7 @@ from _rehearsal.servers import stand_ins
 from _rehearsal.setting import Asked, Setting, sampled_ranks, setting_of, shortened
 from _rehearsal.synthetic import Prompts, groups_of, score_of
 from _rehearsal.world import OneRankStore
+from bench_rehearsal import EXAMPLES, MANY, page, summary
 from recipes import ROOT
 
 from megatron_hdpo.costs.layout import Layout
@@ -125,6 +126,27 @@ def test_running_out_of_memory_is_one_line() -> None:
     failure = {"phase": "sync", "text": "no room", "allocated": 2 * GIB, "reserved": 3 * GIB, "free": GIB}
     line = failure_line(told(setting(), failure=failure))
     assert "phase sync" in line and "reserved 3.00" in line and "\n" not in line
+
+
+def test_the_page_of_examples_has_a_row_per_rank() -> None:
+    found = setting()
+    train = told(found)["phases"][0]
+    rank = told(found, phases=[train, train | {"phase": "sync"}])
+    fine = summary("qwen2.5-7b", "TP 2", "h100", 16, 0, rank, lines(found, rank))
+    failure = {"phase": "sync", "text": "no room", "allocated": 2 * GIB, "reserved": 3 * GIB, "free": GIB}
+    full = summary("qwen2.5-7b", "TP 2", "h100", 16, 2, told(found, failure=failure), [])
+    rows = page({"a": fine, "b": full}).splitlines()[-2:]
+    assert rows[0].startswith("| qwen2.5-7b | TP 2 | h100 | 0 of 16 | 30.00 | 60.00 | 62.00 |")
+    assert "runs out of memory in sync: no room" in rows[1]
+    assert rows[0].count("|") == rows[1].count("|")
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_examples_can_be_planned_as_the_page_has_them(name: str) -> None:
+    example = EXAMPLES[name]
+    for world in (example.world, MANY):
+        asked = Asked(str(ROOT / "examples" / name / "hdpo.yaml"), [], example.gpu, world, example.model, 2)
+        assert setting_of(asked).layout.world == world
 
 
 def test_the_program_of_a_rank_finds_what_it_replaces() -> None:

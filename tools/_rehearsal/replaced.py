@@ -51,17 +51,19 @@ def note_shapes(done: Rehearsed, work: Sequence[Any], spec: LossSpec) -> None:
 
 def _noting_scored(done: Rehearsed, real: Callable[..., None]) -> Callable[..., None]:
     def run(ddp: Any, context: ParallelContext, work: Sequence[Any], *rest: Any, **options: Any) -> None:
+        shapes: dict[int, PackedShape] = {}
         if options["forward_only"]:
-            done.scored = []
-            work = [partial(_noted, make, done.scored) for make in work]
+            work = [partial(_noted, shapes, index, make) for index, make in enumerate(work)]
         real(ddp, context, work, *rest, **options)
+        done.scored = list(shapes.values()) or done.scored
 
     return run
 
 
-def _noted(make: Callable[[], Any], shapes: list[PackedShape]) -> Any:
+def _noted(shapes: dict[int, PackedShape], index: int, make: Callable[[], Any]) -> Any:
+    """Make a micro-batch and note its shape; each chunk of an interleaved schedule makes it again."""
     item = make()
-    shapes.append(_scored_shape(item))
+    shapes[index] = _scored_shape(item)
     return item
 
 
