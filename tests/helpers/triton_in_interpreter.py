@@ -156,8 +156,6 @@ def many_support_entries() -> None:
 
 def a_target_of_no_token() -> None:
     """A chunk of a micro-batch may have no target: the torch path would make a GPU's host wait for it."""
-    from megatron_hdpo.divergence import TopK, logit_losses
-
     for tail in ("outside", "bucket"):
         results = []
         for dtype in (torch.float32, torch.float64):
