@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_hdpo.config.file import recipe_changes
-from megatron_hdpo.health.selftest import run_self_test
+from megatron_hdpo.config.recipe import Recipe
+from megatron_hdpo.health.selftest import logprob_limit, run_self_test
 from megatron_hdpo.teachers.build import build_teacher
 from megatron_hdpo.teachers.config import ExternalTeacherConfig
 from megatron_hdpo.teachers.external import check_same_vocabulary
@@ -135,6 +136,18 @@ def _check_replay(run: Run) -> None:
             )
 
 
+def fp8_key(recipe: Recipe) -> str | None:
+    """Return the setting that makes trainer or engine round the products of layers to FP8; None without such a one."""
+    model, sglang = recipe.model, recipe.rollout.sglang
+    if model.fp8 is not None:
+        return f"model.fp8={model.fp8}"
+    if model.fp8_emulation is not None:
+        return f"model.fp8_emulation={model.fp8_emulation}"
+    if recipe.rollout.engine == "sglang" and sglang.placement != "given" and sglang.servers.quantization is not None:
+        return f"rollout.sglang.servers.quantization={sglang.servers.quantization}"
+    return None
+
+
 def _self_test(run: Run) -> None:
     config, recipe = run.recipe.self_test, run.recipe
     problems = run.data.order.batch(0, min(config.prompts, len(run.data.train)))
@@ -149,6 +162,7 @@ def _self_test(run: Run) -> None:
         run.sync(run.step, scale)
 
     exact = recipe.model.dtype == "float32" and recipe.rollout.engine_dtype == "float32"
+    limit = logprob_limit(config, exact, fp8_key(recipe))
     with run.console.phase("self-test"):
         result = run_self_test(
             config=config,
@@ -156,11 +170,11 @@ def _self_test(run: Run) -> None:
             sample=sample,
             sync=sync,
             version=run.step,
-            exact=exact,
+            limit=limit,
             temperature=recipe.rollout.temperature,
         )
     run.console.print(
-        f"self-test passed: log-probs of engine and trainer differ by {result.mean_difference:.2g} nats on average, "
-        f"{result.max_difference:.2g} at most, over {amount(result.tokens, 'token')}; divergence from an identical "
-        f"teacher {result.divergence:.2g} (should be near 0); weight sync verified"
+        f"self-test passed: log-probs of engine and trainer differ by {result.mean_difference:.2g} nats on average "
+        f"({limit}), {result.max_difference:.2g} at worst, over {amount(result.tokens, 'token')}; divergence from an "
+        f"identical teacher {result.divergence:.2g} (should be near 0); weight sync verified"
     )
