@@ -73,7 +73,7 @@ def test_a_server_finds_its_memory_after_an_update() -> None:
     """Qwen2.5-7B, TP 2, on an H100 whose server takes half of the memory, as examples/qwen2.5-7b has it."""
     weights, cache = int(7.1 * GIB), int(30.0 * GIB)
     layout = {"tensor": 2, "sequence": True}
-    found = on_null_gpu(turns, layout, weights, cache, 4 * 4, rank=0, world=16, gpu="h100")
+    found = on_null_gpu(turns, layout, weights, cache, 4, rank=0, world=16, gpu="h100")
     assert found["after_update_gib"]["free"] < 30, "else this test shows nothing"
     calls = [(step["call"], step["room"]) for step in found["steps"]]
     assert calls == [
