@@ -26,12 +26,8 @@ from megatron_hdpo.divergence.teacher_rows import DenseRows, ScatteredTopK, Teac
 
 @dataclass(frozen=True)
 class _DenseNormalisers:
-    """Statistics over the whole group: of the student for all tokens, of the teacher for the target rows.
+    """Statistics over the whole group: of the student for all tokens, of the teacher for the target rows."""
 
-    local_max_T: the largest logit of each token on this rank alone.
-    """
-
-    local_max_T: Tensor
     lse_T: Tensor
     lse_distill_T: Tensor
     entropy_T: Tensor | None
@@ -44,12 +40,12 @@ def _teacher_stats(teacher: TeacherLogits, shard: VocabShard, temperature: float
     """Compute the row statistics of the teacher's shard, block by block."""
     dtype = compute_dtype(like)
     parts = [
-        local_stats(teacher.block(block).to(dtype), shard, temperature)
+        local_stats(teacher.block(block).to(dtype), shard, temperature, maxima=True)
         for block in row_blocks(len(teacher), shard.width, like, at_least=teacher.height)
     ]
     empty = torch.zeros(0, dtype=dtype, device=like.device)
     return RowStats(
-        torch.cat([empty, *(p.max_T for p in parts)]), torch.cat([empty, *(p.sum_T for p in parts)]), None, None
+        torch.cat([empty, *(p.ref_T for p in parts)]), torch.cat([empty, *(p.sum_T for p in parts)]), None, None
     )
 
 
@@ -59,12 +55,13 @@ def _normalisers(
     """Read student and teacher for the first time and join the ranks by two all-reduces."""
     shard, tokens = options.shard, logits_TV.shape[0]
     t_s, t_d = options.temperature, options.distill_temperature
-    student = local_stats(logits_TV, shard, t_s, entropy=options.entropy)
-    other = student if t_s == t_d else local_stats(logits_TV, shard, t_d)
+    # Two temperatures share one maximum: a reference of 0 that suits the one may be far away for the other.
+    student = local_stats(logits_TV, shard, t_s, entropy=options.entropy, maxima=t_s != t_d)
+    other = student if t_s == t_d else local_stats(logits_TV, shard, t_d, maxima=True)
     taught = None if isinstance(teacher, ScatteredTopK) else _teacher_stats(teacher, shard, t_d, logits_TV)
-    maxima = torch.cat([student.max_T] if taught is None else [student.max_T, taught.max_T])
+    maxima = torch.cat([student.ref_T] if taught is None else [student.ref_T, taught.ref_T])
     max_T, max_R = shard.all_reduce_max_(maxima).tensor_split([tokens])
-    local_max_T, student = student.max_T, shift_stats(student, max_T, t_s)
+    student = shift_stats(student, max_T, t_s)
     other = student if t_s == t_d else shift_stats(other, max_T, t_d)
     sampled_T1 = sampled.gather(logits_TV, torch.Size((tokens, 1)), compute_dtype(logits_TV))
     local = {"sum": student.sum_T, "other": other.sum_T, "sampled": sampled_T1.squeeze(-1)}
@@ -82,7 +79,6 @@ def _normalisers(
     entropy_T = total["sum"].log() - total["energy"] / total["sum"] if "energy" in total else None
     lse_T, lse_d_T = max_T / t_s + total["sum"].log(), max_T / t_d + total["other"].log()
     return _DenseNormalisers(
-        local_max_T=local_max_T,
         lse_T=lse_T,
         lse_distill_T=lse_d_T,
         entropy_T=entropy_T,
@@ -189,9 +185,7 @@ class DensePass:
             scale_T = entropy_T if scale_T is None else scale_T + entropy_T
         terms = []
         if scale_T is not None:
-            terms.append(
-                SoftmaxTerm(self.stats.local_max_T, self.stats.lse_T, self.options.temperature, scale_T, slope_T)
-            )
+            terms.append(SoftmaxTerm(self.stats.lse_T, self.options.temperature, scale_T, slope_T))
         grad_TV = gradient_storage(logits_TV, inplace)
         adder = _Adder(self, logprob_T, self._weight_of_rows(upstream))
         write_dense(grad_TV, logits_TV, self.options.shard, terms, add=adder, at_least=self.rows.teacher.height)

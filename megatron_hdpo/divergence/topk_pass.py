@@ -29,11 +29,9 @@ from megatron_hdpo.divergence.topk_terms import SupportTerms, support_terms
 class _TopKNormalisers:
     """Statistics over the whole group: log-normalisers at both temperatures, and the logits at the entries.
 
-    local_max_T: the largest logit of each token on this rank alone.
     rest_R: the student's mass outside the support; None unless the tail needs it.
     """
 
-    local_max_T: Tensor
     lse_T: Tensor
     lse_distill_T: Tensor
     entropy_T: Tensor | None
@@ -59,12 +57,11 @@ def _find_entries(ids_T: Tensor, target: TopK | None, options: Options) -> _Entr
 
 def _normalisers(logits_TV: Tensor, entries: _Entries, options: Options) -> _TopKNormalisers:
     """Read the shard and join the ranks, always by two all-reduces."""
-    local, local_max_T, max_T = _local_sums(logits_TV, entries, options)
+    local, max_T = _local_sums(logits_TV, entries, options)
     total = dict(zip(local, options.shard.all_reduce_sum(list(local.values())), strict=True))
     sum_T, other_T = total["sum"], total.get("other", total["sum"])
     rows = None if entries.target is None else entries.target.rows
     return _TopKNormalisers(
-        local_max_T=local_max_T,
         lse_T=max_T / options.temperature + sum_T.log(),
         lse_distill_T=max_T / options.distill_temperature + other_T.log(),
         entropy_T=sum_T.log() - total["energy"] / sum_T if "energy" in total else None,
@@ -74,16 +71,16 @@ def _normalisers(logits_TV: Tensor, entries: _Entries, options: Options) -> _Top
     )
 
 
-def _local_sums(logits_TV: Tensor, entries: _Entries, options: Options) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Return this rank's summands of everything that is summed over ranks, and the local and the group's maxima."""
+def _local_sums(logits_TV: Tensor, entries: _Entries, options: Options) -> tuple[dict[str, Tensor], Tensor]:
+    """Return this rank's summands of everything that is summed over ranks, and the group's maxima."""
     shard, dtype, target = options.shard, compute_dtype(logits_TV), entries.target
     t_s, t_d = options.temperature, options.distill_temperature
     holes = entries.support if options.spec.tail == "bucket" else None
     two = target is not None and t_s != t_d
-    stats = local_stats(logits_TV, shard, t_s, entropy=options.entropy, holes=None if two else holes)
-    other = local_stats(logits_TV, shard, t_d, holes=holes) if two else stats
-    local_max_T = stats.max_T
-    max_T = shard.all_reduce_max_(local_max_T.clone())
+    # Two temperatures share one maximum: a reference of 0 that suits the one may be far away for the other.
+    stats = local_stats(logits_TV, shard, t_s, entropy=options.entropy, maxima=two, holes=None if two else holes)
+    other = local_stats(logits_TV, shard, t_d, maxima=True, holes=holes) if two else stats
+    max_T = shard.all_reduce_max_(stats.ref_T.clone())
     stats = shift_stats(stats, max_T, t_s)
     other = shift_stats(other, max_T, t_d) if two else stats
     sampled_T1 = entries.sampled.gather(logits_TV, torch.Size((logits_TV.shape[0], 1)), dtype)
@@ -96,7 +93,7 @@ def _local_sums(logits_TV: Tensor, entries: _Entries, options: Options) -> tuple
             local["rest"] = at_rows(other.rest_T, target.rows)
     if two:
         local["other"] = other.sum_T
-    return local, local_max_T, max_T
+    return local, max_T
 
 
 @dataclass(frozen=True)
@@ -218,12 +215,12 @@ class _Scales:
         options, stats = made.options, made.stats
         if self.away_T is not None and options.temperature == options.distill_temperature:
             scale_T = self.away_T if self.scale_T is None else self.scale_T + self.away_T
-            return [SoftmaxTerm(stats.local_max_T, stats.lse_T, options.temperature, scale_T, self.slope_T)]
+            return [SoftmaxTerm(stats.lse_T, options.temperature, scale_T, self.slope_T)]
         terms = []
         if self.scale_T is not None:
-            terms.append(SoftmaxTerm(stats.local_max_T, stats.lse_T, options.temperature, self.scale_T, self.slope_T))
+            terms.append(SoftmaxTerm(stats.lse_T, options.temperature, self.scale_T, self.slope_T))
         if self.away_T is not None:
-            terms.append(SoftmaxTerm(stats.local_max_T, stats.lse_distill_T, options.distill_temperature, self.away_T))
+            terms.append(SoftmaxTerm(stats.lse_distill_T, options.distill_temperature, self.away_T))
         return terms
 
     def at_sampled(self, made: TopKPass) -> Tensor:

@@ -49,19 +49,18 @@ class _LogProbs(torch.autograd.Function):
         ctx: Any, logits_TV: Tensor, ids_TK: Tensor, shard: VocabShard, temperature: float, inplace: bool
     ) -> Tensor:
         stats = local_stats(logits_TV, shard, temperature)
-        local_max_T = stats.max_T
-        max_T = shard.all_reduce_max_(local_max_T.clone())
+        max_T = shard.all_reduce_max_(stats.ref_T.clone())
         stats = shift_stats(stats, max_T, temperature)
         sum_T, z_TK = shard.all_reduce_sum([stats.sum_T, _own_logits(logits_TV, ids_TK, shard)])
         lse_T = max_T / temperature + sum_T.log()
         ctx.shard, ctx.temperature, ctx.inplace = shard, temperature, inplace
-        ctx.save_for_backward(logits_TV, ids_TK, local_max_T, lse_T)
+        ctx.save_for_backward(logits_TV, ids_TK, lse_T)
         return (z_TK / temperature - lse_T.unsqueeze(-1)).masked_fill(ids_TK < 0, 0.0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        logits_TV, ids_TK, local_max_T, lse_T = ctx.saved_tensors
+        logits_TV, ids_TK, lse_T = ctx.saved_tensors
         owned = OwnedEntries.find(ids_TK, None, ctx.shard)
         g_TK = grads[0].masked_fill(ids_TK < 0, 0.0) / ctx.temperature
         total_T = -g_TK.sum(-1)
@@ -74,7 +73,7 @@ class _LogProbs(torch.autograd.Function):
         q = (logits_TV[row, col].to(lse_T.dtype) / ctx.temperature - lse_T[row]).exp()
         value = q * total_T[row] + added[same]
         grad_TV = gradient_storage(logits_TV, ctx.inplace)
-        write_dense(grad_TV, logits_TV, ctx.shard, [SoftmaxTerm(local_max_T, lse_T, ctx.temperature, total_T)])
+        write_dense(grad_TV, logits_TV, ctx.shard, [SoftmaxTerm(lse_T, ctx.temperature, total_T)])
         grad_TV[row, col] = value.to(grad_TV.dtype)
         return grad_TV, None, None, None, None
 
@@ -113,7 +112,7 @@ def vocab_parallel_topk(
         raise ValueError(f"temperature is {temperature}: it must be positive (greedy decoding counts as 1)")
     stats = local_stats(logits_TV, shard, temperature)
     values_TK, ids_TK = _local_topk(logits_TV, min(k, width), shard)
-    packed = torch.cat([values_TK, bits(ids_TK, values_TK.dtype), stats.max_T[:, None], stats.sum_T[:, None]], dim=-1)
+    packed = torch.cat([values_TK, bits(ids_TK, values_TK.dtype), stats.ref_T[:, None], stats.sum_T[:, None]], dim=-1)
     packed_DT = shard.all_gather(packed)  # [ranks, T, 2 n + 2]
     lse_T = _join_lse(packed_DT[..., -2], packed_DT[..., -1], temperature)
     n = values_TK.shape[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from megatron_hdpo.divergence import (
     divergence,
     head_losses,
     logit_losses,
+    row_stats,
     vocab_parallel_entropy,
     vocab_parallel_logprobs,
     vocab_parallel_topk,
@@ -256,3 +258,26 @@ def test_package_imports_with_torch_alone() -> None:
 def test_spec_names_every_kind_and_tail() -> None:
     with pytest.raises(ValueError, match="jsd, forward_kl, reverse_kl, skew_forward, skew_reverse, akl"):
         DivergenceSpec("js")
+
+
+@pytest.mark.parametrize("shift", [0.0, 60.0, -60.0, 300.0, -300.0])
+@pytest.mark.parametrize("entropy", [True, False])
+@pytest.mark.parametrize("mkl", [True, False])
+def test_results_do_not_depend_on_where_the_logits_lie(
+    shift: float, entropy: bool, mkl: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums of exponentials that need no maximum, and those that would overflow or vanish without one, in both bases."""
+    monkeypatch.setattr(row_stats, "_mkl_is_fast", lambda: mkl)
+    gen = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 40, generator=gen) + shift * torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0, 0.5]).unsqueeze(-1)
+    target = TopK(torch.arange(4).repeat(6, 1), torch.full((6, 4), 0.2).log())
+    spec, ids, results = DivergenceSpec(tail="bucket"), torch.arange(6), []
+    for dtype, distill in itertools.product((torch.float32, torch.float64), (0.7, 1.3)):
+        z = logits.detach().to(dtype, copy=True).requires_grad_()
+        losses = logit_losses(z, ids, target, spec=spec, temperature=0.7, distill_temperature=distill, entropy=entropy)
+        assert losses.logprobs_T is not None and losses.divergence_T is not None
+        (losses.logprobs_T + losses.divergence_T).sum().backward()
+        results.append([losses.logprobs_T, losses.divergence_T, z.grad])
+    for low, high in zip(results[:2], results[2:], strict=True):
+        for one, exact in zip(low, high, strict=True):
+            torch.testing.assert_close(one.double(), exact, rtol=1e-4, atol=1e-4)
