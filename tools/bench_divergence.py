@@ -4,6 +4,8 @@
     python tools/bench_divergence.py --vocab 32768 131072 151936 --k 16 64 256 --no-head
     python tools/bench_divergence.py --tp 2                              # two gloo (CUDA: NCCL) ranks
     python tools/bench_divergence.py --device cuda --tokens 8192 --dtype bfloat16 --vocab 151936
+    python tools/bench_divergence.py --nemo-rl ../RL                     # beside NeMo-RL's functions in this checkout
+    ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 python tools/bench_divergence.py
 
 Every contender computes forward and backward on the same logits. They take turns, `--repeats` times, and the median is
 reported. On a CPU `ms` is processor time of the one thread, which other programs disturb less than wall-clock time;
@@ -29,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import _environment  # noqa: F401
+import _nemo_rl
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler, which counts memory here, is chatty
 
@@ -88,10 +91,12 @@ class Setting:
         return logits, ids, topk_of(teacher, self.k, self.group), teacher.contiguous()
 
 
-def contenders(setting: Setting, full: bool) -> tuple[Tensor, dict[str, Contender], dict[str, str]]:
+def contenders(
+    setting: Setting, full: bool, nemo_rl: Path | None = None
+) -> tuple[Tensor, dict[str, Contender], dict[str, str]]:
     """Return the logits, the contenders that can run here by name, and why the others cannot.
 
-    Each contender maps logits to a sum of per-token losses.
+    Each contender maps logits to a sum of per-token losses. nemo_rl: a checkout of NVIDIA-NeMo/RL.
     """
     logits, ids, topk, teacher = setting.tensors()
     group = setting.group
@@ -121,6 +126,10 @@ def contenders(setting: Setting, full: bool) -> tuple[Tensor, dict[str, Contende
         if setting.tp == 1:
             runs["plain torch full JSD"] = lambda z: _plain_jsd(z, teacher)
     _add_liger(runs, missing, teacher, setting)
+    if nemo_rl is None:
+        missing["NeMo-RL"] = "--nemo-rl names no checkout of it"
+    else:
+        runs |= _nemo_rl.contenders(nemo_rl, topk)
     return logits, runs, missing
 
 
@@ -213,9 +222,11 @@ HEADER = f"{'':38} {'V':>7} {'T':>6} {'k':>4} {'tp':>3} {'ms':>9} {'wall ms':>9}
 HEADER += f" {'extra MiB':>9} {'% logits':>8}"
 
 
-def measure(setting: Setting, repeats: int, full: bool) -> tuple[list[Row], dict[str, str]]:
+def measure(
+    setting: Setting, repeats: int, full: bool, nemo_rl: Path | None = None
+) -> tuple[list[Row], dict[str, str]]:
     """Measure all contenders; return their rows, and why the others did not run."""
-    master, runs, missing = contenders(setting, full)
+    master, runs, missing = contenders(setting, full, nemo_rl)
     logits, anchor = master.clone(), torch.zeros((), device=setting.device, requires_grad=True)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for turn in range(repeats + 1):
@@ -376,7 +387,7 @@ def run_rank(rank: int, port: int, options: argparse.Namespace) -> None:
                 rank=rank,
                 group=group,
             )
-            some, absent = measure(setting, options.repeats, full=options.full and i == 0)
+            some, absent = measure(setting, options.repeats, full=options.full and i == 0, nemo_rl=options.nemo_rl)
             rows, missing = rows + some, missing | absent
             if not rank:
                 print("\n".join(row.line() for row in some), flush=True)
@@ -407,14 +418,21 @@ def _write(rows: list[Row], missing: dict[str, str], options: argparse.Namespace
     about = {
         "torch": torch.__version__,
         "megatron_core": megatron.core.__version__,
-        "machine": torch.cuda.get_device_name()
-        if options.device == "cuda"
-        else platform.processor() or platform.machine(),
+        "machine": torch.cuda.get_device_name() if options.device == "cuda" else _processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": 1,
         "repeats": options.repeats,
     }
     Path(options.json).parent.mkdir(parents=True, exist_ok=True)
     Path(options.json).write_text(json.dumps({**about, "not_run": missing, "rows": [vars(r) for r in rows]}, indent=1))
+
+
+def _processor() -> str:
+    """Return the processor's name, as Linux knows it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def main() -> None:
@@ -431,6 +449,7 @@ def main() -> None:
     parser.add_argument("--no-head", dest="head", action="store_false", help="leave the chunked head out")
     parser.add_argument("--hidden", type=int, default=576, help="hidden size of the head's part")
     parser.add_argument("--chunk", type=int, default=256, help="tokens per chunk of the head's part")
+    parser.add_argument("--nemo-rl", type=Path, help="a checkout of NVIDIA-NeMo/RL, whose distillation joins the table")
     parser.add_argument("--json", help="also write the rows to this file")
     options = parser.parse_args()
     if options.device == "cuda":
