@@ -43,12 +43,18 @@ def setting_of(asked: Asked) -> Setting:
     """Return the setting of a rehearsal. Raises RecipeError, PlanError or LayoutError."""
     recipe = load_recipe(asked.recipe, asked.overrides, snapshots=False)
     architecture = architecture_of(asked.model or recipe.model.path)
-    guesses = Guesses(**(asked.guesses or {}))
+    guesses = Guesses(**({"rollout_gpus": _server_gpus(recipe)} | (asked.guesses or {})))
     layout = layout_of(recipe, asked.world)
     workload = workload_of(recipe, guesses)
     if asked.micro_batches is not None:
         workload = shortened(workload, layout, asked.micro_batches)
     return Setting(recipe, architecture, layout, workload, rollouts_of(recipe, guesses))
+
+
+def _server_gpus(recipe: Recipe) -> int:
+    """Return GPUs for servers apart from the trainer's; how many there are changes nothing on a trainer's rank."""
+    apart = recipe.rollout.engine == "sglang" and recipe.rollout.sglang.placement != "colocated"
+    return recipe.rollout.sglang.servers.tensor_parallel if apart else 0
 
 
 def shortened(workload: Workload, layout: Layout, micro_batches: int) -> Workload:
