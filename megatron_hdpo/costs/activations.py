@@ -61,35 +61,27 @@ def attention_bytes(a: Architecture, layout: Layout, shape: PackedShape) -> int:
     total = _input_bytes(a, layout, rows) + rotation + rows * query * value + _head_norms(a, layout, rows)
     if layout.context == 1:  # the value is a view of query, key and value; the other two are rotated copies
         total += rows * (query + 2 * key_value) * value + rows * (query + key_value) * value
-    else:  # keys and values of all ranks' rows, and their order
-        every = rows * layout.context
-        total += rows * query * value + every * (2 * key_value * value + _INT64)
-    return total + (0 if core else rows * query * value + statistics + _mask_bytes(layout, shape))
-
-
-def _mask_bytes(layout: Layout, shape: PackedShape) -> int:
-    """Return the bytes of attention masks, which only plain torch with context parallelism has; mean over the ranks.
-
-    Each chunk of queries has a mask over the keys up to its end; the first chunk of a sequence needs none.
-    """
-    if layout.context == 1:
-        return 0
-    chunks, sequences = 2 * layout.context, shape.rows * layout.context // shape.length
-    chunk = shape.length // chunks
-    seen = chunk * (chunks * (chunks + 1) // 2 - 1)
-    return sequences * chunk * seen * layout.value_bytes // layout.context
+    else:  # a rank's two chunks of a sequence attend to 2 context + 1 chunks of keys and values between them
+        every = rows * (2 * layout.context + 1) // 2
+        total += rows * query * value + every * 2 * key_value * value
+    return total + (0 if core else statistics)
 
 
 def ffn_bytes(a: Architecture, layout: Layout, rows: int) -> int:
     """Return the bytes that the FFN keeps, from the normed rows to its last product."""
-    value, inputs = layout.value_bytes, _input_bytes(a, layout, rows, norm_apart=a.num_experts > 0)
+    inputs = _input_bytes(a, layout, rows, norm_apart=a.num_experts > 0)
     if a.num_experts:
         return inputs + (0 if "moe" in layout.recomputed else _experts_bytes(a, layout, rows))
-    if "mlp" in layout.recomputed:
-        return inputs
-    ffn = _widths(a, layout)[2]
-    # Plain: gate and up together, silu(gate), up + 0, their product. Fused: gate and up, the product.
-    return inputs + rows * (5 * ffn * value if _plain(layout) else ffn * (2 * value + (1 if layout.fp8 else value)))
+    return inputs + (0 if "mlp" in layout.recomputed else gated_bytes(a, layout, rows))
+
+
+def gated_bytes(a: Architecture, layout: Layout, rows: int) -> int:
+    """Return the bytes that a dense FFN keeps between its products.
+
+    Plain: gate and up together, silu(gate), up + 0, their product. Fused: gate and up, the product.
+    """
+    value, ffn = layout.value_bytes, a.ffn_size // layout.tensor
+    return rows * ffn * (5 * value if _plain(layout) else 2 * value + (1 if layout.fp8 else value))
 
 
 def _experts_bytes(a: Architecture, layout: Layout, rows: int) -> int:
@@ -137,7 +129,7 @@ def chunk_bytes(architecture: Architecture, layout: Layout, stage: int, shape: P
     sizes = [layers * per_layer] * layout.virtual_stages
     if stage == 0:  # token ids, and a mask of those that are another rank's
         sizes[0] += rows * (_INT64 + (1 if layout.tensor > 1 else 0))
-    sizes[-1] += _final_norm(a, layout, stage, rows)
+    sizes[-1] += final_norm_bytes(a, layout, stage, rows)
     return sizes
 
 
@@ -146,25 +138,21 @@ def stage_bytes(architecture: Architecture, layout: Layout, stage: int, shape: P
     return sum(chunk_bytes(architecture, layout, stage, shape))
 
 
-def _final_norm(architecture: Architecture, layout: Layout, stage: int, rows: int) -> int:
+def final_norm_bytes(architecture: Architecture, layout: Layout, stage: int, rows: int) -> int:
+    """Return the bytes that the norm after the last layer keeps; it is the first whose backward pass frees them."""
     if stage < layout.pipeline - 1:
         return 0
     own, fp32 = rows // layout.sequence_ranks, _FP32 if _plain(layout) else 0
     return own * (_FP32 + architecture.hidden_size * (fp32 + layout.value_bytes))
 
 
-def recomputed_bytes(architecture: Architecture, layout: Layout, stage: int, shape: PackedShape) -> int:
-    """Return the bytes that recomputation adds to the peak.
-
-    These are one layer's tensors, less those of the final norm, which are freed before.
-    """
+def recomputed_bytes(architecture: Architecture, layout: Layout, shape: PackedShape) -> int:
+    """Return the bytes of one layer that its backward pass computes again; 0 without recomputation."""
     if layout.recompute:
-        whole = layer_bytes(architecture, layout, shape)
-    elif "mlp" in layout.recomputed or "moe" in layout.recomputed:
-        whole = ffn_bytes(architecture, _kept(layout), shape.rows)
-    else:
-        return 0
-    return max(0, whole - _final_norm(architecture, layout, stage, shape.rows))
+        return layer_bytes(architecture, layout, shape)
+    if "mlp" in layout.recomputed or "moe" in layout.recomputed:
+        return ffn_bytes(architecture, _kept(layout), shape.rows)
+    return 0
 
 
 def _kept(layout: Layout) -> Layout:
@@ -188,11 +176,19 @@ def pipeline_input_peak(
 
 
 def head_chunk_bytes(architecture: Architecture, layout: Layout, shape: PackedShape, chunk: int) -> int:
-    """Return the bytes of one chunk's logits and of their fp32 scratch (at most three buffers, without Triton)."""
+    """Return the bytes of one chunk's logits; for targets over the whole vocabulary also their fp32 scratch."""
     width = architecture.padded_vocab_size(layout.tensor) // layout.tensor
     chunk = min(chunk, shape.responses)
-    logits = chunk * width * layout.value_bytes * (2 if shape.full else 1)
-    return logits + 3 * min(_GPU_BLOCK_BYTES, chunk * width * _FP32)
+    logits = chunk * width * layout.value_bytes
+    return 2 * logits + 3 * min(_GPU_BLOCK_BYTES, chunk * width * _FP32) if shape.full else logits
+
+
+def scored_chunk_bytes(architecture: Architecture, layout: Layout, shape: PackedShape, chunk: int) -> int:
+    """Return the bytes of one chunk's logits when scoring, and of two fp32 buffers for their top k."""
+    width = architecture.padded_vocab_size(layout.tensor) // layout.tensor
+    chunk = min(chunk, shape.responses)
+    scratch = 2 * min(_GPU_BLOCK_BYTES, chunk * width * _FP32) if shape.top_k else 0
+    return chunk * width * layout.value_bytes + scratch
 
 
 def head_gradient_bytes(architecture: Architecture, layout: Layout, shape: PackedShape) -> int:
@@ -203,3 +199,14 @@ def head_gradient_bytes(architecture: Architecture, layout: Layout, shape: Packe
     """
     hidden = 2 * shape.responses * architecture.hidden_size * layout.value_bytes
     return head_values(architecture, layout.tensor) * (_FP32 + layout.value_bytes) + hidden
+
+
+def input_bytes(shape: PackedShape, last: bool) -> int:
+    """Return the bytes of one micro-batch's inputs on the device.
+
+    Token ids, positions; on the last stage six numbers of each response token, its row and id, and its target.
+    """
+    rows = 2 * shape.rows * _INT64
+    if not last:
+        return rows
+    return rows + shape.responses * (6 * _FP32 + 2 * _INT64) + shape.targets * (shape.top_k * (_INT64 + _FP32) + _INT64)

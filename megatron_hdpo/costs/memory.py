@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_hdpo.costs.activations import (
     activation_peak,
+    ffn_bytes,
+    final_norm_bytes,
+    gated_bytes,
     head_chunk_bytes,
     head_gradient_bytes,
-    layer_bytes,
+    input_bytes,
     pipeline_input_peak,
     recomputed_bytes,
+    scored_chunk_bytes,
 )
+from megatron_hdpo.costs.backward import layer_moment
 from megatron_hdpo.costs.cluster import FRAMEWORK_BYTES, GIB, Gpu
 from megatron_hdpo.costs.layout import Layout
-from megatron_hdpo.costs.micro_batch_shape import Repeated
+from megatron_hdpo.costs.micro_batch_shape import PackedShape, Repeated
 from megatron_hdpo.costs.parameters import model_values, product_values, served_bytes, stage_parameters
 from megatron_hdpo.costs.schedule import rounded
 from megatron_hdpo.costs.workload import MODEL_ROLES, RolloutSetup, Workload
@@ -24,6 +29,9 @@ from megatron_hdpo.model.architecture import Architecture
 _FP32 = 4
 _SERVER_SHARE = 0.95  # share of a GPU that a separate server may fill. Assumed
 _SYNC_BUCKET_BYTES = 256 * 2**20  # rollout.sglang.sync.bucket_mib; a receiver holds about two
+
+# One workspace of cuBLAS on Hopper, for the thread of the forward and for that of the backward pass.
+_WORKSPACE_BYTES, _WORKSPACES = 32 * 2**20, 2
 
 Kinds = dict[str, float]
 
@@ -63,31 +71,91 @@ def resident(architecture: Architecture, layout: Layout, stage: int) -> Kinds:
     return kinds
 
 
+def kept_between_steps(architecture: Architecture, layout: Layout, stage: int, rows: int) -> Kinds:
+    """Return what stays after the first step beside the model.
+
+    Workspaces; the buffer that rows are gathered into (Transformer Engine allocates it anew each time); of each chunk
+    of layers after the first of the model the last input and its gradient. rows: of the largest micro-batch.
+    """
+    kinds = {"cuBLAS workspaces": float(_WORKSPACES * _WORKSPACE_BYTES)}
+    chunks = layout.virtual_stages - int(stage == 0)
+    if chunks:
+        own = rows // layout.sequence_ranks * architecture.hidden_size * layout.value_bytes
+        kinds["pipeline inputs"] = 2.0 * chunks * own
+    if layout.sequence_ranks > 1 and layout.spec == "torch":
+        kinds["gather buffer"] = float(rows * architecture.hidden_size * layout.value_bytes)
+    return kinds
+
+
+def _always(architecture: Architecture, layout: Layout, stage: int, workload: Workload) -> Kinds:
+    works = [workload.training_work(layout), *(workload.scoring_work(role, layout) for role in MODEL_ROLES)]
+    rows = max(work.shape.padded(layout).rows for work in works)
+    return resident(architecture, layout, stage) | kept_between_steps(architecture, layout, stage, rows)
+
+
 def training(architecture: Architecture, layout: Layout, stage: int, work: Repeated, head_chunk: int) -> Kinds:
-    """Return what training adds to the resident bytes, at the peak of the backward pass."""
+    """Return what training adds to the resident bytes at the fullest of three moments.
+
+    They are the loss of a micro-batch on the last stage, the backward pass of the last layer, and the optimizer's step.
+    """
     shape = work.shape.padded(layout)
     count = rounded(layout, work.count)
-    kinds = {
+    held = {
         "activations": float(activation_peak(architecture, layout, stage, shape, count)),
         "pipeline inputs": float(pipeline_input_peak(architecture, layout, stage, shape, count)),
+        "inputs": float(min(2, count) * input_bytes(shape, stage == layout.pipeline - 1)),
     }
-    if again := recomputed_bytes(architecture, layout, stage, shape):
-        kinds["recomputed layer"] = float(again)
+    moments = [_layer_backward(architecture, layout, stage, shape, held), _optimizer_step(architecture, layout, stage)]
     if stage == layout.pipeline - 1:
-        kinds["head chunk"] = float(head_chunk_bytes(architecture, layout, shape, head_chunk))
-        kinds["head gradient"] = float(head_gradient_bytes(architecture, layout, shape))
-    return kinds
+        head = {
+            "head chunk": float(head_chunk_bytes(architecture, layout, shape, head_chunk)),
+            "head gradient": float(head_gradient_bytes(architecture, layout, shape)),
+        }
+        moments.append(held | head)
+    return _fullest(moments)
+
+
+def _layer_backward(a: Architecture, layout: Layout, stage: int, shape: PackedShape, held: Kinds) -> Kinds:
+    """Return the bytes at the largest moment of the last layer's backward pass; the norm after it is done."""
+    moment = layer_moment(a, layout, shape)
+    done = final_norm_bytes(a, layout, stage, shape.rows)
+    kinds = held | {kind: float(size) for kind, size in moment.kinds.items()}
+    if again := recomputed_bytes(a, layout, shape):
+        kinds["recomputed layer"] = float(again - moment.freed)
+    else:
+        done += moment.freed
+    return kinds | {"activations": held["activations"] - done}
+
+
+def _optimizer_step(a: Architecture, layout: Layout, stage: int) -> Kinds:
+    """Return the scratch of torch's Adam, one fp32 number per parameter; Transformer Engine's has none."""
+    if layout.spec != "torch":
+        return {}
+    shard = stage_parameters(a, layout, stage).shard_values(layout) * (1.0 - layout.offload)
+    return {"optimizer's scratch": shard * _FP32}
 
 
 def scoring(architecture: Architecture, layout: Layout, stage: int, work: Repeated, head_chunk: int) -> Kinds:
-    """Return what scoring adds to the resident bytes: one layer's tensors (an upper bound), and the head's chunk."""
+    """Return what scoring adds to the resident bytes: what one layer has at its peak, or the head's chunk."""
     if not work.count:
         return {}
     shape = work.shape.padded(layout)
-    kinds = {"activations": float(layer_bytes(architecture, layout, shape))}
+    moments = [_scored_layer(architecture, layout, shape)]
     if stage == layout.pipeline - 1:
-        kinds["head chunk"] = float(head_chunk_bytes(architecture, layout, shape, head_chunk))
-    return kinds
+        hidden = shape.responses * architecture.hidden_size * layout.value_bytes
+        moments.append({"hidden states": float(hidden)})
+        moments[-1] |= {"head chunk": float(scored_chunk_bytes(architecture, layout, shape, head_chunk))}
+    return _fullest(moments)
+
+
+def _scored_layer(a: Architecture, layout: Layout, shape: PackedShape) -> Kinds:
+    """Return the bytes of a layer's FFN and of five copies of its rows: of the model's and the layer's inputs."""
+    own = shape.rows // layout.sequence_ranks * a.hidden_size * layout.value_bytes
+    kinds = {"rows": 5.0 * own}
+    if not a.num_experts:
+        return kinds | {"activations": float(gated_bytes(a, layout, shape.rows))}
+    experts = sum(layer_moment(a, replace(layout, recompute=False), shape).kinds.values())
+    return kinds | {"activations": float(ffn_bytes(a, replace(layout, recomputed=()), shape.rows) + experts - own)}
 
 
 def _scoring(architecture: Architecture, layout: Layout, stage: int, workload: Workload) -> Kinds:
@@ -122,14 +190,16 @@ def engine_weights(architecture: Architecture, rollouts: RolloutSetup) -> float:
     return served_bytes(architecture, model_values(architecture), rollouts.fp8) / rollouts.tensor
 
 
-def cache_room(architecture: Architecture, layout: Layout, rollouts: RolloutSetup, gpu: Gpu) -> float:
+def cache_room(
+    architecture: Architecture, layout: Layout, workload: Workload, rollouts: RolloutSetup, gpu: Gpu
+) -> float:
     """Return the largest number of bytes of a key-value cache on one GPU of the engine; negative if nothing is left."""
     weights = engine_weights(architecture, rollouts)
     if rollouts.memory_fraction is not None:
         return rollouts.memory_fraction * gpu.memory - weights
     if rollouts.engine == "separate":
         return _SERVER_SHARE * gpu.memory - weights
-    held = max(sum(resident(architecture, layout, stage).values()) for stage in layout.stages)
+    held = max(sum(_always(architecture, layout, stage, workload).values()) for stage in layout.stages)
     return gpu.memory - held - weights - 2.0 * _SYNC_BUCKET_BYTES
 
 
@@ -149,7 +219,7 @@ def by_phase(
     chunk = workload.head_chunk
     extra: dict[str, list[Kinds]] = {"sampling": [], "teacher": [], "training": [], "sync": []}
     for stage in layout.stages:
-        base = resident(architecture, layout, stage)
+        base = _always(architecture, layout, stage, workload)
         extra["sampling"].append(base | (engine if shared else {}))
         extra["teacher"].append(base | _scoring(architecture, layout, stage, workload) | beside)
         kept = _teachers_head(architecture, layout, stage, workload)

@@ -144,7 +144,7 @@ def student_batch(
     longest = (workload.prompt_tokens + workload.longest_response) * per_token
     # The embedded engine reserves the longest response for every sequence; servers allocate pages as tokens come.
     each = longest if rollouts.engine == "embedded" else workload.sequence_tokens * per_token
-    room = cache_room(a, layout, rollouts, cluster.gpu)
+    room = cache_room(a, layout, workload, rollouts, cluster.gpu)
     sequences = workload.student_sequences / engines
     wanted = min(max(1.0, sequences), rollouts.max_concurrency)
     at_once = 0.0 if room < longest else min(wanted, room // each)

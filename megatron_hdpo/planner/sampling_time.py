@@ -97,7 +97,9 @@ def sync(a: Architecture, layout: Layout, rollouts: RolloutSetup, cluster: Clust
         gather += part * (ranks - 1) / ranks / bandwidth
     rates = {"separate": BROADCAST_SYNC_BYTES_S, "colocated": SHARED_SYNC_BYTES_S}
     handed = size / rates[rollouts.engine] if rollouts.engine in rates else 0.0
-    traffic = 4.0 * size / (cluster.gpu.hbm_bytes_s * HBM_EFFICIENCY)  # copied twice, read and written
+    # Copied twice, read and written; servers' weights are read once more, to compare digests with the servers'.
+    passes = 4.0 + float(rollouts.engine in rates)
+    traffic = passes * size / (cluster.gpu.hbm_bytes_s * HBM_EFFICIENCY)
     return PhaseTime(
         phase="sync", arithmetic_s=0.0, memory_s=traffic, communication_s=gather, other_s=handed, flops=0.0, tokens=0.0
     )

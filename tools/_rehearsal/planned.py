@@ -47,22 +47,23 @@ def last(rank: dict[str, Any], phase: str) -> dict[str, Any] | None:
 
 def _memory(setting: Setting, layout: Layout, rank: dict[str, Any], updates: list[list[PackedShape]]) -> Iterator[Line]:
     a, stage, chunk = setting.architecture, rank["stage"], rank["head_chunk"]
-    held = memory.resident(a, layout, stage)
+    shapes = [*(shape for update in updates for shape in update), *(PackedShape(**shape) for shape in rank["scored"])]
+    rows = max((shape.padded(layout).rows for shape in shapes), default=0)
+    held = memory.resident(a, layout, stage) | memory.kept_between_steps(a, layout, stage, rows)
     held.pop("framework")
-    rest = sum(held.values())
     train, teacher = last(rank, "train"), last(rank, "teacher")
     if train is None:
         return
-    yield Line("memory at rest", "bytes", rest, train["allocated"])
+    yield Line("memory at rest", "bytes", sum(held.values()), train["allocated"])
     if teacher is not None and rank["scored"] and setting.workload.teacher_model is None:
         scored = max((PackedShape(**shape) for shape in rank["scored"]), key=lambda shape: shape.rows)
         more = memory.scoring(a, layout, stage, Repeated(scored, 1), chunk)
-        yield Line("memory, peak of teacher", "bytes", rest + sum(more.values()), teacher["peak"])
+        yield Line("memory, peak of teacher", "bytes", sum((held | more).values()), teacher["peak"])
     largest = max((shape for update in updates for shape in update), key=lambda shape: shape.rows)
     targets = max((shape for update in updates for shape in update), key=lambda shape: shape.targets)
     shape = replace(largest, targets=targets.targets, top_k=targets.top_k)
     more = memory.training(a, layout, stage, Repeated(shape, max(map(len, updates))), chunk)
-    yield Line("memory, peak of train", "bytes", rest + sum(more.values()), train["peak"])
+    yield Line("memory, peak of train", "bytes", sum((held | more).values()), train["peak"])
 
 
 def _collectives(
