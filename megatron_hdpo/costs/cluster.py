@@ -51,6 +51,9 @@ EMBEDDED_LAYER_STEP_S = 3e-4
 BROADCAST_SYNC_BYTES_S = 8.25e9
 # Weights given to servers on the same GPUs: SGLang's 30B model (61 GB) by flattened buckets in 2.5 s, published.
 SHARED_SYNC_BYTES_S = 24.4e9
+# One kernel launched by the host through Python, dispatcher, autograd and driver: 5 to 25 us are usual in eager mode
+# (3 us of them in the driver alone: meta-pytorch/tritonbench #1017); fewer where C++ runs the backward pass. Assumed.
+LAUNCH_S = 10e-6
 # A checkpoint written to a shared file system, by one node. Assumed.
 CHECKPOINT_BYTES_S = 2e9
 

@@ -2,10 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from megatron_hdpo.costs.cluster import Cluster
+from megatron_hdpo.costs.cluster import LAUNCH_S, Cluster
 from megatron_hdpo.costs.collectives import Collective
+
+
+@dataclass(frozen=True)
+class MicroBatchTime:
+    """One micro-batch on the slowest stage: seconds of its kernels and of the host's launches.
+
+    The host runs ahead of the GPU, so the longer of the two decides.
+    """
+
+    gpu_s: float = 0.0
+    launches: int = 0
+
+    @property
+    def host_s(self) -> float:
+        """Return the seconds in which the host launches the kernels."""
+        return self.launches * LAUNCH_S
+
+    @property
+    def time_s(self) -> float:
+        """Return the longer of the two."""
+        return max(self.gpu_s, self.host_s)
+
+    @property
+    def waits_s(self) -> float:
+        """Return the seconds in which the GPU waits for the host."""
+        return max(0.0, self.host_s - self.gpu_s)
 
 
 @dataclass(frozen=True)
@@ -16,7 +42,7 @@ class PhaseTime:
 
     other_s: bubble of the pipeline, host transfers, fixed costs. tokens: sampled, scored or trained, over all GPUs.
     streams: one kernel computes while it reads, so arithmetic and memory traffic overlap. hidden_s: communication that
-    overlaps with computation and is not part of communication_s.
+    overlaps with computation and is not part of communication_s. host_s: the GPU waits for the host to launch kernels.
     """
 
     phase: str
@@ -29,6 +55,8 @@ class PhaseTime:
     collectives: tuple[Collective, ...] = ()
     streams: bool = False
     hidden_s: float = 0.0
+    host_s: float = 0.0
+    micro_batch: MicroBatchTime = field(default_factory=MicroBatchTime)
 
     @property
     def bound_s(self) -> float:
@@ -39,7 +67,7 @@ class PhaseTime:
     def time_s(self) -> float:
         """Return the planned seconds of this phase."""
         computed = (self.arithmetic_s, self.memory_s)
-        return (max(computed) if self.streams else sum(computed)) + self.communication_s + self.other_s
+        return (max(computed) if self.streams else sum(computed)) + self.communication_s + self.host_s + self.other_s
 
     def mfu(self, cluster: Cluster, gpus: int) -> float:
         """Return useful arithmetic divided by the peak of `gpus` GPUs in bf16."""

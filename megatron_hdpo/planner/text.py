@@ -38,7 +38,8 @@ def time_table(plan: Plan) -> str:
     rows = [
         [
             phase.phase,
-            *(f"{s:.2f}" for s in (phase.arithmetic_s, phase.memory_s, phase.communication_s, phase.other_s)),
+            *(f"{s:.2f}" for s in (phase.arithmetic_s, phase.memory_s, phase.communication_s)),
+            *(f"{s:.2f}" for s in (phase.host_s, phase.other_s)),
             f"{phase.bound_s:.2f}",
             f"{phase.time_s:.2f}",
             f"{phase.mfu(plan.cluster, plan.gpus):.1%}",
@@ -46,7 +47,7 @@ def time_table(plan: Plan) -> str:
         ]
         for phase in plan.phases
     ]
-    head = ["seconds", "arithmetic", "memory", "communication", "other", "roofline", "time", "MFU", "tokens"]
+    head = ["seconds", "arithmetic", "memory", "communication", "host", "other", "roofline", "time", "MFU", "tokens"]
     return table(head, rows)
 
 
@@ -71,6 +72,17 @@ def _bytes(size: float) -> str:
     return f"{size:.0f} B"
 
 
+def host_limits(plan: Plan) -> list[str]:
+    """Return one line for each phase whose micro-batches wait for the host."""
+    return [
+        f"{phase.phase}: the host is the limit; a micro-batch has {phase.micro_batch.launches:,} kernels, launched in "
+        f"{phase.micro_batch.host_s * 1e3:.0f} ms and run in {phase.micro_batch.gpu_s * 1e3:.0f} ms: larger "
+        f"micro-batches or fewer GPUs would use them better"
+        for phase in plan.phases
+        if phase.host_s
+    ]
+
+
 def describe(plan: Plan) -> str:
     """Return the text of one plan."""
     gpu = plan.cluster.gpu
@@ -85,6 +97,7 @@ def describe(plan: Plan) -> str:
         f"step {plan.step_s:.1f} s, {plan.tokens_per_second_per_gpu:,.0f} tokens/s/GPU of student prompts and "
         f"responses, MFU {plan.mfu:.1%}{host}{beside}",
     ]
+    parts += ["\n".join(lines)] if (lines := host_limits(plan)) else []
     if plan.refusals:
         parts.append("does not fit:\n" + "\n".join(f"  {line}" for line in plan.refusals))
     return "\n\n".join(parts)

@@ -1,7 +1,8 @@
 """Seconds of training and scoring by arithmetic, memory traffic and communication.
 
 Matrix products and the kernels between them run one after another on one stream, so arithmetic and memory traffic are
-summed, and so are the pipeline's bubble and fixed costs. Communication is summed too, except what overlaps with
+summed, and so are the pipeline's bubble and fixed costs. Where the host needs longer to launch a micro-batch's kernels
+than the GPU to run them, the difference is added. Communication is summed too, except what overlaps with
 computation: over the replicas if the layout overlaps, and the ring of context parallelism under Transformer Engine. At
 most OVERLAP_SHARE of the computation can hide it.
 """
@@ -35,13 +36,14 @@ from megatron_hdpo.costs.flops import (
     forward_flops,
     head_flops,
 )
+from megatron_hdpo.costs.launches import micro_batch_launches
 from megatron_hdpo.costs.layout import Layout
 from megatron_hdpo.costs.micro_batch_shape import PackedShape, Repeated
 from megatron_hdpo.costs.parameters import stage_parameters
 from megatron_hdpo.costs.schedule import bubble
 from megatron_hdpo.costs.workload import Workload
 from megatron_hdpo.model.architecture import Architecture
-from megatron_hdpo.planner.phase_time import PhaseTime, nothing
+from megatron_hdpo.planner.phase_time import MicroBatchTime, PhaseTime, nothing
 from megatron_hdpo.types.learning import ModelRole
 
 # Memory traffic of a layer without its matrix products. Forward, what it keeps is written and read once; backward, it
@@ -100,7 +102,7 @@ def _head_s(a: Architecture, layout: Layout, shape: PackedShape, passes: int, gp
 
 @dataclass(frozen=True)
 class _StageTimes:
-    """Seconds of a stage.
+    """Seconds of a stage, and the kernels that it launches per micro-batch.
 
     arithmetic, memory, inside (communication): per micro-batch. after (communication), update (optimizer), hidden
     (communication behind computation): per optimizer step.
@@ -112,10 +114,15 @@ class _StageTimes:
     after: float
     update: float
     hidden: float
+    launches: int
+
+    @property
+    def micro_batch(self) -> MicroBatchTime:
+        return MicroBatchTime(self.arithmetic + self.memory + self.inside, self.launches)
 
     @property
     def per_batch(self) -> float:
-        return self.arithmetic + self.memory + self.inside
+        return self.micro_batch.time_s
 
 
 @lru_cache(maxsize=64)  # a search repeats the call for every size of servers
@@ -138,6 +145,8 @@ def training(a: Architecture, layout: Layout, workload: Workload, cluster: Clust
         tokens=workload.trained_sequences * workload.sequence_tokens,
         collectives=tuple(step_collectives(a, layout, 0, [work], workload.head_chunk)),
         hidden_s=updates * slowest.hidden,
+        host_s=updates * work.count * slowest.micro_batch.waits_s,
+        micro_batch=slowest.micro_batch,
     )
 
 
@@ -170,6 +179,7 @@ def _training_stage(
         after=after,
         update=update / hbm + host,
         hidden=hidden + work.count * beside,
+        launches=micro_batch_launches(a, layout, stage, shape, workload.head_chunk, backward=True),
     )
 
 
@@ -247,7 +257,8 @@ def scoring(a: Architecture, layout: Layout, workload: Workload, weights: ModelR
     memory = traffic / (gpu.hbm_bytes_s * HBM_EFFICIENCY)
     collectives = scoring_collectives(a, layout, last, [work], workload.head_chunk)
     communication = _seconds(collectives, layout, cluster)
-    per_batch = arithmetic + memory + communication / work.count
+    launches = micro_batch_launches(a, layout, last, shape, workload.head_chunk, backward=False)
+    one = MicroBatchTime(arithmetic + memory + communication / work.count, launches)
     moved = values * layout.value_bytes * _swaps(workload, weights)
     sequences, prompt = workload.scored(weights)
     length = prompt + workload.response_tokens
@@ -256,8 +267,10 @@ def scoring(a: Architecture, layout: Layout, workload: Workload, weights: ModelR
         arithmetic_s=work.count * arithmetic,
         memory_s=work.count * memory,
         communication_s=communication,
-        other_s=bubble(layout) * per_batch + moved / HOST_LINK_BYTES_S,
+        other_s=bubble(layout) * one.time_s + moved / HOST_LINK_BYTES_S,
         flops=sequences * forward_flops(a, [(length, workload.response_tokens)]),
         tokens=sequences * length,
         collectives=tuple(collectives),
+        host_s=work.count * one.waits_s,
+        micro_batch=one,
     )

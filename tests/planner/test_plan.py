@@ -40,6 +40,7 @@ from megatron_hdpo.planner.asked_work import Steps, work_of
 from megatron_hdpo.planner.from_recipe import Guesses, layout_of, rollouts_of, workload_of
 from megatron_hdpo.planner.plan import Plan, plan, search
 from megatron_hdpo.planner.shapes import SHAPES, architecture_of
+from megatron_hdpo.planner.text import describe
 from megatron_hdpo.planner.time import training
 
 ROOT = Path(__file__).parents[2]
@@ -246,7 +247,8 @@ def test_precision_offload_and_overlap() -> None:
     slow, fast, host, beside = (training(SEVEN, x, WORK, Cluster(H100, 1)) for x in (plain, fp8, offloaded, overlapped))
     assert slow.arithmetic_s / 2 < fast.arithmetic_s < slow.arithmetic_s and fast.flops == slow.flops
     assert host.memory_s > slow.memory_s and host.arithmetic_s == slow.arithmetic_s
-    assert beside.communication_s + beside.hidden_s == pytest.approx(slow.communication_s + slow.hidden_s)
+    # The same bytes in more calls, one for each bucket.
+    assert 1 < (beside.communication_s + beside.hidden_s) / (slow.communication_s + slow.hidden_s) < 1.05
     assert beside.hidden_s > slow.hidden_s == 0
     kinds = [resident(SEVEN, layout, 0) for layout in (plain, fp8, offloaded)]
     assert kinds[1]["FP8 weights"] == 28 * sum(shared_matrices(SEVEN, 2)) * 2
@@ -551,6 +553,20 @@ def test_auto_is_planned_as_bfloat16(tree: Tree, write_recipe, capsys: pytest.Ca
         cli.main(["plan", str(write_recipe(tree)), f"model.dtype={dtype}", "--model", "qwen2.5-1.5b", "--nodes", "1"])
         plans.append(capsys.readouterr().out)
     assert plans[0] == plans[1] and "DP 8" in plans[0]
+
+
+def test_a_small_model_on_many_ranks_waits_for_the_host() -> None:
+    """Split over eight ranks, one sequence's kernels are shorter than their launches; not on one rank."""
+    work = dataclasses.replace(WORK, prompt_tokens=256, response_tokens=1024, micro_batch_tokens=1280)
+    small = dataclasses.replace(SMALL, num_heads=64, num_kv_heads=8)
+    for tensor, waits in ((8, True), (1, False)):
+        layout = Layout(tensor=tensor, data=8 // tensor, sequence=tensor > 1)
+        made = plan(small, Cluster(H100, 1), layout, work, RolloutSetup())
+        trained = next(phase for phase in made.phases if phase.phase == "training")
+        batch = trained.micro_batch
+        assert (trained.host_s > 0) == (batch.host_s > batch.gpu_s) == waits
+        assert batch.time_s == max(batch.host_s, batch.gpu_s)
+        assert ("training: the host is the limit" in describe(made)) == waits
 
 
 def test_the_figures_are_those_of_this_planner() -> None:
