@@ -192,6 +192,11 @@ def _tensors(buffers: _Sums | _Finished) -> tuple[Tensor, ...]:
     return tuple(getattr(buffers, f.name) for f in fields(buffers))
 
 
+def _exp2(exponents: Tensor) -> Tensor:
+    """Return 2^exponents. On CUDA, torch.exp2 is compiled in the process that calls it first; torch.exp is there."""
+    return (exponents * math.log(2.0)).exp()
+
+
 def _join(local: _Sums, options: Options, modes: _Modes) -> _Sums:
     """Join the ranks' sums, relative to the group's largest reference, by two all-reduces."""
     if options.shard.size == 1:
@@ -199,8 +204,8 @@ def _join(local: _Sums, options: Options, modes: _Modes) -> _Sums:
     shard, ratio = options.shard, _rates(options)[2]
     ref_T = shard.all_reduce_max_(local.ref_T.clone())
     gap_T = local.ref_T - ref_T
-    scale_T = gap_T.exp2()
-    scale_d_T = (local.ref_T * ratio - ref_T * ratio).exp2() if modes.two else scale_T
+    scale_T = _exp2(gap_T)
+    scale_d_T = _exp2(local.ref_T * ratio - ref_T * ratio) if modes.two else scale_T
     sums = {"sampled_T": local.sampled_T, "sum_T": local.sum_T * scale_T}
     if modes.two:
         sums["other_T"] = local.other_T * scale_d_T
