@@ -21,7 +21,7 @@ from typing import Any
 import _environment  # noqa: F401
 from _rehearsal.child import call
 from _rehearsal.launch import DEVICES, interpreter
-from _rehearsal.planned import Line, lines
+from _rehearsal.planned import Line, layers_note, lines
 from _rehearsal.report import failure_line, largest_errors, rank_text
 from _rehearsal.setting import Asked, Setting, sampled_ranks, setting_of
 
@@ -68,6 +68,8 @@ def rehearse(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     told = []
     for rank in _ranks(arguments.rank, setting, arguments.world):
         found, compared = rehearse_rank(asked, setting, rank)
+        if not told and (note := layers_note(setting, found["spec"])):
+            print(note)
         print(f"\n{rank_text(found, compared)}\n{'; '.join(largest_errors(compared))}", flush=True)
         told.append(found | {"lines": [asdict(line) | {"error": line.error} for line in compared]})
     return told

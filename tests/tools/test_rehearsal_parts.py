@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from _rehearsal import build
 from _rehearsal.folder import UnwrittenWeights, write_folder
 from _rehearsal.host_values import even_parts
-from _rehearsal.planned import Line, lines
+from _rehearsal.planned import Line, layers_note, lines
 from _rehearsal.replaced import Rehearsed, replaced
 from _rehearsal.report import comparison, failure_line, largest_errors, rank_text
 from _rehearsal.servers import stand_ins
@@ -48,6 +49,13 @@ def test_a_sample_has_a_rank_of_each_stage_and_owner_of_experts() -> None:
 def test_an_even_split_is_whole_and_even(total: int, parts: int) -> None:
     split = even_parts(total, parts)
     assert split.sum() == total and len(split) == parts and split.max() - split.min() <= 1
+
+
+def test_the_price_of_plain_torch_layers_is_said() -> None:
+    note = layers_note(setting(), "torch")
+    plain, engine = (float(number) for number in re.findall(r"([\d.]+) (?:GiB|with T)", note))
+    assert plain > engine + 5 and "not installed here" in note
+    assert layers_note(setting("model.spec=torch"), "torch") == ""
 
 
 def test_a_shorter_step_gives_every_replica_its_micro_batches() -> None:

@@ -9,9 +9,10 @@ from typing import Any
 
 from _rehearsal.setting import Setting
 from megatron_hdpo.costs import memory
+from megatron_hdpo.costs.cluster import GIB
 from megatron_hdpo.costs.collectives import Collective, scoring_collectives, step_collectives
 from megatron_hdpo.costs.flops import FORWARD, FORWARD_AND_BACKWARD, head_flops, product_flops
-from megatron_hdpo.costs.layout import Layout
+from megatron_hdpo.costs.layout import Layout, Spec
 from megatron_hdpo.costs.micro_batch_shape import PackedShape, Repeated
 
 _SMALL = 64 * 2**20  # bytes of pinned memory that are inputs, not weights
@@ -38,6 +39,22 @@ def lines(setting: Setting, rank: dict[str, Any]) -> list[Line]:
     updates = [[PackedShape(**shape) for shape in update] for update in rank["updates"]]
     made = [*_memory(setting, layout, rank, updates), *_collectives(setting, layout, rank, updates)]
     return [*made, *_flops(setting, layout, rank, updates), *_host(setting, layout, rank)]
+
+
+def layers_note(setting: Setting, spec: Spec) -> str:
+    """Return what it costs that plain torch layers run in place of Transformer Engine's; "" where they do not."""
+    if spec == setting.layout.spec:
+        return ""
+
+    def peak(layers: Spec) -> float:
+        layout = replace(setting.layout, spec=layers)
+        phases = memory.by_phase(setting.architecture, layout, setting.workload, setting.rollouts, cache=0.0)
+        return phases["training"].total / GIB
+
+    return (
+        "layers: plain torch, because Transformer Engine is not installed here; they keep more for the backward pass.\n"
+        f"plan of training: {peak(spec):.1f} GiB with them, {peak(setting.layout.spec):.1f} with Transformer Engine"
+    )
 
 
 def last(rank: dict[str, Any], phase: str) -> dict[str, Any] | None:
