@@ -5,6 +5,7 @@
 Checks. Each is recorded with its numbers or its error, is bounded in time, and does not stop the others; the file is
 written whenever a number is known, so that a run that is killed leaves those that it had:
   environment   versions, GPU, what is installed
+  kernels       attention, the head, the checksum of weights: outputs and gradients against float64 on the host
   layer_specs   Transformer Engine's spec against plain torch: log-probs and gradients of a model with the same weights
   fp8           loss of 50 updates in every FP8 recipe of the GPU against bfloat16: difference, seconds, memory
   recompute     memory and seconds without, with selective and with full recompute; gradients must be the same
@@ -148,6 +149,11 @@ def environment(run: Run) -> dict[str, Any]:
     return {"ok": all(fine is not False for _, fine in found), "findings": [line for line, _ in found]}
 
 
+def kernels(run: Run) -> dict[str, Any]:
+    """Compare the kernels that only a GPU runs with float64 on the host."""
+    return _trial(run, "kernels", _tiny(run))
+
+
 def layer_specs(run: Run) -> dict[str, Any]:
     """Compare the two specs in float32 and bfloat16, over packed sequences of different lengths."""
     return _trial(run, "specs", _tiny(run))
@@ -241,6 +247,7 @@ def learning(run: Run) -> dict[str, Any]:
 
 CHECKS: dict[str, Callable[[Run], dict[str, Any]]] = {
     "environment": environment,
+    "kernels": kernels,
     "layer_specs": layer_specs,
     "fp8": partial(trial, "fp8"),
     "recompute": partial(trial, "recompute"),

@@ -27,6 +27,7 @@ import _environment  # noqa: F401
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs from a plain copy of the repository, too
 
+import _gpu_kernels
 import numpy as np
 import torch
 from megatron.core import parallel_state
@@ -418,7 +419,15 @@ def _freed(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {error}"}
 
 
+def kernels(work: Work, device: str) -> Results:
+    """Compare the kernels that only a GPU runs with float64 on the host."""
+    with joined(device):
+        for name, compare in _gpu_kernels.settings(device).items():
+            yield name, _freed(compare)
+
+
 TRIALS: dict[str, Callable[[Work, str], Results]] = {
+    "kernels": kernels,
     "specs": specs,
     "fp8": fp8,
     "recompute": recompute,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import _gpu_kernels
 import bench_rollout
 import check_gpu
 import gpu_trials
@@ -106,8 +107,35 @@ def test_embedded(found: dict) -> None:
     assert engine["max_logprob_difference"] < 1e-3
 
 
+def test_kernels(found: dict) -> None:
+    compared = found["kernels"]
+    assert "on a GPU" in compared.pop("digest")["refused"]
+    assert len(compared) == 10 and all(value["largest_difference"] < 0.02 for value in compared.values())
+
+
+def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = _gpu_kernels.attend
+
+    def shifted(query: torch.Tensor, *rest: Any) -> torch.Tensor:
+        out = right(query, *rest)
+        return out if query.dtype == torch.float64 else out.roll(1, 0)
+
+    monkeypatch.setattr(_gpu_kernels, "attend", shifted)
+    with pytest.raises(ValueError, match=r"differ by .* from float64's, 0\.0001 is the limit"):
+        _gpu_kernels.attention("cpu", torch.float32, 64, 2, 1)
+
+
 def test_every_trial_is_a_check() -> None:
-    assert {"fp8", "recompute", "offload", "checkpoint", "overlap", "planned", "embedded"} < check_gpu.CHECKS.keys()
+    assert {
+        "kernels",
+        "fp8",
+        "recompute",
+        "offload",
+        "checkpoint",
+        "overlap",
+        "planned",
+        "embedded",
+    } < check_gpu.CHECKS.keys()
 
 
 def test_a_recipe_that_fails_loses_no_other(tiny_model: Path) -> None:
