@@ -112,32 +112,32 @@ LEFT_BY_A_BEGUN_RUN = {"run/recipe.yaml", "run/metrics.jsonl"}
 TABLE = [
     Wrong(
         "unknown top-level key",
-        "RecipeError: {recipe}: trian: unknown key; did you mean train?",
+        "RecipeError: {override}: trian: unknown key; did you mean train?",
         ["trian.steps=3"],
     ),
     Wrong(
         "unknown nested key",
-        "RecipeError: {recipe}: train.step: unknown key; did you mean steps?",
+        "RecipeError: {override}: train.step: unknown key; did you mean steps?",
         ["train.step=3"],
     ),
     Wrong(
         "unknown key in a union",
-        "RecipeError: {recipe}: objective.distil: unknown key; did you mean distill?",
+        "RecipeError: {override}: objective.distil: unknown key; did you mean distill?",
         ["objective.distil.top_k=3"],
     ),
     Wrong(
         "unknown key deep in a union",
-        "RecipeError: {recipe}: objective.distill.topk: unknown key; did you mean top_k?",
+        "RecipeError: {override}: objective.distill.topk: unknown key; did you mean top_k?",
         ["objective.distill.topk=3"],
     ),
     Wrong(
         "unknown key in a list's union",
-        "RecipeError: {recipe}: data.train.0.length: unknown key; did you mean lengths?",
+        "RecipeError: {override}: data.train.0.length: unknown key; did you mean lengths?",
         ["data.train.0.length=[2]"],
     ),
     Wrong(
         "unknown key with nothing like it",
-        "RecipeError: {recipe}: parallel.zzz: unknown key; known keys: tensor, pipeline, virtual_stages, context, "
+        "RecipeError: {override}: parallel.zzz: unknown key; known keys: tensor, pipeline, virtual_stages, context, "
         "expert, expert_tensor, sequence, overlap, timeout_minutes",
         ["parallel.zzz=2"],
     ),
@@ -164,25 +164,25 @@ TABLE = [
     ),
     Wrong(
         "unknown tag of a union",
-        "RecipeError: {recipe}: objective.name: ppo is not one of grpo, hdpo, opd, vopd, akl, opsd, "
+        "RecipeError: {override}: objective.name: ppo is not one of grpo, hdpo, opd, vopd, akl, opsd, "
         "sdpo, srpo, rlsd, rlcsd, contrastive_opsd, paced",
         ["objective.name=ppo"],
     ),
     Wrong(
         "wrong type",
-        "RecipeError: {recipe}: train.steps: Input should be a valid integer, unable to parse string as "
+        "RecipeError: {override}: train.steps: Input should be a valid integer, unable to parse string as "
         "an integer (given: 'many')",
         ["train.steps=many"],
     ),
     Wrong(
         "wrong type in a list's union",
-        "RecipeError: {recipe}: data.train.0.size: Input should be a valid integer, unable to parse "
+        "RecipeError: {override}: data.train.0.size: Input should be a valid integer, unable to parse "
         "string as an integer (given: 'big')",
         ["data.train.0.size=big"],
     ),
     Wrong(
         "fraction for a whole number",
-        "RecipeError: {recipe}: train.steps: Input should be a valid integer, got a number with a "
+        "RecipeError: {override}: train.steps: Input should be a valid integer, got a number with a "
         "fractional part (given: 2.5)",
         ["train.steps=2.5"],
     ),
@@ -193,24 +193,24 @@ TABLE = [
     ),
     Wrong(
         "value for a section",
-        "RecipeError: {recipe}: train: must be a section with keys of its own (given: 2)",
+        "RecipeError: {override}: train: must be a section with keys of its own (given: 2)",
         ["train=2"],
     ),
     Wrong(
         "out of range",
-        "RecipeError: {recipe}: rollout.temperature: Input should be greater than 0 (given: 0)",
+        "RecipeError: {override}: rollout.temperature: Input should be greater than 0 (given: 0)",
         ["rollout.temperature=0"],
     ),
     Wrong(
         "not one of the choices",
-        "RecipeError: {recipe}: device: Input should be 'auto', 'cuda' or 'cpu' (given: 'tpu')",
+        "RecipeError: {override}: device: Input should be 'auto', 'cuda' or 'cpu' (given: 'tpu')",
         ["device=tpu"],
     ),
     Wrong(
         "several errors at once",
-        "RecipeError: {recipe}: rollout.top_p: Input should be less than or equal to 1 (given: 2)\n"
-        "{recipe}: train.steps: Input should be greater than or equal to 0 (given: -1)\n"
-        "{recipe}: modle: unknown key; did you mean model?",
+        "RecipeError: override 'rollout.top_p=2': rollout.top_p: Input should be less than or equal to 1 (given: 2)\n"
+        "override 'train.steps=-1': train.steps: Input should be greater than or equal to 0 (given: -1)\n"
+        "override 'modle=1': modle: unknown key; did you mean model?",
         ["train.steps=-1", "rollout.top_p=2", "modle=1"],
     ),
     Wrong(
@@ -225,12 +225,12 @@ TABLE = [
     ),
     Wrong(
         "override below a value",
-        "RecipeError: {recipe}: seed: Input should be a valid integer (given: a section)",
+        "RecipeError: {override}: seed: Input should be a valid integer (given: a section)",
         ["seed.x.y=1"],
     ),
     Wrong(
         "override below a value, last",
-        "RecipeError: {recipe}: seed: Input should be a valid integer (given: a section)",
+        "RecipeError: {override}: seed: Input should be a valid integer (given: a section)",
         ["seed.x=1"],
     ),
     Wrong(
@@ -294,13 +294,13 @@ TABLE = [
     ),
     Wrong(
         "template file that is not there",
-        "RecipeError: {recipe}: data.prompts.student: cannot read the file missing.jinja: No such file or "
+        "RecipeError: {override}: data.prompts.student: cannot read the file missing.jinja: No such file or "
         "directory (relative to {cwd}) (given: 'missing.jinja')",
         ["data.prompts.student=missing.jinja"],
     ),
     Wrong(
         "file of the system message that is not there",
-        "RecipeError: {recipe}: data.prompts.system: cannot read the file system.txt: No such file or "
+        "RecipeError: {override}: data.prompts.system: cannot read the file system.txt: No such file or "
         "directory (relative to {cwd}) (given: 'system.txt')",
         ["data.prompts.system=system.txt"],
     ),
@@ -311,7 +311,7 @@ TABLE = [
     ),
     Wrong(
         "no training task",
-        "RecipeError: {recipe}: data.train: List should have at least 1 item after validation, not 0 (given: a list)",
+        "RecipeError: {override}: data.train: List should have at least 1 item after validation, not 0 (given: a list)",
         ["data.train=[]"],
     ),
     Wrong(
@@ -525,13 +525,13 @@ TABLE = [
     ),
     Wrong(
         "a privileged prompt without the ground truth",
-        "RecipeError: {recipe}: data.prompts.privileged: the template uses neither answer nor solution: its teacher "
+        "RecipeError: {override}: data.prompts.privileged: the template uses neither answer nor solution: its teacher "
         "would know no more than the student (given: '{{ question }}')",
         ['data.prompts.privileged="{{ question }}"'],
     ),
     Wrong(
         "a learning rate that is not finite",
-        "RecipeError: {recipe}: optimizer.lr: Input should be a finite number (given: inf)",
+        "RecipeError: {override}: optimizer.lr: Input should be a finite number (given: inf)",
         ["optimizer.lr=.inf"],
     ),
     Wrong(
@@ -552,8 +552,8 @@ TABLE = [
     ),
     Wrong(
         "tag in the wrong place",
-        "RecipeError: {recipe}: objective.hdpo: unknown key; known keys: name, advantage, overlong, overlong_penalty, "
-        "aggregation, surrogate, kl, privileged, distill, logits_from",
+        "RecipeError: {override}: objective.hdpo: unknown key; known keys: name, advantage, overlong, "
+        "overlong_penalty, aggregation, surrogate, kl, privileged, distill, logits_from",
         ["objective.hdpo.distill.top_k=3"],
     ),
     Wrong(
@@ -575,7 +575,8 @@ def test_message(case: Wrong, tree: Tree, tmp_path: Path) -> None:
     before = contents(tmp_path)
     overrides = [text.replace("{folder}", str(tmp_path)) for text in case.overrides]
     ended = run_command("train", recipe, *overrides, ranks=case.ranks)
-    check_refused(ended, case.says, {"{recipe}": recipe, "{folder}": tmp_path, "{cwd}": Path.cwd()})
+    says = case.says.replace("{override}", f"override '{overrides[0]}'" if overrides else "")
+    check_refused(ended, says, {"{recipe}": recipe, "{folder}": tmp_path, "{cwd}": Path.cwd()})
     changed = {name for name, _ in contents(tmp_path).items() ^ before.items()}
     assert changed <= (LEFT_BY_A_BEGUN_RUN if case.name in FAILS_AFTER_THE_BEGINNING else set())
 
