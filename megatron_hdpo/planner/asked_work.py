@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from megatron_hdpo.costs.workload import MODEL_ROLES, StudentScoring
-from megatron_hdpo.data.prompts import Hint
 from megatron_hdpo.objectives.base import ObjectiveDeps
 from megatron_hdpo.objectives.registry import build_objective
 from megatron_hdpo.objectives.settings import ObjectiveSettings
-from megatron_hdpo.types.learning import HiddenOnHost, ModelRole, Objective, Score, Scoring, ScoringKey
+from megatron_hdpo.planner.made_up import PromptsOfLength, random_score, random_top
+from megatron_hdpo.types.learning import HiddenOnHost, ModelRole, Objective, Scoring
 from megatron_hdpo.types.problem import Problem
 from megatron_hdpo.types.rollouts import Completion, Group, Sample, TopKArrays
 
@@ -32,20 +31,6 @@ class Steps:
     privileged: int
     cliff_rate: float
     solved_rate: float
-
-
-@dataclass(frozen=True)
-class _Prompts:
-    """Prompts of a given length; PrivilegedPrompts of the made-up groups."""
-
-    tokens: int
-    markers: tuple[str, ...] = ()
-
-    def privileged_prompt(self, problem: Problem) -> np.ndarray:
-        return np.ones(self.tokens, dtype=np.int32)
-
-    def hinted(self, problem: Problem, hint: Hint) -> np.ndarray:
-        return self.privileged_prompt(problem)
 
 
 @dataclass(frozen=True)
@@ -69,7 +54,7 @@ def work_of(config: ObjectiveSettings, steps: Steps) -> dict[str, Any]:
     whichever are more. In a mixed group half of the rollouts are right. Raises KeyError for an objective that is not
     registered.
     """
-    deps = ObjectiveDeps(updates_per_step=steps.updates, prompts=_Prompts(steps.privileged))
+    deps = ObjectiveDeps(updates_per_step=steps.updates, prompts=PromptsOfLength(steps.privileged))
     first, last = (_ask(build_objective(config, deps), steps, step) for step in (0, steps.count - 1))
     made = [
         max((_student_scorings(asked, w, steps.samples) for asked in (first, last)), key=_passes) for w in MODEL_ROLES
@@ -101,7 +86,7 @@ def _ask(objective: Objective, steps: Steps, step: int) -> _Asked:
     scorings = objective.scorings(groups)
     top_k_of = {scoring.key: scoring.top_k for scoring in scorings}
     rng = np.random.default_rng(0)
-    scores = {scoring.key: _score(scoring, top_k_of, rng) for scoring in scorings}
+    scores = {scoring.key: random_score(scoring, top_k_of, rng) for scoring in scorings}
     examples = objective.examples(groups, scores, objective.totals(groups, scores))
     own = [e for e in examples if e.response_ids[0] < steps.samples and not e.inert]
     trained = [sum(int(e.prompt_ids[0]) == g for e in own) for g in range(len(groups))]
@@ -161,25 +146,6 @@ def _group(index: int, right: int, steps: Steps) -> Group:
 def _sample(number: int, right: bool, top_k: int = 0) -> Sample:
     """Return a sample whose token ids are its number, with an answer in a box."""
     ids, zeros = np.full(_TOKENS, number, dtype=np.int32), np.zeros(_TOKENS, dtype=np.float32)
-    top = _top(top_k, np.random.default_rng(number)) if top_k else None
+    top = random_top(_TOKENS, top_k, np.random.default_rng(number)) if top_k else None
     text = f"\\boxed{{{int(right)}}}"
     return Sample(Completion(ids, zeros, "stop", np.zeros(_TOKENS, dtype=np.int32), top), text, float(right))
-
-
-def _score(scoring: Scoring, top_k_of: Mapping[ScoringKey, int], rng: np.random.Generator) -> Score:
-    """Return a random score of the right shapes: two models that agree everywhere would have nothing to train on."""
-    return Score(
-        -rng.uniform(0.1, 1.0, _TOKENS).astype(np.float32),
-        rng.uniform(0.1, 1.0, _TOKENS).astype(np.float32),
-        top=_top(scoring.top_k, rng) if scoring.top_k else None,
-        at_logprobs_TK=_top(top_k_of[scoring.at], rng).logprobs_TK if scoring.at is not None else None,
-        hidden_TH=torch.zeros(_TOKENS, 1) if scoring.hidden else None,
-        reverse_kl_T=rng.uniform(0.1, 1.0, _TOKENS).astype(np.float32) if scoring.reverse_kl_to is not None else None,
-    )
-
-
-def _top(k: int, rng: np.random.Generator) -> TopKArrays:
-    """Return k tokens per position that have half of the probability together."""
-    values = rng.uniform(0.1, 1.0, (_TOKENS, k))
-    logprobs = np.log(0.5 * values / values.sum(-1, keepdims=True)).astype(np.float32)
-    return TopKArrays(np.broadcast_to(np.arange(k, dtype=np.int32), (_TOKENS, k)), logprobs)

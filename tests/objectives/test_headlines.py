@@ -9,7 +9,8 @@ from megatron_hdpo.objectives.base import BaseObjective, ObjectiveDeps
 from megatron_hdpo.objectives.opd import OPDConfig
 from megatron_hdpo.objectives.registry import OBJECTIVES, build_objective
 from megatron_hdpo.objectives.settings import ObjectiveSettings
-from megatron_hdpo.planner.asked_work import Steps, _ask, _Prompts, _score
+from megatron_hdpo.planner.asked_work import Steps, _ask
+from megatron_hdpo.planner.made_up import PromptsOfLength, random_score
 from megatron_hdpo.types.headline import DIVERGENCE, ENTROPY, Headline
 from megatron_hdpo.types.learning import DivergenceConfig, LossSpec, SurrogateConfig
 
@@ -22,11 +23,11 @@ CONFIGS = [*(config() for config in OBJECTIVES), OPDConfig(estimator="top_k"), O
 
 def measured(config: ObjectiveSettings) -> set[str]:
     """Return the names of the metrics of a step with cliffs, solved and mixed groups."""
-    asked = _ask(build_objective(config, ObjectiveDeps(prompts=_Prompts(STEPS.privileged))), STEPS, 0)
+    asked = _ask(build_objective(config, ObjectiveDeps(prompts=PromptsOfLength(STEPS.privileged))), STEPS, 0)
     objective, groups = asked.objective, asked.groups
     top_k_of = {scoring.key: scoring.top_k for scoring in asked.scorings}
     rng = np.random.default_rng(0)
-    scores = {scoring.key: _score(scoring, top_k_of, rng) for scoring in asked.scorings}
+    scores = {scoring.key: random_score(scoring, top_k_of, rng) for scoring in asked.scorings}
     totals = objective.totals(groups, scores)
     names = {*objective.metrics(groups), *objective.totals_metrics(totals), *OF_THE_TRAINER}
     live = [example for example in objective.examples(groups, scores, totals) if not example.inert]

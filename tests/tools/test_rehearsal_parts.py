@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from _rehearsal import build
 from _rehearsal.folder import UnwrittenWeights, write_folder
@@ -19,13 +20,14 @@ from _rehearsal.replaced import Rehearsed, replaced
 from _rehearsal.report import comparison, failure_line, largest_errors, rank_text
 from _rehearsal.servers import stand_ins
 from _rehearsal.setting import Asked, Setting, sampled_ranks, setting_of, shortened
-from _rehearsal.synthetic import Prompts, groups_of, score_of
+from _rehearsal.synthetic import groups_of
 from _rehearsal.world import OneRankStore
 from bench_rehearsal import EXAMPLES, MANY, page, summary
 from recipes import ROOT
 
 from megatron_hdpo.costs.layout import Layout
 from megatron_hdpo.model.architecture import read_architecture
+from megatron_hdpo.planner.made_up import PromptsOfLength, random_score
 from megatron_hdpo.planner.shapes import SHAPES
 from megatron_hdpo.training.run import _build_objective
 from megatron_hdpo.weights.mapping import tensors
@@ -70,12 +72,12 @@ def test_groups_have_the_shares_of_the_plan() -> None:
     """As many sequences to train and to score as the planner counts with."""
     found = setting(micro_batches=2)
     work = found.workload
-    objective = _build_objective(found.recipe, SimpleNamespace(prompts=Prompts(work.privileged_prompt_tokens)))  # type: ignore[arg-type]
+    objective = _build_objective(found.recipe, SimpleNamespace(prompts=PromptsOfLength(work.privileged_prompt_tokens)))  # type: ignore[arg-type]
     groups = groups_of(work, objective, vocab_size=1000)
     objective.begin_step(0, groups)
     scorings = objective.scorings(groups)
     top_k_of: dict[object, int] = {scoring.key: scoring.top_k for scoring in scorings}
-    scores = {scoring.key: score_of(scoring, top_k_of) for scoring in scorings}
+    scores = {scoring.key: random_score(scoring, top_k_of, np.random.default_rng(0)) for scoring in scorings}
     examples = objective.examples(groups, scores, objective.totals(groups, scores))
     assert len(scorings) == work.scored("teacher")[0] == work.kept
     assert sum(not example.inert for example in examples) == work.trained_sequences

@@ -17,13 +17,14 @@ from _rehearsal.folder import write_folder
 from _rehearsal.meter import MeasuringConsole, Meter
 from _rehearsal.replaced import Rehearsed, note_shapes, replaced
 from _rehearsal.servers import ServerMemory, StandInFleet, stand_ins
-from _rehearsal.synthetic import Prompts, groups_of
+from _rehearsal.synthetic import groups_of
 from megatron_hdpo.checkpoint import store
 from megatron_hdpo.config import Recipe
 from megatron_hdpo.config.precision import resolve
 from megatron_hdpo.costs.workload import Workload
 from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.parallel.context import ParallelContext, start
+from megatron_hdpo.planner.made_up import PromptsOfLength
 from megatron_hdpo.rollout.build import build_engine
 from megatron_hdpo.teachers.config import ExternalTeacherConfig
 from megatron_hdpo.teachers.teacher import PolicyTeacher
@@ -102,7 +103,9 @@ def _build(
     policy = run_module._build_policy(recipe, context, console, architecture)
     with console.phase("start engine"):
         built = build_engine(recipe.rollout, Path(recipe.model.path), architecture, context, recipe.output)
-    data = SimpleNamespace(prompts=Prompts(workload.privileged_prompt_tokens), train=[], evaluation=[], order=_Order())
+    data = SimpleNamespace(
+        prompts=PromptsOfLength(workload.privileged_prompt_tokens), train=[], evaluation=[], order=_Order()
+    )
     learner = Learner(
         policy=policy,
         objective=run_module._build_objective(recipe, data),  # type: ignore[arg-type]

@@ -9,17 +9,18 @@ from functools import partial
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from _rehearsal.folder import UnwrittenWeights
 from _rehearsal.servers import StandInFleet
-from _rehearsal.synthetic import score_of
 from megatron_hdpo.checkpoint import store
 from megatron_hdpo.costs.micro_batch_shape import PackedShape
 from megatron_hdpo.costs.workload import Workload
 from megatron_hdpo.model import policy as policy_module
 from megatron_hdpo.model.policy import strip
 from megatron_hdpo.parallel.context import ParallelContext
+from megatron_hdpo.planner.made_up import random_score
 from megatron_hdpo.tracking.communication import packed_shape
 from megatron_hdpo.training import learner as learner_module
 from megatron_hdpo.training.learner import Learner
@@ -131,7 +132,8 @@ class _LastStage:
             learner, groups = self._now
             scorings = learner.objective.scorings(groups)
             top_k_of: dict[object, int] = {scoring.key: scoring.top_k for scoring in scorings}
-            scores = {scoring.key: score_of(scoring, top_k_of) for scoring in scorings}
+            rng = np.random.default_rng(0)
+            scores = {scoring.key: random_score(scoring, top_k_of, rng) for scoring in scorings}
             own = learner.objective.totals(groups, scores)
             totals = {name: value * context.dp_size for name, value in own.items()}
             return [strip(example) for example in learner.objective.examples(groups, scores, totals)]

@@ -3,32 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from megatron_hdpo.costs.workload import Workload
-from megatron_hdpo.data.prompts import Hint
-from megatron_hdpo.types.learning import Objective, Score, Scoring
+from megatron_hdpo.planner.made_up import random_top
+from megatron_hdpo.types.learning import Objective
 from megatron_hdpo.types.problem import Problem
-from megatron_hdpo.types.rollouts import Completion, Group, Sample, TopKArrays
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """Privileged prompts of one length, for objectives."""
-
-    tokens: int
-    markers: tuple[str, ...] = ()
-
-    def privileged_prompt(self, problem: Problem) -> np.ndarray:
-        """Return the privileged prompt, int32 [P]."""
-        return np.ones(self.tokens, dtype=np.int32)
-
-    def hinted(self, problem: Problem, hint: Hint) -> np.ndarray:
-        """Return the prompt with a hint, int32 [P]."""
-        return self.privileged_prompt(problem)
+from megatron_hdpo.types.rollouts import Completion, Group, Sample
 
 
 def groups_of(workload: Workload, objective: Objective, vocab_size: int) -> list[Group]:
@@ -74,26 +56,6 @@ def _add_privileged(group: Group, count: int, workload: Workload, top_k: int, vo
 def _sample(length: int, right: bool, rng: np.random.Generator, vocab_size: int, top_k: int = 0) -> Sample:
     ids = rng.integers(0, vocab_size, length, dtype=np.int32)
     logprobs = np.full(length, -1.0, dtype=np.float32)
-    top = top_of(length, top_k) if top_k else None
+    top = random_top(length, top_k, rng) if top_k else None
     versions = np.zeros(length, dtype=np.int32)
     return Sample(Completion(ids, logprobs, "stop", versions, top), f"\\boxed{{{int(right)}}}", float(right))
-
-
-def top_of(length: int, k: int) -> TopKArrays:
-    """Return k tokens per position that have half of the probability together."""
-    ids = np.broadcast_to(np.arange(k, dtype=np.int32), (length, k))
-    return TopKArrays(ids, np.full((length, k), math.log(0.5 / k), dtype=np.float32))
-
-
-def score_of(scoring: Scoring, top_k_of: dict[object, int]) -> Score:
-    """Return a score of the right shapes, as the last stage would have computed it; hidden states have one channel."""
-    length = len(scoring.response_ids)
-    ones = np.ones(length, dtype=np.float32)
-    return Score(
-        -ones,
-        ones,
-        top=top_of(length, scoring.top_k) if scoring.top_k else None,
-        at_logprobs_TK=top_of(length, top_k_of[scoring.at]).logprobs_TK if scoring.at is not None else None,
-        hidden_TH=torch.zeros(length, 1) if scoring.hidden else None,
-        reverse_kl_T=ones if scoring.reverse_kl_to is not None else None,
-    )

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import struct
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from run_script import needs_triton, run_script
 from word_digest_reference import RECORDED, SIZES, hashed_tensor, word_digest
 
 from megatron_hdpo.rollout.sglang.servers.config import ServerConfig
@@ -20,9 +19,6 @@ from megatron_hdpo.rollout.sglang.weights.word_digests import WordDigests
 
 ROOT = Path(__file__).parents[3]
 HELPERS = ROOT / "tests" / "helpers"
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton is not installed (pip install triton)"
-)
 
 
 def of_bytes(*pieces: torch.Tensor, padding: int = 0) -> str:
@@ -75,19 +71,11 @@ def test_sglangs_own_kernels_follow_the_definition(sglang_config: ServerConfig) 
     assert hashes == [word_digest(hashed_tensor(size)) for size in sizes]
 
 
-def run_alone(script: str, **more: str) -> str:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": os.pathsep.join([str(HELPERS), str(ROOT)]), **more}
-    run = subprocess.run([sys.executable, HELPERS / script], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-    return run.stdout
-
-
 @needs_triton
 def test_the_kernel_follows_the_definition() -> None:
-    assert "digests agree" in run_alone("word_digests_in_interpreter.py", TRITON_INTERPRET="1")
+    assert "digests agree" in run_script("word_digests_in_interpreter.py", TRITON_INTERPRET="1")
 
 
 @needs_triton
 def test_the_kernel_compiles_for_hopper_with_wide_loads_and_without_spilling() -> None:
-    assert "tile_sums_kernel" in run_alone("tile_sums_ahead.py")
+    assert "tile_sums_kernel" in run_script("tile_sums_ahead.py")
