@@ -26,8 +26,9 @@ class _PerLayer:
 # 305 backward counted with 16 experts on the rank.
 _DENSE = {"torch": _PerLayer(36, 69), "transformer_engine": _PerLayer(21, 45)}
 _MIXTURE = {"torch": _PerLayer(138, 65, per_expert=(7, 15)), "transformer_engine": _PerLayer(35, 70)}
-# Of the head, per chunk of response rows; and per micro-batch beside layers and head.
-_TRAINED_CHUNK, _SCORED_CHUNK, _REST = 125, 67, 20
+# Of the head, per chunk of response rows: trained without and with a target (counted), scored (counted on an earlier
+# head); and per micro-batch beside layers and head.
+_TRAINED_CHUNK, _TARGETED_CHUNK, _SCORED_CHUNK, _REST = 39, 51, 67, 20
 
 
 def micro_batch_launches(
@@ -41,5 +42,6 @@ def micro_batch_launches(
     total = _REST + a.num_layers // layout.pipeline * passes
     if stage == layout.pipeline - 1:
         chunks = max(1, -(-shape.responses // head_chunk))
-        total += chunks * (_TRAINED_CHUNK if backward else _SCORED_CHUNK)
+        trained = _TARGETED_CHUNK if shape.targets else _TRAINED_CHUNK
+        total += chunks * (trained if backward else _SCORED_CHUNK)
     return total
