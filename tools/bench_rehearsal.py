@@ -107,7 +107,8 @@ def page(results: dict[str, Any]) -> str:
         "",
         "Written by `tools/bench_rehearsal.py`: one rank of each kind, a step cut to a few micro-batches, on the null",
         "GPU ([Rehearsal](../docs/rehearsal.md)). GiB; launches and host waits per micro-batch of training; errors are",
-        "those of the plan. The plain-torch spec.",
+        "those of the plan. The layers are plain torch's, which keep more than Transformer Engine's: a recipe that is",
+        "planned with these may run out of memory here.",
         "",
         "| example | layout | GPU | rank | at rest | peak | reserved | plan: rest | plan: peak | collectives exact |"
         " launches | waits | free after sync |",

@@ -6,13 +6,18 @@ Without Transformer Engine or Apex, Megatron's own copies the norm of every para
 from __future__ import annotations
 
 import math
+from operator import methodcaller
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.utils import get_total_norm
+
+# Megatron-Core 0.16 has the first name, 0.19 the second.
+_NAMES = ("get_main_grads_for_grad_norm", "get_grads_for_grad_norm")
+_gradients_of = methodcaller(next(name for name in _NAMES if hasattr(MegatronOptimizer, name)))
 
 
 def gradient_norm(optimizer: ChainedOptimizer, device: torch.device) -> float:
@@ -23,7 +28,7 @@ def gradient_norm(optimizer: ChainedOptimizer, device: torch.device) -> float:
     """
     by_group: dict[ProcessGroup, list[Tensor]] = {}
     for part in optimizer.chained_optimizers:
-        by_group.setdefault(part.get_grad_stats_parallel_group(), []).extend(part.get_main_grads_for_grad_norm())
+        by_group.setdefault(part.get_grad_stats_parallel_group(), []).extend(_gradients_of(part))
     squares = torch.stack([_sum_of_squares(gradients, group, device) for group, gradients in by_group.items()])
     norms = [square**0.5 for square in squares.tolist()]
     return norms[0] if len(norms) == 1 else math.sqrt(sum(norm**2 for norm in norms))

@@ -68,6 +68,8 @@ def _memory(setting: Setting, layout: Layout, rank: dict[str, Any], updates: lis
     rows = max((shape.padded(layout).rows for shape in shapes), default=0)
     held = memory.resident(a, layout, stage) | memory.kept_between_steps(a, layout, stage, rows)
     held.pop("framework")
+    if setting.rollouts.engine == "embedded":  # it has weights of its own
+        held["engine weights"] = memory.engine_weights(a, setting.rollouts)
     train, teacher = last(rank, "train"), last(rank, "teacher")
     if train is None:
         return
