@@ -36,7 +36,8 @@ def _check(arguments: argparse.Namespace) -> None:
     from megatron_hdpo.config import check_sections, load_recipe
 
     recipe = _for_machine(load_recipe(arguments.recipe, arguments.overrides), arguments.machine)
-    check_sections(recipe)  # before the imports below, which take seconds: torch and Megatron
+    # Before the imports below, which take seconds: torch and Megatron.
+    check_sections(recipe, elsewhere=arguments.machine != "here")
     from megatron_hdpo.training.load_data import load_data
     from megatron_hdpo.training.run import load_tokenizer
 
@@ -97,6 +98,7 @@ def _unknown_here(recipe: Recipe) -> Iterator[str]:
     import torch
 
     from megatron_hdpo.config.check import resolved_device
+    from megatron_hdpo.config.packages import unknown_packages
     from megatron_hdpo.model.config import transformer_engine_available
 
     device, sglang = resolved_device(recipe.device), recipe.rollout.sglang
@@ -109,6 +111,7 @@ def _unknown_here(recipe: Recipe) -> Iterator[str]:
             sglang.servers.check_interpreter(device)
         except ValueError as error:
             yield f"rollout.sglang.servers: {error}"
+    yield from unknown_packages(recipe)
 
 
 COMMAND = Command(

@@ -23,20 +23,27 @@ from megatron_hdpo.teachers.sizes import check_sizes
 DEFAULT_IMPORTANCE_CAP = 2.0
 
 
-def check_sections(recipe: Recipe) -> None:
+def check_sections(recipe: Recipe, elsewhere: bool = False) -> None:
     """Raise RecipeError, with all reasons, when sections of the recipe contradict each other.
 
-    Reads no file and imports no torch: a command calls it before anything slow.
+    Reads no file and imports no torch: a command calls it before anything slow. elsewhere: as for `check_recipe`.
     """
-    _raise_for([*_objective_errors(recipe), *_engine_errors(recipe), *_export_errors(recipe), *package_errors(recipe)])
+    _raise_for(
+        [
+            *_objective_errors(recipe),
+            *_engine_errors(recipe),
+            *_export_errors(recipe),
+            *package_errors(recipe, elsewhere),
+        ]
+    )
 
 
 def check_recipe(recipe: Recipe, architecture: Architecture, world_size: int, elsewhere: bool = False) -> list[str]:
     """Return the warnings for a recipe that can run.
 
     recipe: without dtype=auto (`config.precision.resolve`). elsewhere: another machine will run it, which may have the
-    Transformer Engine that this one lacks. Raises RecipeError, with all reasons (those of `check_sections` too), for a
-    recipe that cannot run.
+    Transformer Engine and the trackers that this one lacks. Raises RecipeError, with all reasons (those of
+    `check_sections` too), for a recipe that cannot run.
     """
     _raise_for(
         [
@@ -52,7 +59,7 @@ def check_recipe(recipe: Recipe, architecture: Architecture, world_size: int, el
             *_precision_errors(recipe, architecture, elsewhere),
             *_export_errors(recipe),
             *_path_errors(recipe),
-            *package_errors(recipe),
+            *package_errors(recipe, elsewhere),
         ]
     )
     return list(_warnings(recipe))

@@ -8,9 +8,20 @@ from megatron_hdpo.config.recipe import Recipe
 from megatron_hdpo.environment import absent, installed
 
 
-def package_errors(recipe: Recipe) -> Iterator[str]:
-    """Yield one line for each package that the recipe asks for and that is not installed, with its key."""
-    yield from (f"{key}: {absent(package)}" for key, package in asked_packages(recipe) if not installed(package))
+def package_errors(recipe: Recipe, elsewhere: bool = False) -> Iterator[str]:
+    """Yield one line for each package that the recipe asks for and that is not installed, with its key.
+
+    elsewhere: another machine will run the recipe, so only what the data needs counts: a check loads the data.
+    """
+    asked = _data_packages(recipe) if elsewhere else asked_packages(recipe)
+    yield from (f"{key}: {absent(package)}" for key, package in asked if not installed(package))
+
+
+def unknown_packages(recipe: Recipe) -> Iterator[str]:
+    """Yield one line for each package that is not installed here and that the machine of the run may have."""
+    for key, package in _tracking_packages(recipe):
+        if not installed(package):
+            yield f"{key}: the package {package} is not installed here"
 
 
 def package_warnings(recipe: Recipe) -> Iterator[str]:
@@ -21,7 +32,15 @@ def package_warnings(recipe: Recipe) -> Iterator[str]:
 
 def asked_packages(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Yield (key, package) for each package that the recipe asks for."""
+    yield from _data_packages(recipe)
+    yield from _tracking_packages(recipe)
+
+
+def _data_packages(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for part, tasks in (("train", recipe.data.train), ("evaluation", recipe.data.evaluation)):
         for index, task in enumerate(tasks):
             yield from ((f"data.{part}.{index}.kind={task.kind}", package) for package in task.packages)
+
+
+def _tracking_packages(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield from ((f"tracking.{package}", package) for package in recipe.tracking.packages)

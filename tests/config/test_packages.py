@@ -10,6 +10,7 @@ from recipes import Tree
 
 from megatron_hdpo import environment
 from megatron_hdpo.config import RecipeError, check_recipe, check_sections, parse_recipe
+from megatron_hdpo.config.packages import unknown_packages
 from megatron_hdpo.model.architecture import read_architecture
 
 GYM = {"kind": "reasoning_gym", "dataset": "chain_sum"}
@@ -50,6 +51,20 @@ def test_a_missing_package_is_named_with_its_key_and_its_extra(
         check_sections(parse_recipe(tree))
     install = f"pip install 'megatron-hdpo[{extra}]'"
     assert str(error.value) == f"{where}: {package} is not installed for {sys.executable}: {install}"
+
+
+def test_a_check_for_another_machine_asks_only_for_the_packages_of_the_data(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tree, "tracking.mlflow", {"uri": "u"})
+    without("mlflow", monkeypatch)
+    check_sections(parse_recipe(tree), elsewhere=True)
+    assert list(unknown_packages(parse_recipe(tree))) == ["tracking.mlflow: the package mlflow is not installed here"]
+    put(tree, "data.train", [HUB])
+    without("datasets", monkeypatch)
+    with pytest.raises(RecipeError) as error:
+        check_sections(parse_recipe(tree), elsewhere=True)
+    assert "datasets is not installed" in str(error.value) and "mlflow" not in str(error.value)
 
 
 def test_tensorboard_that_nobody_asked_for_is_left_out_with_a_warning(
