@@ -89,6 +89,28 @@ def test_settings_become_flags() -> None:
     assert expected.items() <= got.items() and "--max-total-tokens" not in got
 
 
+@pytest.mark.parametrize(
+    ("setting", "kept"),
+    [
+        ({}, False),
+        ({"quantization": "fp8"}, True),
+        ({"extra_args": {"--speculative-algorithm": "EAGLE"}}, True),
+        ({"memory_saver": False, "quantization": "fp8"}, False),
+    ],
+)
+def test_only_weights_that_no_sync_writes_wait_in_host_memory(setting: dict[str, Any], kept: bool) -> None:
+    config = ServerConfig(dtype="bfloat16", **({"memory_saver": True} | setting))
+    assert ("--enable-weights-cpu-backup" in flags(config, "cuda")) == kept
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_the_settings_of_the_trainers_allocator_stay_with_it(name: str) -> None:
+    base = {name: "expandable_segments:True", "PATH": "/bin"}
+    assert server_environment(ServerConfig(), "cuda", base) == {"PATH": "/bin"}
+    own = ServerConfig(environment={name: "max_split_size_mb:64"})
+    assert server_environment(own, "cuda", base)[name] == "max_split_size_mb:64", "the servers' own"
+
+
 def test_every_flag_of_a_command_line_is_reserved() -> None:
     every = ServerConfig(
         dtype="bfloat16", quantization="fp8", context_length=1, mem_fraction_static=0.5, max_total_tokens=1

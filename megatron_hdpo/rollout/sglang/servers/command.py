@@ -31,6 +31,8 @@ RESERVED_FLAGS = dict.fromkeys(_OWN_SETTINGS.split(), "a setting of its own") | 
 # Variables of torchrun: with them the server's processes would connect to the trainer's store.
 _TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"}
 _TORCHRUN |= {"ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+# Settings of the trainer's allocator. torch_memory_saver refuses to run with expandable_segments among them.
+_ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"}
 
 
 @dataclass(frozen=True)
@@ -81,13 +83,23 @@ def server_command(
         "skip-server-warmup": True,
         "enable-return-routed-experts": launch.routed_experts or None,
         "enable-memory-saver": config.memory_saver or None,
-        "enable-weights-cpu-backup": config.memory_saver or None,
+        "enable-weights-cpu-backup": _keeps_weights(config) or None,
     } | {flag.lstrip("-").replace("_", "-"): value for flag, value in config.extra_args.items()}
     command = [str(config.interpreter), "-m", "sglang.launch_server"]
     for flag, value in values.items():
         if value is not None:
             command += [f"--{flag}", *_words(value)]
     return command
+
+
+def _keeps_weights(config: ServerConfig) -> bool:
+    """Return whether weights wait in host memory while the memory saver has released them.
+
+    A sync overwrites every weight of the model before the server samples again. It sends nothing to a draft model, and
+    of quantised weights it is not known that all of them are written anew.
+    """
+    drafts = any(flag.lstrip("-").startswith("speculative") for flag in config.extra_args)
+    return config.memory_saver and (drafts or config.quantization is not None)
 
 
 def _words(value: object) -> list[str]:
@@ -98,8 +110,9 @@ def _words(value: object) -> list[str]:
 
 def server_environment(config: ServerConfig, device: str, base: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of a server: `base` without the trainer's own variables, plus `config.environment`."""
+    own = _TORCHRUN | _ALLOCATOR
     environment = {
-        name: value for name, value in base.items() if name not in _TORCHRUN and not name.startswith("TORCHELASTIC_")
+        name: value for name, value in base.items() if name not in own and not name.startswith("TORCHELASTIC_")
     }
     if config.python is not None:
         # Modules on this path were built for another interpreter.

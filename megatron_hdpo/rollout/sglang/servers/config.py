@@ -64,8 +64,8 @@ class ServerConfig(BaseModel):
     attention_backend: str | None = Field(None, description="SGLang's attention kernels; its own choice by default.")
     memory_saver: bool = Field(
         False,
-        description="Let the server give its GPU memory to the trainer between rollouts (colocated), its weights "
-        "waiting in host memory. GPUs only.",
+        description="Let the server give its GPU memory to the trainer between rollouts (colocated); the next sync "
+        "writes its weights anew. GPUs only.",
     )
     extra_args: dict[str, FlagValue] = Field(
         default_factory=dict,
