@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
 
 from megatron_hdpo.checkpoint.extra_state import load_model, without_absent_extra_states
 from megatron_hdpo.checkpoint.optimizer_state import load_optimizer, sharded_optimizer
@@ -205,7 +206,7 @@ class CheckpointStore:
         with self.context.megatron_calls():
             model = policy.model.sharded_state_dict()
             optimizer = sharded_optimizer(policy.optimizer, model, reshardable, loading)
-            return {"model": model, "optimizer": optimizer, "schedule": policy.schedule.state_dict()}
+            return {"model": _readable(model, policy), "optimizer": optimizer, "schedule": policy.schedule.state_dict()}
 
     def _write(
         self, final: Path, sharded: dict[str, Any], texts: dict[str, str], teacher: HostWeights | None = None
@@ -231,6 +232,19 @@ class CheckpointStore:
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
         self.context.barrier("checkpoint named")
+
+
+def _readable(sharded: dict[str, Any], policy: Policy) -> dict[str, Any]:
+    """Return a sharded state with its weights on the host where servers have their place on the device."""
+    memory = policy.memory
+    if memory is None or not memory.weights_away:
+        return sharded
+
+    def on_host(value: Any) -> Any:
+        data = getattr(value, "data", None)
+        return replace(value, data=memory.on_host(data)) if isinstance(data, torch.Tensor) else value
+
+    return dict_list_map_outplace(on_host, sharded)
 
 
 def _check_layout(path: Path, state: RunState, now: dict[str, int]) -> None:

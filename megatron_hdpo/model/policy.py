@@ -44,6 +44,7 @@ from megatron_hdpo.model.router import RouterStatistics
 from megatron_hdpo.model.routing_replay import replay_routing
 from megatron_hdpo.model.scoring import ScoringContext, ScoringSettings, score_rows, settings_of
 from megatron_hdpo.model.step_metrics import TokenSums, step_metrics, sum_over_ranks
+from megatron_hdpo.model.trainer_memory import TrainerMemory
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.types.errors import UserError
 from megatron_hdpo.types.learning import (
@@ -80,7 +81,8 @@ class Policy:
     over all context-parallel ranks. head_chunk: number of tokens that have logits at a time.
     vocab_size: number of tokens that have probability; default: the architecture's. A teacher whose vocabulary is
     padded further than the student's uses the student's. on_training: called with the shapes of every step's
-    micro-batches when they have run.
+    micro-batches when they have run. memory: moves the training state off the device while servers use it; None: it
+    stays.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class Policy:
         self.head_chunk = head_chunk
         self.vocab_size = vocab_size or architecture.vocab_size
         self.on_training: OnTraining | None = None
+        self.memory: TrainerMemory | None = None
         self.model.config.finalize_model_grads_func = finalize_without_division
         self._rows = row_layout(context, alignment(self.model.config))
         self._routers = RouterStatistics(self.model)
@@ -120,6 +123,7 @@ class Policy:
         answered: the scorings and scores that `scorings` refer to; not needed if none refers to another.
         Collective over all ranks: replicas without work must call it too.
         """
+        self._check_at_home()
         answered = answered or ScoringContext({}, {}, {})
         bins = same_number_everywhere(self._scoring_bins(scorings, answered), self.context)
         work = [partial(self._scoring_work, [scorings[i] for i in indices]) for indices in bins]
@@ -211,6 +215,7 @@ class Policy:
 
         Returns the metrics of the step. Arguments and errors as in `update`. Collective over all ranks.
         """
+        self._check_at_home()
         _check_targets(examples, teacher_head)
         normalisers = self._normalisers(examples)
         live = [example for example in examples if not example.inert]
@@ -269,12 +274,18 @@ class Policy:
         sums.add(batch_sums)
         return loss
 
+    def _check_at_home(self) -> None:
+        if self.memory is not None:
+            self.memory.check_at_home()
+
     def _normalisers(self, examples: Sequence[Example]) -> TokenCounts:
         own = [sum(e.surrogate_count for e in examples), sum(e.distill_count for e in examples)]
         return TokenCounts(*sum_over_ranks(own if self.context.is_replica_leader else [0.0, 0.0], self.context))
 
     def _optimizer_step(self) -> dict[str, float]:
         assert self.optimizer is not None and self.schedule is not None
+        if self.memory is not None:
+            self.memory.wait()
         lr = self.optimizer.param_groups[0]["lr"]
         with self.context.megatron_calls(), torch.no_grad():
             self.optimizer.prepare_grads()

@@ -1,21 +1,17 @@
 """Copies of this rank's shard of a model to host memory and back; teachers are kept there.
 
-A copy lies in one buffer per type of value. It is pinned when the model is on CUDA, for fast transfers. torch's own
-allocator of pinned memory rounds every size up to a power of two and gives nothing back; these buffers have the size
-that they need, and are freed with their last tensor.
+A copy lies in one buffer per type of value. It is pinned when the model is on CUDA, for fast transfers.
 """
 
 from __future__ import annotations
 
-import mmap
-import weakref
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from megatron_hdpo.model.chunks import unwrap
+from megatron_hdpo.types.pinned import PinningError, host_buffer
 from megatron_hdpo.types.transfer import wait_for_copies
 from megatron_hdpo.weights.errors import WeightsError, listed
 
@@ -84,19 +80,13 @@ def _allocate(shapes: Mapping[str, tuple[torch.Size, torch.dtype]], device: torc
 
 def _buffer(size: int, device: torch.device) -> Tensor:
     """Allocate `size` bytes on the host, uint8; pinned for a model on CUDA. Raises WeightsError if that fails."""
-    if device.type != "cuda" or not size:
-        return torch.empty(size, dtype=torch.uint8)
-    # Pages of its own, shared: a process that is forked later neither copies them nor takes them from the device.
-    memory = np.frombuffer(mmap.mmap(-1, size), dtype=np.uint8)
-    address, runtime = memory.ctypes.data, torch.cuda.cudart()
-    if error := int(runtime.cudaHostRegister(address, size, 0)):
+    try:
+        return host_buffer(size, device)
+    except PinningError as error:
         raise WeightsError(
-            f"{size / 2**30:.1f} GiB of host memory cannot be pinned for a copy of the weights (CUDA error {error}): "
-            "free memory on this machine, or choose a teacher that needs no copy (teacher.kind=policy)"
-        )
-    # The array calls this before its memory is freed. At the end of the process CUDA may be gone already.
-    weakref.finalize(memory, runtime.cudaHostUnregister, address).atexit = False
-    return torch.from_numpy(memory)
+            f"for a copy of the weights {error}: free memory on this machine, or choose a teacher that needs no copy "
+            "(teacher.kind=policy)"
+        ) from error
 
 
 def _device(parameters: Mapping[str, nn.Parameter]) -> torch.device:
