@@ -15,6 +15,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import _environment  # noqa: F401
 from _published import NOT_COMPARED, comparisons
@@ -23,7 +24,7 @@ from _scaling_points import Point, strong, weak
 from megatron_hdpo.costs.cluster import GPUS, cluster_of
 from megatron_hdpo.costs.errors import PlanError
 from megatron_hdpo.costs.layout import Layout
-from megatron_hdpo.costs.workload import RolloutSetup, Workload
+from megatron_hdpo.costs.workload import RolloutSetup, TrainerMemory, Workload
 from megatron_hdpo.planner.plan import plan, search
 from megatron_hdpo.planner.shapes import SHAPES, architecture_of
 from megatron_hdpo.planner.text import describe, ranking, table
@@ -81,6 +82,7 @@ def _workload_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--micro-batch-tokens", type=int, default=8192)
     parser.add_argument("--fp8", action="store_true", help="the layers' products in FP8")
     parser.add_argument("--offload", type=float, default=0.0, help="share of the optimizer in host memory")
+    parser.add_argument("--trainer-memory", choices=get_args(TrainerMemory), help="what leaves for colocated servers")
     parser.add_argument("--teacher", default="policy", choices=["policy", "frozen", "snapshot", "ema"])
 
 
@@ -109,7 +111,8 @@ def _plan(arguments: argparse.Namespace) -> None:
     architecture = architecture_of(arguments.model)
     cluster = cluster_of(arguments.gpu, arguments.nodes, arguments.gpus_per_node)
     workload = _workload(arguments, arguments.prompts)
-    rollouts = RolloutSetup(arguments.engine, arguments.server_gpus, arguments.rollout_gpus)
+    leaving = arguments.trainer_memory or "keep"
+    rollouts = RolloutSetup(arguments.engine, arguments.server_gpus, arguments.rollout_gpus, trainer_memory=leaving)
     if arguments.layout:
         tensor, pipeline = arguments.layout
         gpus = cluster.gpus - rollouts.gpus
@@ -136,7 +139,8 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _scaling(arguments: argparse.Namespace) -> None:
-    gpu, rollouts = GPUS[arguments.gpu], RolloutSetup("colocated")
+    gpu = GPUS[arguments.gpu]
+    rollouts = RolloutSetup("colocated", trainer_memory=arguments.trainer_memory or "all")
     studies: dict[str, dict[str, list[Point]]] = {"weak": {}, "strong": {}}
     for name, architecture in SHAPES.items():
         few, many = (_workload(arguments, prompts) for prompts in (_WEAK_PROMPTS, _STRONG_PROMPTS))

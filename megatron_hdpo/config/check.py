@@ -216,6 +216,17 @@ def _server_errors(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
         yield f"rollout.sglang.servers: {error}"
     if sglang.placement != "given":
         yield from _started_server_errors(recipe, architecture, device)
+    if sglang.trainer_memory != "keep":
+        if device == "cuda" and not sglang.servers.memory_saver:
+            yield (
+                f"rollout.sglang.trainer_memory={sglang.trainer_memory}: servers never release what the trainer makes "
+                "room for; set rollout.sglang.servers.memory_saver=true"
+            )
+        if recipe.rollout.ahead:
+            yield (
+                f"rollout.sglang.trainer_memory={sglang.trainer_memory}: with rollout.ahead servers sample while the "
+                "trainer works, and nothing can leave"
+            )
     if recipe.rollout.ahead and sglang.placement == "colocated" and device == "cuda":
         yield "rollout.ahead: colocated servers share the GPUs with the trainer, so they cannot sample while it trains"
 

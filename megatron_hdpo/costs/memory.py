@@ -23,7 +23,7 @@ from megatron_hdpo.costs.layout import Layout
 from megatron_hdpo.costs.micro_batch_shape import PackedShape, Repeated
 from megatron_hdpo.costs.parameters import model_values, product_values, served_bytes, stage_parameters
 from megatron_hdpo.costs.schedule import rounded
-from megatron_hdpo.costs.workload import MODEL_ROLES, RolloutSetup, Workload
+from megatron_hdpo.costs.workload import MODEL_ROLES, RolloutSetup, TrainerMemory, Workload
 from megatron_hdpo.model.architecture import Architecture
 
 _FP32 = 4
@@ -32,6 +32,13 @@ _SYNC_BUCKET_BYTES = 256 * 2**20  # rollout.sglang.sync.bucket_mib; a receiver h
 
 # One workspace of cuBLAS on Hopper, for the thread of the forward and for that of the backward pass.
 _WORKSPACE_BYTES, _WORKSPACES = 32 * 2**20, 2
+
+_STATE = ("main weights", "optimizer")
+_LEAVING: dict[TrainerMemory, tuple[str, ...]] = {
+    "keep": (),
+    "optimizer": ("gradients", *_STATE),
+    "all": ("gradients", *_STATE, "weights"),
+}
 
 Kinds = dict[str, float]
 
@@ -91,6 +98,19 @@ def _always(architecture: Architecture, layout: Layout, stage: int, workload: Wo
     works = [workload.training_work(layout), *(workload.scoring_work(role, layout) for role in MODEL_ROLES)]
     rows = max(work.shape.padded(layout).rows for work in works)
     return resident(architecture, layout, stage) | kept_between_steps(architecture, layout, stage, rows)
+
+
+def beside_servers(held: Kinds, rollouts: RolloutSetup) -> Kinds:
+    """Return what stays of the trainer's bytes while servers on the same GPU sample."""
+    return {kind: size for kind, size in held.items() if kind not in _LEAVING[rollouts.trainer_memory]}
+
+
+def moved_bytes(architecture: Architecture, layout: Layout, rollouts: RolloutSetup) -> tuple[float, float]:
+    """Return the bytes of one GPU that wait in host memory while servers sample: of optimizer state, and of weights."""
+    leaving = _LEAVING[rollouts.trainer_memory]
+    held = [resident(architecture, layout, stage) for stage in layout.stages]
+    state = max(sum(kinds[kind] for kind in _STATE) for kinds in held) if leaving else 0.0
+    return state, max(kinds["weights"] for kinds in held) if "weights" in leaving else 0.0
 
 
 def training(architecture: Architecture, layout: Layout, stage: int, work: Repeated, head_chunk: int) -> Kinds:
@@ -199,8 +219,10 @@ def cache_room(
         return rollouts.memory_fraction * gpu.memory - weights
     if rollouts.engine == "separate":
         return _SERVER_SHARE * gpu.memory - weights
-    held = max(sum(_always(architecture, layout, stage, workload).values()) for stage in layout.stages)
-    return gpu.memory - held - weights - 2.0 * _SYNC_BUCKET_BYTES
+    stages = [_always(architecture, layout, stage, workload) for stage in layout.stages]
+    held = max(sum(beside_servers(kinds, rollouts).values()) for kinds in stages)
+    buckets = 2.0 * _SYNC_BUCKET_BYTES if rollouts.trainer_memory != "all" else 0.0
+    return gpu.memory - held - weights - buckets
 
 
 def by_phase(
@@ -220,27 +242,33 @@ def by_phase(
     extra: dict[str, list[Kinds]] = {"sampling": [], "teacher": [], "training": [], "sync": []}
     for stage in layout.stages:
         base = _always(architecture, layout, stage, workload)
-        extra["sampling"].append(base | (engine if shared else {}))
+        extra["sampling"].append((beside_servers(base, rollouts) | engine) if shared else base)
         extra["teacher"].append(base | _scoring(architecture, layout, stage, workload) | beside)
         kept = _teachers_head(architecture, layout, stage, workload)
         extra["training"].append(base | training(architecture, layout, stage, trained, chunk) | kept | beside)
-        buckets = {"sync buckets": 2.0 * _SYNC_BUCKET_BYTES}
-        # A server that released its memory allocates it again before it receives weights.
-        extra["sync"].append(base | buckets | (engine if shared else {}))
+        extra["sync"].append(_sync(base, rollouts, engine if shared else {}))
     memory = {phase: PhaseMemory(phase, _fullest(stages)) for phase, stages in extra.items()}
     if rollouts.engine == "separate":
         memory["server"] = PhaseMemory("server", engine)
     return memory
 
 
+def _sync(base: Kinds, rollouts: RolloutSetup, engine: Kinds) -> Kinds:
+    """Return the bytes of a sync. engine: of a server on the same GPU, which allocates them again before it."""
+    held = beside_servers(base, rollouts) | {"weights": base["weights"], "sync buckets": 2.0 * _SYNC_BUCKET_BYTES}
+    if rollouts.trainer_memory == "all":  # the weights leave before the server takes its cache
+        engine = {kind: size for kind, size in engine.items() if kind != "key-value cache"}
+    return held | engine
+
+
 def _fullest(stages: list[Kinds]) -> Kinds:
     return max(stages, key=lambda kinds: sum(kinds.values()))
 
 
-def host_bytes(architecture: Architecture, layout: Layout, workload: Workload) -> float:
-    """Return the host memory per GPU, in bytes: of teacher and reference, and of the offloaded optimizer.
+def host_bytes(architecture: Architecture, layout: Layout, workload: Workload, rollouts: RolloutSetup) -> float:
+    """Return the host memory per GPU: of teacher, reference, offloaded optimizer, and what leaves for servers.
 
-    While they score, the policy's weights are on the host too.
+    While teacher and reference score, the policy's weights are on the host too.
     """
     values = max(stage_parameters(architecture, layout, s).values for s in layout.stages)
     copies: Mapping[str, int] = {
@@ -255,7 +283,8 @@ def host_bytes(architecture: Architecture, layout: Layout, workload: Workload) -
         other = max(stage_parameters(teacher, layout, s).values for s in layout.stages) * layout.value_bytes
     if workload.scored("reference")[0] and workload.teacher != "frozen":  # a frozen teacher doubles as the reference
         held += layout.value_bytes if held else 2 * layout.value_bytes
-    return values * held + other + layout.offload * offloaded * 3 * _FP32
+    moved = sum(moved_bytes(architecture, layout, rollouts))
+    return values * held + other + layout.offload * offloaded * 3 * _FP32 + moved
 
 
 def why_not(memory: Mapping[str, PhaseMemory], gpu: Gpu) -> list[str]:

@@ -13,6 +13,7 @@ from megatron_hdpo.types.learning import ModelRole
 
 TeacherKind = Literal["none", "policy", "frozen", "snapshot", "ema", "external"]
 Engine = Literal["embedded", "colocated", "separate"]
+TrainerMemory = Literal["keep", "optimizer", "all"]
 MODEL_ROLES: tuple[ModelRole, ...] = ("policy", "teacher", "reference")
 
 
@@ -176,6 +177,7 @@ class RolloutSetup:
     embedded: on every GPU of the trainer, with a whole copy of the model. colocated: SGLang servers of `tensor` GPUs on
     the trainer's GPUs; saver: they release their memory while the trainer works. separate: SGLang on `gpus` GPUs of
     their own. memory_fraction: of a GPU, for a server's weights and cache; None: what is left. fp8: servers quantise.
+    trainer_memory: what of the trainer leaves the GPUs of colocated servers while these sample.
     """
 
     engine: Engine = "colocated"
@@ -186,8 +188,11 @@ class RolloutSetup:
     memory_fraction: float | None = None
     ahead: bool = False
     fp8: bool = False
+    trainer_memory: TrainerMemory = "keep"
 
     def __post_init__(self) -> None:
+        if self.trainer_memory != "keep" and (self.engine != "colocated" or not self.saver):
+            raise PlanError("the trainer's memory leaves only GPUs of colocated servers that release theirs in turn")
         if (self.engine == "separate") != (self.gpus > 0):
             raise PlanError("separate servers need their number of GPUs (--rollout-gpus), and only they have one")
         if self.engine == "separate" and self.gpus % self.tensor:

@@ -95,6 +95,7 @@ def rollouts_of(recipe: Recipe, guesses: Guesses) -> RolloutSetup:
         memory_fraction=servers.mem_fraction_static,
         ahead=rollout.ahead > 0,
         fp8=servers.quantization == "fp8",
+        trainer_memory=rollout.sglang.trainer_memory,
     )
 
 

@@ -115,7 +115,7 @@ def plan(
         training(architecture, layout, workload, cluster),
         sync(architecture, layout, rollouts, cluster),
     )
-    host = host_bytes(architecture, layout, workload)
+    host = host_bytes(architecture, layout, workload, rollouts)
     return Plan(
         architecture=architecture,
         cluster=cluster,

@@ -10,6 +10,7 @@ from megatron_hdpo.costs.cluster import (
     DECODE_MATMUL_EFFICIENCY,
     EMBEDDED_LAYER_STEP_S,
     HBM_EFFICIENCY,
+    HOST_LINK_BYTES_S,
     MATMUL_EFFICIENCY,
     SERVER_STEP_S,
     SHARED_SYNC_BYTES_S,
@@ -17,7 +18,7 @@ from megatron_hdpo.costs.cluster import (
 )
 from megatron_hdpo.costs.flops import attention_flops, decoding_flops, forward_flops
 from megatron_hdpo.costs.layout import Layout
-from megatron_hdpo.costs.memory import cache_bytes_per_token
+from megatron_hdpo.costs.memory import cache_bytes_per_token, moved_bytes
 from megatron_hdpo.costs.parameters import expert_matrices, model_values, served_bytes, visited_values
 from megatron_hdpo.costs.workload import RolloutSetup, Workload
 from megatron_hdpo.model.architecture import Architecture
@@ -87,7 +88,11 @@ def _decode_communication(a: Architecture, tensor: int, tokens: float, steps: fl
 
 
 def sync(a: Architecture, layout: Layout, rollouts: RolloutSetup, cluster: Cluster) -> PhaseTime:
-    """Return the time of a weight sync: gather over pipeline, tensor- and expert-parallel ranks, then send."""
+    """Return the time of a weight sync: gather over pipeline, tensor- and expert-parallel ranks, then send.
+
+    What leaves the GPU for the servers leaves it now. The optimizer's state comes back beside scoring and training, the
+    weights before these.
+    """
     size = 2.0 * model_values(a)
     experts = 2.0 * a.num_layers * sum(expert_matrices(a, Layout()))
     pipeline_bandwidth, _ = cluster.link(layout.world)
@@ -96,10 +101,18 @@ def sync(a: Architecture, layout: Layout, rollouts: RolloutSetup, cluster: Clust
         bandwidth, _ = cluster.link(layout.span(group))
         gather += part * (ranks - 1) / ranks / bandwidth
     rates = {"separate": BROADCAST_SYNC_BYTES_S, "colocated": SHARED_SYNC_BYTES_S}
+    state, weights = moved_bytes(a, layout, rollouts)
+    moved = (state + 2.0 * weights) / HOST_LINK_BYTES_S
     handed = size / rates[rollouts.engine] if rollouts.engine in rates else 0.0
     # Copied twice, read and written; servers' weights are read once more, to compare digests with the servers'.
     passes = 4.0 + float(rollouts.engine in rates)
     traffic = passes * size / (cluster.gpu.hbm_bytes_s * HBM_EFFICIENCY)
     return PhaseTime(
-        phase="sync", arithmetic_s=0.0, memory_s=traffic, communication_s=gather, other_s=handed, flops=0.0, tokens=0.0
+        phase="sync",
+        arithmetic_s=0.0,
+        memory_s=traffic,
+        communication_s=gather,
+        other_s=handed + moved,
+        flops=0.0,
+        tokens=0.0,
     )

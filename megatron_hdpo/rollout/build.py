@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from megatron_hdpo.model.architecture import Architecture
+from megatron_hdpo.model.trainer_memory import TrainerMemory
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.parallel.location import locate_rank
 from megatron_hdpo.rollout.config import RolloutConfig
@@ -24,7 +25,7 @@ from megatron_hdpo.rollout.sglang.servers.command import ServerLaunch
 from megatron_hdpo.rollout.sglang.servers.fleet import Report, ServerFleet, no_report
 from megatron_hdpo.rollout.sglang.servers.server import ServerError
 from megatron_hdpo.rollout.sglang.servers.topology import PlannedServer, given_urls, planned_servers
-from megatron_hdpo.rollout.sglang.shared_gpu import CudaMemory, SharedGpu
+from megatron_hdpo.rollout.sglang.shared_gpu import CudaMemory, HostMemory, SharedGpu
 from megatron_hdpo.rollout.sglang.weights.gate import Gate
 from megatron_hdpo.rollout.sglang.weights.push import Transport, WeightPush
 from megatron_hdpo.rollout.sglang.weights.same_model import check_served_models
@@ -56,17 +57,19 @@ def build_engine(
     context: ParallelContext,
     output: Path,
     report: Report = no_report,
+    trainer: TrainerMemory | None = None,
 ) -> BuiltEngine:
     """Build the engine of the recipe on every rank. Collective.
 
     model_path: Hugging Face folder. output: the run's folder, for logs. report: gets the state of this rank's servers
-    while they start. Raises EngineError, on every rank, when a server does not start or cannot be used.
+    while they start. trainer: moves this rank's training state away while servers on its GPU sample; until the engine's
+    next `make_room` it is away. Raises EngineError, on every rank, when a server does not start or cannot be used.
     """
     if config.engine == "embedded" or config.replay is not None:
         embedded = config.embedded.model_copy(update={"vocab_size": architecture.vocab_size})
         engine = EmbeddedEngine(model_path, embedded, context.device)
         return BuiltEngine(engine, EmbeddedSync(engine), list(range(context.world_size)))
-    return _on_servers(config, model_path, architecture, context, output, report)
+    return _on_servers(config, model_path, architecture, context, output, report, trainer)
 
 
 def _on_servers(
@@ -76,13 +79,17 @@ def _on_servers(
     context: ParallelContext,
     output: Path,
     report: Report,
+    trainer: TrainerMemory | None,
 ) -> BuiltEngine:
     """Build the engine on SGLang servers: start, connect, check, and choose the transport of weights."""
     config, device = rollout.sglang, context.device.type
     locations = context.gather_objects(locate_rank(context.rank, context.is_replica_leader))
     plan = together(context, lambda: planned_servers(config, locations, device))
     mine = [server for server in plan if server.owner == context.rank]
-    servers = together(context, lambda: _started(rollout, mine, model_path, device, output, report))
+    shared_gpu = _shared_gpu(config, plan, context, trainer)
+    if shared_gpu is not None:
+        shared_gpu.give_back(asleep=False, weights=True)
+    servers = together(context, lambda: _started(rollout, mine, model_path, context, output, report))
     urls = servers.urls if servers else given_urls(config, locations).get(context.rank, [])
     engine = together(
         context,
@@ -93,7 +100,7 @@ def _on_servers(
             context_length=architecture.max_positions,
             servers=servers,
             experts=_experts(architecture),
-            shared_gpu=_shared_gpu(config, plan, context),
+            shared_gpu=shared_gpu,
         ),
         close=servers.close if servers else None,
     )
@@ -131,27 +138,34 @@ def check_returns_experts(engine: SGLangEngine) -> None:
         )
 
 
-def _shared_gpu(config: SGLangConfig, plan: Sequence[PlannedServer], context: ParallelContext) -> SharedGpu | None:
-    """Return the turns on this rank's GPU; None where no rank shares its GPU with a server."""
-    if context.device.type != "cuda" or config.placement != "colocated":
+def _shared_gpu(
+    config: SGLangConfig, plan: Sequence[PlannedServer], context: ParallelContext, trainer: TrainerMemory | None
+) -> SharedGpu | None:
+    """Return the turns on this rank's GPU; None where no rank shares its GPU with a server.
+
+    On a CPU there is no memory to hand over, but a trainer that is to move its state moves it.
+    """
+    if config.placement != "colocated" or (context.device.type != "cuda" and trainer is None):
         return None
     size = config.servers.tensor_parallel
     owners = {rank: server.owner for server in plan for rank in range(server.owner, server.owner + size)}
-    return SharedGpu(CudaMemory(context.device), owners.get(context.rank), context.gather_objects)
+    memory = CudaMemory(context.device) if context.device.type == "cuda" else HostMemory()
+    return SharedGpu(memory, owners.get(context.rank), context.gather_objects, trainer)
 
 
 def _started(
     rollout: RolloutConfig,
     mine: Sequence[PlannedServer],
     model_path: Path,
-    device: str,
+    context: ParallelContext,
     output: Path,
     report: Report,
 ) -> ServerFleet | None:
     """Start the servers that this rank owns and return them once they answer; None where it owns none."""
     if not mine:
         return None
-    config = rollout.sglang.servers
+    config, device = rollout.sglang.servers, context.device.type
+    shares = device == "cuda" and rollout.sglang.placement == "colocated"
     config.check(device)
     config.check_interpreter(device)
     node = os.environ.get("GROUP_RANK", "0")
@@ -162,6 +176,7 @@ def _started(
             index=server.index,
             first_gpu=server.first_gpu,
             routed_experts=rollout.routing_replay,
+            free_share=CudaMemory(context.device).free_share if shares else None,
         )
         for server in mine
     ]

@@ -99,6 +99,12 @@ class RolloutConfig(BaseModel):
         return self.embedded.dtype if self.engine == "embedded" else self.sglang.servers.dtype
 
     @property
+    def takes_turns(self) -> bool:
+        """Return whether trainer and servers have the same GPUs in turns, and servers lose their weights meanwhile."""
+        sglang = self.sglang
+        return self.engine == "sglang" and (sglang.servers.memory_saver or sglang.trainer_memory != "keep")
+
+    @property
     def filtered(self) -> bool:
         """Return whether tokens are sampled from a truncated distribution."""
         return self.top_p < 1.0 or self.top_k is not None

@@ -28,6 +28,7 @@ def train(run: Run) -> None:
         _record_and_save(run, metrics)
     if recipe.checkpoint.export:
         with run.console.phase("export"):
+            run.engine.make_room()  # the weights may be in host memory
             out = recipe.output / "hf"
             save_hf(run.policy.model, run.architecture, run.context, recipe.model.path, out, overwrite=True)
 

@@ -29,14 +29,16 @@ from megatron_hdpo.model.config import ModelError, OptimizerConfig, choose_spec
 from megatron_hdpo.model.dtype_speed import Measure, measure_bfloat16
 from megatron_hdpo.model.optimizer import build_optimizer
 from megatron_hdpo.model.policy import Policy
+from megatron_hdpo.model.trainer_memory import TrainerMemory
 from megatron_hdpo.objectives.base import ObjectiveDeps
 from megatron_hdpo.objectives.registry import build_objective
 from megatron_hdpo.objectives.settings import surrogate_of
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.parallel.cores import usable_cores
 from megatron_hdpo.rewards.pool import RewardPool
-from megatron_hdpo.rollout.build import build_engine
+from megatron_hdpo.rollout.build import BuiltEngine, build_engine
 from megatron_hdpo.rollout.engine import Engine
+from megatron_hdpo.rollout.sglang.servers.fleet import Report, no_report
 from megatron_hdpo.sampling.coordinator import RolloutCoordinator
 from megatron_hdpo.sampling.prefetch import PrefetchedRollouts
 from megatron_hdpo.sampling.sampler import RolloutSampler
@@ -161,7 +163,7 @@ def _build_run(
     data = _load_data(recipe, context, console, tokenizer, rewards)
     policy = _build_policy(recipe, context, console, architecture)
     with console.phase("start engine") as phase:
-        built = build_engine(recipe.rollout, Path(recipe.model.path), architecture, context, recipe.output, phase.note)
+        built = start_engine(recipe, policy, phase.note)
     sync = PolicySync(policy, built.sync)
     learner = Learner(
         policy=policy,
@@ -286,6 +288,23 @@ def _build_policy(recipe: Recipe, context: ParallelContext, console: Console, ar
         load_hf(model, architecture, context, recipe.model.path)
         ddp = wrap_data_parallel(model, context)
     return Policy(architecture, context, ddp, recipe.train.micro_batch_tokens, head_chunk=recipe.train.head_chunk)
+
+
+def start_engine(recipe: Recipe, policy: Policy, report: Report = no_report) -> BuiltEngine:
+    """Build the recipe's engine; servers that share the policy's GPUs sleep until they get its weights. Collective.
+
+    report: gets the state of this rank's servers while they start.
+    """
+    rollout = recipe.rollout
+    trainer = None
+    leaving = rollout.sglang.trainer_memory
+    if rollout.engine == "sglang" and rollout.replay is None and leaving != "keep":
+        trainer = TrainerMemory(policy, leaving)
+    built = build_engine(
+        rollout, Path(recipe.model.path), policy.architecture, policy.context, recipe.output, report, trainer
+    )
+    built.engine.make_room()
+    return built
 
 
 def _build_objective(recipe: Recipe, data: LoadedData) -> Objective:

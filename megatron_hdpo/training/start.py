@@ -40,6 +40,9 @@ def _prepare(run: Run) -> None:
             run.sync(run.step)
         if run.recipe.self_test.enabled:
             _self_test(run)
+            if run.recipe.rollout.takes_turns:
+                with run.console.phase("sync"):
+                    run.sync(run.step)
 
 
 def _begin(run: Run) -> None:
@@ -156,7 +159,9 @@ def _self_test(run: Run) -> None:
     )
 
     def sample() -> list[Group]:
-        return run.coordinator.groups(problems, sampling, ("self-test",))
+        groups = run.coordinator.groups(problems, sampling, ("self-test",))
+        run.engine.make_room()  # the policy scores them
+        return groups
 
     def sync(scale: float) -> None:
         run.sync(run.step, scale)

@@ -281,6 +281,19 @@ def test_routing_replay_needs_experts_and_an_engine_that_tells_them(tree: Tree, 
         check_recipe(parse_recipe(tree), experts, 1)
 
 
+def test_training_state_leaves_only_gpus_that_servers_share_in_turns(tree: Tree, architecture: Architecture) -> None:
+    tree["rollout"] |= {"engine": "sglang", "sglang": {"trainer_memory": "all"}}
+    with pytest.raises(RecipeError, match=r"trainer_memory=all: servers never release.*memory_saver=true"):
+        check_recipe(parse_recipe(tree | {"device": "cuda"}), architecture, 1)
+    assert check_recipe(parse_recipe(tree | {"device": "cpu"}), architecture, 1) == []
+    tree["rollout"]["ahead"] = 1
+    with pytest.raises(RecipeError, match=r"trainer_memory=all: with rollout.ahead"):
+        check_recipe(parse_recipe(tree | {"device": "cpu"}), architecture, 1)
+    tree["rollout"]["sglang"] |= {"placement": "given", "urls": ["http://a:1"]}
+    with pytest.raises(RecipeError, match="trainer_memory: only with placement=colocated"):
+        parse_recipe(tree)
+
+
 def test_sections_that_contradict_each_other_need_no_model(tree: Tree) -> None:
     check_sections(parse_recipe(tree))
     tree["rollout"]["ahead"] = 1

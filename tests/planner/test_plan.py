@@ -31,7 +31,7 @@ from megatron_hdpo.costs.parameters import (
     stage_parameters,
     visited_values,
 )
-from megatron_hdpo.costs.workload import MODEL_ROLES, RolloutSetup, StudentScoring, Workload
+from megatron_hdpo.costs.workload import MODEL_ROLES, RolloutSetup, StudentScoring, TrainerMemory, Workload
 from megatron_hdpo.objectives.registry import OBJECTIVES
 from megatron_hdpo.objectives.rlcsd import RLCSDConfig
 from megatron_hdpo.objectives.rlsd import RLSDConfig
@@ -56,6 +56,7 @@ WORK = Workload(
     cliff_rate=0.25,
     privileged_rollouts=8,
 )
+LEAVING: tuple[TrainerMemory, ...] = ("keep", "optimizer", "all")
 LAYOUTS = [
     Layout(),
     Layout(data=8),
@@ -364,6 +365,42 @@ def test_what_does_not_fit_says_where_and_why() -> None:
     assert not made.fits
     assert any(line.startswith("training: ") and "too many (" in line for line in made.refusals)
     assert "optimizer" in made.refusals[0] and "74.5" in made.refusals[0]
+
+
+def test_what_leaves_the_gpus_for_the_servers_is_their_cache() -> None:
+    layout = Layout(tensor=4, data=2, sequence=True)
+    made = {what: _plan(layout, rollouts=RolloutSetup("colocated", 4, trainer_memory=what)) for what in LEAVING}
+    base = resident(SEVEN, layout, 0)
+    state = {"optimizer": base["main weights"] + base["optimizer"]}
+    state["all"] = state["optimizer"] + base["weights"]
+    for what, moved in state.items():
+        phases, stays = made[what].memory, made["keep"].memory
+        assert made[what].host_bytes == moved + made["keep"].host_bytes
+        assert phases["training"] == stays["training"] and phases["teacher"] == stays["teacher"]
+        gone = sum(stays["sampling"].kinds[kind] for kind in stays["sampling"].kinds.keys() - phases["sampling"].kinds)
+        assert gone == moved + base["gradients"]
+        seconds = {p.phase: p.time_s - q.time_s for p, q in zip(made[what].phases, made["keep"].phases, strict=True)}
+        assert seconds["sync"] > 0 and sum(seconds.values()) == pytest.approx(seconds["sync"])
+    sync = made["all"].memory["sync"].kinds
+    assert sync["weights"] == base["weights"] and "key-value cache" not in sync, "weights leave before it comes"
+    assert "key-value cache" in made["optimizer"].memory["sync"].kinds
+
+
+def test_a_mixture_whose_state_leaves_fits_half_of_the_gpus() -> None:
+    """Qwen3-235B on 128 H100: 55 GiB of each GPU are a server's weights."""
+    a, layout = SHAPES["qwen3-235b-a22b"], Layout(4, 2, 16, True, expert=32, overlap=True, offload=1.0)
+    plans = {
+        what: plan(a, Cluster(H100, 16), layout, WORK, RolloutSetup("colocated", 8, trainer_memory=what))
+        for what in LEAVING
+    }
+    assert not plans["keep"].fits and plans["all"].fits
+    assert any(line.startswith("sampling: ") for line in plans["keep"].refusals)
+
+
+def test_only_servers_that_give_way_make_the_trainer_leave() -> None:
+    for wrong in ({"engine": "embedded"}, {"saver": False}):
+        with pytest.raises(PlanError, match="leaves only GPUs of colocated servers"):
+            RolloutSetup(trainer_memory="all", **wrong)  # type: ignore[arg-type]
 
 
 def test_the_search_ranks_what_fits_and_nothing_else() -> None:

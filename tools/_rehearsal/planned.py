@@ -74,6 +74,9 @@ def _memory(setting: Setting, layout: Layout, rank: dict[str, Any], updates: lis
     if train is None:
         return
     yield Line("memory at rest", "bytes", sum(held.values()), train["allocated"])
+    if setting.rollouts.trainer_memory != "keep" and (sync := last(rank, "sync")) is not None:
+        left = sum(held.values()) - sum(memory.beside_servers(held, setting.rollouts).values())
+        yield Line("memory that left for servers", "bytes", left, train["allocated"] - sync["allocated"])
     if teacher is not None and rank["scored"] and setting.workload.teacher_model is None:
         scored = max((PackedShape(**shape) for shape in rank["scored"]), key=lambda shape: shape.rows)
         more = memory.scoring(a, layout, stage, Repeated(scored, 1), chunk)
@@ -131,7 +134,7 @@ def _flops(setting: Setting, layout: Layout, rank: dict[str, Any], updates: list
 
 
 def _host(setting: Setting, layout: Layout, rank: dict[str, Any]) -> Iterator[Line]:
-    planned = memory.host_bytes(setting.architecture, layout, setting.workload)
+    planned = memory.host_bytes(setting.architecture, layout, setting.workload, setting.rollouts)
     pinned = max(measured["pinned"] for measured in rank["phases"])
     if max(planned, pinned) > _SMALL:
         yield Line("host memory, pinned", "bytes", planned, pinned)

@@ -25,7 +25,6 @@ from megatron_hdpo.costs.workload import Workload
 from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.parallel.context import ParallelContext, start
 from megatron_hdpo.planner.made_up import PromptsOfLength
-from megatron_hdpo.rollout.build import build_engine
 from megatron_hdpo.teachers.config import ExternalTeacherConfig
 from megatron_hdpo.teachers.teacher import PolicyTeacher
 from megatron_hdpo.training import loop
@@ -102,7 +101,7 @@ def _build(
     """Build a run as `training.run.build_run` does, without data, tokenizer, rewards and record."""
     policy = run_module._build_policy(recipe, context, console, architecture)
     with console.phase("start engine"):
-        built = build_engine(recipe.rollout, Path(recipe.model.path), architecture, context, recipe.output)
+        built = run_module.start_engine(recipe, policy)
     data = SimpleNamespace(
         prompts=PromptsOfLength(workload.privileged_prompt_tokens), train=[], evaluation=[], order=_Order()
     )

@@ -56,6 +56,12 @@ class SGLangConfig(BaseModel):
         "GPUs of this node that `gpus` names; given: `urls`.",
     )
     gpus: list[int] = Field(default_factory=list, description="For placement=separate: device numbers of each node.")
+    trainer_memory: Literal["keep", "optimizer", "all"] = Field(
+        "keep",
+        description="For placement=colocated: what leaves the GPUs for host memory while servers sample. keep: "
+        "nothing; optimizer: its state, and gradients are freed; all: the weights, too. Needs servers.memory_saver on "
+        "GPUs.",
+    )
     replicas: int | None = Field(
         None, ge=1, description="Servers per node; as many as the GPUs allow by default, on a CPU one."
     )
@@ -89,6 +95,8 @@ class SGLangConfig(BaseModel):
         given = self.placement == "given"
         if given != bool(self.urls):
             raise ValueError("urls: name the servers' addresses with placement=given, and only then")
+        if self.trainer_memory != "keep" and self.placement != "colocated":
+            raise ValueError("trainer_memory: only with placement=colocated servers and trainer share memory")
         if self.router and not given:
             raise ValueError("router: needs placement=given with the urls of the servers behind it")
         if bool(self.gpus) != (self.placement == "separate"):

@@ -133,11 +133,9 @@ class SGLangEngine:
 
         Collective over the ranks where they share GPUs with servers.
         """
-        if not self.config.servers.memory_saver:
-            return
-        if self.shared_gpu is not None:
+        if self.shared_gpu is not None and (self.config.servers.memory_saver or self.shared_gpu.trainer is not None):
             self.shared_gpu.receive(lambda: self._thread.run(self._release()))
-        else:
+        elif self.config.servers.memory_saver:
             self._thread.run(self._release())
 
     async def mark_served(self, served: Sequence[Replica], version: int) -> None:
@@ -204,10 +202,14 @@ class SGLangEngine:
             await self._session.close()
 
     async def _release(self) -> int:
-        """Let the servers release their memory; return the bytes that one occupied on each of its GPUs."""
+        """Let the servers release their memory; return the bytes that one occupied on each of its GPUs.
+
+        A server that is lost from now on is not restarted before the next weight update.
+        """
         released = 0
+        await self.watch.postpone_restarts()
         for replica in self.replicas:
-            if replica.state == "serving" and replica.info.memory_saver:
+            if replica.state != "down" and not replica.asleep and replica.info.memory_saver:
                 replica.state, replica.reason, replica.asleep = "stale", "its memory is the trainer's", True
                 try:
                     async with replica.health_lock:

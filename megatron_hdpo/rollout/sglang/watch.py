@@ -27,6 +27,7 @@ class Watch:
         self.engine = engine
         self.paused = False
         self._restarting: dict[int, asyncio.Task[None]] = {}
+        self._postponed: set[int] | None = None
 
     async def run(self, replica: Replica) -> None:
         """Check a replica every `health_interval_s` seconds, for ever."""
@@ -75,7 +76,28 @@ class Watch:
         servers = self.engine.servers
         if servers is None or replica.own is None or servers.exhausted(replica.own):
             return
+        if self._postponed is not None:
+            self._postponed.add(replica.index)
+            return
         self._restarting[replica.index] = asyncio.get_running_loop().create_task(self._restart(replica))
+
+    async def postpone_restarts(self) -> None:
+        """Let running restarts end, and start no server until `restart_postponed`: its memory is the trainer's."""
+        while self._restarting:
+            await asyncio.sleep(0.1)
+        self._postponed = set()
+
+    @property
+    def lost(self) -> bool:
+        """Return whether a restart was postponed."""
+        return bool(self._postponed)
+
+    async def restart_postponed(self) -> None:
+        """Begin the restarts that were postponed; none is postponed any more."""
+        postponed, self._postponed = self._postponed or set(), None
+        for replica in self.engine.replicas:
+            if replica.index in postponed and replica.state == "down":
+                await self._schedule_restart(replica)
 
     async def wait_for_servers(self) -> None:
         """Wait until no restart is running and at least one server answers.

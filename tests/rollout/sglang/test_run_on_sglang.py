@@ -328,6 +328,7 @@ def train_and_lose_the_server(file: str) -> None:
 
     def take_and_kill(self: Any, result: Any) -> None:
         take(self, result)
+        assert self.sampler.engine.shared_gpu.trainer.weights_away, "while servers sample"
         version = self.sampler.engine.weight_version
         if version == 1 and 1 not in versions:
             kill_servers_of(Path(file).parent)
@@ -343,8 +344,9 @@ def test_a_run_starts_its_servers_and_outlives_their_death(
 ) -> None:
     tree = recipe_on([], sglang_model, tmp_path / "run") | {"warmup": WARMUP}
     servers = yaml.safe_load(sglang_config.model_dump_json(exclude_defaults=True))
-    tree["rollout"]["sglang"] = {"servers": servers, "sync": {"min_peak": 0}}
+    tree["rollout"]["sglang"] = {"servers": servers, "sync": {"min_peak": 0}, "trainer_memory": "all"}
     tree["rollout"]["max_new_tokens"] = 64
+    tree["checkpoint"]["export"] = True
     tree["data"]["prompts"]["max_privileged_tokens"] = 32
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(tree))
@@ -355,4 +357,6 @@ def test_a_run_starts_its_servers_and_outlives_their_death(
     assert [row["rollout/samples"] for row in rows_of(tmp_path / "run")] == [32] * STEPS
     for step in (1, 2, 3):
         assert versions_of(groups_of(tmp_path / "run", step)) == {step - 1}
+    exported = load_file(tmp_path / "run" / "hf" / "model.safetensors")
+    assert all(tensor.isfinite().all() and tensor.any() for tensor in exported.values()), "read after they came home"
     assert wait_until(lambda: not servers_under(tmp_path)), servers_under(tmp_path)

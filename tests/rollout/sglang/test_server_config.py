@@ -15,6 +15,7 @@ from megatron_hdpo.rollout.sglang.servers import supervisor
 from megatron_hdpo.rollout.sglang.servers.command import (
     CPU_CACHE_TOKENS,
     RESERVED_FLAGS,
+    NoRoomError,
     ServerLaunch,
     core_groups,
     server_command,
@@ -101,6 +102,21 @@ def test_settings_become_flags() -> None:
 def test_only_weights_that_no_sync_writes_wait_in_host_memory(setting: dict[str, Any], kept: bool) -> None:
     config = ServerConfig(dtype="bfloat16", **({"memory_saver": True} | setting))
     assert ("--enable-weights-cpu-backup" in flags(config, "cuda")) == kept
+
+
+@pytest.mark.parametrize(("free", "given"), [(1.0, "0.5"), (0.8, "0.625"), (0.6, "0.8333")])
+def test_a_share_of_the_gpu_becomes_sglangs_share_of_what_is_free(free: float, given: str) -> None:
+    """SGLang: cache = free now - (1 - fraction) x free at the start; so weights and cache are fraction x free."""
+    config = ServerConfig(dtype="bfloat16", mem_fraction_static=0.5)
+    assert flags(config, "cuda", free_share=lambda: free)["--mem-fraction-static"] == [given]
+    assert flags(config, "cuda")["--mem-fraction-static"] == ["0.5"], "alone on its GPU"
+    assert "--mem-fraction-static" not in flags(ServerConfig(dtype="bfloat16"), "cuda", free_share=lambda: free)
+
+
+def test_a_gpu_without_room_for_a_server_is_said() -> None:
+    config = ServerConfig(dtype="bfloat16", mem_fraction_static=0.5)
+    with pytest.raises(NoRoomError, match=r"asks for 50% of a GPU of which 45% are free.*trainer_memory"):
+        flags(config, "cuda", free_share=lambda: 0.45)
 
 
 @pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])

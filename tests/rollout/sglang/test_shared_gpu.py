@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import pytest
 import torch
@@ -57,14 +58,43 @@ def stream() -> Iterator[tuple[str, Tensor]]:
     yield "model.norm.weight", torch.ones(4)
 
 
+class FakeTrainer:
+    """Training state of 20 GiB, 8 of them weights, in place of TrainerMemory."""
+
+    def __init__(self, memory: FakeMemory, leaving: str) -> None:
+        self.memory, self.leaving = memory, leaving
+        self.state_away = self.weights_away = False
+
+    def weights_to_leave(self) -> int:
+        return 0 if self.leaving == "optimizer" or self.weights_away else 8 * GIB
+
+    def make_room(self, weights: bool) -> None:
+        if not self.state_away:
+            self.memory.calls.append("the trainer's memory: state leaves")
+            self.memory.tensors -= 12
+            self.state_away = True
+        if weights and self.weights_to_leave():
+            self.memory.calls.append("the trainer's memory: weights leave")
+            self.memory.tensors -= 8
+            self.weights_away = True
+
+    def come_back(self) -> None:
+        if self.state_away:
+            self.memory.calls.append("the trainer's memory: comes back")
+            self.memory.tensors = 20
+            assert self.memory.free() >= 0, "the trainer dies"
+        self.state_away = self.weights_away = False
+
+
 @contextmanager
-def turns() -> Iterator[tuple[SGLangEngine, WeightPush, FakeMemory, StandIn]]:
+def turns(leaving: str = "keep") -> Iterator[tuple[SGLangEngine, WeightPush, FakeMemory, StandIn]]:
     server = StandIn(SERVER)
     memory = FakeMemory(server.calls)
     memory.server, server.on_call = SERVER_GIB, memory.changed_by
     with serving(server):
         config = SGLangConfig.model_validate({"health_interval_s": 60, "servers": {"memory_saver": True}})
-        shared = SharedGpu(memory, 0, lambda value: [value], release_timeout_s=0.2)
+        trainer = None if leaving == "keep" else cast(Any, FakeTrainer(memory, leaving))
+        shared = SharedGpu(memory, 0, lambda value: [value], trainer, release_timeout_s=0.2)
         engine = SGLangEngine(config, [server.url], 17, 128, shared_gpu=shared)
         try:
             yield engine, WeightPush(engine, TensorTransport(60.0), None), memory, server
@@ -94,6 +124,101 @@ def test_the_trainer_returns_its_cache_before_the_server_takes_memory() -> None:
             "/resume_memory_occupation kv_cache cuda_graph",
         ]
         assert engine.replicas[0].state == "serving"
+
+
+CACHE = "the trainer releases its cache"
+WAKE = ["/resume_memory_occupation weights", "/update_weights_from_tensor"]
+TURNS = {
+    "optimizer": ["the trainer's memory: state leaves", CACHE, *WAKE, CACHE],
+    "all": ["the trainer's memory: state leaves", CACHE, *WAKE, "the trainer's memory: weights leave", CACHE],
+}
+
+
+@pytest.mark.parametrize("leaving", TURNS)
+def test_the_trainers_state_leaves_before_servers_wake_and_its_weights_before_they_have_a_cache(leaving: str) -> None:
+    with turns(leaving) as (engine, push, memory, server):
+        engine.make_room()
+        assert engine.replicas[0].asleep, "a server without weights sleeps, too"
+        push.push(stream(), 0)
+        engine.make_room()
+        assert memory.tensors == 20
+        server.calls.clear()
+        memory.cached = 50
+        push.push(stream(), 1)
+        assert handovers(server.calls) == [*TURNS[leaving], "/resume_memory_occupation kv_cache cuda_graph"]
+        assert memory.tensors == {"optimizer": 8, "all": 0}[leaving]
+        server.calls.clear()
+        engine.make_room()
+        assert handovers(server.calls) == ["/release_memory_occupation", "the trainer's memory: comes back"]
+
+
+def test_servers_sleep_again_before_weights_come_home_for_another_sync() -> None:
+    """As when an engine has lost the weights: a sync reads them on the GPU."""
+    with turns("all") as (engine, push, memory, server):
+        push.push(stream(), 0)
+        assert memory.tensors == 0
+        server.calls.clear()
+        push.push(stream(), 0)
+        back = ["/release_memory_occupation", "the trainer's memory: comes back"]
+        assert handovers(server.calls) == [*back, *TURNS["all"], "/resume_memory_occupation kv_cache cuda_graph"]
+        assert engine.replicas[0].state == "serving" and memory.tensors == 0
+
+
+def test_weights_that_are_about_to_leave_are_no_shortage() -> None:
+    """A server of 66 GiB: with the trainer's weights only its own 14 must fit."""
+    with turns("all") as (engine, push, memory, _):
+        engine.make_room()
+        push.engine.shared_gpu._received = 66 * GIB  # type: ignore[union-attr]
+        memory.tensors = 20
+        push.push(stream(), 1)
+        assert engine.replicas[0].state == "serving"
+
+
+class FakeServers:
+    """A server of the run's own, whose process has ended; it comes back as it was."""
+
+    def __init__(self, memory: FakeMemory, url: str) -> None:
+        self.memory, self.restarts = memory, 0
+        self.processes = [self]
+        self.url, self.api_key, self.running = url, None, False
+
+    def alive(self) -> bool:
+        return self.running
+
+    def exhausted(self, index: int) -> bool:
+        return False
+
+    def restart(self, index: int) -> None:
+        self.restarts += 1
+        self.memory.calls.append("the server's memory: it starts")
+        assert self.memory.free() >= SERVER_GIB * GIB, "it would take less than it is to have"
+        self.memory.server, self.running = SERVER_GIB, True
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("leaving", ["keep", "optimizer", "all"])
+def test_a_server_that_dies_while_the_trainer_works_starts_when_its_memory_is_free(leaving: str) -> None:
+    with turns(leaving) as (engine, push, memory, server):
+        push.push(stream(), 0)
+        servers = engine.servers = cast(Any, FakeServers(memory, server.url))
+        replica = engine.replicas[0]
+        replica.own = 0
+        engine.make_room()
+        memory.tensors, memory.cached = 40, 30
+        engine.thread.run(engine.watch.mark_down(replica, "killed"))
+        assert servers.restarts == 0, "the GPU is the trainer's"
+        memory.tensors = 20
+        server.calls.clear()
+        push.push(stream(), 1)
+        calls = handovers(server.calls)
+        assert servers.restarts == 1 and calls.index("the server's memory: it starts") > calls.index(CACHE)
+        assert replica.state == "serving" and memory.server == SERVER_GIB
+        engine.thread.run(engine.watch.mark_down(replica, "killed"))
+        assert servers.restarts <= 2, "while servers have the GPU it starts at once"
+        engine.thread.run(engine.watch.wait_for_servers())
+        assert servers.restarts == 2
 
 
 def test_memory_that_comes_late_is_waited_for(caplog: pytest.LogCaptureFixture) -> None:

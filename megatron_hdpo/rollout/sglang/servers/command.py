@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +23,8 @@ _OF_THE_RUN = (
     "model model-path device port nccl-port config base-gpu-id skip-server-warmup sleep-on-idle "
     "dp dp-size data-parallel-size enable-return-routed-experts"
 )
+_LARGEST_FRACTION = 0.97
+"""Most of the free memory that weights and key-value cache may take; the rest is for activations."""
 RESERVED_FLAGS = dict.fromkeys(_OWN_SETTINGS.split(), "a setting of its own") | dict.fromkeys(
     _OF_THE_RUN.split(), "decided by the run"
 )
@@ -35,13 +37,17 @@ _TORCHRUN |= {"ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTE
 _ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"}
 
 
+class NoRoomError(ValueError):
+    """The GPU has no room for the memory that the recipe gives to a server."""
+
+
 @dataclass(frozen=True)
 class ServerLaunch:
     """Settings of one server that the run decides.
 
     model: Hugging Face folder to load. device: "cuda" or "cpu". index: number of the server in the run. first_gpu:
     first of its `tensor_parallel` devices, among those visible to this process. routed_experts: the server must return
-    the experts it used.
+    the experts it used. free_share: returns the share of the GPU's memory that is free; None: the server is alone.
     """
 
     model: Path
@@ -49,6 +55,7 @@ class ServerLaunch:
     index: int = 0
     first_gpu: int = 0
     routed_experts: bool = False
+    free_share: Callable[[], float] | None = None
 
 
 def server_command(
@@ -73,7 +80,7 @@ def server_command(
         "base-gpu-id": launch.first_gpu if launch.device == "cuda" else None,
         "quantization": config.quantization,
         "context-length": config.context_length,
-        "mem-fraction-static": config.mem_fraction_static,
+        "mem-fraction-static": memory_fraction(config, launch),
         "max-total-tokens": config.max_total_tokens or (CPU_CACHE_TOKENS if launch.device == "cpu" else None),
         "max-running-requests": config.max_running_requests,
         "attention-backend": config.attention_backend,
@@ -90,6 +97,24 @@ def server_command(
         if value is not None:
             command += [f"--{flag}", *_words(value)]
     return command
+
+
+def memory_fraction(config: ServerConfig, launch: ServerLaunch) -> float | None:
+    """Return SGLang's --mem-fraction-static for a start now; None: its own estimate.
+
+    The recipe names a share of the whole GPU. SGLang takes its number of the memory that is free when the server
+    starts, before it loads weights. Raises NoRoomError when less is free than the recipe asks for.
+    """
+    wanted, free_share = config.mem_fraction_static, launch.free_share
+    if wanted is None or free_share is None:
+        return wanted
+    free = free_share()
+    if wanted > _LARGEST_FRACTION * free:
+        raise NoRoomError(
+            f"mem_fraction_static={wanted:g} asks for {wanted:.0%} of a GPU of which {free:.0%} are free: lower it, or "
+            "let the trainer make room (rollout.sglang.trainer_memory)"
+        )
+    return round(wanted / free, 4)
 
 
 def _keeps_weights(config: ServerConfig) -> bool:

@@ -55,7 +55,8 @@ class ServerConfig(BaseModel):
         None,
         gt=0,
         lt=1,
-        description="Share of the GPU's memory for weights and key-value cache; SGLang's own estimate.",
+        description="Share of the whole GPU's memory for weights and key-value cache. By default SGLang's own "
+        "estimate, most of what is free when a server starts.",
     )
     max_total_tokens: int | None = Field(
         None, ge=1, description="Size of the key-value cache in tokens; from the memory on a GPU, 65,536 on a CPU."

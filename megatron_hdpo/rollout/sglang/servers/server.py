@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_hdpo.rollout.sglang.servers import supervisor
-from megatron_hdpo.rollout.sglang.servers.command import ServerLaunch, server_command, server_environment
+from megatron_hdpo.rollout.sglang.servers.command import NoRoomError, ServerLaunch, server_command, server_environment
 from megatron_hdpo.rollout.sglang.servers.config import ServerConfig
 from megatron_hdpo.rollout.sglang.servers.ports import HeldPort, node_address
 
@@ -170,14 +170,17 @@ class ServerProcess:
         self._port, nccl_port = (held.number for held in self._ports)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self._write_key()
-        command = server_command(
-            config=self.config,
-            launch=self.launch,
-            host=self.host,
-            port=self._port,
-            nccl_port=nccl_port,
-            key_file=self._key_file,
-        )
+        try:
+            command = server_command(
+                config=self.config,
+                launch=self.launch,
+                host=self.host,
+                port=self._port,
+                nccl_port=nccl_port,
+                key_file=self._key_file,
+            )
+        except NoRoomError as error:
+            raise ServerError(f"SGLang server {self.launch.index}: {error}") from error
         guarded = [sys.executable, "-IS", supervisor.__file__, str(os.getpid()), str(self.config.stop_timeout_s)]
         environment = server_environment(self.config, self.launch.device, os.environ)
         with self.log.open("a") as log:

@@ -95,13 +95,14 @@ class WeightPush:
         """
         run = self.engine.thread.run
         begin = time.monotonic()
+        self._bring_back_lost()
         servers = run(self._participants())
         try:
             self._give_memory_back()
             run(self._begin(servers))
             num_bytes, gate_input = self._stream(stream, servers, version)
             run(self._complete(servers))
-            self._give_memory_back()
+            self._give_memory_back(weights=True)
             run(self._end(servers))
             seconds = time.monotonic() - begin
             if self.gate is not None:
@@ -197,10 +198,29 @@ class WeightPush:
             await replica.api.update("/end_weight_update", {}, self.config.timeout_s)
             await replica.api.update("/begin_weight_update", {}, self.config.timeout_s)
 
-    def _give_memory_back(self) -> None:
-        """Return the trainer's cached memory to GPUs that servers share, before they take theirs."""
+    def _bring_back_lost(self) -> None:
+        """Restart servers that were lost while the trainer had their GPU; let weights come home that are away.
+
+        A server that starts takes the memory that it has while it samples, so the trainer makes the same room for it.
+        """
+        run, watch, shared = self.engine.thread.run, self.engine.watch, self.engine.shared_gpu
+        if shared is None:
+            run(watch.restart_postponed())
+            return
+        if any(shared.gather(watch.lost)):
+            self._give_memory_back(weights=True)
+            run(watch.restart_postponed())
+            run(watch.wait_for_servers())
+            self.engine.make_room()
+        elif shared.trainer is not None and shared.trainer.weights_away:
+            self.engine.make_room()
+        run(watch.restart_postponed())
+
+    def _give_memory_back(self, weights: bool = False) -> None:
+        """Return the trainer's memory to GPUs that servers share, before they take theirs. weights: these, too."""
         if self.engine.shared_gpu is not None:
-            self.engine.shared_gpu.give_back(any(replica.asleep for replica in self.engine.replicas))
+            asleep = any(replica.asleep for replica in self.engine.replicas)
+            self.engine.shared_gpu.give_back(asleep, weights)
 
     async def _complete(self, servers: Participants) -> None:
         """Complete the transfer and the servers' sessions."""
