@@ -49,6 +49,7 @@ class MovedStorages:
         self._places = _places(tensors)
         size = self._places[-1].offset + self._places[-1].size if self._places else 0
         if len(self._host) != size:
+            self._host = torch.empty(0, dtype=torch.uint8)  # first frees the old one
             self._host = host_buffer(size, self.device)
         for place in self._places:
             self._part(place).copy_(_bytes_of(place.storage), non_blocking=True)

@@ -157,12 +157,18 @@ def handles_of_a_bucket(index: int) -> dict[str, Any]:
     return {"text": text, "uuid": uuid, "sglang": importlib.util.find_spec("sglang") is not None}
 
 
-def turns(gpu: Any, layout: dict[str, Any], weights: int, cache: int, examples: int) -> dict[str, Any]:
-    """A 7B policy trains and syncs while a server with `weights` and `cache` bytes comes and goes on the same GPU."""
+def turns(
+    gpu: Any, layout: dict[str, Any], weights: int, cache: int, examples: int, leaving: str = "keep"
+) -> dict[str, Any]:
+    """A 7B policy trains and syncs while a server with `weights` and `cache` bytes comes and goes on the same GPU.
+
+    leaving: of the trainer's memory; unless it is keep, the server sleeps first.
+    """
     from megatron_hdpo.model.build import build_model, wrap_data_parallel
     from megatron_hdpo.model.config import ModelConfig, OptimizerConfig
     from megatron_hdpo.model.optimizer import build_optimizer
     from megatron_hdpo.model.policy import Policy
+    from megatron_hdpo.model.trainer_memory import TrainerMemory
     from megatron_hdpo.parallel.context import start
     from megatron_hdpo.parallel.layout import ParallelConfig
     from megatron_hdpo.planner.shapes import SHAPES
@@ -190,11 +196,13 @@ def turns(gpu: Any, layout: dict[str, Any], weights: int, cache: int, examples: 
                 server.faults[call.split()[0]] = [status(500)] * 3
 
     server.on_call = occupied
-    assert gpu.occupy(weights + cache)
+    if leaving == "keep":
+        assert gpu.occupy(weights + cache)
     model = build_model(architecture, context, ModelConfig(path="", dtype="bfloat16", spec="torch"))
     ddp = wrap_data_parallel(model, context)
     policy = Policy(architecture, context, ddp, 9216, *build_optimizer(OptimizerConfig(), ddp, context, 10))
-    shared = SharedGpu(CudaMemory(context.device), context.rank, context.gather_objects, release_timeout_s=1.0)
+    trainer = None if leaving == "keep" else TrainerMemory(policy, leaving)
+    shared = SharedGpu(CudaMemory(context.device), context.rank, context.gather_objects, trainer, release_timeout_s=1.0)
     settings = {"servers": {"memory_saver": True}}
     found: dict[str, Any] = {}
     with pushing(server, TensorTransport(600.0), shared, **settings) as (engine, push):
@@ -202,6 +210,7 @@ def turns(gpu: Any, layout: dict[str, Any], weights: int, cache: int, examples: 
         def sync(version: int) -> None:
             push.push(stream_hf(model, architecture, context, to="all"), version)
 
+        engine.replicas[0].asleep = leaving != "keep"
         sync(0)
         engine.make_room()
         policy.update(_examples(examples, architecture.vocab_size), LossSpec(SurrogateConfig(), None, 1.0))
@@ -212,6 +221,9 @@ def turns(gpu: Any, layout: dict[str, Any], weights: int, cache: int, examples: 
         }
         sync(1)
         found["state"] = engine.replicas[0].state
+        found["beside_server"] = {"allocated": torch.cuda.memory_allocated(), "pinned": gpu.num_bytes("pinned_peak")}
+        engine.make_room()
+        found["back"] = torch.cuda.memory_allocated()
     return found | {"steps": steps}
 
 

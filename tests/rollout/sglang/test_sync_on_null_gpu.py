@@ -13,6 +13,10 @@ import pytest
 from null_gpu import needs_null_gpu, on_null_gpu
 from sync_ranks import GIB, broadcast_that_never_ends, digests_and_handles, turns
 
+from megatron_hdpo.costs.layout import Layout
+from megatron_hdpo.costs.memory import beside_servers, moved_bytes, resident
+from megatron_hdpo.costs.workload import RolloutSetup
+from megatron_hdpo.planner.shapes import SHAPES
 from megatron_hdpo.rollout.sglang.servers.config import ServerConfig
 
 pytestmark = [pytest.mark.long, needs_null_gpu]
@@ -82,3 +86,18 @@ def test_a_server_finds_its_memory_after_an_update() -> None:
         ("/resume_memory_occupation kv_cache cuda_graph", True),
     ]
     assert found["steps"][1]["free_gib"] > 37.1 and found["state"] == "serving"
+
+
+def test_a_server_has_the_place_of_the_trainers_state() -> None:
+    """The same model, and a server of 65 GiB: 27 GiB at home, the trainer's state leaves for it as the plan says."""
+    weights, cache = int(7.1 * GIB), int(58.0 * GIB)
+    layout = Layout(tensor=2, data=8, sequence=True, spec="torch", overlap=True)
+    found = on_null_gpu(turns, {"tensor": 2, "sequence": True}, weights, cache, 4, "all", rank=0, world=16, gpu="h100")
+    assert [step["room"] for step in found["steps"]] == [True] * 6 and found["state"] == "serving"
+    beside, back = found["beside_server"], found["back"]
+    model, rollouts = SHAPES["qwen2.5-7b"], RolloutSetup("colocated", trainer_memory="all")
+    held = resident(model, layout, 0)
+    leaves = sum(held.values()) - sum(beside_servers(held, rollouts).values())
+    assert back - beside["allocated"] == pytest.approx(leaves, rel=0.002)
+    assert beside["pinned"] == pytest.approx(sum(moved_bytes(model, layout, rollouts)), rel=0.002)
+    assert beside["allocated"] < GIB / 4
