@@ -254,7 +254,7 @@ def test_precision_offload_and_overlap() -> None:
     kinds = [resident(SEVEN, layout, 0) for layout in (plain, fp8, offloaded)]
     assert kinds[1]["FP8 weights"] == 28 * sum(shared_matrices(SEVEN, 2)) * 2
     assert kinds[2]["optimizer"] == kinds[2]["main weights"] == 0
-    assert host_bytes(SEVEN, offloaded, WORK) == kinds[0]["optimizer"] + kinds[0]["main weights"]
+    assert host_bytes(SEVEN, offloaded, WORK, RolloutSetup()) == kinds[0]["optimizer"] + kinds[0]["main weights"]
 
 
 def test_a_search_puts_the_optimizer_on_the_host_where_that_helps() -> None:
@@ -331,7 +331,10 @@ def test_fp8_servers_hold_and_read_a_byte_per_value_of_a_layers_matrix(name: str
 
 
 def test_teachers_rest_on_the_host() -> None:
-    sizes = [host_bytes(SEVEN, Layout(), dataclasses.replace(WORK, teacher=t)) for t in ("policy", "frozen", "ema")]
+    sizes = [
+        host_bytes(SEVEN, Layout(), dataclasses.replace(WORK, teacher=t), RolloutSetup())
+        for t in ("policy", "frozen", "ema")
+    ]
     values = stage_parameters(SEVEN, Layout(), 0).values
     assert sizes == [0, 4 * values, 8 * values]
     swapped = _plan(Layout(data=8), dataclasses.replace(WORK, teacher="frozen")).phases[2]
