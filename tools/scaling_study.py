@@ -65,7 +65,7 @@ def _arguments() -> argparse.Namespace:
     study.add_argument("--gpu", default="h100", choices=list(GPUS))
     study.add_argument("--out", type=Path, required=True, help="path of the results without their .json and .png")
     _workload_options(study)
-    study.set_defaults(run=_scaling)
+    study.set_defaults(run=_scaling, trainer_memory="all")
     commands.add_parser("published").set_defaults(run=_published)
     return parser.parse_args()
 
@@ -82,7 +82,12 @@ def _workload_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--micro-batch-tokens", type=int, default=8192)
     parser.add_argument("--fp8", action="store_true", help="the layers' products in FP8")
     parser.add_argument("--offload", type=float, default=0.0, help="share of the optimizer in host memory")
-    parser.add_argument("--trainer-memory", choices=get_args(TrainerMemory), help="what leaves for colocated servers")
+    parser.add_argument(
+        "--trainer-memory",
+        default="keep",
+        choices=get_args(TrainerMemory),
+        help="what of the trainer leaves the GPUs while colocated servers sample (scaling: all)",
+    )
     parser.add_argument("--teacher", default="policy", choices=["policy", "frozen", "snapshot", "ema"])
 
 
@@ -111,8 +116,9 @@ def _plan(arguments: argparse.Namespace) -> None:
     architecture = architecture_of(arguments.model)
     cluster = cluster_of(arguments.gpu, arguments.nodes, arguments.gpus_per_node)
     workload = _workload(arguments, arguments.prompts)
-    leaving = arguments.trainer_memory or "keep"
-    rollouts = RolloutSetup(arguments.engine, arguments.server_gpus, arguments.rollout_gpus, trainer_memory=leaving)
+    rollouts = RolloutSetup(
+        arguments.engine, arguments.server_gpus, arguments.rollout_gpus, trainer_memory=arguments.trainer_memory
+    )
     if arguments.layout:
         tensor, pipeline = arguments.layout
         gpus = cluster.gpus - rollouts.gpus
@@ -139,8 +145,7 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _scaling(arguments: argparse.Namespace) -> None:
-    gpu = GPUS[arguments.gpu]
-    rollouts = RolloutSetup("colocated", trainer_memory=arguments.trainer_memory or "all")
+    gpu, rollouts = GPUS[arguments.gpu], RolloutSetup("colocated", trainer_memory=arguments.trainer_memory)
     studies: dict[str, dict[str, list[Point]]] = {"weak": {}, "strong": {}}
     for name, architecture in SHAPES.items():
         few, many = (_workload(arguments, prompts) for prompts in (_WEAK_PROMPTS, _STRONG_PROMPTS))
