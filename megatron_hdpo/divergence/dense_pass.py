@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from megatron_hdpo.divergence.akl import full_akl_weights
+from megatron_hdpo.divergence.entries import Entries, find_entries, rows_within
 from megatron_hdpo.divergence.kinds import LOG_ZERO, DivergenceSpec, summands
 from megatron_hdpo.divergence.options import Options, Outputs, Upstream, at_rows, gradient_storage, spread
 from megatron_hdpo.divergence.row_stats import RowStats, SoftmaxTerm, local_stats, shift_stats, write_dense
-from megatron_hdpo.divergence.shard import OwnedEntries, VocabShard, compute_dtype, row_blocks
+from megatron_hdpo.divergence.shard import VocabShard, compute_dtype, row_blocks
 from megatron_hdpo.divergence.teacher_rows import DenseRows, ScatteredTopK, TeacherLogits
 
 
@@ -49,9 +50,7 @@ def _teacher_stats(teacher: TeacherLogits, shard: VocabShard, temperature: float
     )
 
 
-def _normalisers(
-    logits_TV: Tensor, sampled: OwnedEntries, teacher: TeacherLogits, options: Options
-) -> _DenseNormalisers:
+def _normalisers(logits_TV: Tensor, sampled: Entries, teacher: TeacherLogits, options: Options) -> _DenseNormalisers:
     """Read student and teacher for the first time and join the ranks by two all-reduces."""
     shard, tokens = options.shard, logits_TV.shape[0]
     t_s, t_d = options.temperature, options.distill_temperature
@@ -63,7 +62,7 @@ def _normalisers(
     max_T, max_R = shard.all_reduce_max_(maxima).tensor_split([tokens])
     student = shift_stats(student, max_T, t_s)
     other = student if t_s == t_d else shift_stats(other, max_T, t_d)
-    sampled_T1 = sampled.gather(logits_TV, torch.Size((tokens, 1)), compute_dtype(logits_TV))
+    sampled_T1 = sampled.gather(logits_TV, compute_dtype(logits_TV))
     local = {"sum": student.sum_T, "other": other.sum_T, "sampled": sampled_T1.squeeze(-1)}
     if student.energy_T is not None:
         local["energy"] = student.energy_T
@@ -126,7 +125,7 @@ class DensePass:
 
     outputs: Outputs
     options: Options
-    sampled: OwnedEntries
+    sampled: Entries
     stats: _DenseNormalisers
     rows: DenseRows
     terms: _RowTerms
@@ -137,7 +136,7 @@ class DensePass:
         """Run the forward pass. logits_TV: [T, V / tp]; ids_T: int64 [T] or None; teacher: a flat target."""
         if ids_T is None:
             ids_T = torch.full(logits_TV.shape[:1], -1, device=logits_TV.device)
-        sampled = OwnedEntries.find(ids_T.unsqueeze(-1), None, options.shard)
+        sampled = find_entries(ids_T.unsqueeze(-1), None, options.shard)
         stats = _normalisers(logits_TV, sampled, teacher, options)
         lse_R = at_rows(stats.lse_distill_T, teacher.rows)
         rows = DenseRows(
@@ -205,24 +204,23 @@ class _Adder:
 
     def __init__(self, made: DensePass, logprob_T: Tensor | None, weight_R: Tensor | None) -> None:
         self.made, self.logprob_T, self.weight_R = made, logprob_T, weight_R
-        rows = made.rows.teacher.rows
-        self.row_R = torch.arange(len(made.rows.teacher), device=made.ids_T.device) if rows is None else rows
+        teacher = made.rows.teacher
+        self.row_R = teacher.rows
+        if teacher.rows is None:
+            self.row_R = torch.arange(len(teacher), device=made.ids_T.device)
+        self.known = teacher.rows if teacher.host_rows is None else teacher.host_rows
 
     def __call__(self, block: slice, z: Tensor, total: Tensor) -> None:
         if self.logprob_T is not None:
-            sampled = self.made.sampled
-            part = sampled.within([block])[0]
-            row = sampled.row[part]
-            total[row - block.start, sampled.col[part]] += self.logprob_T[row]
+            self.made.sampled.within([block])[0].add(self.logprob_T, total)
         if self.weight_R is not None:
             self._add_divergence(block, z, total, self.weight_R)
 
     def _add_divergence(self, block: slice, z: Tensor, total: Tensor, weight_R: Tensor) -> None:
-        edges = torch.tensor([block.start, block.stop], device=self.row_R.device)
-        low, high = torch.searchsorted(self.row_R, edges).tolist()
-        if low == high:
+        (mine,) = rows_within(self.known, [block])
+        if mine.start == mine.stop:
             return
-        mine, rows, terms = slice(low, high), self.made.rows, self.made.terms
+        rows, terms = self.made.rows, self.made.terms
         where = self.row_R[mine] - block.start
         lp, lq = rows.teacher_logprobs(mine), rows.student_logprobs(z[where], mine)
         p, q = lp.exp(), lq.exp()

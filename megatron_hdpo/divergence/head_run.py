@@ -25,12 +25,14 @@ class Chunk:
     local: among this rank's rows of the hidden states. parts: among all tokens, one slice for each rank whose hidden
     states the chunk joins (sequence parallelism), else one slice. target_parts: among the rows of the target, one for
     each of `parts`. target_rows: int64 [R], the chunk's token of each of those rows; None if each token has one.
+    host_rows: the same on the host.
     """
 
     local: slice
     parts: list[slice]
     target_parts: list[slice]
     target_rows: Tensor | None = None
+    host_rows: Tensor | None = None
 
     def take(self, values_T: Tensor) -> Tensor:
         """Select the chunk's values [n, ...] from those of all tokens [T, ...]; a view if it is of one part."""
@@ -126,7 +128,7 @@ class HeadRun:
         target = _part_of_target(self.target, chunk)
         if not isinstance(target, Hidden):
             return run_pass(logits_CV, chunk.take(self.ids_T), target, options)
-        logits = FullLogits(target.hidden_TH @ target.head_weight_VH.t(), target.rows)
+        logits = FullLogits(target.hidden_TH @ target.head_weight_VH.t(), target.rows, target.host_rows)
         made = DensePass.run(logits_CV, chunk.take(self.ids_T), logits, options)
         return made.with_teacher(target) if remake else made
 
@@ -159,16 +161,19 @@ def _cut_target(chunks: list[Chunk], rows_R: Tensor, device: torch.device) -> li
         cuts.append(cut)
         places.append(np.concatenate(shifted))
     on_device = join_to_device(places, torch.int64, device)
-    return [replace(c, target_parts=cut, target_rows=own) for c, cut, own in zip(chunks, cuts, on_device, strict=True)]
+    return [
+        replace(chunk, target_parts=cut, target_rows=own, host_rows=torch.from_numpy(place))
+        for chunk, cut, own, place in zip(chunks, cuts, on_device, places, strict=True)
+    ]
 
 
 def _part_of_target(target: Target | None, chunk: Chunk) -> Target | None:
     """Return the part of a flat target that belongs to a chunk's tokens."""
-    take, rows = chunk.take_target, chunk.target_rows
+    take, rows = chunk.take_target, (chunk.target_rows, chunk.host_rows)
     if target is None:
         return None
     if isinstance(target, TopK):
-        return TopK(take(target.ids_TK), take(target.logprobs_TK), rows)
+        return TopK(take(target.ids_TK), take(target.logprobs_TK), *rows)
     if isinstance(target, Hidden):
-        return Hidden(take(target.hidden_TH), target.head_weight_VH, rows)
-    return FullLogits(take(target.logits_TV_local), rows)
+        return Hidden(take(target.hidden_TH), target.head_weight_VH, *rows)
+    return FullLogits(take(target.logits_TV_local), *rows)

@@ -157,7 +157,10 @@ def flat_target(target: Target, logits_TV: Tensor, shard: VocabShard) -> Target:
     """
     width = shard.vocab_size if isinstance(target, TopK) else logits_TV.shape[1]
     flat = target.flat(logits_TV.shape[0], width, logits_TV.device)
-    return flat if flat.rows is None else replace(flat, rows=to_device(flat.rows, logits_TV.device))
+    if flat.rows is None:
+        return flat
+    known = flat.rows if flat.rows.device.type == "cpu" else None
+    return replace(flat, rows=to_device(flat.rows, logits_TV.device), host_rows=known)
 
 
 def run_pass(logits_TV: Tensor, ids_T: Tensor | None, target: Target | None, options: Options) -> Pass:

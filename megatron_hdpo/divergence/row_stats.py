@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_hdpo.divergence.shard import OwnedEntries, VocabShard, compute_dtype, row_blocks
+from megatron_hdpo.divergence.entries import Entries
+from megatron_hdpo.divergence.shard import VocabShard, compute_dtype, row_blocks
 
 # Between these bounds a sum of exponentials is as precise as one relative to the largest, and so is its gradient.
 _LEAST, _MOST = 2.0**-10, 2.0**60
@@ -83,7 +84,7 @@ def local_stats(
     *,
     entropy: bool = False,
     maxima: bool = False,
-    holes: OwnedEntries | None = None,
+    holes: Entries | None = None,
 ) -> RowStats:
     """Compute the row statistics of a shard [T, V / tp].
 
@@ -100,15 +101,15 @@ def local_stats(
         return stats
     blocks = list(row_blocks(tokens, shard.valid, logits_TV))
     scratch = torch.empty((2 if entropy else 1, blocks[0].stop, shard.valid), dtype=dtype, device=device)
-    parts = holes.within(blocks) if holes is not None else [slice(0, 0)] * len(blocks)
+    parts = holes.within(blocks) if holes is not None else [None] * len(blocks)
     powers, minus_ref_T = _Powers.of(temperature, sum_T), torch.zeros_like(sum_T)
     plain = device.type == "cpu" and not entropy and not maxima  # elsewhere the look at the sums would stall the device
     for block, part in zip(blocks, parts, strict=True):
         z, work = logits_TV[block, : shard.valid], scratch[:, : block.stop - block.start]
         plain = plain and _plain_sums(z, powers, ref_T[block], sum_T[block], work[0])
         e = work[0] if plain else _sums_below_maxima(z, powers, stats, block, minus_ref_T[block], work)
-        if holes is not None and rest_T is not None:
-            e[holes.row[part] - block.start, holes.col[part]] = 0.0
+        if part is not None and rest_T is not None:
+            part.clear(e)
             torch.sum(e, dim=-1, out=rest_T[block])
     _refer_exactly(stats, minus_ref_T, powers)
     return stats

@@ -1,4 +1,4 @@
-"""One rank's shard of the vocabulary, its entries at given ids, and the three collectives of this room.
+"""One rank's shard of the vocabulary, and the three collectives of this room.
 
 Vocabulary shards are contiguous and equal: rank r of `size` holds columns [r * width, (r + 1) * width).
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -93,53 +92,3 @@ def row_blocks(rows: int, width: int, tensor: Tensor, *, at_least: int = 1) -> I
     step = max(at_least, budget // max(1, width * compute_dtype(tensor).itemsize))
     for start in range(0, rows, step):
         yield slice(start, min(rows, start + step))
-
-
-@dataclass(frozen=True)
-class OwnedEntries:
-    """The entries of an id matrix [R, K] that lie in this rank's shard, ordered by token row.
-
-    row: row of the entry in the logits; col: its local column. where: (row, column) of each entry in the id matrix,
-    1-D; or None if all entries are owned, and then row is [R, 1] and col [R, K], which needs no memory beyond the ids.
-    """
-
-    row: Tensor
-    col: Tensor
-    where: tuple[Tensor, Tensor] | None
-
-    @classmethod
-    def find(cls, ids_RK: Tensor, row_R: Tensor | None, shard: VocabShard) -> OwnedEntries:
-        """Find the owned entries. row_R: the token of each row of ids, increasing; None if row i belongs to token i."""
-        owned_RK = (ids_RK >= shard.start) & (ids_RK < shard.start + shard.valid)
-        if bool(owned_RK.all()):
-            if row_R is None:
-                row_R = torch.arange(ids_RK.shape[0], device=ids_RK.device)
-            return cls(row_R.unsqueeze(-1), ids_RK - shard.start if shard.start else ids_RK, None)
-        target_O, slot_O = owned_RK.nonzero(as_tuple=True)
-        row_O = target_O if row_R is None else row_R[target_O]
-        return cls(row_O, ids_RK[target_O, slot_O] - shard.start, (target_O, slot_O))
-
-    def pick(self, values_RK: Tensor) -> Tensor:
-        """Select the values at the owned entries, in the shape of col."""
-        return values_RK if self.where is None else values_RK[self.where]
-
-    def gather(self, logits_TV: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """Return this rank's logits in the shape of the id matrix, 0 for entries of other ranks.
-
-        The sum over the ranks is then complete.
-        """
-        found = logits_TV[self.row, self.col].to(dtype)
-        if self.where is None:
-            return found
-        out_RK = torch.zeros(shape, dtype=dtype, device=logits_TV.device)
-        out_RK[self.where] = found
-        return out_RK
-
-    def write(self, values_RK: Tensor, grad_TV: Tensor) -> None:
-        """Overwrite the gradient at the owned entries by `values_RK`."""
-        grad_TV[self.row, self.col] = self.pick(values_RK).to(grad_TV.dtype)
-
-    def within(self, blocks: Sequence[slice]) -> list[slice]:
-        """Return for each block of token rows the slice of entries (of rows of entries, if all are owned) in it."""
-        edges = torch.tensor([block.start for block in blocks] + [blocks[-1].stop], device=self.row.device)
-        return [slice(a, b) for a, b in pairwise(torch.searchsorted(self.row.flatten(), edges).tolist())]

@@ -3,7 +3,7 @@
 Every target may cover a subset of the tokens: `rows` holds, for each row of the target, the index of its token among
 the flattened tokens, strictly increasing. Tokens that are not in `rows` have no target: divergence 0, no gradient.
 `rows` may lie on the host whatever the device of the target, and should: there the values are checked, and the chunked
-head cuts them, without waiting for the device.
+head cuts them, without waiting for the device. A flat target on a device has them on both: `host_rows` on the host.
 Targets are constants: no gradient flows into them.
 """
 
@@ -44,6 +44,7 @@ class TopK:
     ids_TK: Tensor
     logprobs_TK: Tensor
     rows: Tensor | None = None
+    host_rows: Tensor | None = None
 
     def flat(self, tokens: int, vocab_size: int, device: torch.device) -> TopK:
         """Return the same target as 2-D tensors on `device` (`rows` stay where they are).
@@ -59,7 +60,7 @@ class TopK:
         ids_RK = to_device(self.ids_TK.detach().reshape(-1, k), device).to(torch.int64)
         _check_rows(self.rows, ids_RK.shape[0], tokens, "TopK")
         check_ids(ids_RK, vocab_size, "TopK")
-        return TopK(ids_RK, to_device(self.logprobs_TK.detach().reshape(-1, k), device), self.rows)
+        return TopK(ids_RK, to_device(self.logprobs_TK.detach().reshape(-1, k), device), self.rows, self.host_rows)
 
     def pruned(self) -> TopK:
         """Return the same target with id -1 at every entry that has log-prob -inf."""
@@ -75,6 +76,7 @@ class FullLogits:
 
     logits_TV_local: Tensor
     rows: Tensor | None = None
+    host_rows: Tensor | None = None
 
     def flat(self, tokens: int, width: int, device: torch.device) -> FullLogits:
         """Return the same target as 2-D tensors on `device` (`rows` stay where they are).
@@ -88,7 +90,7 @@ class FullLogits:
             )
         logits_RV = logits_RV.reshape(-1, width)
         _check_rows(self.rows, logits_RV.shape[0], tokens, "FullLogits")
-        return FullLogits(to_device(logits_RV, device), self.rows)
+        return FullLogits(to_device(logits_RV, device), self.rows, self.host_rows)
 
     @property
     def height(self) -> int:
@@ -113,6 +115,7 @@ class Hidden:
     hidden_TH: Tensor
     head_weight_VH: Tensor
     rows: Tensor | None = None
+    host_rows: Tensor | None = None
 
     def flat(self, tokens: int, width: int, device: torch.device) -> Hidden:
         """Return the same target as 2-D tensors on `device` (`rows` stay where they are).
@@ -127,7 +130,9 @@ class Hidden:
             )
         hidden_RH = self.hidden_TH.detach().reshape(-1, size)
         _check_rows(self.rows, hidden_RH.shape[0], tokens, "Hidden")
-        return Hidden(to_device(hidden_RH, device), to_device(self.head_weight_VH.detach(), device), self.rows)
+        return Hidden(
+            to_device(hidden_RH, device), to_device(self.head_weight_VH.detach(), device), self.rows, self.host_rows
+        )
 
     @property
     def height(self) -> int:

@@ -8,8 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatron_hdpo.divergence.entries import Entries, find_entries
 from megatron_hdpo.divergence.kinds import LOG_ZERO
-from megatron_hdpo.divergence.shard import OwnedEntries, VocabShard, row_blocks
+from megatron_hdpo.divergence.shard import VocabShard, row_blocks
 from megatron_hdpo.divergence.targets import TopK
 
 
@@ -19,6 +20,11 @@ class TeacherLogits(Protocol):
     @property
     def rows(self) -> Tensor | None:
         """The token of each target row, int64 [R]; None if row i belongs to token i."""
+        ...
+
+    @property
+    def host_rows(self) -> Tensor | None:
+        """The same on the host; None if they are not known there."""
         ...
 
     @property
@@ -41,7 +47,7 @@ class ScatteredTopK:
 
     target: TopK
     logprobs_RK: Tensor
-    entries: OwnedEntries
+    entries: Entries
     shard: VocabShard
     height: int = 1
 
@@ -51,12 +57,17 @@ class ScatteredTopK:
         target = target.pruned()
         lp_RK = target.logprobs_TK.to(dtype).masked_fill(target.ids_TK < 0, LOG_ZERO)
         lp_RK = lp_RK - lp_RK.logsumexp(-1, keepdim=True)
-        return cls(target, lp_RK, OwnedEntries.find(target.ids_TK, None, shard), shard)
+        return cls(target, lp_RK, find_entries(target.ids_TK, None, shard), shard)
 
     @property
     def rows(self) -> Tensor | None:
         """The token of each target row; see TeacherLogits."""
         return self.target.rows
+
+    @property
+    def host_rows(self) -> Tensor | None:
+        """The same on the host; see TeacherLogits."""
+        return self.target.host_rows
 
     @property
     def live_R(self) -> Tensor:
@@ -66,9 +77,7 @@ class ScatteredTopK:
     def block(self, rows: slice) -> Tensor:
         """Return the log-probs [n, V / tp] of a slice of target rows."""
         out = self.logprobs_RK.new_full((rows.stop - rows.start, self.shard.width), LOG_ZERO)
-        part = self.entries.within([rows])[0]
-        row, values = self.entries.row[part], self.entries.pick(self.logprobs_RK)[part]
-        out[row - rows.start, self.entries.col[part]] = values
+        self.entries.within([rows])[0].write(self.logprobs_RK, out)
         return out
 
     def __len__(self) -> int:

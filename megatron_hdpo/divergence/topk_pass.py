@@ -18,9 +18,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from megatron_hdpo.divergence.entries import Entries, find_entries
 from megatron_hdpo.divergence.options import Options, Outputs, Upstream, at_rows, gradient_storage, spread
 from megatron_hdpo.divergence.row_stats import SoftmaxTerm, local_stats, shift_stats, write_dense
-from megatron_hdpo.divergence.shard import OwnedEntries, compute_dtype, row_blocks
+from megatron_hdpo.divergence.shard import compute_dtype, row_blocks
 from megatron_hdpo.divergence.targets import TopK
 from megatron_hdpo.divergence.topk_terms import SupportTerms, support_terms
 
@@ -44,14 +45,15 @@ class _TopKNormalisers:
 class _Entries:
     """The entries of the logits that a pass reads in addition to the row statistics."""
 
-    sampled: OwnedEntries
-    support: OwnedEntries | None
+    sampled: Entries
+    support: Entries | None
     target: TopK | None
 
 
 def _find_entries(ids_T: Tensor, target: TopK | None, options: Options) -> _Entries:
-    sampled = OwnedEntries.find(ids_T.unsqueeze(-1), None, options.shard)
-    support = None if target is None else OwnedEntries.find(target.ids_TK, target.rows, options.shard)
+    shard = options.shard
+    sampled = find_entries(ids_T.unsqueeze(-1), None, shard)
+    support = None if target is None else find_entries(target.ids_TK, target.rows, shard, target.host_rows)
     return _Entries(sampled, support, target)
 
 
@@ -83,12 +85,12 @@ def _local_sums(logits_TV: Tensor, entries: _Entries, options: Options) -> tuple
     max_T = shard.all_reduce_max_(stats.ref_T.clone())
     stats = shift_stats(stats, max_T, t_s)
     other = shift_stats(other, max_T, t_d) if two else stats
-    sampled_T1 = entries.sampled.gather(logits_TV, torch.Size((logits_TV.shape[0], 1)), dtype)
+    sampled_T1 = entries.sampled.gather(logits_TV, dtype)
     local = {"sum": stats.sum_T, "sampled": sampled_T1.squeeze(-1)}
     if stats.energy_T is not None:
         local["energy"] = stats.energy_T
     if target is not None and entries.support is not None:
-        local["support"] = entries.support.gather(logits_TV, target.ids_TK.shape, dtype)
+        local["support"] = entries.support.gather(logits_TV, dtype)
         if other.rest_T is not None:
             local["rest"] = at_rows(other.rest_T, target.rows)
     if two:

@@ -9,9 +9,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_hdpo.divergence.entries import OwnedEntries
 from megatron_hdpo.divergence.options import gradient_storage
 from megatron_hdpo.divergence.row_stats import SoftmaxTerm, local_stats, shift_stats, write_dense
-from megatron_hdpo.divergence.shard import OwnedEntries, VocabShard, compute_dtype, row_blocks
+from megatron_hdpo.divergence.shard import VocabShard, compute_dtype, row_blocks
 from megatron_hdpo.divergence.targets import TopK, check_ids
 
 

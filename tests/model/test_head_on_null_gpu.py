@@ -24,7 +24,7 @@ from megatron_hdpo.parallel.layout import ParallelConfig
 from megatron_hdpo.planner.shapes import SHAPES
 from megatron_hdpo.teachers.config import EmaTeacherConfig
 from megatron_hdpo.teachers.weight_copies import EmaTeacher, FrozenTeacher
-from megatron_hdpo.types.learning import DivergenceConfig, Example, LossSpec, Scoring, SurrogateConfig
+from megatron_hdpo.types.learning import DivergenceConfig, Example, HiddenOnHost, LossSpec, Scoring, SurrogateConfig
 from megatron_hdpo.types.rollouts import TopKArrays
 
 ARCHITECTURE = replace(SHAPES["qwen2.5-1.5b"], num_layers=2, tied=False)
@@ -54,6 +54,7 @@ def measure(gpu: Any) -> dict[str, Any]:
     """Everything in one process, whose start costs most."""
     context = start(ParallelConfig(), "cuda")
     found = {"head": {str(targets): _head(gpu, targets) for targets in (False, True)}}
+    found["other targets"] = {name: _other_target(gpu, name) for name in ("akl", "full", "full akl")}
     model = ModelConfig(path="", dtype="bfloat16", spec="torch")
     ddp = wrap_data_parallel(build_model(ARCHITECTURE, context, model), context)
     optimizer = build_optimizer(OptimizerConfig(), ddp, context, 10)
@@ -86,6 +87,27 @@ def _head(gpu: Any, targets: bool) -> dict[str, Any]:
         "products": [[count.name, count.times] for count in gpu.counts() if count.kind == "G"],
         "chunks": chunks[1],
     }
+
+
+def _other_target(gpu: Any, name: str) -> dict[str, Any]:
+    """Waits of a micro-batch whose targets no Triton kernel takes; the second turn is measured."""
+    device, size = torch.device("cuda", 0), ARCHITECTURE.hidden_size
+    heads = [torch.empty(ARCHITECTURE.vocab_size, size, dtype=torch.bfloat16, device=device) for _ in range(2)]
+    own = examples(2, targets=True)
+    if name.startswith("full"):
+        hidden = HiddenOnHost(torch.zeros(RESPONSE, size, dtype=torch.bfloat16))
+        own = [e if e.target is None else replace(e, target=hidden) for e in own]
+    kind, tail = ("akl", "bucket") if name.endswith("akl") else ("jsd", "outside")
+    spec = LossSpec(SurrogateConfig(), DivergenceConfig(top_k=K, kind=kind, tail=tail), temperature=1.0)
+    groups: Any = SimpleNamespace(tp=None, cp=None)
+    for _ in range(2):
+        hidden_NH = torch.empty(2 * RESPONSE, size, dtype=torch.bfloat16, device=device, requires_grad=True)
+        with host_waits() as places, gpu.counted():
+            batch, inputs = example_micro_batch(own, device), loss_inputs(own, device, heads[1])
+            head = heads[0].requires_grad_()
+            counts = TokenCounts(1e4, 1e4)
+            micro_batch_loss(hidden_NH, head, batch, inputs, spec, counts, groups, ARCHITECTURE.vocab_size, CHUNK)
+    return {"waits": dict(places), "device waits": gpu.total("S"), "products": gpu.total("G")}
 
 
 def _update(gpu: Any, policy: Policy) -> dict[str, Any]:
@@ -174,6 +196,11 @@ class TestOnNullGpu:
             found = measured["head"][targets]
             assert found["per chunk"] <= most
             assert sum(times for _, times in found["products"]) == 3 * found["chunks"]
+
+    @pytest.mark.parametrize("name", ["akl", "full", "full akl"])
+    def test_other_targets_do_not_wait_either(self, measured: dict[str, Any], name: str) -> None:
+        found = measured["other targets"][name]
+        assert found["waits"] == {} and found["device waits"] == 0 and found["products"] > 0
 
     def test_an_update_waits_nowhere_in_head_and_inputs(self, measured: dict[str, Any]) -> None:
         ours = [f"megatron_hdpo/{name}" for name in ("divergence/", "model/micro_batch", "model/loss", "types/")]

@@ -43,11 +43,9 @@ class NullGpu:
         self.group_of: dict[str, str] = {}
         """Name of the process group by the id of its communicator (`OneRankStore.group_of`)."""
         self._library = library
-        self._counting = False
 
     def counting(self, on: bool) -> None:
         """Count from now on, or stop."""
-        self._counting = on
         self._library.nullgpu_counting(int(on))
 
     def clear(self) -> None:
@@ -63,16 +61,6 @@ class NullGpu:
             yield
         finally:
             self.counting(False)
-
-    @contextmanager
-    def not_counting(self) -> Iterator[None]:
-        """Leave out what the block does."""
-        was = self._counting
-        self.counting(False)
-        try:
-            yield
-        finally:
-            self.counting(was)
 
     def counts(self) -> list[Count]:
         """Return everything that was counted since `clear`."""

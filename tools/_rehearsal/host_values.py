@@ -2,8 +2,6 @@
 
 | value | answer |
 |---|---|
-| where a chunk's targets begin and end | those of the same search on the host |
-| which of the targets' entries are in this rank's shard of the vocabulary | an even split over the shards |
 | whether ranks hold equal copies | yes |
 | tokens that the router sends to each expert | an even split: all experts get the same number, to one token |
 
@@ -23,7 +21,6 @@ from megatron.core.transformer.moe import moe_utils, token_dispatcher
 from torch import Tensor
 
 from _rehearsal.device import NullGpu
-from megatron_hdpo.divergence.shard import OwnedEntries, VocabShard
 
 
 @contextmanager
@@ -35,35 +32,11 @@ def answered(gpu: NullGpu) -> Iterator[None]:
         def replace(owner: Any, name: str, made: Callable[[Any], Any]) -> None:
             stack.enter_context(patch.object(owner, name, made(getattr(owner, name))))
 
-        replace(torch, "searchsorted", lambda real: _search(gpu, real))
-        find = OwnedEntries.find.__func__  # type: ignore[attr-defined]
-        stack.enter_context(patch.object(OwnedEntries, "find", classmethod(_owned(gpu, find))))
         replace(torch, "equal", lambda real: _equal(gpu, real))
         for module in (moe_utils, token_dispatcher):
             replace(module, "permute", lambda real: _permute(gpu, real))
         replace(dispatcher, "_maybe_dtoh_and_synchronize", _even_split)
         yield
-
-
-def _search(gpu: NullGpu, real: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def search(sorted_values: Tensor, wanted: Tensor, **options: Any) -> Tensor:
-        found = real(sorted_values, wanted, **options)
-        if found.is_cuda:
-            on_host = (torch.from_numpy(_quietly(gpu, values)) for values in (sorted_values, wanted))
-            gpu.answer(real(*on_host, **options).numpy().tobytes())
-        return found
-
-    return search
-
-
-def _owned(gpu: NullGpu, real: Callable[..., OwnedEntries]) -> Callable[..., OwnedEntries]:
-    def find(cls: type[OwnedEntries], ids: Tensor, rows: Tensor | None, shard: VocabShard) -> OwnedEntries:
-        owned = ids.numel() * shard.valid // shard.vocab_size
-        answers = [bytes([int(owned == ids.numel())]), np.int32(owned).tobytes()] if ids.is_cuda else []
-        with gpu.answering(*answers):
-            return real(cls, ids, rows, shard)
-
-    return find
 
 
 def _equal(gpu: NullGpu, real: Callable[..., bool]) -> Callable[..., bool]:
@@ -72,12 +45,6 @@ def _equal(gpu: NullGpu, real: Callable[..., bool]) -> Callable[..., bool]:
             return real(left, right)
 
     return equal
-
-
-def _quietly(gpu: NullGpu, values: Tensor) -> np.ndarray:
-    """Return values that the host once sent, without counting the copy."""
-    with gpu.not_counting():
-        return values.cpu().numpy()
 
 
 def _permute(gpu: NullGpu, real: Callable[..., Any]) -> Callable[..., Any]:
