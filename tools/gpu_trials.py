@@ -34,7 +34,7 @@ from megatron.core import parallel_state
 
 from megatron_hdpo.checkpoint.store import CheckpointStore
 from megatron_hdpo.costs.layout import Layout
-from megatron_hdpo.costs.memory import resident, training
+from megatron_hdpo.costs.memory import kept_between_steps, resident, training
 from megatron_hdpo.costs.micro_batch_shape import PackedShape, Repeated
 from megatron_hdpo.model.architecture import read_architecture
 from megatron_hdpo.model.build import build_model, wrap_data_parallel
@@ -349,7 +349,7 @@ def _planned(work: Work, context: ParallelContext, spec: Any, mode: str) -> dict
     shape = PackedShape(
         sequences * (work.prompt + work.response), work.prompt + work.response, sequences * work.response
     )
-    kinds = resident(policy.architecture, layout, 0)
+    kinds = resident(policy.architecture, layout, 0) | kept_between_steps(policy.architecture, layout, 0, shape.rows)
     kinds |= training(policy.architecture, layout, 0, Repeated(shape, work.micro_batches), policy.head_chunk)
     kinds.pop("framework", None)  # CUDA's context and libraries, which torch does not count
     planned = sum(kinds.values()) / 2**30

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import shutil
 import subprocess
@@ -16,13 +17,14 @@ from _rehearsal import build
 from _rehearsal.folder import UnwrittenWeights, write_folder
 from _rehearsal.host_values import even_parts
 from _rehearsal.planned import Line, layers_note, lines
+from _rehearsal.record import compared, record_of, setting_of_record
 from _rehearsal.replaced import Rehearsed, replaced
 from _rehearsal.report import comparison, failure_line, largest_errors, rank_text
 from _rehearsal.servers import stand_ins
 from _rehearsal.setting import Asked, Setting, sampled_ranks, setting_of, shortened
 from _rehearsal.synthetic import groups_of
 from _rehearsal.world import OneRankStore
-from bench_rehearsal import EXAMPLES, MANY, page, summary
+from bench_rehearsal import CASES, asked_of, page
 from recipes import ROOT
 
 from megatron_hdpo.costs.layout import Layout
@@ -36,9 +38,11 @@ GIB = 2**30
 RECIPE = ROOT / "examples" / "qwen2.5-7b" / "hdpo.yaml"
 
 
+ASKED = Asked(str(RECIPE), (), "h100", 16, "qwen2.5-7b")
+
+
 def setting(*overrides: str, **fields: Any) -> Setting:
-    asked = {"recipe": str(RECIPE), "overrides": overrides, "gpu": "h100", "world": 16, "model": "qwen2.5-7b"}
-    return setting_of(Asked(**(asked | fields)))
+    return setting_of(dataclasses.replace(ASKED, overrides=overrides, **fields))
 
 
 def test_a_sample_has_a_rank_of_each_stage_and_owner_of_experts() -> None:
@@ -111,20 +115,20 @@ def told(found: Setting, **changes: Any) -> dict[str, Any]:
     train |= {"free": GIB, "pinned": 0, "rss": GIB, "launches": 900, "flops": 1e15, "device_waits": 3}
     train |= {"waits": {"megatron_hdpo/x.py:1": 3}, "collectives": [["all_reduce", "intra_dist_opt", 1, 4]]}
     rank = {"rank": 0, "stage": 0, "spec": "torch", "total": 80 * GIB, "phases": [train], "updates": [shapes]}
-    return rank | {"scored": [], "head_chunk": 1024, "saved": GIB, "rss": GIB, "failure": None} | changes
+    return rank | {"scored": [], "head_chunk": 1024, "saved": GIB, "pinned": 0, "rss": GIB, "failure": None} | changes
 
 
 def test_the_report_has_the_plan_beside_what_was_measured() -> None:
     found = setting()
     rank = told(found)
-    compared = lines(found, rank)
-    norm = [line for line in compared if line.what == "train: all_reduce intra_dist_opt"]
+    made = lines(found, rank)
+    norm = [line for line in made if line.what == "train: all_reduce intra_dist_opt"]
     assert [(line.planned, line.rehearsed, line.error) for line in norm] == [(1, 1, 0), (4, 4, 0)]
-    rest = next(line for line in compared if line.what == "memory at rest")
+    rest = next(line for line in made if line.what == "memory at rest")
     assert rest.rehearsed == 30 * GIB and rest.error is not None and -0.2 < rest.error < 0
-    text = rank_text(rank, compared)
+    text = rank_text(rank, made)
     assert "megatron_hdpo/x.py:1" in text and "memory at rest" in text and "exact" in text
-    assert "1 of" in "".join(largest_errors(compared))
+    assert "1 of" in "".join(largest_errors(made))
 
 
 def test_what_the_plan_did_not_expect_is_no_number() -> None:
@@ -138,25 +142,31 @@ def test_running_out_of_memory_is_one_line() -> None:
     assert "phase sync" in line and "reserved 3.00" in line and "\n" not in line
 
 
-def test_the_page_of_examples_has_a_row_per_rank() -> None:
-    found = setting()
-    train = told(found)["phases"][0]
-    rank = told(found, phases=[train, train | {"phase": "sync"}])
-    fine = summary("qwen2.5-7b", "TP 2", "h100", 16, 0, rank, lines(found, rank))
+def test_a_record_keeps_what_the_comparison_needs() -> None:
+    asked = dataclasses.replace(ASKED, recipe="examples/qwen2.5-7b/hdpo.yaml")
+    rank = told(setting())
+    record = json.loads(json.dumps(record_of(asked, rank)))
+    assert len(record["rank"]["updates"][0]) == 1, "equal micro-batches are kept once"
+    assert compared(record) == lines(setting(), rank)
+
+
+def test_the_page_has_a_row_per_rank() -> None:
+    asked = dataclasses.replace(ASKED, recipe="examples/qwen2.5-7b/hdpo.yaml")
+    train = told(setting())["phases"][0]
+    fine = record_of(asked, told(setting(), phases=[train, train | {"phase": "sync"}]))
     failure = {"phase": "sync", "text": "no room", "allocated": 2 * GIB, "reserved": 3 * GIB, "free": GIB}
-    full = summary("qwen2.5-7b", "TP 2", "h100", 16, 2, told(found, failure=failure), [])
-    rows = page({"a": fine, "b": full}).splitlines()[-2:]
-    assert rows[0].startswith("| qwen2.5-7b | TP 2 | h100 | 0 of 16 | 30.00 | 60.00 | 62.00 |")
-    assert "runs out of memory in sync: no room" in rows[1]
+    full = record_of(asked, told(setting(), failure=failure, rank=2))
+    text = page({"qwen2.5-7b, 16 h100, rank 0": fine, "qwen2.5-7b, 16 h100, rank 2": full})
+    rows = [row for row in text.splitlines() if row.startswith("| qwen2.5-7b |")]
+    assert rows[0].startswith("| qwen2.5-7b | TP 2 x PP 1 x DP 8 SP | h100 | 0 of 16 | 30.00 | 60.00 | 62.00 |")
+    assert "| 2 of 16 | runs out of memory in sync: no room" in rows[1]
     assert rows[0].count("|") == rows[1].count("|")
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_the_examples_can_be_planned_as_the_page_has_them(name: str) -> None:
-    example = EXAMPLES[name]
-    for world in (example.world, MANY):
-        asked = Asked(str(ROOT / "examples" / name / "hdpo.yaml"), [], example.gpu, world, example.model, 2)
-        assert setting_of(asked).layout.world == world
+@pytest.mark.parametrize("name", CASES)
+def test_the_cases_can_be_planned_as_the_page_has_them(name: str) -> None:
+    for asked in asked_of(CASES[name], "both", 2):
+        assert setting_of_record({"asked": dataclasses.asdict(asked)}).layout.world == asked.world
 
 
 def test_the_program_of_a_rank_finds_what_it_replaces() -> None:

@@ -12,6 +12,7 @@ from megatron_hdpo.costs import memory
 from megatron_hdpo.costs.cluster import GIB
 from megatron_hdpo.costs.collectives import Collective, scoring_collectives, step_collectives
 from megatron_hdpo.costs.flops import FORWARD, FORWARD_AND_BACKWARD, head_flops, product_flops
+from megatron_hdpo.costs.launches import micro_batch_launches
 from megatron_hdpo.costs.layout import Layout, Spec
 from megatron_hdpo.costs.micro_batch_shape import PackedShape, Repeated
 
@@ -20,7 +21,7 @@ _SMALL = 64 * 2**20  # bytes of pinned memory that are inputs, not weights
 
 @dataclass(frozen=True)
 class Line:
-    """One number of the plan beside the rehearsed one. unit: bytes, calls or FLOP."""
+    """One number of the plan beside the rehearsed one. unit: bytes, calls (of collectives), launches or FLOP."""
 
     what: str
     unit: str
@@ -32,13 +33,19 @@ class Line:
         """Return the plan's error as a share of what was rehearsed; None where that is zero."""
         return self.planned / self.rehearsed - 1.0 if self.rehearsed else None
 
+    @property
+    def of_collective(self) -> bool:
+        """Return whether the number is that of a kind of collectives."""
+        return ": " in self.what and self.unit in ("calls", "bytes")
+
 
 def lines(setting: Setting, rank: dict[str, Any]) -> list[Line]:
     """Return the comparison for one rank that got to its end. rank: what `ranks.run` told."""
     layout = replace(setting.layout, spec=rank["spec"])
     updates = [[PackedShape(**shape) for shape in update] for update in rank["updates"]]
     made = [*_memory(setting, layout, rank, updates), *_collectives(setting, layout, rank, updates)]
-    return [*made, *_flops(setting, layout, rank, updates), *_host(setting, layout, rank)]
+    made += [*_flops(setting, layout, rank, updates), *_launches(setting, layout, rank, updates)]
+    return [*made, *_host(setting, layout, rank)]
 
 
 def layers_note(setting: Setting, spec: Spec) -> str:
@@ -129,12 +136,28 @@ def _flops(setting: Setting, layout: Layout, rank: dict[str, Any], updates: list
     planned = sum(shape.rows for shape in shapes) * layers * product_flops(a) / layout.tensor
     if rank["stage"] == layout.pipeline - 1:
         rows = sum(shape.responses for shape in shapes)
-        planned += FORWARD_AND_BACKWARD * rows * head_flops(a) / layout.tensor
+        padded = a.padded_vocab_size(layout.tensor) / a.vocab_size
+        planned += FORWARD_AND_BACKWARD * rows * head_flops(a) * padded / layout.tensor
     yield Line("train: FLOPs of products", "FLOP", planned, train["flops"])
+
+
+def _launches(
+    setting: Setting, layout: Layout, rank: dict[str, Any], updates: list[list[PackedShape]]
+) -> Iterator[Line]:
+    """Yield the kernels of the micro-batches; rehearsed with those of the optimizer, which come once per update."""
+    trained = [shape for update in updates for shape in update]
+    scored = [PackedShape(**shape) for shape in rank["scored"]] if setting.workload.teacher_model is None else []
+    for phase, shapes, backward in (("train", trained, True), ("teacher", scored, False)):
+        if shapes and (measured := last(rank, phase)) is not None:
+            chunk = rank["head_chunk"]
+            planned = sum(
+                micro_batch_launches(setting.architecture, layout, rank["stage"], shape, chunk, backward=backward)
+                for shape in shapes
+            )
+            yield Line(f"{phase}: kernels launched", "launches", planned, measured["launches"])
 
 
 def _host(setting: Setting, layout: Layout, rank: dict[str, Any]) -> Iterator[Line]:
     planned = memory.host_bytes(setting.architecture, layout, setting.workload, setting.rollouts)
-    pinned = max(measured["pinned"] for measured in rank["phases"])
-    if max(planned, pinned) > _SMALL:
-        yield Line("host memory, pinned", "bytes", planned, pinned)
+    if max(planned, rank["pinned"]) > _SMALL:
+        yield Line("host memory, pinned", "bytes", planned, rank["pinned"])

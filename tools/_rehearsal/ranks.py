@@ -75,6 +75,7 @@ def _told(setting: Setting, meter: Meter, done: Rehearsed | None, failure: dict[
         "scored": [asdict(shape) for shape in done.scored] if done is not None else [],
         "head_chunk": done.head_chunk if done is not None else 0,
         "saved": done.saved if done is not None else 0,
+        "pinned": max((measured.pinned for measured in meter.phases), default=0),
         "rss": peak_rss(),
         "failure": failure,
     }

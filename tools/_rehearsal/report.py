@@ -106,7 +106,7 @@ def failure_line(rank: dict[str, Any]) -> str:
 def largest_errors(lines: Sequence[Line]) -> Iterator[str]:
     """Yield a sentence on the plan's largest errors: of memory, and of collectives."""
     memory = [abs(line.error) for line in lines if line.what.startswith("memory") and line.error is not None]
-    collectives = [line for line in lines if line.unit in ("calls", "bytes") and ": " in line.what]
+    collectives = [line for line in lines if line.of_collective]
     names = {line.what for line in collectives}
     wrong = {line.what for line in collectives if line.planned != line.rehearsed}
     if memory:
@@ -123,7 +123,7 @@ def gib(num_bytes: float) -> str:
 def _amount(unit: str, number: float) -> str:
     if unit == "FLOP":
         return f"{number / 1e12:,.1f} TFLOP"
-    return f"{number:,.0f}" if unit == "calls" else f"{number / GIB:,.3f} GiB"
+    return f"{number / GIB:,.3f} GiB" if unit == "bytes" else f"{number:,.0f}"
 
 
 def _error(line: Line) -> str:
