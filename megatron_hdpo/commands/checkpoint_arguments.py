@@ -38,5 +38,6 @@ def opened_layout(arguments: argparse.Namespace) -> Iterator[ParallelContext]:
         expert=arguments.expert,
         sequence=arguments.tensor > 1,  # Megatron needs it to combine experts with tensor parallelism
     )
-    yield start(layout, device=arguments.device)
-    stop()
+    context = start(layout, device=arguments.device)
+    yield context
+    stop(context)

@@ -43,6 +43,7 @@ def opened_run(recipe_file: Path, overrides: Sequence[str], trains: bool = False
     try:
         yield run
         failed = False
+        context.meetings.close()  # before what takes time: rank 0 may end first, and with it the store
     finally:
         run.close(failed)
     stop()

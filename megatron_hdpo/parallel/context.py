@@ -15,9 +15,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_hdpo.parallel.cpu import MegatronOnCpu
 from megatron_hdpo.parallel.layout import LayoutError, ParallelConfig, check_ranks
+from megatron_hdpo.parallel.meetings import Meetings, Patience
 from megatron_hdpo.parallel.router_name import router_name_defined
 
 T = TypeVar("T")
+LEAST_PATIENCE_S = 60.0
+"""A process is not given up earlier: on a busy machine a thread may get no time for seconds."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,8 @@ class ParallelContext:
 
     groups: Megatron's process groups (tp, cp, pp, dp, ep, embd, ...).
     host: gloo group of all ranks, for Python objects. replica_host: gloo group of the ranks of one replica, ordered by
-    pipeline stage, then context-parallel rank, then tensor-parallel rank.
+    pipeline stage, then context-parallel rank, then tensor-parallel rank. meetings: where ranks wait for
+    each other outside of collectives.
     """
 
     layout: ParallelConfig
@@ -36,6 +40,7 @@ class ParallelContext:
     groups: ProcessGroupCollection
     host: dist.ProcessGroup
     replica_host: dist.ProcessGroup
+    meetings: Meetings
 
     @property
     def dp_rank(self) -> int:
@@ -91,16 +96,12 @@ class ParallelContext:
         return box[0]
 
     def barrier(self, what: str) -> None:
-        """Wait for all ranks; after the deadline those that arrived raise, and rank 0 names the missing ones.
+        """Wait for all ranks, outside of collectives: the work before it, `what`, may take hours while it progresses.
 
-        Raises RuntimeError with the text `what`, which names the point that was to be reached.
+        Call it before a collective that ranks may reach at very different times. Raises RankError when a rank has ended
+        or shows no progress (`meetings.py`).
         """
-        try:
-            dist.monitored_barrier(
-                group=self.host, timeout=timedelta(minutes=self.layout.timeout_minutes), wait_all_ranks=True
-            )
-        except RuntimeError as error:
-            raise RuntimeError(f"rank {self.rank}: not all ranks reached '{what}': {error}") from error
+        self.meetings.meet(what)
 
 
 def start(layout: ParallelConfig, device: str = "auto", seed: int = 0) -> ParallelContext:
@@ -128,21 +129,29 @@ def start(layout: ParallelConfig, device: str = "auto", seed: int = 0) -> Parall
         distributed_timeout_minutes=max(1, round(layout.timeout_minutes)),
         create_gloo_process_groups=True,
     )
+    host = dist.new_group(backend="gloo", timeout=timeout)
+    patience = Patience(60 * layout.silence_minutes, max(LEAST_PATIENCE_S, timeout.total_seconds()))
     context = ParallelContext(
         layout=layout,
         device=target,
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         groups=ProcessGroupCollection.use_mpu_process_groups(),
-        host=dist.new_group(backend="gloo", timeout=timeout),
+        host=host,
         replica_host=_replica_group(layout, timeout),
+        meetings=Meetings(dist.distributed_c10d._get_default_store(), host, patience),
     )
     _seed(context, seed)
     return context
 
 
-def stop() -> None:
-    """Tear down Megatron's groups and the process group."""
+def stop(context: ParallelContext | None = None) -> None:
+    """Tear down Megatron's groups and the process group.
+
+    context: that of this rank, whose end the other ranks then take for what it is.
+    """
+    if context is not None:
+        context.meetings.close()
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -32,7 +32,15 @@ class ParallelConfig(BaseModel):
         "GPUs with several replicas.",
     )
     timeout_minutes: float = Field(
-        10.0, gt=0, description="Deadline of a collective; past it the run stops and names the rank that is late."
+        10.0,
+        gt=0,
+        description="Deadline of a collective, and of a rank whose process gives no sign of life (there at least 1).",
+    )
+    silence_minutes: float = Field(
+        60.0,
+        gt=0,
+        description="Longest time for which ranks wait for another one whose work makes no progress: rollouts, "
+        "evaluation, servers, checkpoints, data. Work that progresses may take any time.",
     )
 
     @property

@@ -197,9 +197,14 @@ class RolloutCoordinator:
             return True
         return not self.config.overlap_privileged or (bound is not None and bound < problems)
 
+    def _are_unfinished(self, share: SampledShare) -> bool:
+        """Return whether a rank's engine has no weights, once every rank has stopped sampling."""
+        self.context.barrier("rollouts of all ranks")
+        return any(self.context.gather_objects(share.unfinished is not None))
+
     def _gather(self, share: SampledShare) -> list[Group]:
         """Return the groups of all ranks, once every rank has finished sampling."""
-        while any(self.context.gather_objects(share.unfinished is not None)):
+        while self._are_unfinished(share):
             if self.restore_weights is None:
                 raise EngineLostWeights("the engine has lost the weights, and there is no way to restore them")
             self.restore_weights()

@@ -81,7 +81,8 @@ def rollout_seed(*parts: object) -> int:
 class RolloutSampler:
     """Samples and judges the requests of one rank.
 
-    decode: token ids to text, without special tokens. max_retries: retries of a request that failed.
+    decode: token ids to text, without special tokens. max_retries: retries of a request that failed. answers: samples,
+    failures and judgements of all requests so far; a sign of life while the number grows.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class RolloutSampler:
         self.rewards = rewards
         self.decode = decode
         self.max_retries = max_retries
+        self.answers = 0
 
     def sample(
         self,
@@ -192,6 +194,7 @@ class SamplingJob:
             self.sampler.engine.submit(attempts)
 
     def _take(self, result: GenerationResult) -> None:
+        self.sampler.answers += 1
         key, _, attempt = result.request_id.rpartition("#")
         entry = self._open[key]
         for completion in result.completions:
@@ -224,6 +227,7 @@ class SamplingJob:
         if not self._checks:
             return
         ended, _ = wait(self._checks, timeout, return_when=FIRST_COMPLETED)
+        self.sampler.answers += len(ended)
         for future in ended:
             check, judgement = self._checks.pop(future), future.result()
             entry = self._open[check.key]

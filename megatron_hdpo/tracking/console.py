@@ -156,21 +156,26 @@ class Console:
             _log.warning(message, extra={SHOWN: True})
             self._print(f"warning: {message}", style="yellow")
 
+    def doing(self) -> str:
+        """Return what the innermost phase does and how far it is; "" between phases. On every rank."""
+        with self._lock:
+            return self._open[-1].position() if self._open else ""
+
     def _begin(self, phase: Phase) -> None:
-        if not self.enabled:
-            return
         with self._lock:
             self._open.append(phase)
+            if not self.enabled:
+                return
             if self._live is not None:
                 self._live.refresh()
             if self._ticker is not None and len(self._open) == 1:
                 self._ticker.start()
 
     def _end(self, phase: Phase, error: BaseException | None) -> None:
-        if not self.enabled:
-            return
         with self._lock:
             self._open.remove(phase)
+            if not self.enabled:
+                return
             if self._live is not None:
                 self._live.refresh()
             self._lines.end(phase, error)

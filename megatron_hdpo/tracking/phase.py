@@ -82,6 +82,13 @@ class Phase:
             parts.append(pace(self.shown / self.elapsed))
         return ", ".join([*parts, self.state] if self.state else parts)
 
+    def position(self) -> str:
+        """Return `rollout 512/2,048 samples, on rank 0`: what is done, without times, so a change is progress."""
+        done, total = number(self.done), self.total
+        counted = "" if not (total or self.done) else f" {done}/{number(total)}" if total else f" {done}"
+        unit = f" {plural(total or self.done, self.unit)}" if counted else ""
+        return self.name + counted + unit + (f", {self.state}" if self.state else "")
+
     def _counted(self) -> list[str]:
         if not (self.total or self.shown):
             return []

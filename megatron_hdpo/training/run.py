@@ -150,6 +150,7 @@ def _build_run(
     console: Console,
 ) -> Run:
     _open_logs(recipe, context, console)
+    context.meetings.progress = console.doing
     architecture = read_architecture(recipe.model.path)
     recipe = settle_precision(recipe, architecture, context, console, measure)
     for warning in check_recipe(recipe, architecture, context.world_size):
@@ -165,6 +166,8 @@ def _build_run(
     with console.phase("start engine") as phase:
         built = start_engine(recipe, policy, phase.note)
     sync = PolicySync(policy, built.sync)
+    sampler = RolloutSampler(built.engine, rewards, partial(_decode, tokenizer), recipe.rollout.max_retries)
+    context.meetings.progress = partial(_progress, console, sampler)
     learner = Learner(
         policy=policy,
         objective=objective or _build_objective(recipe, data),
@@ -177,7 +180,7 @@ def _build_run(
     rollouts = RolloutCoordinator(
         config=recipe.rollout,
         context=context,
-        sampler=RolloutSampler(built.engine, rewards, partial(_decode, tokenizer), recipe.rollout.max_retries),
+        sampler=sampler,
         prompts=data.prompts,
         stop_token_ids=stop_token_ids(tokenizer, recipe.model.path),
         seed=recipe.seed,
@@ -266,6 +269,11 @@ def _open_logs(recipe: Recipe, context: ParallelContext, console: Console) -> No
         warnings.filterwarnings("ignore", message=message)
 
 
+def _progress(console: Console, sampler: RolloutSampler) -> str:
+    """Return what this rank does; its answers count apart from the phase, as they also come while it trains."""
+    return f"{console.doing()}, {sampler.answers:,} answers of engine and judges since the start"
+
+
 def _decode(tokenizer: Tokenizer, token_ids: np.ndarray) -> str:
     return tokenizer.decode(token_ids.tolist(), skip_special_tokens=True)
 
@@ -286,6 +294,7 @@ def _build_policy(recipe: Recipe, context: ParallelContext, console: Console, ar
     with console.phase("load model"):
         model = build_model(architecture, context, recipe.model)
         load_hf(model, architecture, context, recipe.model.path)
+        context.barrier("weights read")
         ddp = wrap_data_parallel(model, context)
     return Policy(architecture, context, ddp, recipe.train.micro_batch_tokens, head_chunk=recipe.train.head_chunk)
 

@@ -86,11 +86,20 @@ def leave_layout() -> None:
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
+    _close_meetings()
     dist.barrier()  # a rank may still be in a collective of one of the groups
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
     gc.collect()  # models and groups refer to each other
+
+
+def _close_meetings() -> None:
+    """End the threads of every context of this process, whoever holds it."""
+    from megatron_hdpo.parallel.meetings import Meetings
+
+    for found in [each for each in gc.get_objects() if type(each) is Meetings]:
+        found.close()
 
 
 @dataclass(frozen=True)
@@ -215,6 +224,7 @@ def _forget(environment: dict[str, str]) -> None:
     """Undo what a job leaves behind."""
     from megatron_hdpo.parallel.context import stop
 
+    _close_meetings()
     stop()
     gc.collect()  # models and groups refer to each other, and groups keep threads
     os.environ.clear()

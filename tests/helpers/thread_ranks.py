@@ -57,6 +57,9 @@ class Context:
     def bound(self) -> int | None:
         return self.world.bound
 
+    def barrier(self, what: str) -> None:
+        self.world.barrier.wait()
+
     def gather_objects(self, value: Any) -> list[Any]:
         self.world.box[self.rank] = value
         self.world.barrier.wait()

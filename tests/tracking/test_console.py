@@ -48,6 +48,22 @@ class Timed:
         return [re.sub(r"^\[\d\d:\d\d:\d\d\] ", "", line) for line in self.stream.getvalue().splitlines()]
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_every_rank_knows_what_it_does_without_times(enabled):
+    clock = Clock()
+    console = Console(enabled, stream=io.StringIO(), clock=clock, tick_s=None)
+    assert console.doing() == ""
+    with console.phase("prepare"), console.phase("rollout", total=0, unit="sample") as phase:
+        before = console.doing()
+        phase.extend(1200)
+        phase.advance(8)
+        phase.note("on rank 0")
+        said = console.doing()
+        clock.now += 60
+        assert (before, said, console.doing()) == ("rollout", *["rollout 8/1,200 samples, on rank 0"] * 2)
+    assert console.doing() == ""
+
+
 def test_a_short_phase_is_not_mentioned_and_a_long_one_in_one_line():
     timed = Timed()
     timed.console.step(1, 9, METRICS)

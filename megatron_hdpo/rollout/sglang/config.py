@@ -25,7 +25,8 @@ class WeightSyncConfig(BaseModel):
     timeout_s: float = Field(
         600,
         gt=0,
-        description="Longest wait for one answer of a server during a sync, and for the end of one broadcast.",
+        description="Longest wait for one answer of a server during a sync, and for the end of one broadcast; while "
+        "ranks gather a sharded model, at most 0.3 of parallel.timeout_minutes.",
     )
     pause: Literal["retract", "in_place", "abort"] = Field(
         "retract",
