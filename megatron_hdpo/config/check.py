@@ -32,6 +32,7 @@ def check_sections(recipe: Recipe, elsewhere: bool = False) -> None:
         [
             *_objective_errors(recipe),
             *_engine_errors(recipe),
+            *_patience_errors(recipe),
             *_export_errors(recipe),
             *package_errors(recipe, elsewhere),
         ]
@@ -53,6 +54,7 @@ def check_recipe(recipe: Recipe, architecture: Architecture, world_size: int, el
             *_method_errors(recipe, architecture),
             *_teacher_errors(recipe, architecture, world_size),
             *_engine_errors(recipe),
+            *_patience_errors(recipe),
             *_server_errors(recipe, architecture),
             *_routing_errors(recipe, architecture),
             *recipe.profile.errors(world_size, recipe.train.steps),
@@ -163,6 +165,20 @@ def _teacher_errors(recipe: Recipe, architecture: Architecture, world_size: int)
     longest = max_sequence(recipe, architecture)
     if other.max_positions < longest:
         yield f"teacher.path: {teacher.path} has {other.max_positions} positions, sequences may have {longest} tokens"
+
+
+def _patience_errors(recipe: Recipe) -> Iterator[str]:
+    """Yield the deadlines of servers that are longer than the one of a rank that waits for them without progress."""
+    sglang, patience_s = recipe.rollout.sglang, 60 * recipe.parallel.silence_minutes
+    deadlines = {"request_timeout_s": sglang.request_timeout_s, "sync.timeout_s": sglang.sync.timeout_s}
+    if sglang.placement != "given":
+        deadlines["servers.start_timeout_s"] = sglang.servers.start_timeout_s
+    for key, seconds in deadlines.items():
+        if recipe.rollout.engine == "sglang" and seconds >= patience_s:
+            yield (
+                f"parallel.silence_minutes: {recipe.parallel.silence_minutes:g} is no longer than "
+                f"rollout.sglang.{key}={seconds:g} s, which a rank may wait without progress: raise it"
+            )
 
 
 def _engine_errors(recipe: Recipe) -> Iterator[str]:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -35,6 +35,9 @@ from megatron_hdpo.types.errors import UserError
 from megatron_hdpo.weights.stream import Receivers
 
 T = TypeVar("T")
+SHARE_OF_COLLECTIVE = 0.3
+"""Longest wait for a server to take one bucket, in deadlines of a collective: the other ranks of the replica wait for
+this one in the collective that gathers the next bucket, and it may wait for an answer, a broadcast, and its end."""
 
 
 class EngineError(UserError, RuntimeError):
@@ -120,7 +123,9 @@ def _on_servers(
             num_experts=architecture.num_experts,
         )
     transport = _transport(rollout, plan, model_path, context, output)
-    return BuiltEngine(engine, ServerSync(WeightPush(engine, transport, gate), receivers, context), owners)
+    return BuiltEngine(
+        engine, ServerSync(WeightPush(engine, transport, gate, context.barrier), receivers, context), owners
+    )
 
 
 def _experts(architecture: Architecture) -> ExpertChoice | None:
@@ -150,7 +155,12 @@ def _shared_gpu(
     size = config.servers.tensor_parallel
     owners = {rank: server.owner for server in plan for rank in range(server.owner, server.owner + size)}
     memory = CudaMemory(context.device) if context.device.type == "cuda" else HostMemory()
-    return SharedGpu(memory, owners.get(context.rank), context.gather_objects, trainer)
+
+    def gather(value: Any) -> list[Any]:
+        context.barrier("memory released by servers")
+        return context.gather_objects(value)
+
+    return SharedGpu(memory, owners.get(context.rank), gather, trainer)
 
 
 def _started(
@@ -194,12 +204,16 @@ def _transport(
 ) -> Transport:
     config, device = rollout.sglang, context.device
     timeout = config.sync.timeout_s
+    if context.layout.least_ranks > 1:
+        timeout = min(timeout, SHARE_OF_COLLECTIVE * 60 * context.layout.timeout_minutes)
     path = config.sync.path
     shares_memory = device.type == "cpu" or config.placement == "colocated"
     if path == "auto":
         path = "tensor" if shares_memory else "distributed"
     if path == "disk":
-        return DiskTransport(timeout, (config.sync.folder or output / "sync") / f"rank{context.rank}", model_path)
+        return DiskTransport(
+            config.sync.timeout_s, (config.sync.folder or output / "sync") / f"rank{context.rank}", model_path
+        )
     if path == "distributed":
         return BroadcastTransport(timeout, device)
     gather = _gather_on_server(plan, config.servers.tensor_parallel, context) if device.type == "cuda" else None
@@ -232,6 +246,7 @@ def together(context: ParallelContext, work: Callable[[], T], close: Callable[[]
         result = work()
     except (ApiError, ServerError, ValueError, OSError) as error:
         failure = str(error)
+    context.barrier("start of the rollout engine")
     failures = [text for text in context.gather_objects(failure) if text]
     if failures:
         ended = close or getattr(result, "close", None)

@@ -60,6 +60,7 @@ class ServerSync:
         """
         for last in (False,) * (PUSHES - 1) + (True,):
             metrics, failure, fatal = self._push(open_stream, version)
+            self.context.barrier("weights in the servers")
             failures = [f for f in self.context.gather_objects((failure, fatal)) if f[0]]
             if not failures:
                 return reduce_metrics(self.context.gather_objects(metrics))

@@ -305,6 +305,28 @@ def test_sections_that_contradict_each_other_need_no_model(tree: Tree) -> None:
     assert keys == ["teacher.kind", "rollout.ahead", "model.path"]
 
 
+@pytest.mark.parametrize(
+    ("sglang", "minutes", "key"),
+    [
+        ({"request_timeout_s": 3600}, 60, "request_timeout_s=3600 s"),
+        ({"servers": {"start_timeout_s": 4000}}, 60, "servers.start_timeout_s=4000 s"),
+        ({"sync": {"timeout_s": 700}, "request_timeout_s": 60}, 11, "sync.timeout_s=700 s"),
+    ],
+)
+def test_a_rank_without_progress_is_given_as_long_as_a_server(
+    sglang: dict[str, Any], minutes: float, key: str, tree: Tree
+) -> None:
+    tree["rollout"] |= {"engine": "sglang", "sglang": {"placement": "given", "urls": ["http://a"]} | sglang}
+    if "servers" in sglang:
+        tree["rollout"]["sglang"] = sglang
+    tree["parallel"] = {"silence_minutes": minutes}
+    with pytest.raises(RecipeError, match=f"parallel.silence_minutes: .* than rollout.sglang.{key}") as error:
+        check_sections(parse_recipe(tree))
+    assert len(str(error.value).splitlines()) == 1
+    tree["parallel"] = {"silence_minutes": 100}
+    check_sections(parse_recipe(tree))
+
+
 WITHOUT_TORCH = """
 import sys
 for name in ("torch", "megatron", "transformers"):

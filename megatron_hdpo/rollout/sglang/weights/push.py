@@ -8,7 +8,7 @@ incomplete weights never carry it.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -79,11 +79,18 @@ class Transport(Protocol):
 class WeightPush:
     """Pushes weights to all servers of an engine; holds two buckets in addition to what its caller streams.
 
-    gate: None skips the checks.
+    gate: None skips the checks. meet: waits for all ranks of the trainer before work that they do together, as a server
+    may take long to come back.
     """
 
-    def __init__(self, engine: SGLangEngine, transport: Transport, gate: Gate | None) -> None:
-        self.engine, self.transport, self.gate = engine, transport, gate
+    def __init__(
+        self,
+        engine: SGLangEngine,
+        transport: Transport,
+        gate: Gate | None,
+        meet: Callable[[str], None] = lambda what: None,
+    ) -> None:
+        self.engine, self.transport, self.gate, self.meet = engine, transport, gate, meet
         self.config = engine.config.sync
 
     def push(self, stream: WeightStream, version: int) -> PushReport:
@@ -100,6 +107,7 @@ class WeightPush:
         try:
             self._give_memory_back()
             run(self._begin(servers))
+            self.meet("servers ready for weights")
             num_bytes, gate_input = self._stream(stream, servers, version)
             run(self._complete(servers))
             self._give_memory_back(weights=True)
