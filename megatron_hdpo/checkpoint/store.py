@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
 from megatron_hdpo.checkpoint.extra_state import load_model, without_absent_extra_states
 from megatron_hdpo.checkpoint.optimizer_state import load_optimizer, sharded_optimizer
@@ -146,6 +147,7 @@ class CheckpointStore:
             sharded = self._sharded(policy, state.reshardable, loading=True)
             sharded["model"] = without_absent_extra_states(sharded["model"], path)
             loaded = _load(sharded, path)
+            self.context.barrier("checkpoint read")
             load_model(policy.model, loaded["model"])
             load_optimizer(policy.optimizer, loaded["optimizer"], state.reshardable)
             policy.schedule.num_steps = 0
@@ -200,6 +202,7 @@ class CheckpointStore:
         with self.context.megatron_calls():
             sharded = without_absent_extra_states(model.sharded_state_dict(), path)
             load_model(model, _load({"model": sharded}, path)["model"])
+        self.context.barrier("weights read")
 
     def _sharded(self, policy: Policy, reshardable: bool, loading: bool = False) -> dict[str, Any]:
         assert policy.optimizer is not None and policy.schedule is not None
@@ -222,10 +225,11 @@ class CheckpointStore:
         self.context.barrier("checkpoint folder made")
         start_results_queue()
         with self.context.megatron_calls(), torch.no_grad():
-            dist_checkpointing.save(sharded, str(partial))
+            request = dist_checkpointing.save(sharded, str(partial), async_sharded_save=True)
+            _then_meet(request, self.context).execute_sync()
         if self._writes_shard() and teacher is not None:
             torch.save(teacher, partial / self._shard_name())
-        self.context.barrier("checkpoint written")
+        self.context.barrier("teacher written")
         if self.context.is_leader:
             for name, text in texts.items():
                 (partial / name).write_text(text)
@@ -245,6 +249,20 @@ def _readable(sharded: dict[str, Any], policy: Policy) -> dict[str, Any]:
         return replace(value, data=memory.on_host(data)) if isinstance(data, torch.Tensor) else value
 
     return dict_list_map_outplace(on_host, sharded)
+
+
+def _then_meet(request: AsyncRequest, context: ParallelContext) -> AsyncRequest:
+    """Return the request to write this rank's shards, with a meeting of all ranks before Megatron's own barrier.
+
+    A rank may write for longer than a collective may wait.
+    """
+
+    def write(*args: Any, **kwargs: Any) -> None:
+        if request.async_fn is not None:  # this rank may have nothing to write
+            request.async_fn(*args, **kwargs)
+        context.barrier("checkpoint written")
+
+    return request._replace(async_fn=write)
 
 
 def _check_layout(path: Path, state: RunState, now: dict[str, int]) -> None:

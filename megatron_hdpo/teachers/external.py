@@ -33,6 +33,7 @@ class ExternalTeacher:
             raise ModelError(line)
         own = build_model(architecture, policy.context, model.model_copy(update={"path": str(path)}))
         load_hf(own, architecture, policy.context, path)
+        policy.context.barrier("weights of the teacher read")
         own.requires_grad_(False)
         self.policy = Policy(
             architecture,

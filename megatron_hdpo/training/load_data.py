@@ -29,6 +29,7 @@ def check_same(data: LoadedData, context: ParallelContext) -> None:
     for problem in [*data.train, *data.evaluation]:
         digest.update(f"{problem.id}\n{problem.question}\n{problem.answer}\n{problem.solution}\n".encode())
     count = len(data.train) + len(data.evaluation)
+    context.barrier("data loaded")
     found = context.gather_objects((digest.hexdigest(), count))
     other = next((rank for rank, (its_digest, _) in enumerate(found) if its_digest != found[0][0]), None)
     if other is not None:

@@ -31,6 +31,7 @@ def collect_step_rollouts(run: Run) -> tuple[list[Group], dict[str, float]]:
         check_versions(groups, run.step, rollout.ahead)
         if rollout.save and run.context.is_leader:
             _save_rollouts(run.recipe.output / "rollouts" / file, groups, run)
+        run.context.barrier("rollouts saved")
         run.measurements.performance.rollouts(groups)
     metrics = rollout_metrics(groups) | run.objective.metrics(groups)
     if rollout.refill_rounds:

@@ -28,6 +28,7 @@ def warm_up(run: Run, config: WarmupConfig) -> None:
     """
     plain = _supervised_data(run, config.plain, privileged=False) if config.privileged_share < 1 else None
     privileged = _supervised_data(run, config.privileged, privileged=True) if config.privileged_share > 0 else None
+    run.context.barrier("data of the warm-up loaded")
     run.rebuild_optimizer(config.optimizer, config.steps)
     spec = LossSpec(SurrogateConfig(), None, temperature=1.0)
     context, nll = run.context, 0.0

@@ -37,6 +37,7 @@ def together(context: ParallelContext, write: Callable[[], object]) -> None:
             write()
         except Exception as error:
             problem = str(error) if isinstance(error, WeightsError) else f"{type(error).__name__}: {error}"
+    context.barrier("files written by rank 0")
     problem = context.broadcast_object(problem)
     if problem is not None:
         raise WeightsError(f"writing the checkpoint failed: {problem}")

@@ -106,6 +106,7 @@ def _on_all_ranks(context: ParallelContext, action: Callable[[], T]) -> tuple[T 
         result = action()
     except WeightsError as error:
         problem = str(error)
+    context.barrier("checkpoint read")
     problems = dict.fromkeys(text for text in context.gather_objects(problem) if text is not None)
     return (None if problems else result), tuple(problems)
 
@@ -166,6 +167,7 @@ def _check_logprobs(tested: Checkpoint, reference: Checkpoint, tolerance: Tolera
             differences = _differences(ours, sequences, reference)
         except (OSError, ValueError, RuntimeError) as error:
             problem = f"transformers cannot run {reference.path}: {error}"
+    context.barrier("log-probs of transformers")
     problem, differences = context.broadcast_object((problem, differences))
     if problem is not None:
         return Check(name, False, "no reference", (problem,))
