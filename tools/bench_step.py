@@ -37,6 +37,7 @@ from megatron_hdpo.objectives.grpo import GRPO, GRPOConfig
 from megatron_hdpo.objectives.hdpo import HDPO, HDPOConfig
 from megatron_hdpo.parallel.context import ParallelContext, start, stop
 from megatron_hdpo.parallel.layout import ParallelConfig
+from megatron_hdpo.sampling.step_rollouts import on_every_rank
 from megatron_hdpo.teachers.teacher import PolicyTeacher
 from megatron_hdpo.tracking.console import Console as PhaseConsole
 from megatron_hdpo.training.learner import Learner
@@ -130,7 +131,7 @@ def _methods(policy: Policy, groups: list[Group], arguments: argparse.Namespace)
 
     def step(name: str) -> float:
         console.timer.metrics()
-        seconds = _seconds(lambda: learners[name].learn(groups, 0))
+        seconds = _seconds(lambda: learners[name].learn(on_every_rank(groups), 0))
         phases[name].append(console.timer.metrics())
         return seconds
 

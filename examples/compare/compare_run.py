@@ -7,7 +7,7 @@ policy, as the method itself defines it.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import _part  # noqa: F401
@@ -18,7 +18,7 @@ from megatron_hdpo.parallel.context import start, stop
 from megatron_hdpo.training.loop import train
 from megatron_hdpo.training.run import build_run
 from megatron_hdpo.types.learning import Objective
-from megatron_hdpo.types.rollouts import Group
+from megatron_hdpo.types.rollouts import Group, JudgedGroup
 
 SIGNAL = "compare/signal_rate"
 
@@ -42,11 +42,14 @@ def run_recipe(recipe: Recipe, log: Path) -> None:
 
 def _record_signal(objective: Objective) -> None:
     """Add the share of groups with signal to the method's own metrics."""
-    of_the_method = objective.metrics
+    counts_of_the_method, metrics_of_the_method = objective.counts, objective.metrics
 
-    def metrics(groups: Sequence[Group]) -> dict[str, float]:
-        judged = [group for group in groups if group.samples]
-        signal = sum(map(objective.has_signal, judged))
-        return of_the_method(groups) | ({SIGNAL: signal / len(judged)} if judged else {})
+    def counts(groups: Sequence[Group]) -> dict[str, float]:
+        signal = sum(objective.has_signal(group) for group in groups if group.samples)
+        return counts_of_the_method(groups) | {SIGNAL: float(signal)}
 
-    objective.metrics = metrics  # type: ignore[method-assign]
+    def metrics(groups: Sequence[JudgedGroup], counts: Mapping[str, float]) -> dict[str, float]:
+        judged = sum(bool(group.samples) for group in groups)
+        return metrics_of_the_method(groups, counts) | ({SIGNAL: counts[SIGNAL] / judged} if judged else {})
+
+    objective.counts, objective.metrics = counts, metrics  # type: ignore[method-assign]

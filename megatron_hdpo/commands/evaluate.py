@@ -32,6 +32,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         # Here: `opened_run` says first what takes seconds to import.
         from megatron_hdpo.evaluation.evaluate import metrics_of, sample_responses
         from megatron_hdpo.evaluation.files import evaluation_table, write_evaluation
+        from megatron_hdpo.sampling.delivery import deliver_to_leader
 
         config, problems = run.recipe.evaluation, run.data.evaluation
         if run.recipe.rollout.replay is not None:
@@ -44,9 +45,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             responses = sample_responses(config, problems, run.coordinator, phase)
         metrics = metrics_of(config, responses)
         run.console.table("Evaluation", evaluation_table(metrics, responses))
+        sampled, greedy = (deliver_to_leader(part, run.context) for part in (responses.sampled, responses.greedy))
         if run.context.is_leader:
             folder = arguments.out or run.recipe.output
-            write_evaluation(folder, _setting(run.recipe), metrics, responses)
+            write_evaluation(folder, _setting(run.recipe), metrics, sampled, greedy)
             run.console.print(f"written: {folder}/evaluation.json and evaluation_samples.jsonl")
 
 

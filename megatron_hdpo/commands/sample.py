@@ -73,8 +73,9 @@ def _of_prompts(arguments: argparse.Namespace) -> None:
 
 
 def _of_problems(run: Run, arguments: argparse.Namespace) -> list[Group]:
-    """Return judged samples of held-out problems, which are taken from all sets alike. Collective."""
+    """Return on rank 0 judged samples of held-out problems, which are taken from all sets alike. Collective."""
     from megatron_hdpo.config import RecipeError
+    from megatron_hdpo.sampling.delivery import deliver_to_leader
     from megatron_hdpo.types.rollouts import SamplingParams
 
     if run.recipe.rollout.replay is not None:
@@ -92,7 +93,8 @@ def _of_problems(run: Run, arguments: argparse.Namespace) -> list[Group]:
     run.sync(0)
     problems = _spread(run.data.evaluation, arguments.problems)
     with run.console.phase("sample", total=0, unit="sample") as phase:
-        return run.coordinator.groups(problems, sampling, ("sample", arguments.seed), phase)
+        sampled = run.coordinator.groups(problems, sampling, ("sample", arguments.seed), phase)
+    return deliver_to_leader(sampled, run.context)
 
 
 def _spread(items: Sequence[T], count: int) -> list[T]:
@@ -105,7 +107,7 @@ def _group_lines(groups: Iterable[Group]) -> Iterable[str]:
     for group in groups:
         yield f"=== {group.problem.id}: {group.problem.question}\nanswer: {group.problem.answer}"
         for number, sample in enumerate(group.samples, start=1):
-            tokens = f"{sample.length} tokens, {sample.completion.finish_reason}"
+            tokens = f"{sample.length} tokens, {sample.finish_reason}"
             yield f"--- sample {number}: reward {sample.reward:g}, {tokens}\n{sample.text}"
         for reason, count in group.dropped.items():
             yield f"--- {count} samples dropped: {reason}"

@@ -11,7 +11,7 @@ eval/<task>/samples, problems how many were judged; samples that failed are left
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -19,16 +19,17 @@ from megatron_hdpo.evaluation.config import EvaluationConfig
 from megatron_hdpo.evaluation.passk import interval, pass_at_k
 from megatron_hdpo.sampling.coordinator import RolloutCoordinator
 from megatron_hdpo.sampling.sampler import Progress
+from megatron_hdpo.sampling.step_rollouts import StepRollouts
 from megatron_hdpo.types.problem import Problem
-from megatron_hdpo.types.rollouts import Group, SamplingParams
+from megatron_hdpo.types.rollouts import JudgedGroup, SamplingParams
 
 
 @dataclass(frozen=True)
 class Responses:
     """Judged responses to the problems of an evaluation. greedy: one per problem; empty where it is not asked for."""
 
-    sampled: Sequence[Group]
-    greedy: Sequence[Group] = ()
+    sampled: StepRollouts
+    greedy: StepRollouts = field(default_factory=StepRollouts)
 
 
 def evaluate(
@@ -68,10 +69,10 @@ def sample_responses(
 
 def metrics_of(config: EvaluationConfig, responses: Responses) -> dict[str, float]:
     """Return the `eval/<task>/...` metrics of judged responses."""
-    return _sampled_metrics(config, responses.sampled) | _greedy_metrics(config, responses.greedy)
+    return _sampled_metrics(config, responses.sampled.outlines) | _greedy_metrics(config, responses.greedy.outlines)
 
 
-def _sampled_metrics(config: EvaluationConfig, groups: Sequence[Group]) -> dict[str, float]:
+def _sampled_metrics(config: EvaluationConfig, groups: Sequence[JudgedGroup]) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for task, members in _by_task(groups).items():
         counts = [(len(g.samples), sum(s.reward >= config.success_threshold for s in g.samples)) for g in members]
@@ -89,7 +90,7 @@ def _sampled_metrics(config: EvaluationConfig, groups: Sequence[Group]) -> dict[
     return metrics
 
 
-def _greedy_metrics(config: EvaluationConfig, groups: Sequence[Group]) -> dict[str, float]:
+def _greedy_metrics(config: EvaluationConfig, groups: Sequence[JudgedGroup]) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for task, members in _by_task(groups).items():
         judged = [g.samples[0].reward >= config.success_threshold for g in members if g.samples]
@@ -104,8 +105,8 @@ def _with_interval(name: str, values: Sequence[float]) -> dict[str, float]:
     return {name: float(np.mean(values)), f"{name}_low": estimate.low, f"{name}_high": estimate.high}
 
 
-def _by_task(groups: Sequence[Group]) -> Mapping[str, list[Group]]:
-    by_task: dict[str, list[Group]] = {}
+def _by_task(groups: Sequence[JudgedGroup]) -> Mapping[str, list[JudgedGroup]]:
+    by_task: dict[str, list[JudgedGroup]] = {}
     for group in groups:
         by_task.setdefault(group.problem.task, []).append(group)
     return by_task

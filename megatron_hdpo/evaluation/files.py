@@ -7,31 +7,39 @@ responses.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_hdpo.evaluation.evaluate import Responses
 from megatron_hdpo.sampling.saved import sample_record
+from megatron_hdpo.types.rollouts import Group
 
 METRICS_FILE = "evaluation.json"
 SAMPLES_FILE = "evaluation_samples.jsonl"
 
 
 def write_evaluation(
-    folder: Path, setting: Mapping[str, Any], metrics: Mapping[str, float], responses: Responses
+    folder: Path,
+    setting: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    sampled: Sequence[Group],
+    greedy: Sequence[Group],
 ) -> None:
-    """Write both files into `folder`, over those of an earlier evaluation. setting: what the numbers depend on."""
+    """Write both files into `folder`, over those of an earlier evaluation.
+
+    setting: what the numbers depend on. sampled, greedy: the whole groups of the evaluation's `Responses`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in _records(responses))
+    lines = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in _records(sampled, greedy))
     (folder / SAMPLES_FILE).write_text("".join(lines), encoding="utf-8")
     (folder / METRICS_FILE).write_text(json.dumps({**setting, "metrics": metrics}, indent=2) + "\n", encoding="utf-8")
 
 
-def _records(responses: Responses) -> Iterator[dict[str, Any]]:
+def _records(sampled: Sequence[Group], greedy: Sequence[Group]) -> Iterator[dict[str, Any]]:
     """Yield what the reader wants to know of each problem: its question, its answer and the judged responses."""
-    greedy = {group.problem.id: group.samples for group in responses.greedy}
-    for group in responses.sampled:
+    greedy_samples = {group.problem.id: group.samples for group in greedy}
+    for group in sampled:
         problem = group.problem
         yield {
             "set": problem.task,
@@ -39,7 +47,7 @@ def _records(responses: Responses) -> Iterator[dict[str, Any]]:
             "question": problem.question,
             "answer": problem.answer,
             "samples": [sample_record(sample, problem.id) for sample in group.samples],
-            "greedy": [sample_record(sample, problem.id) for sample in greedy.get(problem.id, [])],
+            "greedy": [sample_record(sample, problem.id) for sample in greedy_samples.get(problem.id, [])],
             "dropped": group.dropped,
         }
 
@@ -51,7 +59,7 @@ def evaluation_table(metrics: Mapping[str, float], responses: Responses) -> list
     """
     rates = dict.fromkeys(name.rpartition("/")[2].removesuffix("_low") for name in metrics if name.endswith("_low"))
     dropped: dict[str, int] = {}
-    for group in (*responses.sampled, *responses.greedy):
+    for group in (*responses.sampled.outlines, *responses.greedy.outlines):
         name = group.problem.task
         dropped[name] = dropped.get(name, 0) + sum(group.dropped.values())
     return [

@@ -8,19 +8,19 @@ privileged prompt, scored by a teacher that reads it too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 from pydantic import Field
 
-from megatron_hdpo.objectives.base import ObjectiveDeps, group_shares
+from megatron_hdpo.objectives.base import NO_TOTALS, ObjectiveDeps, group_shares
 from megatron_hdpo.objectives.distillation import Distillation, SamePromptDistillation, StudentDistillationConfig
 from megatron_hdpo.objectives.examples import SampleKey, is_masked, privileged_samples
 from megatron_hdpo.objectives.settings import RecipeContext
 from megatron_hdpo.types.headline import PRIVILEGED_KEPT, Headline
 from megatron_hdpo.types.learning import DivergenceConfig, Objective
-from megatron_hdpo.types.rollouts import Group, Sample
+from megatron_hdpo.types.rollouts import Group, JudgedGroup, Sample
 
 
 class AKLConfig(StudentDistillationConfig):
@@ -85,6 +85,6 @@ class TeacherTokens(Distillation):
         """Return the number of the teacher's responses, and the headlines of every distillation."""
         return (PRIVILEGED_KEPT, *super().headlines)
 
-    def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
+    def metrics(self, groups: Sequence[JudgedGroup], counts: Mapping[str, float] = NO_TOTALS) -> dict[str, float]:
         """Return the shares of solved, mixed and cliff groups, and the number of privileged samples."""
         return group_shares(groups) | {"privileged/kept": float(sum(len(group.privileged_samples) for group in groups))}

@@ -16,7 +16,7 @@ from megatron_hdpo.objectives.settings import ObjectiveSettings
 from megatron_hdpo.types.headline import COVERED_MASS, DIVERGENCE, ENTROPY, GRADIENT_NORM, NLL, Headline
 from megatron_hdpo.types.learning import LossSpec, Score, Scoring, ScoringKey
 from megatron_hdpo.types.problem import Problem
-from megatron_hdpo.types.rollouts import Group, Sample
+from megatron_hdpo.types.rollouts import Group, JudgedGroup, Sample
 
 NO_TOTALS: Mapping[str, float] = MappingProxyType({})
 
@@ -95,7 +95,7 @@ class BaseObjective:
         """Return the number of privileged samples that the group gets. Default: 0."""
         return 0
 
-    def begin_step(self, step: int, groups: Sequence[Group]) -> None:
+    def begin_step(self, step: int, groups: Sequence[JudgedGroup]) -> None:
         """Store the step."""
         self.step = step
 
@@ -129,7 +129,11 @@ class BaseObjective:
         """Return metrics made of the totals over all replicas. Default: none."""
         return {}
 
-    def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
+    def counts(self, groups: Sequence[Group]) -> dict[str, float]:
+        """Return what `metrics` needs of texts and tokens, as sums over these groups. Default: none."""
+        return {}
+
+    def metrics(self, groups: Sequence[JudgedGroup], counts: Mapping[str, float] = NO_TOTALS) -> dict[str, float]:
         """Return metrics over all groups of the step. Default: none."""
         return {}
 
@@ -141,7 +145,7 @@ class BaseObjective:
         """Restore what `state_dict` returned. Default: do nothing."""
 
 
-def group_shares(groups: Sequence[Group], success: float = 1.0) -> dict[str, float]:
+def group_shares(groups: Sequence[JudgedGroup], success: float = 1.0) -> dict[str, float]:
     """Return the shares of solved, mixed and cliff groups among those with a judged sample; {} if there is none.
 
     Solved: every reward is at least `success`; cliff: none is; mixed: the others, the only ones with an advantage.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from pydantic import Field
@@ -10,7 +10,7 @@ from pydantic import Field
 from megatron_hdpo.data.prompts import Hint
 from megatron_hdpo.objectives.siblings import SiblingConfig, right_siblings, sibling_hint
 from megatron_hdpo.types.learning import DivergenceConfig
-from megatron_hdpo.types.rollouts import Group
+from megatron_hdpo.types.rollouts import Group, JudgedGroup
 
 Source = Literal["sibling", "feedback"]
 
@@ -48,13 +48,20 @@ def sdpo_divergence() -> DivergenceConfig:
     return DivergenceConfig(coefficient=1.0, tail="bucket", support="student", top_k=100, importance_cap=2.0)
 
 
-def demonstration_shares(groups: Sequence[Group], config: DemonstrationConfig) -> dict[str, float]:
-    """Return the shares of all samples that have a successful sibling, and feedback; {} without samples."""
+def demonstration_counts(groups: Sequence[Group], config: DemonstrationConfig) -> dict[str, float]:
+    """Return the numbers of samples that have a successful sibling, and feedback."""
     hints = [demonstration(group, s, config) for group in groups for s in range(len(group.samples))]
-    if not hints:
-        return {}
     shown = [hint for hint in hints if hint is not None]
     return {
-        "distill/sibling_share": sum(bool(hint.attempt) for hint in shown) / len(hints),
-        "distill/feedback_share": sum(bool(hint.feedback) for hint in shown) / len(hints),
+        "sibling": float(sum(bool(hint.attempt) for hint in shown)),
+        "feedback": float(sum(bool(hint.feedback) for hint in shown)),
     }
+
+
+def demonstration_shares(groups: Sequence[JudgedGroup], counts: Mapping[str, float]) -> dict[str, float]:
+    """Return the shares of all samples that have a successful sibling, and feedback; {} without samples.
+
+    counts: the sums of `demonstration_counts` over all groups.
+    """
+    samples = sum(len(group.samples) for group in groups)
+    return {f"distill/{name}_share": counts[name] / samples for name in ("sibling", "feedback")} if samples else {}

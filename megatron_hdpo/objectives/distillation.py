@@ -33,7 +33,7 @@ from megatron_hdpo.types.learning import (
     ScoringKey,
     SurrogateConfig,
 )
-from megatron_hdpo.types.rollouts import Group, Sample
+from megatron_hdpo.types.rollouts import Group, JudgedGroup, Sample
 
 
 class StudentDistillationConfig(ObjectiveSettings):
@@ -108,11 +108,14 @@ class Distillation(BaseObjective):
         """Return the divergence, the share of cliffs, and how much of the teacher is seen."""
         return (DIVERGENCE, CLIFF_RATE, COVERED_MASS, GRADIENT_NORM, SOLVED_RATE)
 
-    def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
+    def counts(self, groups: Sequence[Group]) -> dict[str, float]:
+        """Return the number of distilled samples."""
+        return {"trained": float(sum(1 for _ in self.trained(groups)))}
+
+    def metrics(self, groups: Sequence[JudgedGroup], counts: Mapping[str, float] = NO_TOTALS) -> dict[str, float]:
         """Return the shares of solved, mixed and cliff groups, and of masked samples."""
         samples = sum(len(group.samples) for group in groups)
-        trained = sum(1 for _ in self.trained(groups))
-        return group_shares(groups) | ({"distill/masked_share": 1 - trained / samples} if samples else {})
+        return group_shares(groups) | ({"distill/masked_share": 1 - counts["trained"] / samples} if samples else {})
 
 
 class SamePromptDistillation(Distillation):

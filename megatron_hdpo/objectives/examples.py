@@ -32,7 +32,7 @@ def _samples(groups: Sequence[Group], kind: str) -> Iterator[tuple[SampleKey, Gr
 
 def is_masked(sample: Sample, overlong: str) -> bool:
     """Return whether the sample was cut at the length limit and the setting `overlong` masks such samples."""
-    return overlong == "mask" and sample.completion.finish_reason == "length"
+    return overlong == "mask" and sample.finish_reason == "length"
 
 
 def experts_of(key: SampleKey, sample: Sample) -> np.ndarray | None:

@@ -32,7 +32,7 @@ from megatron_hdpo.types.headline import (
     Headline,
 )
 from megatron_hdpo.types.learning import Example, LossSpec, Score, Scoring, ScoringKey, SurrogateConfig
-from megatron_hdpo.types.rollouts import Group, Sample
+from megatron_hdpo.types.rollouts import Group, JudgedGroup, JudgedSample, Sample
 
 OverlongPolicy = Literal["keep", "mask", "penalise"]
 
@@ -135,11 +135,11 @@ class GRPO(BaseObjective):
             reference=scores.get((*key, "reference")),
         )
 
-    def _advantages(self, group: Group) -> np.ndarray:
+    def _advantages(self, group: JudgedGroup) -> np.ndarray:
         return advantages(np.array([self._reward(sample) for sample in group.samples]), self.config.advantage)
 
-    def _reward(self, sample: Sample) -> float:
-        cut = self.config.overlong == "penalise" and sample.completion.finish_reason == "length"
+    def _reward(self, sample: JudgedSample) -> float:
+        cut = self.config.overlong == "penalise" and sample.finish_reason == "length"
         return sample.reward - (self.config.overlong_penalty if cut else 0.0)
 
     @property
@@ -148,6 +148,6 @@ class GRPO(BaseObjective):
         penalty = (REFERENCE_KL,) if self.config.needs_reference else ()
         return (CLIFF_RATE, SOLVED_RATE, ENTROPY, GRADIENT_NORM, *penalty, SURROGATE_LOSS, CLIP_FRACTION)
 
-    def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
+    def metrics(self, groups: Sequence[JudgedGroup], counts: Mapping[str, float] = NO_TOTALS) -> dict[str, float]:
         """Return the shares of solved groups (all right), cliffs (all wrong) and mixed ones."""
         return group_shares(groups)

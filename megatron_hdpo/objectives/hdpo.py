@@ -20,7 +20,7 @@ from megatron_hdpo.objectives.privileged import PrivilegedFilter, PrivilegedRoll
 from megatron_hdpo.objectives.settings import OWN_TEACHERS, RecipeContext, TeacherKind
 from megatron_hdpo.types.headline import CLIFF_RATE, DISTILLED_TOKENS, DIVERGENCE, PRIVILEGED_SUCCESS, Headline
 from megatron_hdpo.types.learning import DivergenceConfig, Example, LossSpec, Score, Scoring, ScoringKey
-from megatron_hdpo.types.rollouts import Group
+from megatron_hdpo.types.rollouts import Group, JudgedGroup
 
 
 class PrivilegedConfig(PrivilegedRolloutConfig):
@@ -79,7 +79,7 @@ class HDPO(GRPO):
         """Return the surrogate, its penalty and the divergence."""
         return replace(super().loss, distill=self.config.distill)
 
-    def is_cliff(self, group: Group) -> bool:
+    def is_cliff(self, group: JudgedGroup) -> bool:
         """Return whether every judged sample failed. A group without a judged sample is no cliff."""
         return bool(group.samples) and all(not self.filter.is_right(sample) for sample in group.samples)
 
@@ -131,7 +131,7 @@ class HDPO(GRPO):
         cliffs = (CLIFF_RATE, PRIVILEGED_SUCCESS, DIVERGENCE, DISTILLED_TOKENS)
         return (*cliffs, *(headline for headline in super().headlines if headline not in cliffs))
 
-    def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
+    def metrics(self, groups: Sequence[JudgedGroup], counts: Mapping[str, float] = NO_TOTALS) -> dict[str, float]:
         """Return the shares of solved, mixed and cliff groups, and of cliffs with a kept privileged sample."""
         cliffs = [group for group in groups if self.is_cliff(group)]
         metrics = group_shares(groups, self.config.privileged.success_threshold)

@@ -34,7 +34,7 @@ from megatron_hdpo.types.learning import (
     ScoringKey,
     SurrogateConfig,
 )
-from megatron_hdpo.types.rollouts import Group, Sample
+from megatron_hdpo.types.rollouts import Group, JudgedGroup, Sample
 
 _SAMPLED_KL = Headline("distill/sampled_kl", "KL", "Sampled KL(student || teacher) (nats per token)", ".4f")
 
@@ -176,6 +176,6 @@ class SampledDistillation(BaseObjective):
         """Return the divergence, entropy and the share of cliffs."""
         return (_SAMPLED_KL, ENTROPY, CLIFF_RATE, GRADIENT_NORM, SOLVED_RATE)
 
-    def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
+    def metrics(self, groups: Sequence[JudgedGroup], counts: Mapping[str, float] = NO_TOTALS) -> dict[str, float]:
         """Return the shares of solved, mixed and cliff groups, for the record: the method learns from no reward."""
         return group_shares(groups)

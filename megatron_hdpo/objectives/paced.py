@@ -34,7 +34,7 @@ from megatron_hdpo.objectives.settings import RecipeContext
 from megatron_hdpo.types.divergences import DivergenceKind
 from megatron_hdpo.types.headline import Headline
 from megatron_hdpo.types.learning import DivergenceConfig, Example, LossSpec, Score, Scoring, ScoringKey
-from megatron_hdpo.types.rollouts import Group, Sample
+from megatron_hdpo.types.rollouts import Group, JudgedGroup, Sample
 
 _WEIGHT = Headline("paced/mean_weight", "weight", "Mean weight of a token before normalisation")
 
@@ -93,12 +93,12 @@ class PACED(Distillation):
         first = self.step < self.config.switch_step
         return replace(super().loss, distill=self.config.distill if first else self.config.second)
 
-    def begin_step(self, step: int, groups: Sequence[Group]) -> None:
+    def begin_step(self, step: int, groups: Sequence[JudgedGroup]) -> None:
         """Store the step, and the pass rates that it measures."""
         super().begin_step(step, groups)
         self.rates |= {g.problem.id: measured for g in groups if (measured := self._measured(g, step)) is not None}
 
-    def weight(self, group: Group, step: int) -> float:
+    def weight(self, group: JudgedGroup, step: int) -> float:
         """Return p^a (1 - p)^b of the group's prompt, before normalisation; 0 if p is 0, 1 or not measured."""
         measured = self._measured(group, step)
         if measured is None or measured[0] in (0.0, 1.0):
@@ -185,7 +185,7 @@ class PACED(Distillation):
         mean = {"paced/mean_weight": totals["paced/weight"] / tokens} if tokens else {}
         return mean | {"paced/stage": 1.0 if self.step < self.config.switch_step else 2.0}
 
-    def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
+    def metrics(self, groups: Sequence[JudgedGroup], counts: Mapping[str, float] = NO_TOTALS) -> dict[str, float]:
         """Return the shares of solved, mixed and cliff groups, and how many privileged samples were kept or dropped."""
         return group_shares(groups, self.config.privileged.success_threshold) | privileged_metrics(groups)
 
@@ -197,7 +197,7 @@ class PACED(Distillation):
         """Restore the pass rates."""
         self.rates = {problem: (float(rate), int(step)) for problem, (rate, step) in state["rates"].items()}
 
-    def _measured(self, group: Group, step: int) -> tuple[float, int] | None:
+    def _measured(self, group: JudgedGroup, step: int) -> tuple[float, int] | None:
         """Return the pass rate of the prompt and the step that measured it; None if it is unknown.
 
         A stored rate of the same period comes first, then the rate of this group's samples, then any stored rate.

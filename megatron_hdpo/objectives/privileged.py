@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pydantic import BaseModel, ConfigDict, Field
 
 from megatron_hdpo.data.leakage import LeakageConfig, find_leak
-from megatron_hdpo.types.rollouts import Group, Sample
+from megatron_hdpo.types.rollouts import Group, JudgedGroup, JudgedSample, Sample
 
 RIGHT_BUT_DROPPED = ("leaked", "duplicate", "over_cap")
 
@@ -49,7 +49,7 @@ class PrivilegedFilter:
         group.privileged_samples = kept
         return group
 
-    def is_right(self, sample: Sample) -> bool:
+    def is_right(self, sample: JudgedSample) -> bool:
         """Return whether the reward of a sample reaches the success threshold."""
         return sample.reward >= self.config.success_threshold
 
@@ -65,7 +65,7 @@ class PrivilegedFilter:
         return None
 
 
-def privileged_metrics(groups: Sequence[Group]) -> dict[str, float]:
+def privileged_metrics(groups: Sequence[JudgedGroup]) -> dict[str, float]:
     """Return the number of judged privileged samples, the share of right ones, and why right ones were dropped."""
     kept = sum(len(group.privileged_samples) for group in groups)
     dropped = {r: sum(g.dropped.get(r, 0) for g in groups) for r in ("wrong", *RIGHT_BUT_DROPPED)}

@@ -31,7 +31,7 @@ from megatron_hdpo.objectives.settings import OWN_TEACHERS, RecipeContext, Teach
 from megatron_hdpo.objectives.siblings import PairConfig, has_pair, pair_hints
 from megatron_hdpo.types.headline import Headline
 from megatron_hdpo.types.learning import Example, Score, Scoring, ScoringKey, SurrogateConfig
-from megatron_hdpo.types.rollouts import Group, Sample
+from megatron_hdpo.types.rollouts import Group, JudgedGroup, Sample
 
 _MOVED = Headline("rlcsd/moved_share", "moved", "Share of tokens whose advantage the evidence moves")
 
@@ -165,8 +165,12 @@ class RLCSD(GRPO):
         first, *rest = super().headlines
         return (first, _MOVED, *rest)
 
-    def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
+    def counts(self, groups: Sequence[Group]) -> dict[str, float]:
+        """Return the number of samples with hints."""
+        return {"trained": float(sum(1 for _ in self.trained(groups)))}
+
+    def metrics(self, groups: Sequence[JudgedGroup], counts: Mapping[str, float] = NO_TOTALS) -> dict[str, float]:
         """Return GRPO's metrics, and the share of samples that are left out."""
         samples = sum(len(group.samples) for group in groups)
-        trained = sum(1 for _ in self.trained(groups))
-        return super().metrics(groups) | ({"rlcsd/left_out_share": 1 - trained / samples} if samples else {})
+        left_out = {"rlcsd/left_out_share": 1 - counts["trained"] / samples} if samples else {}
+        return super().metrics(groups) | left_out

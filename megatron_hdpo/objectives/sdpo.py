@@ -11,16 +11,18 @@ sources are shown where both exist.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
 from megatron_hdpo.data.prompts import Hint
+from megatron_hdpo.objectives.base import NO_TOTALS
 from megatron_hdpo.objectives.demonstrations import (
     DemonstrationConfig,
     demonstration,
+    demonstration_counts,
     demonstration_shares,
     sdpo_divergence,
 )
@@ -28,7 +30,7 @@ from megatron_hdpo.objectives.distillation import Distillation, StudentDistillat
 from megatron_hdpo.objectives.settings import OWN_TEACHERS, TeacherKind
 from megatron_hdpo.types.headline import Headline
 from megatron_hdpo.types.learning import DivergenceConfig
-from megatron_hdpo.types.rollouts import Group
+from megatron_hdpo.types.rollouts import Group, JudgedGroup
 
 _SIBLINGS = Headline("distill/sibling_share", "sibl.", "Share of samples whose teacher reads a right sibling")
 
@@ -70,9 +72,13 @@ class SDPO(Distillation):
         first, *rest = super().headlines
         return (first, _SIBLINGS, *rest)
 
-    def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
+    def counts(self, groups: Sequence[Group]) -> dict[str, float]:
+        """Return the counts of every distillation, and the numbers of samples with a sibling and with feedback."""
+        return super().counts(groups) | demonstration_counts(groups, self.config.demonstration)
+
+    def metrics(self, groups: Sequence[JudgedGroup], counts: Mapping[str, float] = NO_TOTALS) -> dict[str, float]:
         """Return the metrics of every distillation, and the shares of samples with a sibling and with feedback."""
-        return super().metrics(groups) | demonstration_shares(groups, self.config.demonstration)
+        return super().metrics(groups, counts) | demonstration_shares(groups, counts)
 
     def _hint(self, group: Group, index: int) -> Hint | None:
         return demonstration(group, index, self.config.demonstration)

@@ -25,6 +25,7 @@ from megatron_hdpo.objectives.base import NO_TOTALS
 from megatron_hdpo.objectives.demonstrations import (
     DemonstrationConfig,
     demonstration,
+    demonstration_counts,
     demonstration_shares,
     sdpo_divergence,
 )
@@ -47,7 +48,7 @@ from megatron_hdpo.types.learning import (
     ScoringKey,
     SurrogateConfig,
 )
-from megatron_hdpo.types.rollouts import Group, Sample
+from megatron_hdpo.types.rollouts import Group, JudgedGroup, Sample
 
 _DISTILLED = Headline("srpo/distilled_share", "dist.", "Share of samples that are distilled")
 
@@ -142,12 +143,16 @@ class SRPO(GRPO):
         first, *rest = super().headlines
         return (first, _DISTILLED, DIVERGENCE, *rest)
 
-    def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
+    def counts(self, groups: Sequence[Group]) -> dict[str, float]:
+        """Return the numbers of samples with a demonstration, and of those that are distilled."""
+        distilled = {"distilled": float(sum(1 for _ in self._distilled(groups)))}
+        return demonstration_counts(groups, self.config.demonstration) | distilled
+
+    def metrics(self, groups: Sequence[JudgedGroup], counts: Mapping[str, float] = NO_TOTALS) -> dict[str, float]:
         """Return GRPO's metrics, the shares of samples with a demonstration, and the share that is distilled."""
-        metrics = super().metrics(groups) | demonstration_shares(groups, self.config.demonstration)
+        metrics = super().metrics(groups) | demonstration_shares(groups, counts)
         samples = sum(len(group.samples) for group in groups)
-        distilled = sum(1 for _ in self._distilled(groups))
-        return metrics | ({"srpo/distilled_share": distilled / samples} if samples else {})
+        return metrics | ({"srpo/distilled_share": counts["distilled"] / samples} if samples else {})
 
     def _distilled(self, groups: Sequence[Group]) -> Iterator[tuple[SampleKey, Group, Sample]]:
         for key, group, sample in student_samples(groups):

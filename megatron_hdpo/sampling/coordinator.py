@@ -1,8 +1,9 @@
 """Groups of a step on all ranks: student rollouts, and privileged ones where the objective asks for them.
 
-The sampling ranks share the problems; then groups are gathered, so that every rank holds the whole step in the same
-order, for any number of ranks. A group's privileged rollouts are requested as soon as its last student rollout has been
-judged, while other groups are still being sampled.
+The sampling ranks share the problems; then outlines of the groups are gathered, so that every rank knows the whole step
+in the same order, for any number of ranks, while each group stays where it was sampled (`step_rollouts.py`). A group's
+privileged rollouts are requested as soon as its last student rollout has been judged, while other groups are still
+being sampled.
 
 When an engine loses its weights (its last server died), only its rank stops sampling; then all ranks restore the
 weights together, and the rank samples what is missing.
@@ -27,6 +28,7 @@ from megatron_hdpo.sampling.sampler import (
     SamplingJob,
     rollout_seed,
 )
+from megatron_hdpo.sampling.step_rollouts import StepRollouts, gather_outlines
 from megatron_hdpo.types.learning import Objective
 from megatron_hdpo.types.problem import Problem
 from megatron_hdpo.types.rollouts import Group, SamplingParams
@@ -38,12 +40,12 @@ LOGGER = logging.getLogger(__name__)
 class SampledShare:
     """Rollouts that one rank has sampled for a step.
 
-    problems: number of problems of the step. groups: by the index of their problem. complete: whether the groups hold
-    all privileged rollouts that the objective asks for. unfinished: what an engine without weights has left to do.
+    problems: all problems of the step. groups: by the index of their problem. complete: whether the groups hold all
+    privileged rollouts that the objective asks for. unfinished: what an engine without weights has left to do.
     """
 
     step: int
-    problems: int
+    problems: Sequence[Problem]
     groups: dict[int, Group] = field(default_factory=dict)
     complete: bool = True
     unfinished: SamplingJob | None = None
@@ -87,7 +89,7 @@ class RolloutCoordinator:
 
     def step(
         self, problems: Sequence[Problem], step: int, objective: Objective, progress: Progress | None = None
-    ) -> list[Group]:
+    ) -> StepRollouts:
         """Return groups of `samples_per_prompt` rollouts of the problems, in their order. Collective.
 
         The groups hold the privileged rollouts that the objective asks for. Raises EngineLostWeights when the engine
@@ -99,7 +101,7 @@ class RolloutCoordinator:
         self, problems: Sequence[Problem], step: int, objective: Objective, progress: Progress | None = None
     ) -> SampledShare:
         """Sample this rank's share of a step. Not collective: a thread may run it while the ranks train."""
-        share = SampledShare(step, len(problems), complete=not self._bounded(len(problems), objective))
+        share = SampledShare(step, problems, complete=not self._bounded(len(problems), objective))
         sampling = self.config.sampling(self.config.samples_per_prompt, self.stop_token_ids)
         requests = self._requests(problems, sampling, ("train", step))
         requests = [replace(request, stop_at=self.config.stop_at_reward) for request in requests]
@@ -107,20 +109,24 @@ class RolloutCoordinator:
         share.run(self.sampler.begin(requests, progress, partial(self._judged, share, objective)))
         return share
 
-    def finish_step(self, share: SampledShare, objective: Objective, progress: Progress | None = None) -> list[Group]:
-        """Return all groups of the step on every rank, from the shares of all ranks. Collective."""
-        groups = self._gather(share)
-        if share.complete:
-            return groups
-        # The bound counts the cliffs of the whole step, so the choice does not depend on the ranks.
-        planned = {
-            g: n for g, group in enumerate(groups) if (n := objective.privileged_rollouts_for(group, share.step))
-        }
-        chosen = dict(list(planned.items())[: objective.max_privileged_prompts])
-        mine = {g: n for g, n in chosen.items() if g in share.groups}
-        requests = [self._privileged(share, g, n, objective) for g, n in mine.items()]
-        share.run(self.sampler.begin(requests, progress, partial(self._judged, share, objective)))
-        return self._gather(share)
+    def finish_step(self, share: SampledShare, objective: Objective, progress: Progress | None = None) -> StepRollouts:
+        """Return all groups of the step, from the shares of all ranks. Collective."""
+        self._finish(share)
+        if not share.complete:
+            chosen = self._chosen(share, objective)
+            requests = [self._privileged(share, g, n, objective) for g, n in chosen.items() if g in share.groups]
+            share.run(self.sampler.begin(requests, progress, partial(self._judged, share, objective)))
+            self._finish(share)
+        return gather_outlines(share.groups, self.context, share.problems)
+
+    def _chosen(self, share: SampledShare, objective: Objective) -> dict[int, int]:
+        """Return the numbers of privileged rollouts of the first groups that get any, by index, for all ranks.
+
+        The bound counts the cliffs of the whole step, so the choice does not depend on the ranks. Collective.
+        """
+        own = {g: objective.privileged_rollouts_for(group, share.step) for g, group in share.groups.items()}
+        planned = {g: n for part in self.context.gather_objects(own) for g, n in part.items() if n}
+        return dict(sorted(planned.items())[: objective.max_privileged_prompts])
 
     def groups(
         self,
@@ -128,12 +134,12 @@ class RolloutCoordinator:
         sampling: SamplingParams,
         purpose: tuple[object, ...],
         progress: Progress | None = None,
-    ) -> list[Group]:
+    ) -> StepRollouts:
         """Return groups of the problems under any sampling parameters, without privileged rollouts. Collective.
 
         purpose: enters the seeds.
         """
-        share = SampledShare(0, len(problems))
+        share = SampledShare(0, problems)
         requests = self._requests(problems, sampling, purpose)
         share.groups = {int(r.key): Group(r.problem, r.prompt_ids, []) for r in requests}
 
@@ -143,7 +149,8 @@ class RolloutCoordinator:
             return []
 
         share.run(self.sampler.begin(requests, progress, then))
-        return self._gather(share)
+        self._finish(share)
+        return gather_outlines(share.groups, self.context, problems)
 
     def _requests(
         self, problems: Sequence[Problem], sampling: SamplingParams, purpose: tuple[object, ...]
@@ -202,15 +209,11 @@ class RolloutCoordinator:
         self.context.barrier("rollouts of all ranks")
         return any(self.context.gather_objects(share.unfinished is not None))
 
-    def _gather(self, share: SampledShare) -> list[Group]:
-        """Return the groups of all ranks, once every rank has finished sampling."""
+    def _finish(self, share: SampledShare) -> None:
+        """Return once every rank has finished sampling. Collective."""
         while self._are_unfinished(share):
             if self.restore_weights is None:
                 raise EngineLostWeights("the engine has lost the weights, and there is no way to restore them")
             self.restore_weights()
             if share.unfinished is not None:
                 share.run(share.unfinished)
-        merged: dict[int, Group] = {}
-        for part in self.context.gather_objects(share.groups):
-            merged |= part
-        return [merged[index] for index in range(share.problems)]

@@ -7,15 +7,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from megatron_hdpo.sampling.coordinator import RolloutCoordinator, SampledShare
 from megatron_hdpo.sampling.sampler import Progress
+from megatron_hdpo.sampling.step_rollouts import StepRollouts
 from megatron_hdpo.types.learning import Objective
 from megatron_hdpo.types.problem import Problem
-from megatron_hdpo.types.rollouts import Group
 
 
 class PrefetchedRollouts:
     """Samples the rollouts of the next step in a thread.
 
-    `begin` starts a step on each rank independently; `take` is collective and returns its groups on all ranks.
+    `begin` starts a step on each rank independently; `take` is collective and returns its groups.
     """
 
     def __init__(self, coordinator: RolloutCoordinator) -> None:
@@ -34,7 +34,7 @@ class PrefetchedRollouts:
 
     def take(
         self, problems: Sequence[Problem], step: int, objective: Objective, progress: Progress | None = None
-    ) -> list[Group]:
+    ) -> StepRollouts:
         """Return the groups of a step: those begun before, or sampled now. Collective."""
         if self._begun is None:
             return self.coordinator.step(problems, step, objective, progress)

@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 
+from megatron_hdpo.parallel.context import ParallelContext
+from megatron_hdpo.sampling.step_rollouts import StepRollouts, gather_signals
 from megatron_hdpo.types.learning import Objective
-from megatron_hdpo.types.rollouts import Group
 
-SampleMore = Callable[[int, int, Collection[str]], list[Group]]
+SampleMore = Callable[[int, int, Collection[str]], StepRollouts]
 """(round, number of groups, ids of problems to leave out) -> groups of further problems."""
 
 
 def refilled(
-    groups: Sequence[Group], rounds: int, size: int, objective: Objective, sample_more: SampleMore
-) -> list[Group]:
-    """Return all groups of a step: the first ones, and the groups that `rounds` rounds of refilling add.
+    rollouts: StepRollouts,
+    rounds: int,
+    size: int,
+    objective: Objective,
+    context: ParallelContext,
+    sample_more: SampleMore,
+) -> StepRollouts:
+    """Return all groups of a step: the first ones, and the groups that `rounds` rounds of refilling add. Collective.
 
     size: wanted groups with signal. Each round samples as many further problems as are missing.
     """
-    groups = list(groups)
     for turn in range(rounds):
-        missing = size - len(with_signal(groups, size, objective))
+        missing = size - len(with_signal(rollouts, size, objective, context))
         if not missing:
             break
-        groups += sample_more(turn, missing, {group.problem.id for group in groups})
-    return groups
+        rollouts += sample_more(turn, missing, {outline.problem.id for outline in rollouts.outlines})
+    return rollouts
 
 
-def with_signal(groups: Sequence[Group], size: int, objective: Objective) -> list[Group]:
-    """Return the first `size` groups that can change the policy."""
-    return [group for group in groups if objective.has_signal(group)][:size]
+def with_signal(rollouts: StepRollouts, size: int, objective: Objective, context: ParallelContext) -> StepRollouts:
+    """Return the first `size` groups that can change the policy. Collective."""
+    signals = gather_signals(rollouts, objective, context)
+    return rollouts.select([index for index, signal in enumerate(signals) if signal][:size])

@@ -29,7 +29,7 @@ from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.tracking.communication import TrainingTraffic
 from megatron_hdpo.tracking.names import STEP_SECONDS
 from megatron_hdpo.tracking.work import FlopCounter
-from megatron_hdpo.types.rollouts import Group
+from megatron_hdpo.types.rollouts import GroupOutline
 
 _GIB = 2**30
 
@@ -63,20 +63,20 @@ class RankAmounts:
     largest: dict[str, float]
 
 
-def sampled(architecture: Architecture, groups: Sequence[Group]) -> Sampled:
+def sampled(architecture: Architecture, groups: Sequence[GroupOutline]) -> Sampled:
     """Return the amounts that the groups of a step sampled."""
     tokens, whole, flops = 0, 0, 0.0
     for group in groups:
-        whole += sum(len(group.prompt_ids) + sample.length for sample in group.samples)
+        whole += sum(group.prompt_length + sample.length for sample in group.samples)
         for prompt, samples in (
-            (group.prompt_ids, group.samples),
-            (group.privileged_prompt_ids, group.privileged_samples),
+            (group.prompt_length, group.samples),
+            (group.privileged_prompt_length, group.privileged_samples),
         ):
-            if prompt is None or not samples:
+            if not samples:
                 continue
             tokens += sum(sample.length for sample in samples)
-            flops += forward_flops(architecture, [(len(prompt), 0)])
-            flops += sum(decoding_flops(architecture, len(prompt), sample.length) for sample in samples)
+            flops += forward_flops(architecture, [(prompt, 0)])
+            flops += sum(decoding_flops(architecture, prompt, sample.length) for sample in samples)
     return Sampled(tokens, whole, flops)
 
 
@@ -121,7 +121,7 @@ class Performance:
         if self.context.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.context.device)
 
-    def rollouts(self, groups: Sequence[Group]) -> None:
+    def rollouts(self, groups: Sequence[GroupOutline]) -> None:
         """Count all groups that were sampled for the step, including those that it will not learn from."""
         self._sampled = sampled(self.architecture, groups)
 

@@ -11,6 +11,8 @@ from megatron_hdpo.costs.flops import FORWARD, FORWARD_AND_BACKWARD, forward_flo
 from megatron_hdpo.model.packing import split_by_cost
 from megatron_hdpo.model.policy import Policy, TrainingError, share_examples
 from megatron_hdpo.model.scoring import ScoringContext, by_dependency
+from megatron_hdpo.sampling.delivery import deliver_to_replicas
+from megatron_hdpo.sampling.step_rollouts import StepRollouts, gather_signals
 from megatron_hdpo.teachers.teacher import PolicyTeacher, Teacher
 from megatron_hdpo.tracking.console import Console
 from megatron_hdpo.tracking.work import FlopCounter
@@ -24,7 +26,7 @@ from megatron_hdpo.types.learning import (
     ScoringKey,
 )
 from megatron_hdpo.types.metrics import reduce_metrics
-from megatron_hdpo.types.rollouts import Group
+from megatron_hdpo.types.rollouts import Group, GroupOutline
 
 _PHASES = {"policy": "score", "teacher": "teacher", "reference": "reference"}
 Answers = dict[ScoringKey, Score]
@@ -57,14 +59,14 @@ class Learner:
         self.work = FlopCounter()
         self._skipped_in_a_row = 0
 
-    def learn(self, groups: Sequence[Group], step: int) -> dict[str, float]:
+    def learn(self, rollouts: StepRollouts, step: int) -> dict[str, float]:
         """Update the policy on the groups of a step and return the step's metrics.
 
-        groups: the same list on every rank. Raises TrainingError when more than `max_skipped_updates` updates in a row
+        Raises TrainingError when more than `max_skipped_updates` updates in a row
         had a gradient that is not finite.
         """
-        self.objective.begin_step(step, groups)
-        examples, teacher_head, metrics = self._plan(self._share(groups))
+        self.objective.begin_step(step, rollouts.outlines)
+        examples, teacher_head, metrics = self._plan(self._share(rollouts))
         self.work.trained(self.policy.architecture, examples)
         updates = []
         with self.console.phase("train", total=self._tokens(examples), unit="token") as phase:
@@ -107,15 +109,17 @@ class Learner:
                 "objective.distill.coefficient, or look for the first such step in metrics.jsonl"
             )
 
-    def _share(self, groups: Sequence[Group]) -> list[Group]:
+    def _share(self, rollouts: StepRollouts) -> list[Group]:
         """Return the groups of this data-parallel replica: whole groups, with nearly equal FLOPs for all replicas."""
         context = self.policy.context
-        return [groups[i] for i in split_by_cost(list(map(self._cost, groups)), context.dp_size)[context.dp_rank]]
+        signals = gather_signals(rollouts, self.objective, context)
+        costs = list(map(self._cost, rollouts.outlines, signals))
+        return deliver_to_replicas(rollouts, split_by_cost(costs, context.dp_size), context)
 
-    def _cost(self, group: Group) -> float:
+    def _cost(self, group: GroupOutline, has_signal: bool) -> float:
         """Return the most FLOPs that a group may need: scoring, and training if it can change the policy."""
-        passes = FORWARD + (FORWARD_AND_BACKWARD if self.objective.has_signal(group) else 0)
-        sequences = [(len(group.prompt_ids) + s.length, s.length) for s in (*group.samples, *group.privileged_samples)]
+        passes = FORWARD + (FORWARD_AND_BACKWARD if has_signal else 0)
+        sequences = [(group.prompt_length + s.length, s.length) for s in (*group.samples, *group.privileged_samples)]
         return passes * forward_flops(self.policy.architecture, sequences)
 
     def _plan(self, groups: Sequence[Group]) -> tuple[list[Example], Tensor | None, dict[str, float]]:

@@ -50,9 +50,9 @@ def _record_start(run: Run) -> None:
 
 def _step(run: Run) -> dict[str, float]:
     recipe = run.recipe
-    groups, metrics = collect_step_rollouts(run)
+    rollouts, metrics = collect_step_rollouts(run)
     begin_next_rollouts(run)
-    metrics |= run.learner.learn(groups, run.step)
+    metrics |= run.learner.learn(rollouts, run.step)
     run.step += 1
     metrics |= run.measurements.stragglers.metrics(run.step)
     if recipe.rollout.replay is None:

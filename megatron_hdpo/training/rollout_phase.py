@@ -9,15 +9,17 @@ from pathlib import Path
 import numpy as np
 
 from megatron_hdpo.model.policy import TrainingError
+from megatron_hdpo.sampling.delivery import deliver_to_leader
 from megatron_hdpo.sampling.refill import refilled, with_signal
 from megatron_hdpo.sampling.saved import read_groups, write_groups
+from megatron_hdpo.sampling.step_rollouts import StepRollouts, gather_counts, on_every_rank
 from megatron_hdpo.training.run import Run, rollouts_file
 from megatron_hdpo.types.errors import DataError
-from megatron_hdpo.types.rollouts import Group
+from megatron_hdpo.types.rollouts import Group, GroupOutline
 
 
-def collect_step_rollouts(run: Run) -> tuple[list[Group], dict[str, float]]:
-    """Return the groups that the next step learns from, and metrics of all sampled groups.
+def collect_step_rollouts(run: Run) -> tuple[StepRollouts, dict[str, float]]:
+    """Return the groups that the next step learns from, and metrics of all sampled groups. Collective.
 
     The groups are judged and hold their privileged rollouts. Raises TrainingError when an engine missed a weight
     update, DataError when rollouts to replay cannot be read.
@@ -25,34 +27,38 @@ def collect_step_rollouts(run: Run) -> tuple[list[Group], dict[str, float]]:
     rollout = run.recipe.rollout
     file = rollouts_file(run.step + 1)
     if rollout.replay is not None:
-        groups = _replayed(rollout.replay / file, run)
+        rollouts = on_every_rank(_replayed(rollout.replay / file, run))
     else:
-        groups = _sampled(run)
-        check_versions(groups, run.step, rollout.ahead)
-        if rollout.save and run.context.is_leader:
-            _save_rollouts(run.recipe.output / "rollouts" / file, groups, run)
-        run.context.barrier("rollouts saved")
-        run.measurements.performance.rollouts(groups)
-    metrics = rollout_metrics(groups) | run.objective.metrics(groups)
+        rollouts = _sampled(run)
+        check_versions(rollouts.outlines, run.step, rollout.ahead)
+        if rollout.save:
+            groups = deliver_to_leader(rollouts, run.context)
+            if run.context.is_leader:
+                _save_rollouts(run.recipe.output / "rollouts" / file, groups, run)
+            run.context.barrier("rollouts saved")
+        run.measurements.performance.rollouts(rollouts.outlines)
+    counts = gather_counts(rollouts, run.objective, run.context)
+    metrics = rollout_metrics(rollouts.outlines) | run.objective.metrics(rollouts.outlines, counts)
     if rollout.refill_rounds:
-        sampled, groups = len(groups), with_signal(groups, rollout.prompts_per_step, run.objective)
-        metrics |= {"rollout/groups": float(sampled), "rollout/groups_with_signal": float(len(groups))}
-    return groups, metrics
+        sampled = len(rollouts)
+        rollouts = with_signal(rollouts, rollout.prompts_per_step, run.objective, run.context)
+        metrics |= {"rollout/groups": float(sampled), "rollout/groups_with_signal": float(len(rollouts))}
+    return rollouts, metrics
 
 
-def _sampled(run: Run) -> list[Group]:
+def _sampled(run: Run) -> StepRollouts:
     """Return the groups of the next step, with those that dynamic sampling adds."""
     rollout, size = run.recipe.rollout, run.recipe.rollout.prompts_per_step
     problems = run.data.order.batch(run.step, size)
     with run.console.phase("rollout", total=0, unit="sample") as phase:
         phase.note(run.whose_samples)
-        groups = run.prefetched.take(problems, run.step, run.objective, phase)
+        rollouts = run.prefetched.take(problems, run.step, run.objective, phase)
 
-        def sample_more(turn: int, count: int, leave_out: Collection[str]) -> list[Group]:
+        def sample_more(turn: int, count: int, leave_out: Collection[str]) -> StepRollouts:
             more = run.data.order.further(run.step, turn, count, leave_out)
             return run.coordinator.step(more, run.step, run.objective, phase)
 
-        return refilled(groups, rollout.refill_rounds, size, run.objective, sample_more)
+        return refilled(rollouts, rollout.refill_rounds, size, run.objective, run.context, sample_more)
 
 
 def _replayed(path: Path, run: Run) -> list[Group]:
@@ -92,7 +98,7 @@ def _save_rollouts(path: Path, groups: Sequence[Group], run: Run) -> None:
     partial.replace(path)
 
 
-def check_versions(groups: Sequence[Group], version: int, ahead: int = 0) -> None:
+def check_versions(groups: Sequence[GroupOutline], version: int, ahead: int = 0) -> None:
     """Raise TrainingError when a token was sampled by weights of a wrong version.
 
     Allowed are versions from `version - ahead` to `version`. Tokens of weights that are not this run's have a negative
@@ -100,16 +106,16 @@ def check_versions(groups: Sequence[Group], version: int, ahead: int = 0) -> Non
     """
     for group in groups:
         for sample in (*group.samples, *group.privileged_samples):
-            found = sample.completion.weight_versions
-            if found.min() < max(version - ahead, 0) or found.max() > version:
+            oldest, newest = sample.versions
+            if oldest < max(version - ahead, 0) or newest > version:
                 wanted = f"{version - ahead} to {version}" if ahead else str(version)
                 raise TrainingError(
                     f"step {version}: problem {group.problem.id} was answered by weights of version "
-                    f"{sorted(set(found.tolist()))}, not {wanted}: the engine missed a weight update"
+                    f"{sorted({oldest, newest})}, not {wanted}: the engine missed a weight update"
                 )
 
 
-def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
+def rollout_metrics(groups: Sequence[GroupOutline]) -> dict[str, float]:
     """Return rewards, lengths and failures of the student rollouts; a mean over nothing is left out."""
     samples = [sample for group in groups for sample in group.samples]
     metrics = {"rollout/samples": float(len(samples))}
@@ -118,11 +124,12 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     if samples:
         metrics["rollout/reward_mean"] = float(np.mean([sample.reward for sample in samples]))
         metrics["rollout/response_tokens"] = float(np.mean([sample.length for sample in samples]))
-        truncated = [sample.completion.finish_reason == "length" for sample in samples]
+        truncated = [sample.finish_reason == "length" for sample in samples]
         metrics["rollout/truncated_rate"] = float(np.mean(truncated))
-        versions = [sample.completion.weight_versions for sample in samples]
-        metrics["rollout/mixed_versions_rate"] = float(np.mean([found.min() != found.max() for found in versions]))
-        metrics["rollout/nll"] = -float(np.mean(np.concatenate([s.completion.logprobs for s in samples])))
+        mixed = [oldest != newest for oldest, newest in (sample.versions for sample in samples)]
+        metrics["rollout/mixed_versions_rate"] = float(np.mean(mixed))
+        logprobs, tokens = (sum(column) for column in zip(*((s.logprob_sum, s.length) for s in samples), strict=True))
+        metrics["rollout/nll"] = -logprobs / tokens
     return metrics
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from megatron_hdpo.config.file import recipe_changes
 from megatron_hdpo.config.recipe import Recipe
 from megatron_hdpo.health.selftest import logprob_limit, run_self_test
+from megatron_hdpo.sampling.delivery import deliver_to_all
 from megatron_hdpo.teachers.build import build_teacher
 from megatron_hdpo.teachers.config import ExternalTeacherConfig
 from megatron_hdpo.teachers.external import check_same_vocabulary
@@ -159,7 +160,7 @@ def _self_test(run: Run) -> None:
     )
 
     def sample() -> list[Group]:
-        groups = run.coordinator.groups(problems, sampling, ("self-test",))
+        groups = deliver_to_all(run.coordinator.groups(problems, sampling, ("self-test",)), run.context)
         run.engine.make_room()  # the policy scores them
         return groups
 

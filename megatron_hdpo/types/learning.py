@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from megatron_hdpo.types.divergences import DivergenceKind, DivergenceTail
 from megatron_hdpo.types.headline import Headline
-from megatron_hdpo.types.rollouts import Group, TopKArrays
+from megatron_hdpo.types.rollouts import Group, JudgedGroup, TopKArrays
 
 if TYPE_CHECKING:
     import torch
@@ -233,16 +233,22 @@ class Objective(Protocol):
         """Return the group with the privileged samples that the objective uses; count the others in `group.dropped`."""
 
     def has_signal(self, group: Group) -> bool:
-        """Return whether the group can change the policy; dynamic sampling replaces groups that cannot."""
+        """Return whether the group can change the policy; dynamic sampling replaces groups that cannot.
 
-    def begin_step(self, step: int, groups: Sequence[Group]) -> None:
+        Called on the rank that sampled the group.
+        """
+
+    def begin_step(self, step: int, groups: Sequence[JudgedGroup]) -> None:
         """Update schedules and statistics when the rollouts of a step are complete.
 
-        Gets all groups of the step, on every rank; called before the methods below.
+        Gets all groups of the step, without texts and tokens, on every rank; called before the methods below.
         """
 
     def scorings(self, groups: Sequence[Group]) -> list[Scoring]:
-        """Return the forward passes needed before the update, for the groups of one data-parallel replica."""
+        """Return the forward passes needed before the update, for the groups of one data-parallel replica.
+
+        Called on every rank of the replica; the engine's log-probs are on its last pipeline stage only.
+        """
 
     def totals(self, groups: Sequence[Group], scores: Mapping[ScoringKey, Score]) -> dict[str, float]:
         """Return this replica's part of the sums over the whole step that `examples` needs.
@@ -258,8 +264,17 @@ class Objective(Protocol):
     ) -> list[Example]:
         """Return the examples to train on: from the same groups, the scores, and the totals over all replicas."""
 
-    def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Return the method's metrics over all groups of the step (cliff rate, ...)."""
+    def counts(self, groups: Sequence[Group]) -> dict[str, float]:
+        """Return what `metrics` needs of the texts and tokens of some groups, as numbers to be added up over all.
+
+        Called on every rank with the groups that it sampled.
+        """
+
+    def metrics(self, groups: Sequence[JudgedGroup], counts: Mapping[str, float]) -> dict[str, float]:
+        """Return the method's metrics over all groups of the step (cliff rate, ...), which have no texts and tokens.
+
+        counts: the sums of `counts` over all groups. Called on every rank.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state to save in a checkpoint, as JSON values; {} for a method without state."""

@@ -6,8 +6,9 @@ micro-batches later. Response token ids are never decoded and encoded again.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -65,6 +66,9 @@ class Completion:
 
     routed_experts: expert ids in every layer for all prompt and response tokens but the last one, which the engine did
     not run; uint8, or uint16 for more than 256 experts.
+
+    Of a completion that came from another rank (`sampling.delivery`), logprobs and weight_versions are empty and
+    top_logprobs is None on a rank that computes no loss.
     """
 
     token_ids: np.ndarray  # int32 [T]
@@ -105,6 +109,11 @@ class Sample:
         """Return the number of response tokens, the stop token included."""
         return len(self.completion.token_ids)
 
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Return why the response ended."""
+        return self.completion.finish_reason
+
 
 @dataclass
 class Group:
@@ -121,3 +130,88 @@ class Group:
     privileged_prompt_ids: np.ndarray | None = None
     privileged_samples: list[Sample] = field(default_factory=list)
     dropped: dict[str, int] = field(default_factory=dict)
+
+
+class SampleOutline(NamedTuple):
+    """Summary of a sample, some fifty bytes, that every rank has.
+
+    versions: the oldest and the newest weights that sampled a token of it. logprob_sum: sum of its tokens' log-probs.
+    """
+
+    reward: float
+    length: int
+    finish_reason: FinishReason
+    versions: tuple[int, int]
+    logprob_sum: float
+
+
+@dataclass(frozen=True)
+class GroupOutline:
+    """Summary of a group that every rank has: all of it but tokens and texts. Lengths are in tokens."""
+
+    problem: Problem
+    prompt_length: int
+    samples: tuple[SampleOutline, ...]
+    privileged_prompt_length: int = 0
+    privileged_samples: tuple[SampleOutline, ...] = ()
+    dropped: Mapping[str, int] = field(default_factory=dict)
+
+
+class JudgedSample(Protocol):
+    """What a `Sample` and its outline have in common."""
+
+    @property
+    def reward(self) -> float:
+        """Return the reward."""
+
+    @property
+    def length(self) -> int:
+        """Return the number of response tokens, the stop token included."""
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Return why the response ended."""
+
+
+class JudgedGroup(Protocol):
+    """What a `Group` and its outline have in common."""
+
+    @property
+    def problem(self) -> Problem:
+        """Return the problem."""
+
+    @property
+    def samples(self) -> Sequence[JudgedSample]:
+        """Return the samples of the student's prompt."""
+
+    @property
+    def privileged_samples(self) -> Sequence[JudgedSample]:
+        """Return the samples of the privileged prompt."""
+
+    @property
+    def dropped(self) -> Mapping[str, int]:
+        """Return the number of missing samples by reason."""
+
+
+def outline_of(group: Group) -> GroupOutline:
+    """Return the summary of a group."""
+    return GroupOutline(
+        problem=group.problem,
+        prompt_length=len(group.prompt_ids),
+        samples=tuple(map(_outline, group.samples)),
+        privileged_prompt_length=0 if group.privileged_prompt_ids is None else len(group.privileged_prompt_ids),
+        privileged_samples=tuple(map(_outline, group.privileged_samples)),
+        dropped=dict(group.dropped),
+    )
+
+
+def _outline(sample: Sample) -> SampleOutline:
+    completion = sample.completion
+    versions = completion.weight_versions
+    return SampleOutline(
+        reward=sample.reward,
+        length=sample.length,
+        finish_reason=completion.finish_reason,
+        versions=(int(versions.min()), int(versions.max())) if len(versions) else (0, 0),
+        logprob_sum=float(completion.logprobs.sum(dtype=np.float64)),
+    )

@@ -16,6 +16,7 @@ from megatron_hdpo.evaluation.config import EvaluationConfig
 from megatron_hdpo.evaluation.evaluate import evaluate
 from megatron_hdpo.objectives.base import BaseObjective, ObjectiveDeps
 from megatron_hdpo.objectives.settings import ObjectiveSettings
+from megatron_hdpo.sampling.step_rollouts import StepRollouts, on_every_rank
 from megatron_hdpo.types.problem import Problem
 from megatron_hdpo.types.rollouts import Completion, Group, Sample, SamplingParams
 
@@ -43,13 +44,14 @@ class Known:
         self.rewards = {"evaluation": sampled, "greedy": greedy}
         self.asked: dict[Any, SamplingParams] = {}
 
-    def groups(self, problems: list[Problem], sampling: SamplingParams, purpose: Any, progress: Any) -> list[Group]:
+    def groups(self, problems: list[Problem], sampling: SamplingParams, purpose: Any, progress: Any) -> StepRollouts:
         self.asked[purpose] = sampling
         rewards = self.rewards[purpose[0]]
-        return [
+        groups = [
             Group(p, np.zeros(1, dtype=np.int32), [sample(r) for r in rewards[i]], dropped={"check_failed": 9})
             for i, p in enumerate(problems)
         ]
+        return on_every_rank(groups)
 
 
 def metrics(sampled: Rewards, greedy: Rewards | None = None, **keys: Any) -> dict[str, float]:

@@ -6,6 +6,7 @@ import numpy as np
 
 from megatron_hdpo.evaluation.evaluate import Responses
 from megatron_hdpo.evaluation.files import evaluation_table, rate_text
+from megatron_hdpo.sampling.step_rollouts import on_every_rank
 from megatron_hdpo.types.problem import Problem
 from megatron_hdpo.types.rollouts import Group
 
@@ -23,7 +24,7 @@ METRICS = {
 
 
 def test_a_rate_that_a_set_lacks_is_a_dash() -> None:
-    rows = evaluation_table(METRICS, Responses([group("a"), group("b")]))
+    rows = evaluation_table(METRICS, Responses(on_every_rank([group("a"), group("b")])))
     assert rows == [
         {"set": "a", "problems": "1", "samples": "3", "pass@1": "0.500 (0.250 to 0.750)"},
         {"set": "b", "problems": "1", "samples": "3", "pass@1": "-"},
@@ -31,7 +32,8 @@ def test_a_rate_that_a_set_lacks_is_a_dash() -> None:
 
 
 def test_samples_that_failed_have_a_column() -> None:
-    responses = Responses([group("a", check_failed=2), group("b")], [group("a", generation_failed=1), group("b")])
+    sampled, greedy = [group("a", check_failed=2), group("b")], [group("a", generation_failed=1), group("b")]
+    responses = Responses(on_every_rank(sampled), on_every_rank(greedy))
     assert [row["samples dropped"] for row in evaluation_table(METRICS, responses)] == ["3", "0"]
 
 

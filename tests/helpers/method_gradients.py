@@ -40,6 +40,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qw
 from megatron_hdpo.model.config import ModelConfig
 from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.parallel.context import ParallelContext
+from megatron_hdpo.sampling.step_rollouts import on_every_rank
 from megatron_hdpo.teachers.external import ExternalTeacher
 from megatron_hdpo.teachers.teacher import PolicyTeacher, Teacher
 from megatron_hdpo.tracking.console import Console
@@ -153,7 +154,8 @@ def run_case(case: Case, paths: Paths, context: ParallelContext) -> Result:
         reference=_teacher(case.reference, policy, paths),
     )
     groups = [objective.keep_privileged(replace(group)) for group in case.groups()]
-    result.metrics = learner.learn(groups, case.step) | objective.metrics(groups)
+    metrics = objective.metrics(groups, objective.counts(groups))
+    result.metrics = learner.learn(on_every_rank(groups), case.step) | metrics
     return result
 
 

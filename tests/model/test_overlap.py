@@ -29,6 +29,7 @@ from tiny_policy import (
 from megatron_hdpo.model import build
 from megatron_hdpo.model.chunks import chunks_of
 from megatron_hdpo.model.policy import Policy
+from megatron_hdpo.sampling.step_rollouts import on_every_rank
 from megatron_hdpo.teachers.teacher import PolicyTeacher
 from megatron_hdpo.teachers.weight_copies import FrozenTeacher, _Following
 from megatron_hdpo.tracking.console import Console
@@ -135,7 +136,7 @@ def test_a_learner_leaves_weights_to_the_next_update(reads: bool, expected: list
     monkeypatch.setattr(learner, "_share", lambda groups: groups)
     monkeypatch.setattr(learner, "_plan", lambda groups: ([], None, {}))
     learner.work = SimpleNamespace(trained=nothing)  # type: ignore[assignment]
-    learner.learn([], step=0)
+    learner.learn(on_every_rank([]), step=0)
     assert another_follows == expected
 
 

@@ -29,7 +29,7 @@ def measured(config: ObjectiveSettings) -> set[str]:
     rng = np.random.default_rng(0)
     scores = {scoring.key: random_score(scoring, top_k_of, rng) for scoring in asked.scorings}
     totals = objective.totals(groups, scores)
-    names = {*objective.metrics(groups), *objective.totals_metrics(totals), *OF_THE_TRAINER}
+    names = {*objective.metrics(groups, objective.counts(groups)), *objective.totals_metrics(totals), *OF_THE_TRAINER}
     live = [example for example in objective.examples(groups, scores, totals) if not example.inert]
     if any(np.any(example.surrogate_weights_T) for example in live):
         names |= OF_A_SURROGATE

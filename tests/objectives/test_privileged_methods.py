@@ -165,7 +165,9 @@ def test_groups_without_contrast(name: str, indices: list[int]) -> None:
     for e in examples:
         assert np.isfinite(e.advantages_T).all() and e.distill_count >= 0 and e.surrogate_count >= 0
     scores = answers(objective.scorings(groups), VOCAB)
-    metrics = objective.metrics(groups) | objective.totals_metrics(objective.totals(groups, scores))
+    metrics = objective.metrics(groups, objective.counts(groups)) | objective.totals_metrics(
+        objective.totals(groups, scores)
+    )
     assert all(np.isfinite(value) for value in metrics.values())
 
 

@@ -64,11 +64,11 @@ def test_sdpo_masks_samples_without_demonstration() -> None:
     own, taught = scorings[:2]
     assert (own.role, own.key[3], own.top_k) == ("policy", "support", 100)
     assert (taught.role, taught.at, taught.top_k) == ("teacher", own.key, 0)
-    metrics = objective.metrics([made])
+    metrics = objective.metrics([made], objective.counts([made]))
     assert metrics["distill/masked_share"] == pytest.approx(1 / 3)
     assert metrics["distill/sibling_share"] == pytest.approx(2 / 3) and metrics["distill/feedback_share"] == 0.0
     made.samples[1].feedback = "too long"
-    assert objective.metrics([made])["distill/masked_share"] == 0.0
+    assert objective.metrics([made], objective.counts([made]))["distill/masked_share"] == 0.0
 
 
 # SRPO.
@@ -97,7 +97,7 @@ def test_srpo_routes_by_reward_and_counts_every_token_in_both_normalisers() -> N
     assert not examples[1].surrogate_weights_T.any() and examples[0].distill_weights_T is None
     np.testing.assert_allclose(examples[0].advantages_T, 0.5)  # without a std
     assert [e.inert for e in examples] == [False] * 3 + [True] * 4
-    assert objective.metrics(groups)["srpo/distilled_share"] == pytest.approx(1 / 7)
+    assert objective.metrics(groups, objective.counts(groups))["srpo/distilled_share"] == pytest.approx(1 / 7)
 
 
 # RLSD.
@@ -172,7 +172,7 @@ def test_rlcsd_moves_masks_and_holds() -> None:
         np.testing.assert_allclose(example.surrogate_weights_T, [0.5, 0.5, 0.5, 0.5])
         assert example.surrogate_count == 1.0
     assert objective.totals_metrics(totals) == {"rlcsd/moved_share": 0.5, "rlcsd/held_share": 0.5}
-    assert objective.metrics([made])["rlcsd/left_out_share"] == pytest.approx(1 / 8)
+    assert objective.metrics([made], objective.counts([made]))["rlcsd/left_out_share"] == pytest.approx(1 / 8)
 
 
 def test_rlcsd_takes_the_mean_of_probabilities_over_the_wrong_siblings() -> None:

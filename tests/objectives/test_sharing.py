@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from megatron_hdpo.costs.flops import forward_flops
 from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.objectives.base import ObjectiveDeps
 from megatron_hdpo.objectives.grpo import GRPO, GRPOConfig
+from megatron_hdpo.sampling.step_rollouts import on_every_rank
 from megatron_hdpo.tracking.console import Console
 from megatron_hdpo.training.learner import Learner
 from megatron_hdpo.types.rollouts import Group
@@ -25,9 +27,22 @@ def shares(groups: list[Group], replicas: int) -> list[list[Group]]:
     """Each replica's groups; all see the same list."""
 
     def of(rank: int) -> list[Group]:
-        policy = SimpleNamespace(architecture=QWEN, context=SimpleNamespace(dp_size=replicas, dp_rank=rank))
+        def gather(own: Any) -> list[Any]:
+            """All groups are on every rank: to what can change the policy, the others have nothing to add."""
+            return [(replica, True) for replica in range(replicas)] if isinstance(own, tuple) else [own]
+
+        context = SimpleNamespace(
+            rank=rank,
+            dp_size=replicas,
+            dp_rank=rank,
+            is_last_stage=True,
+            gather_objects=lambda own: (
+                [(replica, True) for replica in range(replicas)] if type(own) is tuple else [own]
+            ),
+        )
+        policy = SimpleNamespace(architecture=QWEN, context=context)
         learner = Learner(policy, GRPO(GRPOConfig(), ObjectiveDeps(1.0)), None, Console(enabled=False))  # type: ignore[arg-type]
-        return learner._share(groups)
+        return learner._share(on_every_rank(groups))
 
     return [of(rank) for rank in range(replicas)]
 

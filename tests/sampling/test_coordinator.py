@@ -11,8 +11,9 @@ from thread_ranks import PROBLEMS, Context, World, coordinator
 from megatron_hdpo.objectives.base import BaseObjective, ObjectiveDeps
 from megatron_hdpo.objectives.settings import ObjectiveSettings
 from megatron_hdpo.sampling.coordinator import RolloutCoordinator
+from megatron_hdpo.sampling.step_rollouts import StepRollouts
 from megatron_hdpo.types.problem import Problem
-from megatron_hdpo.types.rollouts import Group
+from megatron_hdpo.types.rollouts import Group, GroupOutline, outline_of
 
 
 class SecondTry(BaseObjective):
@@ -42,22 +43,37 @@ def contents(groups: Sequence[Group]) -> list[Any]:
     ]  # fmt: skip
 
 
-def whole_step(context: Any) -> list[Any]:
+def joined(parts: Sequence[dict[int, Any]]) -> list[Any]:
+    """What the ranks hold, in the order of the problems; no two hold the same."""
+    assert sum(map(len, parts)) == len({index for part in parts for index in part})
+    return [content for _, content in sorted(item for part in parts for item in part.items())]
+
+
+def held(rollouts: StepRollouts) -> dict[int, Any]:
+    return dict(zip(rollouts.held, contents(list(rollouts.held.values())), strict=True))
+
+
+def whole_step(context: Any) -> tuple[list[GroupOutline], dict[int, Any]]:
     def unlucky(request: Any, index: int) -> bool:
         return request.prompt_ids[1] == 2 and index == 0
 
     rollouts = coordinator(context, unlucky)
-    return contents(rollouts.step(PROBLEMS, 4, SecondTry({"1": 2, "2": 4}, bound=context.bound)))  # type: ignore[arg-type]
+    step = rollouts.step(PROBLEMS, 4, SecondTry({"1": 2, "2": 4}, bound=context.bound))  # type: ignore[arg-type]
+    assert all(step.outlines[index] == outline_of(group) for index, group in step.held.items())
+    return step.outlines, held(step)
 
 
 @pytest.mark.parametrize("bound", [None, 5, 2], ids=["unbounded", "loose", "binding"])
 @pytest.mark.parametrize("ranks", [2, 3, 7])
 def test_any_number_of_ranks_makes_the_same_step(ranks: int, bound: int | None) -> None:
-    alone = World(1, bound).run(whole_step)[0]
+    outlines, whole = World(1, bound).run(whole_step)[0]
+    alone = joined([whole])
     assert [group[0] for group in alone] == [problem.id for problem in PROBLEMS]
     assert alone[2][2]["generation_failed"] == 1 and alone[2][2]["privileged_generation_failed"] == 1
     assert len(alone[1][5]) + alone[1][2].get("privileged_check_failed", 0) == 2
-    assert World(ranks, bound).run(whole_step) == [alone] * ranks
+    found = World(ranks, bound).run(whole_step)
+    assert [part for part, _ in found] == [outlines] * ranks, "every rank knows the whole step"
+    assert joined([part for _, part in found]) == alone, "and each group is on the rank that sampled it, alone"
 
 
 def test_each_request_goes_to_one_rank() -> None:
@@ -95,7 +111,8 @@ def test_seeds_depend_on_run_step_purpose_and_problem_only() -> None:
 def test_privileged_rollouts_use_the_privileged_prompt_and_the_filter() -> None:
     rollouts = coordinator(Context(World(1), 0))
     objective = SecondTry({"3": 4}, top=5, keep=1)
-    groups = rollouts.step(PROBLEMS, 6, objective)  # type: ignore[arg-type]
+    step = rollouts.step(PROBLEMS, 6, objective)  # type: ignore[arg-type]
+    groups = [step.held[index] for index in range(5)]
     (request,) = [r for r in rollouts.sampler.engine.seen if "privileged" in r.request_id]  # type: ignore[attr-defined]
     assert request.prompt_ids.tolist() == [2, 3, 9]
     assert (request.sampling.n, request.sampling.top_logprobs, request.sampling.stop_token_ids) == (4, 5, (1,))
@@ -111,18 +128,23 @@ def test_privileged_rollouts_use_the_privileged_prompt_and_the_filter() -> None:
 def test_a_bound_takes_the_first_groups_that_want_a_second_try(bound: int, expected: list[int]) -> None:
     def taught(context: Any) -> list[int]:
         objective = SecondTry({"0": 1, "2": 1, "3": 1}, bound)
-        groups = coordinator(context).step(PROBLEMS, 0, objective)  # type: ignore[arg-type]
-        return [g for g, group in enumerate(groups) if group.privileged_prompt_ids is not None]
+        step = coordinator(context).step(PROBLEMS, 0, objective)  # type: ignore[arg-type]
+        own = [g for g, group in step.held.items() if group.privileged_prompt_ids is not None]
+        every = [g for g, outline in enumerate(step.outlines) if outline.privileged_prompt_length]
+        assert own == [g for g in every if g in step.held]
+        return every
 
     assert World(2).run(taught) == [expected] * 2
 
 
-def test_ranks_that_do_not_sample_get_the_groups_too() -> None:
-    def one_samples(context: Any) -> tuple[int, list[Any]]:
+def test_ranks_that_do_not_sample_get_the_outlines_and_no_group() -> None:
+    def one_samples(context: Any) -> tuple[int, StepRollouts]:
         rollouts = coordinator(context)
         rollouts.sampling_ranks = [1]
-        groups = rollouts.step(PROBLEMS, 0, SecondTry({"1": 2}))  # type: ignore[arg-type]
-        return len(rollouts.sampler.engine.seen), contents(groups)  # type: ignore[attr-defined]
+        step = rollouts.step(PROBLEMS, 0, SecondTry({"1": 2}))  # type: ignore[arg-type]
+        return len(rollouts.sampler.engine.seen), step  # type: ignore[attr-defined]
 
     (none, first), (all_, second) = World(2).run(one_samples)
-    assert (none, all_) == (0, 6) and first == second
+    assert (none, all_) == (0, 6)
+    assert first.outlines == second.outlines and first.holders == second.holders == [1] * 5
+    assert (first.held, sorted(second.held)) == ({}, [0, 1, 2, 3, 4])

@@ -29,6 +29,7 @@ from megatron_hdpo.model.config import ModelConfig, ModelError
 from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.objectives.base import BaseObjective
 from megatron_hdpo.parallel.context import ParallelContext
+from megatron_hdpo.sampling.step_rollouts import on_every_rank
 from megatron_hdpo.teachers.config import EmaTeacherConfig, SnapshotTeacherConfig
 from megatron_hdpo.teachers.external import ExternalTeacher, check_same_vocabulary
 from megatron_hdpo.teachers.teacher import Teacher
@@ -100,7 +101,7 @@ def _run(learner: Learner, steps: range) -> dict[str, list[Any]]:
 
     learner.policy.update = recorded  # type: ignore[method-assign]
     for step in steps:
-        learner.learn([], step)
+        learner.learn(on_every_rank([]), step)
         found["teacher"].append(_seen(learner.teacher)[0])
     learner.policy.update = update  # type: ignore[method-assign]
     return found
@@ -111,17 +112,17 @@ def _resumed(path: Path, folder: Path, context: ParallelContext, kind: str, dtyp
     learner = _learner(path, context, kind, dtype)
     store = CheckpointStore(folder, context, keep=2)
     for step in range(3):
-        learner.learn([], step)
+        learner.learn(on_every_rank([]), step)
     saved = store.save(3, learner.policy, learner.state_dict())
     for step in range(3, STEPS):
-        learner.learn([], step)
+        learner.learn(on_every_rank([]), step)
 
     again = _learner(path, context, kind, dtype)
     store.load(saved, again.policy)
     again.load_state_dict(store.load_learner_state(saved))
     at_load = again.objective.begun
     for step in range(3, STEPS):
-        again.learn([], step)
+        again.learn(on_every_rank([]), step)
     ours, theirs = _seen(learner.teacher), _seen(again.teacher)
     state, restored = learner.teacher.state_dict(), again.teacher.state_dict()
     return {
@@ -154,7 +155,7 @@ def _external(path: Path, teacher_path: Path, context: ParallelContext) -> dict[
     policy = learner.policy
     learner.teacher = teacher = ExternalTeacher(teacher_path, policy, ModelConfig(path="", dtype="float32"))
     before, own = _seen(teacher), weights_of(policy)
-    learner.learn([], 0)
+    learner.learn(on_every_rank([]), 0)
     after = _seen(teacher)
     # As on a GPU: weights come from their resting place for the scoring alone.
     teacher.on_device, teacher.host_weights = True, copy_to_host(teacher.policy.model)

@@ -15,6 +15,7 @@ from tiny_policy import OPTIMIZER, SPEC, VOCAB, build_policy, joined, make_check
 from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.objectives.base import ObjectiveDeps
 from megatron_hdpo.objectives.hdpo import HDPO, HDPOConfig
+from megatron_hdpo.sampling.step_rollouts import on_every_rank
 from megatron_hdpo.teachers.teacher import PolicyTeacher, Teacher
 from megatron_hdpo.teachers.weight_copies import FrozenTeacher
 from megatron_hdpo.tracking.console import Console
@@ -95,7 +96,7 @@ def _divergences(path: Path, context) -> dict[str, float]:
     for when in ("before", "after"):
         for name, teacher in teachers.items():
             learner = Learner(policy, objective, teacher, Console(enabled=False))
-            metrics = learner.learn([_cliff()], 0)
+            metrics = learner.learn(on_every_rank([_cliff()]), 0)
             assert metrics["distill/tokens"] == 12.0
             found[f"{name} {when}"] = metrics["distill/divergence"]
         policy.update(share(policy, make_examples()), SPEC)

@@ -78,10 +78,11 @@ def _no_engine(*args: Any) -> None:
 
 
 def _probe(run: Any) -> dict[str, Any]:
+    from megatron_hdpo.sampling.delivery import deliver_to_all
     from megatron_hdpo.types.rollouts import SamplingParams
 
     greedy = SamplingParams(max_new_tokens=8, temperature=0.0, stop_token_ids=run.coordinator.stop_token_ids)
-    groups = run.coordinator.groups(run.data.train[:6], greedy, ("probe",))
+    groups = deliver_to_all(run.coordinator.groups(run.data.train[:6], greedy, ("probe",)), run.context)
     return {
         "greedy": [(g.prompt_ids.tolist(), g.samples[0].completion.token_ids.tolist()) for g in groups],
         "stops": run.coordinator.stop_token_ids,
@@ -94,11 +95,11 @@ def _die_in_step_3() -> None:
 
     calls, original = [0], Learner.learn
 
-    def learn(self: Any, groups: Any, step: int) -> Any:
+    def learn(self: Any, rollouts: Any, step: int) -> Any:
         calls[0] += 1
         if calls[0] == 3:
             os.kill(os.getpid(), signal.SIGKILL)
-        return original(self, groups, step)
+        return original(self, rollouts, step)
 
     Learner.learn = learn  # type: ignore[method-assign]
 

@@ -25,6 +25,7 @@ from megatron_hdpo.costs.workload import Workload
 from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.parallel.context import ParallelContext, start
 from megatron_hdpo.planner.made_up import PromptsOfLength
+from megatron_hdpo.sampling.step_rollouts import on_every_rank
 from megatron_hdpo.teachers.config import ExternalTeacherConfig
 from megatron_hdpo.teachers.teacher import PolicyTeacher
 from megatron_hdpo.training import loop
@@ -58,7 +59,7 @@ def rehearse(
                 run.sync(run.step)
             groups = groups_of(workload, run.objective, architecture.vocab_size)
             run.policy.on_training = partial(note_shapes, done)
-            with patch.object(loop, "collect_step_rollouts", lambda run: (groups, {})):
+            with patch.object(loop, "collect_step_rollouts", lambda run: (on_every_rank(groups), {})):
                 for _ in range(steps):
                     done.shapes.clear()
                     loop._step(run)
