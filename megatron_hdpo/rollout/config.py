@@ -88,7 +88,14 @@ class RolloutConfig(BaseModel):
         description="Route a rollout's tokens to the experts that the engine chose (R3); for models with experts. "
         "SGLang 0.5.23 returns them; given servers need --enable-return-routed-experts.",
     )
-    save: bool = Field(True, description="Write every step's rollouts to rollouts/step_<n>.jsonl in the run folder.")
+    save: bool = Field(
+        True,
+        description="Write every step's rollouts to rollouts/step_<n>.rank_<r>.jsonl.gz in the run folder, where each "
+        "rank that samples writes its own.",
+    )
+    save_keep: int | None = Field(
+        None, ge=1, description="Steps whose rollouts stay in the run folder, older ones are removed; null: all."
+    )
     replay: Path | None = Field(
         None, description="Read the rollouts from this folder of saved ones in place of an engine."
     )

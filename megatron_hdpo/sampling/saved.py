@@ -1,18 +1,21 @@
 """Saved rollouts: readable JSON lines from which the trainer can replay a step without an engine.
 
-One line per group. Fields for the reader come first: question, prompts and responses as text, rewards, finish reasons,
-level, counts of dropped samples. `replay` at the end holds the arrays as base64 of their little-endian bytes, so that
-every float32 is restored bit by bit.
+One line per group, in one compressed file per step and rank that sampled: rollouts/step_00000001.rank_00000.jsonl.gz.
+Fields for the reader come first: question, prompts and responses as text, rewards, finish reasons, level, counts of
+dropped samples. `replay` at the end holds the arrays as base64 of their little-endian bytes, so that every float32 is
+restored bit by bit. Older runs have one file per step, step_00000001.jsonl, whose lines are in the order of the groups.
 """
 
 from __future__ import annotations
 
 import base64
+import gzip
 import json
 import logging
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 
@@ -21,61 +24,129 @@ from megatron_hdpo.types.rollouts import Completion, Group, Sample, TopKArrays
 
 FORMAT = 1
 Decode = Callable[[np.ndarray], str]
+_COMPRESSION = 1
+"""The level of gzip. Most bytes are base64 of token ids and log-probs, which higher levels hardly make smaller."""
+
+_NAME = re.compile(r"step_(\d+)(\.rank_\d+)?\.jsonl(\.gz)?")
 _log = logging.getLogger(__name__)
 
 
-def write_groups(path: str | Path, groups: Iterable[Group], decode: Decode) -> None:
-    """Append one line per group; decode turns prompt ids into text (for the reader only, ids are replayed).
+def step_file(step: int, rank: int) -> str:
+    """Return the name of the file with the groups of a step, counted from 1, that a rank sampled."""
+    return f"step_{step:08d}.rank_{rank:05d}.jsonl.gz"
 
-    All lines are written at once, after all groups were encoded: a group that cannot be written (ValueError: a reward
-    is not a finite number) leaves the file unchanged. One process per file. Metadata of a problem that JSON cannot hold
-    is left out, and its keys are listed under `metadata_left_out`.
+
+def step_of(path: Path) -> int:
+    """Return the step of a file with saved rollouts."""
+    match = _NAME.fullmatch(path.name)
+    assert match is not None, path
+    return int(match[1])
+
+
+def all_files(folder: Path) -> list[Path]:
+    """Return the files of a folder that hold saved rollouts, by step and rank; none of a folder that is not there."""
+    if not folder.is_dir():
+        return []
+    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=lambda p: (step_of(p), p.name))
+
+
+def step_files(folder: Path, step: int) -> list[Path]:
+    """Return the files that hold the rollouts of a step, counted from 1."""
+    return [path for path in all_files(folder) if step_of(path) == step]
+
+
+def open_lines(path: Path) -> IO[bytes]:
+    """Open a file of saved rollouts, compressed or not, for reading."""
+    return cast("IO[bytes]", gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")
+
+
+def write_groups(path: Path, groups: Mapping[int, Group], of: int, decode: Decode) -> None:
+    """Write a compressed file with one line per group, over an earlier file of this name.
+
+    groups: by their index among the `of` groups of the step. decode turns prompt ids into text (for the reader only,
+    ids are replayed). If a group cannot be written (ValueError: a reward is not a finite number) or the disk is full,
+    there is no new file. Metadata of a problem that JSON cannot hold is left out, and its keys are listed under
+    `metadata_left_out`.
     """
-    lines = [json.dumps(_encode_group(g, decode), ensure_ascii=False, allow_nan=False) + "\n" for g in groups]
-    if not lines:
-        return
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A killed writer may have left half a line: start a new one, so that our first line can be read.
-    text = ("\n" if _ends_amid_a_line(path) else "") + "".join(lines)
-    with path.open("ab") as file:
-        file.write(text.encode())
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with gzip.open(partial, "wt", compresslevel=_COMPRESSION, encoding="utf-8", newline="\n") as file:
+            for index, group in sorted(groups.items()):
+                record = _encode_group(group, {"group": index, "of": of}, decode)
+                file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
-def read_groups(path: str | Path, skip_broken: bool = False) -> list[Group]:
+def read_groups(path: Path, skip_broken: bool = False) -> list[Group]:
     """Return the groups of a file, equal to those written.
 
     Raises ValueError with file, line number and reason at a line that cannot be read; with skip_broken the line is
     skipped with a warning.
     """
     groups = []
-    with Path(path).open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                groups.append(_decode_line(line))
-            except ValueError as error:
-                message = f"{path}:{number}: {error}"
-                if not skip_broken:
-                    raise ValueError(f"{message}; remove the line, or read with skip_broken=True") from error
-                _log.warning("%s; skipped", message)
+    for where, line in _lines([path]):
+        try:
+            groups.append(_decode_group(_record(line)))
+        except ValueError as error:
+            message = f"{where}: {error}"
+            if not skip_broken:
+                raise ValueError(f"{message}; remove the line, or read with skip_broken=True") from error
+            _log.warning("%s; skipped", message)
     return groups
 
 
-def _ends_amid_a_line(path: Path) -> bool:
-    if not path.exists() or path.stat().st_size == 0:
-        return False
-    with path.open("rb") as file:
-        file.seek(-1, 2)
-        return file.read(1) != b"\n"
+def read_step(folder: Path, step: int) -> list[Group]:
+    """Return the groups of a step, counted from 1, in their order. Errors as in `read_share`."""
+    groups = read_share(step_files(folder, step), share=0, shares=1)
+    return [group for _, group in sorted(groups.items())]
 
 
-def _encode_group(group: Group, decode: Decode) -> dict[str, Any]:
+def read_share(files: Sequence[Path], share: int, shares: int) -> dict[int, Group]:
+    """Return every `shares`-th group of a step's files, from the one with number `share` on, by index in the step.
+
+    Raises ValueError, with file and line, when a line cannot be read or the files do not hold the whole step.
+    """
+    groups: dict[int, Group] = {}
+    lines, told = 0, set[int]()
+    for where, line in _lines(files):
+        if lines % shares == share:
+            try:
+                record = _record(line)
+                groups[record.get("group", lines)] = _decode_group(record)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
+            if "of" in record:  # older files do not say it
+                told.add(record["of"])
+        lines += 1
+    if wrong := told - {lines}:
+        raise ValueError(
+            f"{files[0].parent}: step {step_of(files[0])} has {max(wrong)} groups, but its files {lines}: the file of "
+            "a rank is missing, or is of another run"
+        )
+    return groups
+
+
+def _lines(files: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
+    """Yield the lines that are not empty, each with its file and number."""
+    for path in files:
+        with open_lines(path) as file:
+            try:
+                for number, line in enumerate(file, start=1):
+                    if line.strip():
+                        yield f"{path}:{number}", line
+            except EOFError as error:
+                raise ValueError(f"{path}: the compressed file ends too early") from error
+
+
+def _encode_group(group: Group, place: Mapping[str, int], decode: Decode) -> dict[str, Any]:
     problem, privileged_ids = group.problem, group.privileged_prompt_ids
     metadata, left_out = _json_part(problem.metadata)
     return {
         "format": FORMAT,
+        **place,
         "id": problem.id,
         "task": problem.task,
         "level": problem.level,
@@ -151,7 +222,7 @@ def _unpack(packed: dict[str, Any]) -> np.ndarray:
     return array.astype(array.dtype.newbyteorder("="))  # a copy: frombuffer's array cannot be written to
 
 
-def _decode_line(line: bytes) -> Group:
+def _record(line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except ValueError as error:
@@ -159,15 +230,19 @@ def _decode_line(line: bytes) -> Group:
         raise ValueError(f"broken line{cut}: {error}") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise ValueError(f"not a group of rollouts in format {FORMAT}")
+    return record
+
+
+def _decode_group(record: Mapping[str, Any]) -> Group:
     try:
-        return _decode_group(record)
+        return _group(record)
     except KeyError as error:
         raise ValueError(f"key {error} is missing") from error
     except TypeError as error:
         raise ValueError(f"a value has the wrong type: {error}") from error
 
 
-def _decode_group(record: dict[str, Any]) -> Group:
+def _group(record: Mapping[str, Any]) -> Group:
     names = ("id", "task", "question", "answer", "solution", "level", "metadata")
     replay = record["replay"]
     privileged_ids = replay["privileged_prompt_ids"]

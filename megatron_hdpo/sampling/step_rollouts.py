@@ -45,19 +45,25 @@ def on_every_rank(groups: Sequence[Group]) -> StepRollouts:
     return StepRollouts(list(map(outline_of, groups)), [None] * len(groups), dict(enumerate(groups)))
 
 
-def gather_outlines(held: Mapping[int, Group], context: ParallelContext, problems: Sequence[Problem]) -> StepRollouts:
+def gather_outlines(
+    held: Mapping[int, Group], context: ParallelContext, problems: Sequence[Problem] | None = None
+) -> StepRollouts:
     """Return the rollouts of a step from the groups that each rank holds, by the index of their problem. Collective.
 
-    problems: of the step, the same on every rank, so that they need not be sent.
+    problems: of the step, the same on every rank, so that they need not be sent. None: they are sent.
     """
-    own = {index: replace(outline_of(group), problem=None) for index, group in held.items()}  # type: ignore[arg-type]
+    own = {index: outline_of(group) for index, group in held.items()}
+    if problems is not None:
+        own = {index: replace(outline, problem=None) for index, outline in own.items()}  # type: ignore[arg-type]
     found = {
         index: (outline, rank)
         for rank, outlines in enumerate(context.gather_objects(own))
         for index, outline in outlines.items()
     }
-    outlines = [replace(found[index][0], problem=problem) for index, problem in enumerate(problems)]
-    return StepRollouts(outlines, [found[index][1] for index in range(len(problems))], dict(held))
+    outlines = [found[index][0] for index in range(len(found))]
+    if problems is not None:
+        outlines = [replace(outline, problem=problem) for outline, problem in zip(outlines, problems, strict=True)]
+    return StepRollouts(outlines, [found[index][1] for index in range(len(found))], dict(held))
 
 
 def gather_signals(rollouts: StepRollouts, objective: Objective, context: ParallelContext) -> list[bool]:

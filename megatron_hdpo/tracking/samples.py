@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 _SHOWN_GROUPS = 4
 _READ_LINES = 256
 _TEXT_LENGTH = 3000
+_FILE = re.compile(r"step_(\d+)(\.rank_\d+)?\.jsonl(\.gz)?")
 
 
 @dataclass(frozen=True)
@@ -35,27 +38,34 @@ class SampleGroup:
 
 
 def pick_samples(folder: Path) -> tuple[list[SampleGroup], list[str]]:
-    """Return groups from the newest `*.jsonl` of `folder`, and notes on unreadable lines.
+    """Return groups of the newest step with saved rollouts in `folder`, and notes on unreadable lines.
 
     Groups with privileged rollouts come first. `sampling.saved.write_groups` writes the lines; only `question`,
     `answer`, `samples`, `privileged` (`text` and `reward` of each) and `privileged_prompt` are read, so that a report
     needs no engine. Without the folder there are no groups.
     """
-    files = sorted(folder.glob("*.jsonl"), key=lambda path: _natural(path.name))
-    if not files:
-        return [], []
     groups, notes = [], []
-    with open(files[-1], encoding="utf-8", errors="replace") as lines:
-        for number, line in zip(range(1, _READ_LINES + 1), lines, strict=False):
-            if not line.strip():
-                continue
-            source = f"{folder.name}/{files[-1].name}, line {number}"
-            try:
-                groups.append(_group(json.loads(line), source))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                notes.append(f"{source}: not a saved group of rollouts ({type(error).__name__}: {error})")
+    for source, line in islice(_newest_lines(folder), _READ_LINES):
+        try:
+            groups.append(_group(json.loads(line), source))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            notes.append(f"{source}: not a saved group of rollouts ({type(error).__name__}: {error})")
     groups.sort(key=_interest, reverse=True)
     return groups[:_SHOWN_GROUPS], notes[:_SHOWN_GROUPS]
+
+
+def _newest_lines(folder: Path) -> Iterator[tuple[str, str]]:
+    """Yield the lines of the newest step, each with its file and number."""
+    by_step: dict[int, list[Path]] = {}
+    for path in sorted(folder.glob("step_*.jsonl*")):
+        if match := _FILE.fullmatch(path.name):
+            by_step.setdefault(int(match[1]), []).append(path)
+    for path in by_step.get(max(by_step, default=0), []):
+        opened = gzip.open if path.suffix == ".gz" else open
+        with opened(path, "rt", encoding="utf-8", errors="replace") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield f"{folder.name}/{path.name}, line {number}", line
 
 
 def _group(line: Mapping[str, Any], source: str) -> SampleGroup:
@@ -83,8 +93,3 @@ def _cut(text: Any) -> str:
     return (
         text if len(text) <= _TEXT_LENGTH else f"{text[:_TEXT_LENGTH]} [... {len(text) - _TEXT_LENGTH} characters more]"
     )
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    # step_9 before step_10, whether or not the numbers are padded.
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

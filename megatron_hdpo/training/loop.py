@@ -5,7 +5,7 @@ from __future__ import annotations
 from megatron_hdpo.evaluation.evaluate import evaluate
 from megatron_hdpo.tracking.names import STEP_SECONDS
 from megatron_hdpo.tracking.performance import over_longer_step
-from megatron_hdpo.training.rollout_phase import begin_next_rollouts, collect_step_rollouts
+from megatron_hdpo.training.rollout_phase import begin_next_rollouts, collect_step_rollouts, flush_saved_rollouts
 from megatron_hdpo.training.run import Run
 from megatron_hdpo.training.start import prepare
 from megatron_hdpo.weights.save import save_hf
@@ -87,6 +87,7 @@ def _record_and_save(run: Run, metrics: dict[str, float]) -> None:
     run.record.log(run.step, metrics)
     if due(run.step, run.recipe.checkpoint.every, run.recipe.train.steps):
         with run.console.phase("save"):
+            flush_saved_rollouts(run)  # a resume does not sample these steps again
             run.checkpoints.save(run.step, run.policy, run.learner.state_dict())
         saving = run.console.timer.metrics()
         seconds = metrics[STEP_SECONDS] + saving[STEP_SECONDS]

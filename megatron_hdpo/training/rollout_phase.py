@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from megatron_hdpo.model.policy import TrainingError
-from megatron_hdpo.sampling.delivery import deliver_to_leader
 from megatron_hdpo.sampling.refill import refilled, with_signal
-from megatron_hdpo.sampling.saved import read_groups, write_groups
-from megatron_hdpo.sampling.step_rollouts import StepRollouts, gather_counts, on_every_rank
-from megatron_hdpo.training.run import Run, rollouts_file
+from megatron_hdpo.sampling.saved import read_share, step_files
+from megatron_hdpo.sampling.saver import RolloutSaver
+from megatron_hdpo.sampling.step_rollouts import StepRollouts, gather_counts, gather_outlines
+from megatron_hdpo.tracking.formats import amount
+from megatron_hdpo.training.run import Run
 from megatron_hdpo.types.errors import DataError
 from megatron_hdpo.types.rollouts import Group, GroupOutline
 
@@ -25,20 +26,18 @@ def collect_step_rollouts(run: Run) -> tuple[StepRollouts, dict[str, float]]:
     update, DataError when rollouts to replay cannot be read.
     """
     rollout = run.recipe.rollout
-    file = rollouts_file(run.step + 1)
     if rollout.replay is not None:
-        rollouts = on_every_rank(_replayed(rollout.replay / file, run))
+        rollouts = _replayed(rollout.replay, run)
     else:
         rollouts = _sampled(run)
         check_versions(rollouts.outlines, run.step, rollout.ahead)
-        if rollout.save:
-            groups = deliver_to_leader(rollouts, run.context)
-            if run.context.is_leader:
-                _save_rollouts(run.recipe.output / "rollouts" / file, groups, run)
-            run.context.barrier("rollouts saved")
+        if run.saver is not None:
+            run.saver.save(run.step + 1, rollouts)
         run.measurements.performance.rollouts(rollouts.outlines)
     counts = gather_counts(rollouts, run.objective, run.context)
     metrics = rollout_metrics(rollouts.outlines) | run.objective.metrics(rollouts.outlines, counts)
+    if run.saver is not None:
+        metrics["rollout/save_failed"] = float(not_saved(run.saver, run))
     if rollout.refill_rounds:
         sampled = len(rollouts)
         rollouts = with_signal(rollouts, rollout.prompts_per_step, run.objective, run.context)
@@ -61,16 +60,28 @@ def _sampled(run: Run) -> StepRollouts:
         return refilled(rollouts, rollout.refill_rounds, size, run.objective, run.context, sample_more)
 
 
-def _replayed(path: Path, run: Run) -> list[Group]:
+def _replayed(folder: Path, run: Run) -> StepRollouts:
+    """Return the saved groups of the next step, of which each rank reads its share. Collective."""
+    context, held, problem = run.context, {}, None
     try:
-        groups = read_groups(path)
+        files = step_files(folder, run.step + 1)
+        if not files:
+            raise DataError(f"{folder} has no rollouts of step {run.step + 1}")
+        held = read_share(files, context.rank, context.world_size)
+        for group in held.values():
+            check_experts(group, _expert_sizes(run), folder)
     except (OSError, ValueError) as error:
-        raise DataError(f"rollout.replay: {error}") from error
+        problem = str(error)
+    for found in context.gather_objects(problem):
+        if found is not None:
+            raise DataError(f"rollout.replay: {found}")
+    return gather_outlines(held, context)
+
+
+def _expert_sizes(run: Run) -> tuple[int, int] | None:
+    """Return (layers, experts per token) where the run replays the routing."""
     architecture = run.architecture
-    sizes = (architecture.num_layers, architecture.experts_per_token) if run.recipe.rollout.routing_replay else None
-    for group in groups:
-        check_experts(group, sizes, path)
-    return groups
+    return (architecture.num_layers, architecture.experts_per_token) if run.recipe.rollout.routing_replay else None
 
 
 def check_experts(group: Group, sizes: tuple[int, int] | None, path: Path) -> None:
@@ -87,15 +98,24 @@ def check_experts(group: Group, sizes: tuple[int, int] | None, path: Path) -> No
         wanted = (len(group.prompt_ids) + sample.length - 1, *sizes)
         if experts is None or experts.shape != wanted:
             has = "no experts" if experts is None else f"experts of shape {experts.shape}, not {wanted},"
-            raise DataError(f"rollout.replay: {path}: problem {group.problem.id} has {has} for rollout.routing_replay")
+            raise DataError(f"{path}: problem {group.problem.id} has {has} for rollout.routing_replay")
 
 
-def _save_rollouts(path: Path, groups: Sequence[Group], run: Run) -> None:
-    """Write the step's rollouts, replacing those of an earlier try: a resumed run may repeat a step."""
-    partial = path.with_suffix(".partial")
-    partial.unlink(missing_ok=True)
-    write_groups(partial, groups, run.decode)
-    partial.replace(path)
+def flush_saved_rollouts(run: Run) -> None:
+    """Wait until all rollouts are saved, and say how many could not be. Collective."""
+    if run.saver is not None:
+        run.saver.flush()
+        not_saved(run.saver, run)
+
+
+def not_saved(saver: RolloutSaver, run: Run) -> int:
+    """Return how many groups, of all ranks, could not be saved since the last call, and say so. Collective."""
+    parts = run.context.gather_objects(saver.take_not_saved())
+    groups = sum(part.groups for part in parts)
+    if groups:
+        reason = next(part.reason for part in parts if part.groups)
+        run.console.warn(f"rollouts of {amount(groups, 'group')} could not be saved: {reason}")
+    return groups
 
 
 def check_versions(groups: Sequence[GroupOutline], version: int, ahead: int = 0) -> None:

@@ -42,6 +42,8 @@ from megatron_hdpo.rollout.sglang.servers.fleet import Report, no_report
 from megatron_hdpo.sampling.coordinator import RolloutCoordinator
 from megatron_hdpo.sampling.prefetch import PrefetchedRollouts
 from megatron_hdpo.sampling.sampler import RolloutSampler
+from megatron_hdpo.sampling.saved import Decode
+from megatron_hdpo.sampling.saver import RolloutSaver
 from megatron_hdpo.teachers.teacher import PolicyTeacher
 from megatron_hdpo.tracking.console import Console
 from megatron_hdpo.tracking.logging import configure_logging
@@ -65,6 +67,7 @@ class Run:
     """State of a run between its steps.
 
     engine: samples the rollouts; `sync` sends weights to it. prefetched: rollouts of the current or the next step.
+    saver: writes them; None where the recipe does not ask for it.
     checkpoints, record: what the run leaves in its folder. step: number of steps that have been taken.
     """
 
@@ -78,6 +81,7 @@ class Run:
     sync: PolicySync
     rewards: RewardPool
     prefetched: PrefetchedRollouts
+    saver: RolloutSaver | None
     checkpoints: CheckpointStore
     record: RunRecord
     measurements: Measurements
@@ -103,10 +107,6 @@ class Run:
         """Text that marks a number of samples as those of the console's rank alone; "" if there is no other rank."""
         return "on rank 0" if len(self.coordinator.sampling_ranks) > 1 else ""
 
-    def decode(self, token_ids: np.ndarray) -> str:
-        """Return the text of a response, without special tokens."""
-        return self.coordinator.sampler.decode(token_ids)
-
     def rebuild_optimizer(self, config: OptimizerConfig, total_steps: int) -> None:
         """Build a new optimizer and schedule for the model's current weights."""
         self.policy.optimizer, self.policy.schedule = build_optimizer(
@@ -116,6 +116,8 @@ class Run:
     def close(self, failed: bool) -> None:
         """Stop workers and engine, and close the record."""
         self.prefetched.close()
+        if self.saver is not None:
+            self.saver.close()
         self.rewards.close()
         self.sync.close()
         self.engine.close()
@@ -198,6 +200,7 @@ def _build_run(
         sync=sync,
         rewards=rewards,
         prefetched=PrefetchedRollouts(rollouts),
+        saver=_saver(recipe, context, rollouts.sampler.decode),
         checkpoints=checkpoints,
         record=RunRecord(recipe, context, console),
         measurements=build_measurements(recipe, policy, learner.work, console, health),
@@ -248,11 +251,6 @@ def stop_token_ids(tokenizer: Tokenizer, model_path: str | Path) -> tuple[int, .
     return tuple(sorted(i for i in ids if i is not None))
 
 
-def rollouts_file(step: int) -> str:
-    """Return the name of the file with the rollouts of a step, counted from 1."""
-    return f"step_{step:08d}.jsonl"
-
-
 def set_threads(recipe: Recipe, local_world_size: int) -> None:
     """Set the CPU threads of this rank: the recipe's number, else an equal share of the cores."""
     cores = len(usable_cores())
@@ -272,6 +270,13 @@ def _open_logs(recipe: Recipe, context: ParallelContext, console: Console) -> No
 def _progress(console: Console, sampler: RolloutSampler) -> str:
     """Return what this rank does; its answers count apart from the phase, as they also come while it trains."""
     return f"{console.doing()}, {sampler.answers:,} answers of engine and judges since the start"
+
+
+def _saver(recipe: Recipe, context: ParallelContext, decode: Decode) -> RolloutSaver | None:
+    rollout = recipe.rollout
+    if not rollout.save or rollout.replay is not None:
+        return None
+    return RolloutSaver(recipe.output / "rollouts", context.rank, decode, rollout.save_keep)
 
 
 def _decode(tokenizer: Tokenizer, token_ids: np.ndarray) -> str:

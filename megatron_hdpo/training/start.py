@@ -8,12 +8,13 @@ from megatron_hdpo.config.file import recipe_changes
 from megatron_hdpo.config.recipe import Recipe
 from megatron_hdpo.health.selftest import logprob_limit, run_self_test
 from megatron_hdpo.sampling.delivery import deliver_to_all
+from megatron_hdpo.sampling.saved import step_files
 from megatron_hdpo.teachers.build import build_teacher
 from megatron_hdpo.teachers.config import ExternalTeacherConfig
 from megatron_hdpo.teachers.external import check_same_vocabulary
 from megatron_hdpo.teachers.weight_copies import FrozenTeacher
 from megatron_hdpo.tracking.formats import amount
-from megatron_hdpo.training.run import Run, load_tokenizer, rollouts_file
+from megatron_hdpo.training.run import Run, load_tokenizer
 from megatron_hdpo.training.warmup import warm_up
 from megatron_hdpo.types.errors import DataError
 from megatron_hdpo.types.rollouts import Group
@@ -133,10 +134,10 @@ def _check_replay(run: Run) -> None:
     if folder is None:
         return
     for step in range(run.step + 1, run.recipe.train.steps + 1):
-        if not (folder / rollouts_file(step)).is_file():
+        if not step_files(folder, step):
             raise DataError(
-                f"rollout.replay: {folder} has no {rollouts_file(step)}, and train.steps is {run.recipe.train.steps}: "
-                "name the rollouts folder of a run with at least as many steps"
+                f"rollout.replay: {folder} has no rollouts of step {step}, and train.steps is "
+                f"{run.recipe.train.steps}: name the rollouts folder of a run with at least as many steps"
             )
 
 

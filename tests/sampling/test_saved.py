@@ -1,8 +1,10 @@
 """Saved rollouts: exact round trip, readable text, and a clear report of what cannot be read or written."""
 
+import gzip
 import json
 import logging
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,13 +12,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from megatron_hdpo.sampling.saved import read_groups, write_groups
+from megatron_hdpo.sampling.saved import all_files, read_groups, read_share, step_file, step_files, write_groups
 from megatron_hdpo.types.problem import Problem
 from megatron_hdpo.types.rollouts import Completion, Group, Sample, TopKArrays
 
 
 def decode(ids: np.ndarray) -> str:
     return " ".join(f"<{i}>" for i in ids)
+
+
+def write(path: Path, groups: list[Group]) -> None:
+    write_groups(path, dict(enumerate(groups)), len(groups), decode)
+
+
+def text_of(path: Path) -> str:
+    return gzip.decompress(path.read_bytes()).decode()
+
+
+def write_text(path: Path, text: str) -> None:
+    path.write_bytes(gzip.compress(text.encode()))
 
 
 def any_bits(shape):
@@ -93,9 +107,8 @@ def assert_same_group(left: Group, right: Group) -> None:
 @given(written=st.lists(groups(), min_size=1, max_size=3))
 @settings(max_examples=50, deadline=None)
 def test_round_trip_is_exact_to_the_bit(written, tmp_path_factory):
-    path = tmp_path_factory.mktemp("log") / "rollouts.jsonl"
-    write_groups(path, written[:1], decode)
-    write_groups(path, written[1:], decode)
+    path = tmp_path_factory.mktemp("log") / "rollouts.jsonl.gz"
+    write(path, written)
     read = read_groups(path)
     for left, right in zip(read, written, strict=True):
         assert_same_group(left, right)
@@ -127,9 +140,9 @@ def example_group(**problem) -> Group:
 
 
 def test_a_person_finds_texts_and_rewards_before_any_array(tmp_path):
-    path = tmp_path / "new" / "folder" / "rollouts.jsonl"
-    write_groups(path, [example_group()], decode)
-    text = path.read_text(encoding="utf-8")
+    path = tmp_path / "new" / "folder" / "rollouts.jsonl.gz"
+    write(path, [example_group()])
+    text = text_of(path)
     assert text.count("\n") == 1 and text.endswith("\n")
     assert "What is 3 \u00d7 4?" in text and text.index('"privileged": [{') < text.index("base64")
     record = json.loads(text)
@@ -144,35 +157,81 @@ def test_a_person_finds_texts_and_rewards_before_any_array(tmp_path):
 
 def test_metadata_that_json_cannot_hold_is_left_out_by_name(tmp_path):
     metadata = {"seed": 3, "parts": ["a", 1.5], "exact": Fraction(1, 3), "pair": (1, 2), "nan": float("nan")}
-    write_groups(tmp_path / "log", [example_group(metadata=metadata)], decode)
-    (group,) = read_groups(tmp_path / "log")
+    path = tmp_path / "log.gz"
+    write(path, [example_group(metadata=metadata)])
+    (group,) = read_groups(path)
     assert group.problem.metadata == {"seed": 3, "parts": ["a", 1.5]}
-    assert json.loads((tmp_path / "log").read_text())["metadata_left_out"] == ["exact", "pair", "nan"]
+    assert json.loads(text_of(path))["metadata_left_out"] == ["exact", "pair", "nan"]
 
 
 def test_a_reward_that_is_no_number_is_refused_and_the_file_stays(tmp_path):
-    path = tmp_path / "log"
-    write_groups(path, [example_group()], decode)
+    path = tmp_path / "log.gz"
+    write(path, [example_group()])
     before = path.read_bytes()
     bad = example_group(id="sums/2")
     bad.samples[1].reward = float("nan")
     with pytest.raises(ValueError, match="sums/2: reward nan"):
-        write_groups(path, [example_group(), bad], decode)
-    assert path.read_bytes() == before
+        write(path, [example_group(), bad])
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_cut_off_last_line_is_named_and_swallows_nothing_written_later(tmp_path, caplog):
-    path = tmp_path / "log"
-    write_groups(path, [example_group(id=f"sums/{i}") for i in range(3)], decode)
+def test_a_file_of_an_older_run_is_read_and_its_cut_off_last_line_is_named(tmp_path, caplog):
+    """Older runs append to one file per step, not compressed, whose lines do not say which group they are."""
+    written = [example_group(id=f"sums/{i}") for i in range(3)]
+    write(tmp_path / "new.gz", written)
+    old = [json.loads(line) for line in text_of(tmp_path / "new.gz").splitlines()]
+    path = tmp_path / "step_00000007.jsonl"
+    path.write_text("".join(json.dumps({k: v for k, v in r.items() if k not in ("group", "of")}) + "\n" for r in old))
+    assert step_files(tmp_path, 7) == [path]
+    assert [sorted(read_share([path], rank, 2)) for rank in (0, 1)] == [[0, 2], [1]]
+    assert_same_group(read_share([path], 1, 2)[1], written[1])
     path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(ValueError, match=r"log:3: broken line, the file ends here"):
-        read_groups(path)
-    write_groups(path, [example_group(id="sums/9")], decode)
-    with pytest.raises(ValueError, match=r"log:3: broken line: "):
+    with pytest.raises(ValueError, match=r"jsonl:3: broken line, the file ends here"):
         read_groups(path)
     with caplog.at_level(logging.WARNING):
-        assert [g.problem.id for g in read_groups(path, skip_broken=True)] == ["sums/0", "sums/1", "sums/9"]
-    assert "log:3" in caplog.text
+        assert [g.problem.id for g in read_groups(path, skip_broken=True)] == ["sums/0", "sums/1"]
+    assert "jsonl:3" in caplog.text
+
+
+def saved_by_ranks(folder: Path, of: int = 7) -> list[Group]:
+    """Seven groups of step 4, of which rank r of three has sampled every third."""
+    groups = [example_group(id=f"sums/{i}") for i in range(7)]
+    for rank in range(3):
+        own = {i: group for i, group in enumerate(groups) if i % 3 == rank}
+        write_groups(folder / step_file(4, rank), own, of, decode)
+    return groups
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 5, 9])
+def test_any_number_of_ranks_reads_what_others_wrote(tmp_path, ranks):
+    groups = saved_by_ranks(tmp_path)
+    shares = [read_share(step_files(tmp_path, 4), rank, ranks) for rank in range(ranks)]
+    assert sum(map(len, shares)) == 7 and max(map(len, shares)) <= -(-7 // ranks)
+    for index, group in (item for share in shares for item in share.items()):
+        assert_same_group(group, groups[index])
+
+
+def test_a_missing_file_of_a_rank_is_said(tmp_path):
+    saved_by_ranks(tmp_path)
+    (tmp_path / step_file(4, 1)).unlink()
+    with pytest.raises(ValueError, match="step 4 has 7 groups, but its files 5: the file of a rank is missing"):
+        read_share(step_files(tmp_path, 4), 0, 1)
+
+
+def test_a_compressed_file_that_was_cut_is_said(tmp_path):
+    path = tmp_path / step_file(1, 0)
+    write(path, [example_group()])
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match="ends too early"):
+        read_groups(path)
+
+
+def test_files_come_by_step_and_rank_and_others_are_left_alone(tmp_path):
+    names = ["step_00000002.jsonl", step_file(1, 0), step_file(1, 1), "step_00000001.rank_00000.jsonl.gz.partial", "x"]
+    for name in names:
+        (tmp_path / name).touch()
+    assert [path.name for path in all_files(tmp_path)] == [names[1], names[2], names[0]]
+    assert all_files(tmp_path / "nowhere") == []
 
 
 @pytest.mark.parametrize(
@@ -185,22 +244,17 @@ def test_a_cut_off_last_line_is_named_and_swallows_nothing_written_later(tmp_pat
         (lambda r: r["samples"][0].update(finish_reason="abort"), "finish_reason 'abort'"),
         (lambda r: r["samples"][0].update(reward=None), "wrong type"),
         (lambda r: r["replay"]["samples"][1]["logprobs"].update(shape=[2], base64="AAAAAAAAAAA="), "different lengths"),
-        (lambda r: r["replay"]["prompt_ids"].update(base64="!"), "log:2"),
-        (lambda r: r["replay"]["prompt_ids"].update(shape=[7]), "log:2"),
+        (lambda r: r["replay"]["prompt_ids"].update(base64="!"), "log.gz:2"),
+        (lambda r: r["replay"]["prompt_ids"].update(shape=[7]), "log.gz:2"),
     ],
 )
 def test_a_damaged_record_is_named_by_line_and_reason(tmp_path, change, message):
-    path = tmp_path / "log"
-    write_groups(path, [example_group(), example_group()], decode)
-    first, second = path.read_text().splitlines()
+    path = tmp_path / "log.gz"
+    write(path, [example_group(), example_group()])
+    first, second = text_of(path).splitlines()
     record = json.loads(second)
     change(record)
-    path.write_text(first + "\n" + json.dumps(record) + "\n")
+    write_text(path, first + "\n" + json.dumps(record) + "\n")
     with pytest.raises(ValueError, match=message) as caught:
         read_groups(path)
-    assert "log:2" in str(caught.value)
-
-
-def test_nothing_to_write_makes_no_file(tmp_path):
-    write_groups(tmp_path / "log", [], decode)
-    assert not (tmp_path / "log").exists()
+    assert "log.gz:2" in str(caught.value)

@@ -1,4 +1,5 @@
 import base64
+import gzip
 import io
 import math
 import re
@@ -55,7 +56,8 @@ def run(tmp_path):
 
 
 def save_rollouts(run, name, groups):
-    write_groups(run / "rollouts" / name, groups, decode=lambda ids: f"prompt of {len(ids)} ids")
+    path = run / "rollouts" / name
+    write_groups(path, dict(enumerate(groups)), len(groups), decode=lambda ids: f"prompt of {len(ids)} ids")
 
 
 def group(question, rewards, privileged=()):
@@ -137,9 +139,9 @@ class Page(HTMLParser):
 def test_html_is_complete_self_contained_and_escaped(run):
     attack = "<script>alert('x')</script>"
     (run / "recipe.yaml").write_text("model:\n  path: '<b>&amp;'\n")
-    save_rollouts(run, "step_9.jsonl", [group("old question", [0.0])])
-    save_rollouts(run, "step_10.jsonl", [group("easy", [1.0, 0.0]), group(attack, [0.0], [0.0, 1.0])])
-    with open(run / "rollouts" / "step_10.jsonl", "a") as file:
+    save_rollouts(run, "step_9.rank_0.jsonl.gz", [group("old question", [0.0])])
+    save_rollouts(run, "step_10.rank_0.jsonl.gz", [group("easy", [1.0, 0.0]), group(attack, [0.0], [0.0, 1.0])])
+    with gzip.open(run / "rollouts" / "step_10.rank_0.jsonl.gz", "at") as file:
         file.write("{oops")
     report = write_report(run)
     page = Page(report.html.read_text(encoding="utf-8"))
@@ -155,15 +157,16 @@ def test_html_is_complete_self_contained_and_escaped(run):
     ):
         assert expected in page.text
     assert "old question" not in page.text  # the newest file, also where numbers are not padded
-    assert "step_10.jsonl, line 3: not a saved group" in page.text
+    assert "step_10.rank_0.jsonl.gz, line 3: not a saved group" in page.text
     assert "Steps 0 to 3" in page.text
     (source,) = page.loads
     assert base64.b64decode(source.removeprefix("data:image/png;base64,")) == report.png.read_bytes()
 
 
 def test_samples_show_best_and_worst_and_privileged_groups_first(tmp_path):
-    lines = [group("solved", [1.0, 1.0])] * 5 + [group("cliff", [0.0, 0.0], [1.0, 0.0])]
-    save_rollouts(tmp_path, "step_1.jsonl", lines)
+    save_rollouts(tmp_path, "step_1.rank_0.jsonl.gz", [group("solved", [1.0, 1.0])] * 2)
+    lines = [group("solved", [1.0, 1.0])] * 3 + [group("cliff", [0.0, 0.0], [1.0, 0.0])]
+    save_rollouts(tmp_path, "step_1.rank_1.jsonl.gz", lines)
     groups, notes = pick_samples(tmp_path / "rollouts")
     assert len(groups) == 4 and notes == []
     assert [(sample.kind, sample.reward) for sample in groups[0].samples] == [
@@ -171,7 +174,7 @@ def test_samples_show_best_and_worst_and_privileged_groups_first(tmp_path):
         ("privileged rollout", 1.0),
         ("privileged rollout", 0.0),
     ]
-    assert groups[0].source == "rollouts/step_1.jsonl, line 6"
+    assert groups[0].source == "rollouts/step_1.rank_1.jsonl.gz, line 4"
     assert pick_samples(tmp_path / "none") == ([], [])
 
 

@@ -14,7 +14,7 @@ from commands import Ended, results_of, run_command
 from recipes import Tree, make_model, small_recipe
 from transformers import AutoModelForCausalLM
 
-from megatron_hdpo.sampling.saved import read_groups
+from megatron_hdpo.sampling.saved import read_groups, step_file
 from megatron_hdpo.tracking.metrics import read_metrics
 from megatron_hdpo.training.rollout_phase import check_experts
 from megatron_hdpo.types.errors import DataError
@@ -22,7 +22,7 @@ from megatron_hdpo.types.problem import Problem
 from megatron_hdpo.types.rollouts import Completion, Group, Sample
 
 LAYERS, PER_TOKEN = 2, 2
-STEP = "step_00000001.jsonl"
+STEP = step_file(1, 0)
 
 
 def undecided_model(path: Path) -> Path:
@@ -84,7 +84,7 @@ EXPERTS = np.zeros((6, LAYERS, PER_TOKEN), dtype=np.uint8)
     ],
 )
 def test_saved_rollouts_without_the_experts_are_refused(experts: np.ndarray | None, words: str) -> None:
-    with pytest.raises(DataError, match=f"rollout.replay: file: problem sums/0 .*{words}"):
+    with pytest.raises(DataError, match=f"file: problem sums/0 .*{words}"):
         check_experts(_group(experts), (LAYERS, PER_TOKEN), Path("file"))
 
 

@@ -19,6 +19,8 @@ from commands import results_of, run_command
 from recipes import ROOT, Tree, small_recipe
 from test_run import metrics_of
 
+from megatron_hdpo.sampling.saved import step_file
+
 STEPS, RANKS = 2, 2
 PATIENCE_S = 240.0
 
@@ -117,7 +119,7 @@ def test_a_lost_node_comes_back_and_the_run_ends_as_if_nothing_had_been(tiny_mod
 
     with nodes(recipe, tmp_path) as start:
         first, second = start(0), start(1)
-        wait_for((folder / "rollouts" / "step_00000002.jsonl").exists, said)  # amid step 2
+        wait_for((folder / "rollouts" / step_file(2, 0)).exists, said)  # amid step 2
         lose(second)
         assert not (folder / "checkpoints" / "step_00000002").exists(), "killed too late for this test to mean anything"
         second = start(1)

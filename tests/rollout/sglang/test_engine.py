@@ -19,7 +19,7 @@ from megatron_hdpo.rollout.sglang.engine import SGLangEngine
 from megatron_hdpo.rollout.sglang.weights.gate import GateError
 from megatron_hdpo.rollout.sglang.weights.push import WeightPush, WeightPushError
 from megatron_hdpo.training.rollout_phase import check_versions
-from megatron_hdpo.types.rollouts import Completion, GenerationRequest, Group, Sample
+from megatron_hdpo.types.rollouts import Completion, GenerationRequest, Group, Sample, outline_of
 
 TOLERANCE = 1e-5
 
@@ -178,12 +178,12 @@ def test_a_version_that_was_missed_stops_the_run(proxy: FaultProxy, weights: Wei
         assert sample.weight_versions.tolist()[:3] == [4, 4, 3] and engine.mixed_versions == 1
     from megatron_hdpo.types.problem import Problem
 
-    group = Group(Problem("p/0", "p", "q", "a"), request().prompt_ids, [Sample(sample, "", 0.0)])
+    outline = outline_of(Group(Problem("p/0", "p", "q", "a"), request().prompt_ids, [Sample(sample, "", 0.0)]))
     with pytest.raises(TrainingError, match=r"step 4: problem p/0 .* \[3, 4\], not 4"):
-        check_versions([group], 4)
-    check_versions([group], 4, ahead=1)
+        check_versions([outline], 4)
+    check_versions([outline], 4, ahead=1)
     with pytest.raises(TrainingError, match="not 4 to 5"):
-        check_versions([group], 5, ahead=1)
+        check_versions([outline], 5, ahead=1)
 
 
 def test_half_updated_servers_serve_nothing(proxy: FaultProxy, weights: Weights) -> None:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from server_tools import LiveServer, servers_under, wait_until
 
 from megatron_hdpo.rollout.sglang.servers.config import ServerConfig
-from megatron_hdpo.sampling.saved import read_groups, write_groups
+from megatron_hdpo.sampling.saved import read_step, step_file, write_groups
 from megatron_hdpo.tracking.metrics import read_metrics
 from megatron_hdpo.types.rollouts import Group
 
@@ -81,7 +81,7 @@ def run(tree: Tree, *overrides: str, ranks: int = 1, timeout: float = 300, **kw:
 
 
 def groups_of(folder: Path, step: int) -> list[Group]:
-    return read_groups(folder / "rollouts" / f"step_{step:08d}.jsonl")
+    return read_step(folder / "rollouts", step)
 
 
 def versions_of(groups: list[Group]) -> set[int]:
@@ -241,7 +241,7 @@ def test_the_servers_rollouts_teach_what_they_would_from_any_engine(
             differ |= bool((own != sample.completion.logprobs).any())  # those of a short response may be the same bits
             sample.completion = replace(sample.completion, logprobs=own)
     assert differ, "they are of another program"
-    write_groups(tmp_path / "scored" / "step_00000001.jsonl", groups, str)
+    write_groups(tmp_path / "scored" / step_file(1, 0), dict(enumerate(groups)), len(groups), str)
     tree["output"] = str(tmp_path / "scored_run")
     tree["rollout"] |= {"engine": "embedded", "replay": str(tmp_path / "scored")}
     train(tree)
