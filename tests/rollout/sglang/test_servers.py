@@ -75,7 +75,8 @@ def test_the_state_of_starting_servers_is_reported(make_servers: MakeServers, tm
 
     servers = make_servers(environment={"FAKE_MEETS": f"{loading}:3"})
     servers.start(report)
-    assert states[0] == f"0 of 2 servers of this rank answer; {tmp_path}/sglang_0.log: nothing yet"
+    waiting = f"0 of 2 servers of this rank answer after 0 s, not yet: 0, 1; {tmp_path}/sglang_0.log: nothing yet"
+    assert states[0] == waiting
     assert states[-1] == "2 of 2 servers of this rank answer"
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from tenacity import (
@@ -25,6 +26,7 @@ from megatron_hdpo.rollout.sglang.servers.server import ServerError, ServerProce
 LOGGER = logging.getLogger(__name__)
 BACKOFF = wait_exponential(multiplier=2, max=60)
 """Seconds between starts that fail."""
+REPORT_EVERY_S = 0.5
 Report = Callable[[str], None]
 """Receiver of the state of servers that start."""
 
@@ -54,18 +56,27 @@ class ServerFleet:
     def start(self, report: Report = no_report) -> None:
         """Start all servers in parallel and return when all answer.
 
-        report: gets a line on their state again and again. Raises ServerError when a server does not answer; then none
-        is left running.
+        report: gets a line on their state again and again. Raises ServerError as soon as a server has not come up; then
+        none is left running.
         """
-        try:
-            for process in self.processes:
-                process.start()
-            for ready, process in enumerate(self.processes):
-                process.wait_ready(partial(self._report_start, report, ready))
-            report(f"{len(self.processes)} of {len(self.processes)} servers of this rank answer")
-        except BaseException:
-            self.close()
-            raise
+        begin = time.monotonic()
+        waits: dict[Future[None], ServerProcess] = {}
+        with ThreadPoolExecutor(max(len(self.processes), 1), thread_name_prefix="server-start") as pool:
+            try:
+                for process in self.processes:
+                    process.start()
+                waits = {pool.submit(process.wait_ready): process for process in self.processes}
+                pending = set(waits)
+                while pending:
+                    report(self._state([waits[one] for one in waits if one in pending], time.monotonic() - begin))
+                    ended, pending = wait(pending, REPORT_EVERY_S, return_when=FIRST_COMPLETED)
+                    for one in ended:
+                        one.result()
+                        LOGGER.info("SGLang server %s answers after %.0f s", waits[one].url, time.monotonic() - begin)
+                report(f"{len(self.processes)} of {len(self.processes)} servers of this rank answer")
+            except BaseException:
+                self.close()  # the other waits end with their servers
+                raise
 
     def restart(self, index: int) -> None:
         """Kill server `index` if it still runs (it may hang), start it, and wait until it answers.
@@ -107,7 +118,9 @@ class ServerFleet:
         self.processes[index].start()
         self.processes[index].wait_ready()
 
-    def _report_start(self, report: Report, ready: int) -> None:
-        process = self.processes[ready]
-        count = f"{ready} of {len(self.processes)} servers of this rank answer"
-        report(f"{count}; {process.log}: {process.last_line() or 'nothing yet'}")
+    def _state(self, pending: Sequence[ServerProcess], seconds: float) -> str:
+        """Return how many servers answer after these seconds, and what the first of the others does."""
+        count = f"{len(self.processes) - len(pending)} of {len(self.processes)} servers of this rank answer"
+        others = ", ".join(str(process.launch.index) for process in pending)
+        first = pending[0]
+        return f"{count} after {seconds:.0f} s, not yet: {others}; {first.log}: {first.last_line() or 'nothing yet'}"

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from megatron_hdpo.rollout.sglang.servers import supervisor
@@ -81,11 +80,11 @@ class ServerProcess:
             if not self.alive():
                 self._start()
 
-    def wait_ready(self, on_wait: Callable[[], None] = lambda: None) -> None:
+    def wait_ready(self) -> None:
         """Return when the server answers.
 
-        on_wait: called again and again meanwhile. Raises ServerError when the server died or did not answer within
-        `start_timeout_s`; none of its processes is left then.
+        Raises ServerError when the server died or did not answer within `start_timeout_s`; none of its processes is
+        left then.
         """
         deadline = time.monotonic() + self.config.start_timeout_s
         for attempt in range(1, PORT_TRIES + 1):
@@ -95,7 +94,6 @@ class ServerProcess:
                 if time.monotonic() > deadline:
                     self.stop(now=True)
                     raise ServerError(self._report(f"did not answer within {self.config.start_timeout_s:g} s"))
-                on_wait()
                 time.sleep(POLL_S)
             if attempt == PORT_TRIES or "address already in use" not in self._output().lower():
                 break
