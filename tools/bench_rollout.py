@@ -41,6 +41,7 @@ from megatron_hdpo.parallel.layout import ParallelConfig
 from megatron_hdpo.rewards.config import RewardConfig
 from megatron_hdpo.rewards.pool import RewardPool
 from megatron_hdpo.rollout.config import RolloutConfig
+from megatron_hdpo.rollout.sglang.asking import request_body
 from megatron_hdpo.rollout.sglang.config import SGLangConfig
 from megatron_hdpo.rollout.sglang.engine import SGLangEngine
 from megatron_hdpo.rollout.sglang.servers.command import ServerLaunch
@@ -157,7 +158,7 @@ def throughput(options: argparse.Namespace, url: str, model: Path) -> dict[str, 
     with engine_on(options, url, model) as (engine, _):
         params = SamplingParams(options.new_tokens, n=1, top_logprobs=options.top_logprobs)
         requests = [GenerationRequest(f"{i}", np.arange(3, 11, dtype=np.int32), params) for i in range(options.samples)]
-        bodies = [engine._body(request, 0) for request in requests]
+        bodies = [request_body(request, 0, engine.deterministic) for request in requests]
         tokens = options.samples * options.new_tokens
         for turn in range(options.rounds + 1):
             begin = time.perf_counter()

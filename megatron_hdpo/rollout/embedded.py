@@ -119,6 +119,10 @@ class EmbeddedEngine:
         self._version = version
         self._unusable = ""
 
+    def metrics(self) -> dict[str, float]:
+        """Return nothing: there are no servers."""
+        return {}
+
     def make_room(self) -> None:
         """Do nothing: where this engine is used, there is memory for the trainer, weights and cache."""
 

@@ -55,6 +55,9 @@ class Engine(Protocol):
         Unknown and finished requests are ignored.
         """
 
+    def metrics(self) -> dict[str, float]:
+        """Return what has happened to this rank's samples and servers since the last call."""
+
     def make_room(self) -> None:
         """Free memory that a trainer on the same device can use, until the next weight update.
 

@@ -16,6 +16,7 @@ from megatron_hdpo.sampling.step_rollouts import StepRollouts, gather_counts, ga
 from megatron_hdpo.tracking.formats import amount
 from megatron_hdpo.training.run import Run
 from megatron_hdpo.types.errors import DataError
+from megatron_hdpo.types.metrics import reduce_metrics
 from megatron_hdpo.types.rollouts import Group, GroupOutline
 
 
@@ -26,16 +27,18 @@ def collect_step_rollouts(run: Run) -> tuple[StepRollouts, dict[str, float]]:
     update, DataError when rollouts to replay cannot be read.
     """
     rollout = run.recipe.rollout
+    server_metrics: dict[str, float] = {}
     if rollout.replay is not None:
         rollouts = _replayed(rollout.replay, run)
     else:
         rollouts = _sampled(run)
+        server_metrics = reduce_metrics(run.context.gather_objects(run.engine.metrics()))
         check_versions(rollouts.outlines, run.step, rollout.ahead)
         if run.saver is not None:
             run.saver.save(run.step + 1, rollouts)
         run.measurements.performance.rollouts(rollouts.outlines)
     counts = gather_counts(rollouts, run.objective, run.context)
-    metrics = rollout_metrics(rollouts.outlines) | run.objective.metrics(rollouts.outlines, counts)
+    metrics = rollout_metrics(rollouts.outlines) | run.objective.metrics(rollouts.outlines, counts) | server_metrics
     if run.saver is not None:
         metrics["rollout/save_failed"] = float(not_saved(run.saver, run))
     if rollout.refill_rounds:

@@ -33,6 +33,9 @@ class FakeEngine:
     def cancel(self, request_ids: Sequence[str]) -> None:
         """Nothing is ever under way: results come when they are asked for."""
 
+    def metrics(self) -> dict[str, float]:
+        return {}
+
     def make_room(self) -> None:
         """It takes none."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -46,9 +46,22 @@ class FaultProxy:
             session.request(request.method, self.target + request.path_qs, data=body, headers=headers) as answer,
         ):
             content = await answer.read()
+            streamed = answer.content_type == "text/event-stream"
             if change is not None:
-                content = orjson.dumps(change(orjson.loads(content)))
-            return web.Response(body=content, status=answer.status, content_type="application/json")
+                whole = orjson.dumps(change(assembled(content) if streamed else orjson.loads(content)))
+                content = b"data: %s\n\n" % whole if streamed else whole
+            return web.Response(body=content, status=answer.status, content_type=answer.content_type)
+
+
+def assembled(stream: bytes) -> Answer:
+    """The answer that a stream of increments makes up."""
+    events = [event.removeprefix(b"data: ") for event in stream.split(b"\n\n")]
+    pieces = [orjson.loads(event) for event in events if event not in (b"", b"[DONE]")]
+    if "meta_info" not in pieces[-1]:
+        return pieces[-1]
+    rows = [row for piece in pieces for row in piece["meta_info"].get("output_token_logprobs", [])]
+    ids = [token for piece in pieces for token in piece["output_ids"]]
+    return pieces[-1] | {"output_ids": ids, "meta_info": pieces[-1]["meta_info"] | {"output_token_logprobs": rows}}
 
 
 def status(code: int) -> Fault:
@@ -86,6 +99,32 @@ def cut_off() -> Fault:
         assert request.transport is not None
         request.transport.close()
         return web.Response()
+
+    return fault
+
+
+def streamed_until(pieces: int, then: Callable[[web.Request, FaultProxy, Answer], Awaitable[bool]]) -> Fault:
+    """After some pieces of a streamed answer `then` happens; the stream goes on if it returns True, and is cut off
+    otherwise."""
+
+    async def fault(request: web.Request, proxy: FaultProxy) -> web.StreamResponse:
+        body = await request.read()
+        answer = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await answer.prepare(request)
+        asked = orjson.loads(body)
+        async with aiohttp.ClientSession() as session, session.post(proxy.target + request.path, json=asked) as origin:
+            assert origin.content_type == "text/event-stream", await origin.read()
+            seen, held = 0, b""
+            async for piece in origin.content.iter_any():
+                *events, held = (held + piece).split(b"\n\n")
+                for event in events:
+                    await answer.write(event + b"\n\n")
+                    seen += 1
+                    if seen == pieces and not await then(request, proxy, asked):
+                        assert request.transport is not None
+                        request.transport.close()
+                        return answer
+        return answer
 
     return fault
 

@@ -5,6 +5,8 @@ Only endpoints of stock SGLang. `ServerInfo` says which optional ones a server h
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +15,7 @@ import orjson
 from packaging.version import Version
 
 from megatron_hdpo.rollout.sglang.servers.config import OLDEST_SGLANG
+from megatron_hdpo.rollout.sglang.streamed import StreamedAnswer
 
 
 class ApiError(RuntimeError):
@@ -35,7 +38,8 @@ class ServerInfo:
     model_path: folder of its current weights. tokenizer_path: folder it was started with. max_prompt: longest prompt in
     tokens. context: longest prompt plus response, None for the model's own limit. sessions: weight updates need a begin
     and an end call. memory: bytes of weights and key-value cache on each of its GPUs, 0 if it does not say.
-    routed_experts: answers can hold the experts that a token was sent to.
+    routed_experts: answers can hold the experts that a token was sent to. streams_increments: the pieces of a streamed
+    answer hold the new tokens only, not all so far.
     """
 
     version: str
@@ -53,6 +57,7 @@ class ServerInfo:
     memory_saver: bool
     memory: int
     routed_experts: bool
+    streams_increments: bool
 
 
 class ServerApi:
@@ -66,28 +71,46 @@ class ServerApi:
     async def post(self, path: str, body: dict[str, Any], timeout: float) -> Any:
         """Return the decoded answer to a POST.
 
-        Raises ApiError on any status but 200 and on a missing or broken answer.
+        Sent once more when the server has closed the connection without an answer, as it does with an idle one. Raises
+        ApiError on any status but 200 and on a missing or broken answer.
         """
-        return await self._request("POST", path, orjson.dumps(body), timeout)
+        data = orjson.dumps(body)
+        try:
+            return await self._request("POST", path, data, timeout)
+        except ApiError as error:
+            if not isinstance(error.__cause__, aiohttp.ServerDisconnectedError):
+                raise
+            return await self._request("POST", path, data, timeout)
 
     async def get(self, path: str, timeout: float) -> Any:
         """Return the decoded answer to a GET; errors as in `post`."""
         return await self._request("GET", path, None, timeout)
 
     async def _request(self, method: str, path: str, data: bytes | None, timeout: float) -> Any:
+        async with self._answered(method, path, data, timeout) as answer:
+            return self._decoded(path, await answer.read())
+
+    @asynccontextmanager
+    async def _answered(
+        self, method: str, path: str, data: bytes | None, timeout: float
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Hold the answer to a request, while its body is read. Raises ApiError on any status but 200."""
         headers = self._headers | {"Content-Type": "application/json"}
         limit = aiohttp.ClientTimeout(total=timeout)
         try:
             async with self._session.request(
                 method, self.url + path, data=data, headers=headers, timeout=limit
             ) as answer:
-                body = await answer.read()
+                if answer.status != 200:
+                    reason = _reason(await answer.read())
+                    raise ApiError(self.url, path, f"status {answer.status}: {reason}", answer.status)
+                yield answer
         except TimeoutError as error:
             raise ApiError(self.url, path, f"no answer within {timeout:g} s") from error
         except (aiohttp.ClientError, OSError) as error:
             raise ApiError(self.url, path, f"no answer: {error or type(error).__name__}") from error
-        if answer.status != 200:
-            raise ApiError(self.url, path, f"status {answer.status}: {_reason(body)}", answer.status)
+
+    def _decoded(self, path: str, body: bytes) -> Any:
         try:
             return orjson.loads(body) if body else None
         except orjson.JSONDecodeError as error:
@@ -115,6 +138,7 @@ class ServerApi:
             memory_saver=bool(said.get("enable_memory_saver")),
             memory=_memory(said),
             routed_experts=bool(said.get("enable_return_routed_experts")),
+            streams_increments=bool(said.get("incremental_streaming_output")),
         )
 
     async def _has(self, path: str) -> bool:
@@ -136,12 +160,33 @@ class ServerApi:
             return False
         return True
 
-    async def generate(self, body: dict[str, Any], timeout: float) -> dict[str, Any]:
-        """Return the answer to one sampling request."""
-        answer = await self.post("/generate", body, timeout)
-        if not isinstance(answer, dict) or "meta_info" not in answer:
-            raise ApiError(self.url, "/generate", f"the answer is no completion: {str(answer)[:200]}", 500)
-        return answer
+    async def generate(
+        self, body: dict[str, Any], timeout: float, streamed: StreamedAnswer | None = None
+    ) -> dict[str, Any]:
+        """Return the answer to one sampling request. streamed: gets its pieces as they arrive; None: do not stream."""
+        if streamed is None:
+            return self._completion(await self._request("POST", "/generate", orjson.dumps(body), timeout))
+        data, whole = orjson.dumps(body | {"stream": True}), None
+        async with self._answered("POST", "/generate", data, timeout) as answer:
+            async for event in _events(answer):
+                if whole is None:  # else it is the mark of the end; the connection can be used again after it
+                    whole = streamed.add(self._completion(self._decoded("/generate", event)))
+        if whole is None:
+            raise ApiError(self.url, "/generate", "the answer ended early")
+        return whole
+
+    def _completion(self, answer: Any) -> dict[str, Any]:
+        if isinstance(answer, dict) and isinstance(answer.get("meta_info"), dict):
+            return answer
+        # A stream has no status of its own for an error.
+        error = answer.get("error") if isinstance(answer, dict) else None
+        status = error.get("code") if isinstance(error, dict) else None
+        raise ApiError(
+            self.url,
+            "/generate",
+            f"the answer is no completion: {str(answer)[:200]}",
+            status if isinstance(status, int) else 500,
+        )
 
     async def abort(self, request_id: str, timeout: float = 10) -> None:
         """Stop sampling a request."""
@@ -167,6 +212,15 @@ class ServerApi:
         if not answer.get("success") or not answer.get("ranks"):
             raise ApiError(self.url, "/weights_checker", str(answer.get("message")), 400)
         return answer["ranks"]
+
+
+async def _events(answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    """Yield the data of each server-sent event of an answer; they may be longer than a line that aiohttp would read."""
+    held = b""
+    async for piece in answer.content.iter_any():
+        *events, held = (held + piece).split(b"\n\n")
+        for event in events:
+            yield event.removeprefix(b"data:").strip()
 
 
 def _memory(said: dict[str, Any]) -> int:

@@ -14,32 +14,32 @@ import asyncio
 import logging
 import os
 import queue
-import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from typing import Any
 
 import aiohttp
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from megatron_hdpo.rollout.engine import EngineLostWeights
 from megatron_hdpo.rollout.request_check import problem_with
-from megatron_hdpo.rollout.sglang.answers import UNVERSIONED, BadAnswerError, ExpertChoice, parse_completion
+from megatron_hdpo.rollout.sglang.answers import ExpertChoice
 from megatron_hdpo.rollout.sglang.api import ApiError, ServerApi
+from megatron_hdpo.rollout.sglang.asking import Asking, OpenSample, TryError
+from megatron_hdpo.rollout.sglang.beginnings import Beginnings
 from megatron_hdpo.rollout.sglang.config import SGLangConfig
+from megatron_hdpo.rollout.sglang.counts import Counts
+from megatron_hdpo.rollout.sglang.dispatcher import Dispatcher, ServersFail
 from megatron_hdpo.rollout.sglang.loop_thread import LoopThread
 from megatron_hdpo.rollout.sglang.replica import Replica
 from megatron_hdpo.rollout.sglang.servers.fleet import ServerFleet
 from megatron_hdpo.rollout.sglang.shared_gpu import SharedGpu
 from megatron_hdpo.rollout.sglang.watch import Watch
+from megatron_hdpo.types.metrics import Metric
 from megatron_hdpo.types.rollouts import Completion, GenerationRequest, GenerationResult
 
 LOGGER = logging.getLogger(__name__)
 POLL_S = 0.05
-
-
-class _RetryError(Exception):
-    """This try of a sample failed; another try may succeed."""
+KEEP_ALIVE_S = 2.0
+"""Seconds that an idle connection is kept, fewer than SGLang's 5: a server may close it while a request is sent."""
 
 
 class SGLangEngine:
@@ -66,12 +66,14 @@ class SGLangEngine:
         self.servers = servers
         self.replicas: list[Replica] = []
         self.mixed_versions = 0
+        self.counts = Counts()
         self._version = -1
         self._thread = LoopThread("sglang")
         self._session: aiohttp.ClientSession | None = None
-        self._done: queue.SimpleQueue[GenerationResult | None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[GenerationResult | EngineLostWeights | ServersFail] = queue.SimpleQueue()
         self._tasks: dict[str, list[asyncio.Task[None]]] = {}
         self._outstanding: dict[str, int] = {}
+        self._dropping = False
         self._closed = False
         try:
             self._thread.run(self._connect(urls))
@@ -108,7 +110,8 @@ class SGLangEngine:
         """Yield samples one by one as they finish, and None while there is none.
 
         Raises EngineLostWeights when no server has the run's weights any more: every outstanding request is dropped,
-        and a weight update must come first.
+        and a weight update must come first. Raises ServersFail when every server has failed all of its samples for
+        `request_timeout_s`.
         """
         while self._outstanding:
             try:
@@ -116,9 +119,12 @@ class SGLangEngine:
             except queue.Empty:
                 yield None
                 continue
-            if result is None:
+            if isinstance(result, EngineLostWeights):
                 self._drop_outstanding()
                 raise EngineLostWeights("; ".join(f"{r.url}: {r.reason}" for r in self.replicas))
+            if isinstance(result, ServersFail):
+                self._drop_outstanding()
+                raise result
             if result.request_id not in self._outstanding:  # dropped by another thread in this moment
                 continue
             self._take_off(result)
@@ -127,6 +133,10 @@ class SGLangEngine:
     def cancel(self, request_ids: Sequence[str]) -> None:
         """Cancel the unfinished samples of these requests, also on their servers."""
         self._thread.run(self._cancel(request_ids))
+
+    def metrics(self) -> dict[str, float]:
+        """Return counts of samples and servers since the last call, and the number of servers in use."""
+        return self._thread.run(self._metrics())
 
     def make_room(self) -> None:
         """Let servers with a memory saver free weights and key-value cache, until the next weight update.
@@ -148,6 +158,8 @@ class SGLangEngine:
                 replica.state, replica.reason, replica.half_updated = "serving", "", False
             elif replica.state == "serving":
                 replica.state, replica.reason = "stale", f"it missed the weights of version {version}"
+        if version != self._version:
+            self.counts.lost_tokens += self._beginnings.clear()
         self._version = version
 
     def close(self) -> None:
@@ -165,14 +177,31 @@ class SGLangEngine:
 
     async def _connect(self, urls: Sequence[str]) -> None:
         # No limit on connections: control calls must not wait for samples.
-        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60))
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
+        self._session = aiohttp.ClientSession(connector=connector)
         own = len(self.servers.processes) if self.servers else 0
         for index, url in enumerate(urls):
             self.replicas.append(await self._replica(index, url, index if index < own else None))
             self.context_length = min(self.context_length, self.replicas[-1].info.context or self.context_length)
+        if self.config.stream_interval:
+            self._say_what_cannot_stream()
         self.watch = Watch(self)
-        for replica in self.replicas:
-            asyncio.get_running_loop().create_task(self.watch.run(replica))
+        self._asking = Asking(self)
+        self._beginnings = Beginnings(seeded=self.deterministic)
+        self._dispatcher = Dispatcher(
+            self.replicas, self.config.max_concurrency, self.config.request_timeout_s, self.watch.trial
+        )
+        loop = asyncio.get_running_loop()
+        self._background = [loop.create_task(self._dispatcher.run())]
+        self._background += [loop.create_task(self.watch.run(replica)) for replica in self.replicas]
+
+    def _say_what_cannot_stream(self) -> None:
+        if silent := [replica.url for replica in self.replicas if not replica.info.streams_increments]:
+            LOGGER.warning(
+                "SGLang servers %s were started without --incremental-streaming-output: the tokens of their unfinished "
+                "samples are lost with them",
+                ", ".join(silent),
+            )
 
     async def _replica(self, index: int, url: str, own: int | None) -> Replica:
         assert self._session is not None
@@ -185,8 +214,7 @@ class SGLangEngine:
         info = await api.info()
         if info.data_parallel != 1:
             raise ValueError(f"{url}: dp_size is {info.data_parallel}; weight updates need servers with dp_size 1")
-        slots = asyncio.Semaphore(self.config.max_concurrency)
-        return Replica(index=index, api=api, ask=ask, info=info, slots=slots, own=own)
+        return Replica(index=index, api=api, ask=ask, info=info, own=own)
 
     async def _end_tasks(self) -> None:
         """Cancel all running samples and wait for their end."""
@@ -200,6 +228,10 @@ class SGLangEngine:
         await self._end_tasks()
         if self._session is not None:
             await self._session.close()
+
+    async def _metrics(self) -> dict[str, float]:
+        in_use = sum(r.state == "serving" and r.breaker.state == "closed" for r in self.replicas)
+        return self.counts.take() | {"servers/in_use": Metric(in_use, "sum")}
 
     async def _release(self) -> int:
         """Let the servers release their memory; return the bytes that one occupied on each of its GPUs.
@@ -236,113 +268,65 @@ class SGLangEngine:
         retrying = AsyncRetrying(
             stop=stop_after_attempt(self.config.max_tries),
             wait=wait_random_exponential(multiplier=0.2, max=20),
-            retry=retry_if_exception_type(_RetryError),
+            retry=retry_if_exception_type(TryError),
             reraise=True,
         )
+        sample = OpenSample(request, index, self._beginnings.take(request, index))
         try:
-            completion: Completion = await retrying(self._try, request, index)
+            completion: Completion = await retrying(self._try, sample)
             self._done.put(GenerationResult(request.request_id, [completion]))
         except asyncio.CancelledError:
+            if self._dropping:
+                self._hold(sample)
             self._done.put(GenerationResult(request.request_id, [], cancelled=1))
-        except EngineLostWeights:
-            # Put into the queue, so that `results` raises even if a server is back by then: this sample is lost.
-            self._done.put(None)
+        except (EngineLostWeights, ServersFail) as error:
+            # Put into the queue, so that `results` raises even if a server is back by then: this request is over.
+            self._hold(sample)
+            self._done.put(error)
         except Exception as error:
             LOGGER.warning("request %s, sample %d: %s", request.request_id, index, error)
             self._done.put(GenerationResult(request.request_id, [], errors=[f"sample {index}: {error}"]))
 
-    async def _try(self, request: GenerationRequest, index: int) -> Completion:
-        replica, wanted = await self._choose(request), self._version
-        async with replica.slots:
-            if replica.state != "serving":
-                raise _RetryError(f"{replica.url} was lost: {replica.reason}")
-            answer = await self._ask(replica, request, index)
-        try:
-            experts = self.experts if request.sampling.routed_experts else None
-            completion = parse_completion(
-                answer, request.sampling.top_logprobs, self.vocab_size, experts, len(request.prompt_ids)
-            )
-        except BadAnswerError as error:
-            raise _RetryError(f"{replica.url}: {error}") from error
-        if completion.weight_versions.min() == UNVERSIONED:
-            raise _RetryError(f"{replica.url}: it was sampled with weights that are not this run's")
-        if self.config.router and completion.weight_versions.min() < wanted:
-            # A router keeps using servers that missed an update.
-            raise _RetryError(f"{replica.url}: a server behind the router has older weights than {wanted}")
-        if completion.weight_versions.min() != completion.weight_versions.max():
-            self.mixed_versions += 1
-            if self.config.mixed_versions == "drop":
-                raise _RetryError(f"{replica.url}: it was sampled with weights of two versions")
-        return completion
+    def _hold(self, sample: OpenSample) -> None:
+        """Hold what a sample has so far until it is requested again, after the weights have been restored."""
+        if sample.beginning is not None:
+            self._beginnings.put(sample.request, sample.index, sample.beginning)
 
-    async def _ask(self, replica: Replica, request: GenerationRequest, index: int) -> dict[str, Any]:
-        """Return the server's answer. Raises _RetryError when the server does not answer or is taken out."""
-        rid = f"{request.request_id}/{index}-{os.urandom(4).hex()}"
-        body = self._body(request, index) | {"rid": rid}
-        inner = asyncio.create_task(replica.ask.generate(body, self.config.request_timeout_s))
-        replica.in_flight.add(inner)
-        try:
-            return await inner
-        except asyncio.CancelledError:
-            current = asyncio.current_task()
-            given_up = current is not None and current.cancelling() > 0
-            await self._stop_on_server(replica, rid)
-            if given_up:
-                raise
-            raise _RetryError(f"{replica.url} was lost: {replica.reason}") from None
-        except ApiError as error:
-            if not error.may_pass:
-                raise
-            await self._stop_on_server(replica, rid)
-            if error.status is None:
-                await self.watch.probe(replica)
-            raise _RetryError(str(error)) from error
-        finally:
-            replica.in_flight.discard(inner)
+    async def _try(self, sample: OpenSample) -> Completion:
+        """Return the completed sample.
 
-    async def _stop_on_server(self, replica: Replica, rid: str) -> None:
-        """Abort a sample that is no longer needed on its server; behind a router, on all servers."""
-        asked = self.replicas if self.config.router else [replica]
-        aborts = [other.api.abort(rid) for other in asked if other.state != "down"]
-        with suppress(asyncio.CancelledError):
-            await asyncio.shield(asyncio.gather(*aborts, return_exceptions=True))
-
-    async def _choose(self, request: GenerationRequest) -> Replica:
-        """Return the serving replica with the least load.
-
-        With similar loads, the same replica for the same affinity, because its cache holds the prompt's prefix. Raises
-        EngineLostWeights when no replica serves.
+        Raises TryError when a server failed it. When the server was lost, or has at least generated some tokens, the
+        sample goes on elsewhere without that.
         """
-        serving = [replica for replica in self.replicas if replica.state == "serving"]
-        if not serving:
-            raise EngineLostWeights("no server has the run's weights")
-        home = serving[zlib.crc32(request.affinity.encode()) % len(serving)]
-        least = min(len(replica.in_flight) for replica in serving)
-        if len(home.in_flight) <= max(2 * least, least + 2 * request.sampling.n):
-            return home
-        return next(replica for replica in serving if len(replica.in_flight) == least)
+        request = sample.request
+        while True:
+            before = sample.tokens
+            async with self._dispatcher.slot(request.affinity, request.sampling.n, sample.failed) as replica:
+                try:
+                    completion = await self._asking.ask(replica, sample)
+                except TryError as error:
+                    self.counts.failed_tries += 1
+                    progressed = sample.tokens > before
+                    if error.blame == "server" and not self.config.router:
+                        self._blame(replica, sample, str(error), counts=not progressed)
+                    if not progressed and error.blame is not None:
+                        raise
+                else:
+                    if replica.breaker.succeed():
+                        LOGGER.warning("SGLang server %s is well again", replica.url)
+                    return completion
 
-    def _body(self, request: GenerationRequest, index: int) -> dict[str, Any]:
-        settings = request.sampling
-        sampling: dict[str, Any] = {
-            "max_new_tokens": settings.max_new_tokens,
-            "temperature": settings.temperature,
-            "top_p": settings.top_p,
-            "top_k": -1 if settings.top_k is None else settings.top_k,
-            "stop_token_ids": list(settings.stop_token_ids),
-            # Only the stop tokens of the request end a response, as with every other engine.
-            "ignore_eos": not settings.stop_token_ids,
-        }
-        if self.deterministic:
-            sampling["sampling_seed"] = (request.seed + index) % 2**31
-        return {
-            "input_ids": request.prompt_ids.tolist(),
-            "sampling_params": sampling,
-            "return_logprob": True,
-            "top_logprobs_num": settings.top_logprobs,
-            "return_flat_raw_output_top_logprobs": bool(settings.top_logprobs),
-            "return_flat_raw_top_logprobs_b64": bool(settings.top_logprobs),
-        } | ({"return_routed_experts": True} if settings.routed_experts else {})
+    def _blame(self, replica: Replica, sample: OpenSample, reason: str, counts: bool) -> None:
+        """Let the sample avoid a server that failed it; take the server out of rotation if it fails one after another.
+
+        counts: the server has generated nothing.
+        """
+        sample.failed.add(replica.index)
+        if counts and replica.breaker.fail(sample.key, reason):
+            self.counts.tripped += 1
+            LOGGER.warning(
+                "SGLang server %s gets no samples for a while, because it fails them: %s", replica.url, reason
+            )
 
     # The methods below run in the caller's thread.
 
@@ -375,6 +359,8 @@ class SGLangEngine:
             self._tasks.pop(result.request_id, None)
 
     def _drop_outstanding(self) -> None:
+        self._dropping = True
         self._thread.run(self._end_tasks())
+        self._dropping = False
         self._outstanding.clear()
         self._done = queue.SimpleQueue()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron_hdpo.rollout.sglang.api import ServerApi, ServerInfo
+from megatron_hdpo.rollout.sglang.breaker import Breaker
 
 State = Literal["stale", "serving", "down"]
 
@@ -17,19 +18,22 @@ class Replica:
 
     state: `serving` has the current weights; `stale` answers but has other weights; `down` does not answer. ask: client
     for samples: the server itself, or the router in front of it. own: index among the servers that this process
-    started, None for a given one. in_flight: running sample requests. half_updated: a weight update of it did not
-    complete. asleep: GPU memory is released to the trainer; do not call /health, it would generate and crash.
-    health_lock: held during a health check.
+    started, None for a given one. taken: slots that samples hold. in_flight: running sample requests. abandoned: ids of
+    requests that were given up while it did not answer, to be aborted when it returns. half_updated: a weight update of
+    it did not complete. asleep: GPU memory is released to the trainer; do not call /health, it would generate and
+    crash. health_lock: held during a health check.
     """
 
     index: int
     api: ServerApi
     ask: ServerApi
     info: ServerInfo
-    slots: asyncio.Semaphore
     own: int | None = None
     state: State = "stale"
+    breaker: Breaker = field(default_factory=Breaker)
+    taken: int = 0
     in_flight: set[asyncio.Task[Any]] = field(default_factory=set)
+    abandoned: set[str] = field(default_factory=set)
     reason: str = "no weights yet"
     half_updated: bool = False
     asleep: bool = False

@@ -63,11 +63,23 @@ class Watch:
         elif not await replica.api.alive():
             await self.mark_down(replica, "it does not answer")
 
+    async def trial(self, replica: Replica) -> bool:
+        """Return whether a server that failed its samples generates a token."""
+        body = {"input_ids": [0], "sampling_params": {"max_new_tokens": 1}}
+        while self.paused:
+            await asyncio.sleep(0.1)
+        try:
+            await replica.api.generate(body, self.engine.config.health_timeout_s)
+        except ApiError:
+            return False
+        return True
+
     async def mark_down(self, replica: Replica, reason: str) -> None:
         """Take a replica out, and restart it in the background if this process owns its server."""
         if replica.state == "down":
             return
         LOGGER.warning("SGLang server %s is taken out: %s", replica.url, reason)
+        self.engine.counts.taken_out += 1
         replica.take_out(reason)
         await self._schedule_restart(replica)
 
@@ -117,6 +129,7 @@ class Watch:
         try:
             await asyncio.to_thread(servers.restart, replica.own)
             replica.asleep = False
+            replica.abandoned.clear()
             await self._readmit(replica)
         except (ServerError, OSError, ValueError) as error:
             replica.reason = str(error)
@@ -138,9 +151,17 @@ class Watch:
         except ApiError as error:
             replica.reason = str(error)
             return
+        replica.breaker.succeed()
+        await self._abort_abandoned(replica)
         current = version == str(self.engine.weight_version) and not replica.half_updated
         replica.state, replica.reason = ("serving", "") if current else ("stale", "it was restarted")
         LOGGER.warning("SGLang server %s is back, %s", replica.url, replica.state)
+
+    async def _abort_abandoned(self, replica: Replica) -> None:
+        """Abort the requests that were given up while the server did not answer: it would go on sampling them."""
+        aborts = [replica.api.abort(rid) for rid in replica.abandoned]
+        replica.abandoned.clear()
+        await asyncio.gather(*aborts, return_exceptions=True)
 
     def _process_ended(self, replica: Replica) -> bool:
         servers = self.engine.servers

@@ -229,11 +229,10 @@ def test_weights_may_change_amid_a_sample(proxy: FaultProxy, weights: Weights, p
     new = old + 1
     spans = [sorted(set(s.weight_versions.tolist())) for s in samples]
     assert set(map(tuple, spans)) <= {(old,), (new,), (old, new)}
+    assert [old, new] in spans, "the update came while they were being sampled"
+    assert engine.mixed_versions == spans.count([old, new])
     if pause == "abort":
-        assert asked > 12 and [old, new] not in spans, "what was given up is sampled anew, whole"
-    else:
-        assert [old, new] in spans, "the update came while they were being sampled"
-        assert engine.mixed_versions == spans.count([old, new])
+        assert asked > 12, "the aborted ones were continued by new requests"
     for sample in samples:
         if pause == "in_place" and len(set(sample.weight_versions.tolist())) == 2:
             continue  # keys and values of the old weights: no model gives these log-probs
@@ -268,7 +267,7 @@ def sampled_while_weights_change(
         # The probe of the weights asks once.
         asked = len(proxy.asked["/generate"]) - asked - 1
         versions = {int(version) for sample in samples for version in sample.weight_versions}
-        if engine.mixed_versions or asked > wanted.sampling.n:
+        if engine.mixed_versions:
             return samples, old, asked
         wait_s = wait_s / 2 if versions == {old} else wait_s * 2
     raise AssertionError("no update of 20 came amid the samples")

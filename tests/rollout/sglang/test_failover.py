@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 from one_engine import Weights, collect, completions, one_engine, request
@@ -20,6 +23,7 @@ from megatron_hdpo.rollout.sglang.engine import SGLangEngine
 from megatron_hdpo.rollout.sglang.servers.command import ServerLaunch
 from megatron_hdpo.rollout.sglang.servers.config import ServerConfig
 from megatron_hdpo.rollout.sglang.servers.fleet import ServerFleet
+from megatron_hdpo.rollout.sglang.streamed import StreamedAnswer
 from megatron_hdpo.rollout.sglang.weights.push import WeightPush
 from megatron_hdpo.types.rollouts import Completion, GenerationRequest
 
@@ -80,20 +84,51 @@ def check_complete(engine: SGLangEngine, weights: Weights, wanted: list[Generati
         assert all(weights.worst(one.prompt_ids, s, version) < 1e-5 for s in samples[one.request_id])
 
 
-def test_the_other_server_takes_over_from_one_that_is_killed(engine_of_two: Any, sglang_model: Path) -> None:
+def test_samples_of_a_server_that_is_killed_go_on_from_their_tokens(
+    engine_of_two: Any, sglang_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is killed when some tokens of four unfinished samples have come."""
     engine, push, servers = engine_of_two
+    engine.config.stream_interval = 4
     weights = Weights(sglang_model)
     push.push(weights.stream(2), 2)
     assert states(engine) == ["serving", "serving"]
-    wanted = submit_and_freeze(engine, servers, 0, "p")
-    signal_group(servers, 0, signal.SIGKILL)
-    check_complete(engine, weights, wanted, 2)
-    assert wait_until(lambda: states(engine) == ["stale", "serving"], 900), engine.replicas
+    wanted = request("g#0", n=8, tokens=110, temperature=0.0)
+    (whole,) = completions(collect(engine, [replace(wanted, sampling=replace(wanted.sampling, n=1))]))
+    engine.metrics()
+    arrived = Counter[int]()
+    add = StreamedAnswer.add
+
+    def counted(self: StreamedAnswer, piece: Any) -> Any:
+        arrived[id(self)] += 1
+        return add(self, piece)
+
+    monkeypatch.setattr(StreamedAnswer, "add", counted)
+    engine.submit([wanted])
+    assert wait_until(lambda: sum(pieces >= 3 for pieces in list(arrived.values())) >= 4)
+    killed = next(replica.index for replica in engine.replicas if replica.in_flight)
+    signal_group(servers, killed, signal.SIGKILL)
+    samples = completions([result for result in engine.results() if result is not None])
+    found = engine.metrics()
+    assert found["servers/continued"] >= 1 and found["servers/kept_tokens"] >= 3 and found["servers/taken_out"] == 1
+    assert len(samples) == 8
+    check_equal_to(whole, samples, 2)
+    assert all(weights.worst(wanted.prompt_ids, sample, 2) < 1e-5 for sample in samples)
+
+    after = ["stale" if index == killed else "serving" for index in range(2)]
+    assert wait_until(lambda: states(engine) == after, 900), engine.replicas
     assert len(completions(collect(engine, [request(n=3)]))) == 3, "a server without the run's weights is not asked"
     push.push(weights.stream(3), 3)
     assert states(engine) == ["serving", "serving"]
     samples = completions(collect(engine, [request(f"q{i}#0", n=2) for i in range(6)]))
     assert all(weights.worst(request().prompt_ids, s, 3) < 1e-5 for s in samples)
+
+
+def check_equal_to(whole: Completion, samples: list[Completion], version: int) -> None:
+    for sample in samples:
+        assert sample.token_ids.tolist() == whole.token_ids.tolist() and sample.finish_reason == "length"
+        np.testing.assert_allclose(sample.logprobs, whole.logprobs, atol=1e-5)
+        assert set(sample.weight_versions.tolist()) == {version}
 
 
 def test_the_other_server_takes_over_from_one_that_hangs_and_when_it_is_lost_too_the_weights_must_come_again(

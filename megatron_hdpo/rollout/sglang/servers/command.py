@@ -21,7 +21,7 @@ _OWN_SETTINGS = (
 )
 _OF_THE_RUN = (
     "model model-path device port nccl-port config base-gpu-id skip-server-warmup sleep-on-idle "
-    "dp dp-size data-parallel-size enable-return-routed-experts"
+    "dp dp-size data-parallel-size enable-return-routed-experts incremental-streaming-output"
 )
 _LARGEST_FRACTION = 0.97
 """Most of the free memory that weights and key-value cache may take; the rest is for activations."""
@@ -88,6 +88,8 @@ def server_command(
         "sleep-on-idle": True,
         # A warm-up would still run after the server answers, and delay the first weight update.
         "skip-server-warmup": True,
+        # A streamed piece would otherwise hold all tokens so far.
+        "incremental-streaming-output": True,
         "enable-return-routed-experts": launch.routed_experts or None,
         "enable-memory-saver": config.memory_saver or None,
         "enable-weights-cpu-backup": _keeps_weights(config) or None,

@@ -1,0 +1,248 @@
+"""One try of a sample on one server: the request, its deadline, and what is kept when it ends early."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from megatron_hdpo.rollout.sglang.answers import UNVERSIONED, BadAnswerError, parse_completion
+from megatron_hdpo.rollout.sglang.api import ApiError
+from megatron_hdpo.rollout.sglang.partial import as_finished, continuation, joined, read_beginning, shortened
+from megatron_hdpo.rollout.sglang.replica import Replica
+from megatron_hdpo.rollout.sglang.streamed import StreamedAnswer
+from megatron_hdpo.types.rollouts import Completion, GenerationRequest
+
+if TYPE_CHECKING:
+    from megatron_hdpo.rollout.sglang.engine import SGLangEngine
+
+ABORT_GRACE_S = 10.0
+"""Longest wait for the tokens of a request that was aborted at its deadline."""
+
+
+class TryError(Exception):
+    """This try of a sample brought no completion; another one may.
+
+    blame: `server` when the server failed, `sample` when its answer is complete but unwanted, None when nobody failed:
+    the server was taken out, or the request was aborted.
+    """
+
+    def __init__(self, reason: str, blame: str | None = "server") -> None:
+        super().__init__(reason)
+        self.blame = blame
+
+
+@dataclass
+class OpenSample:
+    """A sample that is not complete.
+
+    beginning: its tokens so far, from requests that ended early. failed: indices of servers that failed it.
+    """
+
+    request: GenerationRequest
+    index: int
+    beginning: Completion | None = None
+    failed: set[int] = field(default_factory=set)
+
+    @property
+    def key(self) -> str:
+        """Name of the sample."""
+        return f"{self.request.request_id}/{self.index}"
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens so far."""
+        return 0 if self.beginning is None else len(self.beginning.token_ids)
+
+
+class Asking:
+    """Asks the servers of an engine for samples. All methods run in the engine's loop."""
+
+    def __init__(self, engine: SGLangEngine) -> None:
+        self.engine = engine
+        self.config = engine.config
+
+    async def ask(self, replica: Replica, sample: OpenSample) -> Completion:
+        """Return the completed sample.
+
+        Raises TryError when this server does not complete it; the sample then holds what it has generated.
+        """
+        if replica.state != "serving":
+            raise TryError(f"{replica.url} was lost: {replica.reason}", None)
+        wanted = self.engine.weight_version
+        request = self._remaining(sample, wanted)
+        streamed = StreamedAnswer() if self._streams(request) else None
+        failure: TryError | None = None
+        try:
+            answer = await self._answer(replica, sample, request, streamed)
+        except asyncio.CancelledError:
+            if streamed is not None:
+                self._keep(sample, request, streamed.so_far(), wanted)
+            raise
+        except TryError as error:
+            failure, answer = error, {}
+        if failure is None and not _aborted(answer):
+            return self._completed(replica, sample, request, answer, wanted)
+        if streamed is not None and "weight_versions" not in answer.get("meta_info", {}):
+            answer = streamed.so_far()
+        self._keep(sample, request, answer, wanted)
+        finished = None if sample.beginning is None else as_finished(sample.beginning, sample.request)
+        if finished is not None:
+            return self._checked(replica, sample, finished)
+        if failure is None:
+            message = answer["meta_info"]["finish_reason"].get("message")
+            failure = TryError(f"{replica.url}: aborted: {message}", None if self.engine.watch.paused else "server")
+        raise failure
+
+    async def stop_on_server(self, replica: Replica, rid: str) -> None:
+        """Abort a request that is no longer needed on its server; behind a router, on all servers.
+
+        A server that does not answer gets the abort when it returns.
+        """
+
+        async def abort(other: Replica) -> None:
+            if other.state != "down":
+                with suppress(ApiError):
+                    return await other.api.abort(rid)
+            other.abandoned.add(rid)
+
+        asked = self.engine.replicas if self.config.router else [replica]
+        with suppress(asyncio.CancelledError):
+            await asyncio.shield(asyncio.gather(*map(abort, asked), return_exceptions=True))
+
+    def _remaining(self, sample: OpenSample, version: int) -> GenerationRequest:
+        """Return the request for the rest of a sample."""
+        beginning, prompt = sample.beginning, len(sample.request.prompt_ids)
+        if beginning is not None:
+            if self.config.mixed_versions == "drop" and beginning.weight_versions.max() != version:
+                beginning = None
+            else:
+                longest = min(replica.info.max_prompt for replica in self.engine.replicas)
+                beginning = shortened(beginning, longest - prompt, prompt)
+            kept = 0 if beginning is None else len(beginning.token_ids)
+            self.engine.counts.lost_tokens += sample.tokens - kept
+            sample.beginning = beginning
+        return sample.request if beginning is None else continuation(sample.request, beginning)
+
+    def _streams(self, request: GenerationRequest) -> bool:
+        """Return whether to ask for the tokens while they are generated.
+
+        Not with top log-probs: SGLang streams them as nested lists only, which take 16 times as long to read.
+        """
+        if not self.config.stream_interval or request.sampling.top_logprobs:
+            return False
+        return all(replica.info.streams_increments for replica in self.engine.replicas)
+
+    async def _answer(
+        self, replica: Replica, sample: OpenSample, request: GenerationRequest, streamed: StreamedAnswer | None
+    ) -> dict[str, Any]:
+        """Return the server's answer, perhaps an aborted one. Raises TryError when there is none."""
+        rid = f"{sample.key}-{os.urandom(4).hex()}"
+        body = request_body(request, sample.index, self.engine.deterministic) | {"rid": rid}
+        if streamed is not None:
+            body["sampling_params"]["stream_interval"] = self.config.stream_interval
+        limit = self.config.request_timeout_s
+        inner = asyncio.create_task(replica.ask.generate(body, limit + ABORT_GRACE_S, streamed))
+        replica.in_flight.add(inner)
+        try:
+            await asyncio.wait({inner}, timeout=limit)
+            if not inner.done():
+                await self.stop_on_server(replica, rid)
+                await asyncio.wait({inner}, timeout=min(limit, ABORT_GRACE_S))
+            if not inner.done():
+                await self.engine.watch.probe(replica)
+                raise TryError(f"{replica.url}: no answer within {limit:g} s")
+            return await inner
+        except asyncio.CancelledError:
+            current = asyncio.current_task()
+            given_up = current is not None and current.cancelling() > 0
+            inner.cancel()
+            await self.stop_on_server(replica, rid)
+            if given_up:
+                raise
+            raise TryError(f"{replica.url} was lost: {replica.reason}", None) from None
+        except ApiError as error:
+            if not error.may_pass:
+                raise
+            await self.stop_on_server(replica, rid)
+            if error.status is None:
+                await self.engine.watch.probe(replica)
+            raise TryError(str(error)) from error
+        finally:
+            inner.cancel()
+            replica.in_flight.discard(inner)
+
+    def _completed(
+        self, replica: Replica, sample: OpenSample, request: GenerationRequest, answer: dict[str, Any], wanted: int
+    ) -> Completion:
+        experts = self.engine.experts if request.sampling.routed_experts else None
+        try:
+            rest = parse_completion(
+                answer, request.sampling.top_logprobs, self.engine.vocab_size, experts, len(request.prompt_ids)
+            )
+        except BadAnswerError as error:
+            self.engine.counts.lost_tokens += len(answer.get("output_ids") or [])
+            raise TryError(f"{replica.url}: {error}") from error
+        if problem := self._problem_with_versions(rest, wanted):
+            self.engine.counts.lost_tokens += len(rest.token_ids)
+            raise TryError(f"{replica.url}: {problem}")
+        if sample.beginning is not None:
+            self.engine.counts.continued += 1
+            self.engine.counts.kept_tokens += sample.tokens
+        return self._checked(replica, sample, joined(sample.beginning, rest))
+
+    def _checked(self, replica: Replica, sample: OpenSample, completion: Completion) -> Completion:
+        """Return a completion, unless tokens of two versions are not wanted and it has them."""
+        if completion.weight_versions.min() != completion.weight_versions.max():
+            self.engine.mixed_versions += 1
+            if self.config.mixed_versions == "drop":
+                sample.beginning = None
+                self.engine.counts.lost_tokens += len(completion.token_ids)
+                raise TryError(f"{replica.url}: it was sampled with weights of two versions", "sample")
+        return completion
+
+    def _problem_with_versions(self, piece: Completion, wanted: int) -> str:
+        if piece.weight_versions.min() == UNVERSIONED:
+            return "it was sampled with weights that are not this run's"
+        if self.config.router and piece.weight_versions.min() < wanted:
+            # A router keeps using servers that missed an update.
+            return f"a server behind the router has older weights than {wanted}"
+        return ""
+
+    def _keep(self, sample: OpenSample, request: GenerationRequest, answer: dict[str, Any], wanted: int) -> None:
+        """Add what an answer that ended early holds to the sample's beginning."""
+        piece = read_beginning(answer, request, self.engine.vocab_size, self.engine.experts)
+        if piece is None or self._problem_with_versions(piece, wanted):
+            self.engine.counts.lost_tokens += len(answer.get("output_ids") or [])
+        else:
+            sample.beginning = joined(sample.beginning, piece)
+
+
+def _aborted(answer: dict[str, Any]) -> bool:
+    return ((answer.get("meta_info") or {}).get("finish_reason") or {}).get("type") == "abort"
+
+
+def request_body(request: GenerationRequest, index: int, deterministic: bool) -> dict[str, Any]:
+    """Return the body of the request for sample `index`; `deterministic` servers get a seed."""
+    settings = request.sampling
+    sampling: dict[str, Any] = {
+        "max_new_tokens": settings.max_new_tokens,
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "top_k": -1 if settings.top_k is None else settings.top_k,
+        "stop_token_ids": list(settings.stop_token_ids),
+        # Only the stop tokens of the request end a response, as with every other engine.
+        "ignore_eos": not settings.stop_token_ids,
+    }
+    if deterministic:
+        sampling["sampling_seed"] = (request.seed + index) % 2**31
+    return {
+        "input_ids": request.prompt_ids.tolist(),
+        "sampling_params": sampling,
+        "return_logprob": True,
+        "top_logprobs_num": settings.top_logprobs,
+        "return_flat_raw_output_top_logprobs": bool(settings.top_logprobs),
+        "return_flat_raw_top_logprobs_b64": bool(settings.top_logprobs),
+    } | ({"return_routed_experts": True} if settings.routed_experts else {})
