@@ -89,6 +89,7 @@ COVERED = {
     "tools/check_gpu.py": Tested("gpu_trials"),
     "tools/bench_divergence.py": MINUTES,
     "tools/bench_fp8_emulation.py": MINUTES,
+    "tools/bench_client.py": MINUTES,
     "tools/bench_rollout.py": MINUTES,
     "tools/same_numbers.py": NotRun("compares two folders that hours of training have made"),
     "examples/compare/compare.py": Tested("compare.py"),
