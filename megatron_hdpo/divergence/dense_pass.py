@@ -205,9 +205,7 @@ class _Adder:
     def __init__(self, made: DensePass, logprob_T: Tensor | None, weight_R: Tensor | None) -> None:
         self.made, self.logprob_T, self.weight_R = made, logprob_T, weight_R
         teacher = made.rows.teacher
-        self.row_R = teacher.rows
-        if teacher.rows is None:
-            self.row_R = torch.arange(len(teacher), device=made.ids_T.device)
+        self.row_R = torch.arange(len(teacher), device=made.ids_T.device) if teacher.rows is None else teacher.rows
         self.known = teacher.rows if teacher.host_rows is None else teacher.host_rows
 
     def __call__(self, block: slice, z: Tensor, total: Tensor) -> None:

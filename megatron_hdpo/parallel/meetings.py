@@ -101,8 +101,9 @@ class Meetings:
             # A name of its own: the store of a restarted job may hold the keys of the attempt before.
             box = [uuid4().hex]
             dist.broadcast_object_list(box, group=group, group_src=0)
-            # Two clients: a client that waits for a key does nothing else meanwhile.
-            self._keys, self._beats = (dist.PrefixStore(f"meetings/{box[0]}", store.clone()) for _ in range(2))
+            # Two clients: a client that waits for a key does nothing else meanwhile. torch's stubs lack `clone`.
+            clients = [store.clone() for _ in range(2)]  # type: ignore[attr-defined]
+            self._keys, self._beats = (dist.PrefixStore(f"meetings/{box[0]}", client) for client in clients)
             self._beat()
             dist.barrier(group)  # now there is a beat of every rank
 

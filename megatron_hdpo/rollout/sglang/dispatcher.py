@@ -122,7 +122,7 @@ class Dispatcher:
         """Return the server that sampled this prompt last, or the idlest one if that has a good deal less to do."""
         least = min(fitting, key=lambda replica: replica.taken)
         home = self._homes.get(waiting.affinity)
-        if home in fitting and home.taken <= max(2 * least.taken, least.taken + waiting.spread):
+        if home is not None and home in fitting and home.taken <= max(2 * least.taken, least.taken + waiting.spread):
             return home
         return least
 
