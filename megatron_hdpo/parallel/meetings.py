@@ -30,7 +30,7 @@ BEAT_S, LOOK_S = 10.0, 30.0
 KEYS_PER_S = 16
 """Beats that one waiting rank reads per second at most: the looks of a thousand ranks must not load the store."""
 SAY_S = 300.0
-"""Seconds between two lines in the log about the ranks that are late."""
+"""Seconds after which, and between which, a waiting rank reports for whom it waits."""
 _ALL_HERE = "all ranks are here"
 _NO_DEADLINE = timedelta(days=20)
 """Milliseconds of a wait are 32 bits in torch's store."""
@@ -63,10 +63,14 @@ class _Watched:
 
 @dataclass(frozen=True)
 class Patience:
-    """Seconds that ranks wait for one that shows no progress (`work_s`), and for one without beats (`process_s`)."""
+    """Seconds that ranks wait for one that shows no progress (`work_s`), and for one without beats (`process_s`).
+
+    say_s: seconds between two reports on ranks that others wait for.
+    """
 
     work_s: float
     process_s: float
+    say_s: float = SAY_S
 
     @property
     def beat_s(self) -> float:
@@ -82,15 +86,17 @@ class Meetings:
     """Meetings of the ranks of a group; every rank calls `meet` at the same places of the program.
 
     store: of the job; each rank has its own client of it. group: a gloo group of all ranks. progress: returns what this
-    rank does and how far it is, called in a thread; a text that changes is a sign of life. Collective.
+    rank does and how far it is, called in a thread; a text that changes is a sign of life. report: gets a line on the
+    ranks that are late from time to time, by default the log. Collective.
     """
 
     def __init__(self, store: dist.Store, group: dist.ProcessGroup, patience: Patience) -> None:
         self.rank, self.size, self.patience = group.rank(), group.size(), patience
         self.progress: Callable[[], str] = str
+        self.report: Callable[[str], None] = LOGGER.info
         self._group = group
         self._arrived = self._passed = 0
-        self._waits_for = ""
+        self._waits_for, self._waits_since = "", 0.0
         self._watched: dict[int, _Watched] = {}
         self._watcher: threading.Thread | None = None
         self._closed = threading.Event()
@@ -115,7 +121,8 @@ class Meetings:
         """
         if self.size == 1:
             return
-        self._arrived, self._waits_for, self._watched = self._arrived + 1, what, {}
+        self._arrived, self._watched = self._arrived + 1, {}
+        self._waits_for, self._waits_since = what, time.monotonic()
         self._start_watching()
         try:
             self._beat()  # nobody may take this rank for late any more
@@ -182,7 +189,7 @@ class Meetings:
 
     def _watch(self) -> None:
         """Beat, and look at the beats of others while this rank waits for them."""
-        looked, said, every_s = 0.0, time.monotonic(), self.patience.look_s(self.size)
+        looked, said, every_s = 0.0, 0.0, self.patience.look_s(self.size)
         with suppress(dist.DistError):  # the store has ended, and the job with it
             while not self._closed.wait(self.patience.beat_s):
                 self._beat()
@@ -190,8 +197,8 @@ class Meetings:
                 if not waits_for or now - looked < every_s:
                     continue
                 late, looked = self._look(), now
-                if late and now - said >= SAY_S:
-                    LOGGER.info("waiting for '%s', and for %s", waits_for, late)
+                if late and now - max(said, self._waits_since) >= self.patience.say_s:
+                    self.report(f"waiting for '{waits_for}': {late}")
                     said = now
 
     def _beat(self) -> None:

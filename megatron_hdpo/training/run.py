@@ -153,6 +153,8 @@ def _build_run(
 ) -> Run:
     _open_logs(recipe, context, console)
     context.meetings.progress = console.doing
+    if context.is_leader:
+        context.meetings.report = console.print
     architecture = read_architecture(recipe.model.path)
     recipe = settle_precision(recipe, architecture, context, console, measure)
     for warning in check_recipe(recipe, architecture, context.world_size):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from megatron_hdpo.parallel.meetings import LOOK_S, Meetings, Patience, RankErro
 
 COLLECTIVE_S, SILENCE_S, WORK_S = 2.0, 3.0, 5.0
 LATE = 1
+REPORT = r"waiting for 'rollouts of all ranks': rank 1 on \S+: rollout \d+/100 samples"
 
 
 def context_of(silence_s: float = SILENCE_S, collective_s: float = COLLECTIVE_S) -> ParallelContext:
@@ -35,12 +38,16 @@ def long_work_then_silence(folder: Path) -> dict[str, Any]:
     context, done = context_of(), 0
     context.barrier("the start")
     context.meetings.progress = lambda: f"rollout {done}/100 samples"
+    reports: list[str] = []
+    context.meetings.report = reports.append
+    context.meetings.patience = replace(context.meetings.patience, say_s=1.0)
     begun = time.monotonic()
     while context.rank == LATE and time.monotonic() - begun < WORK_S:
         done += 1
         time.sleep(0.1)
     context.barrier("rollouts of all ranks")
     seen: dict[str, Any] = {"seconds": time.monotonic() - begun, "gathered": context.gather_objects(context.rank)}
+    seen["reports"] = list(reports)
     done = 42
     seen["error"] = error_of(lambda: context.barrier("the evaluation")) if context.rank != LATE else ""
     (folder / str(context.rank)).touch()
@@ -71,6 +78,10 @@ def test_work_that_progresses_may_take_any_time_and_silence_has_a_deadline(ranks
     for one in seen:
         assert one["seconds"] >= WORK_S > max(COLLECTIVE_S, SILENCE_S)
         assert one["gathered"] == list(range(ranks))
+    assert seen[LATE]["reports"] == []
+    for one in (*seen[:LATE], *seen[LATE + 1 :]):
+        assert one["reports"], "five seconds, and one for each report"
+        assert all(re.fullmatch(REPORT, text) for text in one["reports"])
     (text,) = {one["error"] for one in seen}
     assert "\n" not in text
     assert text.startswith(f"while ranks waited for 'the evaluation': rank {LATE} on ")
