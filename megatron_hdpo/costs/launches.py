@@ -29,6 +29,9 @@ _MIXTURE = {"torch": _PerLayer(138, 65, per_expert=(7, 15)), "transformer_engine
 # Of the head, per chunk of response rows: trained without and with a target (counted), scored (counted on an earlier
 # head); and per micro-batch beside layers and head.
 _TRAINED_CHUNK, _TARGETED_CHUNK, _SCORED_CHUNK, _REST = 39, 51, 67, 20
+# Beside them, counted: of a recomputed layer, more than its second forward pass; of a trained micro-batch on the last
+# stage, loss terms and metrics.
+_AGAIN, _LOSS = 7, 118
 
 
 def micro_batch_launches(
@@ -38,10 +41,11 @@ def micro_batch_launches(
     kind = (_MIXTURE if a.num_experts else _DENSE)[layout.spec]
     experts = a.num_experts // layout.expert
     forward, back = kind.forward + experts * kind.per_expert[0], kind.backward + experts * kind.per_expert[1]
-    passes = (1 + int(layout.recompute)) * forward + back if backward else forward
+    again = int(layout.recompute) * (forward + _AGAIN)
+    passes = forward + again + back if backward else forward
     total = _REST + a.num_layers // layout.pipeline * passes
     if stage == layout.pipeline - 1:
         chunks = max(1, -(-shape.responses // head_chunk))
         trained = _TARGETED_CHUNK if shape.targets else _TRAINED_CHUNK
-        total += chunks * (trained if backward else _SCORED_CHUNK)
+        total += chunks * trained + _LOSS if backward else chunks * _SCORED_CHUNK
     return total
