@@ -88,6 +88,7 @@ COVERED = {
     "tools/rehearse.py": Tested("tools/rehearse.py"),
     "tools/check_gpu.py": Tested("gpu_trials"),
     "tools/bench_divergence.py": MINUTES,
+    "tools/bench_rehearsal.py": MINUTES,
     "tools/bench_fp8_emulation.py": MINUTES,
     "tools/bench_client.py": MINUTES,
     "tools/bench_rollout.py": MINUTES,

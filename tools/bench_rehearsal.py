@@ -161,6 +161,8 @@ def page(records: dict[str, Record]) -> str:
     parts = [HEAD]
     for title, cases in SECTIONS.items():
         own = [row for key, row in rows.items() if any(key.startswith(f"{name}, ") for name in cases)]
+        if not own:
+            continue
         parts += ["", f"## {title}", "", _cells(COLUMNS), _cells(["---"] * len(COLUMNS)), *own]
     return "\n".join(parts) + "\n"
 

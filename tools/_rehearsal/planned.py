@@ -148,13 +148,13 @@ def _launches(
     trained = [shape for update in updates for shape in update]
     scored = [PackedShape(**shape) for shape in rank["scored"]] if setting.workload.teacher_model is None else []
     for phase, shapes, backward in (("train", trained, True), ("teacher", scored, False)):
-        if shapes and (measured := last(rank, phase)) is not None:
+        if shapes and (counted := (last(rank, phase) or {}).get("launches")):
             chunk = rank["head_chunk"]
             planned = sum(
                 micro_batch_launches(setting.architecture, layout, rank["stage"], shape, chunk, backward=backward)
                 for shape in shapes
             )
-            yield Line(f"{phase}: kernels launched", "launches", planned, measured["launches"])
+            yield Line(f"{phase}: kernels launched", "launches", planned, counted)
 
 
 def _host(setting: Setting, layout: Layout, rank: dict[str, Any]) -> Iterator[Line]:
