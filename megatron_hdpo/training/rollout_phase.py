@@ -75,6 +75,7 @@ def _replayed(folder: Path, run: Run) -> StepRollouts:
             check_experts(group, _expert_sizes(run), folder)
     except (OSError, ValueError) as error:
         problem = str(error)
+    context.barrier("saved rollouts read")
     for found in context.gather_objects(problem):
         if found is not None:
             raise DataError(f"rollout.replay: {found}")
