@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron_hdpo.evaluation.evaluate import evaluate
 from megatron_hdpo.tracking.names import STEP_SECONDS
 from megatron_hdpo.tracking.performance import over_longer_step
+from megatron_hdpo.training.mismatch import check_mismatch
 from megatron_hdpo.training.rollout_phase import begin_next_rollouts, collect_step_rollouts, flush_saved_rollouts
 from megatron_hdpo.training.run import Run
 from megatron_hdpo.training.start import prepare
@@ -54,6 +55,8 @@ def _step(run: Run) -> dict[str, float]:
     begin_next_rollouts(run)
     metrics |= run.learner.learn(rollouts, run.step)
     run.step += 1
+    if recipe.rollout.replay is None:  # those that are replayed are of another run's weights
+        check_mismatch(metrics, recipe.train.max_mismatch_k3, run.step)
     metrics |= run.measurements.stragglers.metrics(run.step)
     if recipe.rollout.replay is None:
         metrics |= sync(run)
