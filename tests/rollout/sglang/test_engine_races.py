@@ -14,6 +14,7 @@ import pytest
 from aiohttp import web
 from fault_proxy import FaultProxy, changed, cut_off, delay, fault_proxy, held, status
 from one_engine import Weights, collect, completions, one_engine, request
+from safetensors import SafetensorError
 from server_tools import LiveServer, serves, wait_until
 
 from megatron_hdpo.rollout.engine import EngineLostWeights
@@ -127,10 +128,12 @@ def test_a_server_that_is_lost_while_it_is_probed_does_not_serve(
 def test_a_folder_that_cannot_be_written_costs_the_update_alone(
     sglang_server: LiveServer, weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
-    """before anything, at the first file, at the index: as on a disk without room."""
+    """before anything, at the first file, at the index: on a disk without room."""
     from megatron_hdpo.rollout.sglang.weights import transports
 
     def full(*args: Any, **kw: Any) -> None:
+        if after == 1:  # safetensors raises an error of its own
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
         raise OSError(28, "No space left on device")
 
     with one_engine([sglang_server.url]) as (engine, push):
@@ -144,6 +147,7 @@ def test_a_folder_that_cannot_be_written_costs_the_update_alone(
                 push.push(((read.append(n), (n, t))[1] for n, t in weights.stream(2)), 2)
         assert len(read) == len(list(weights.stream(2))), "other ranks gather for every tensor of the stream"
         assert not engine.watch.paused and not serves(engine)
+        assert not (tmp_path / "sync").exists(), "half of the weights would fill the disk for as long as it is full"
         push.push(weights.stream(3), 3)
         (sample,) = completions(within(120, lambda: collect(engine, [request()])))
         assert weights.worst(request().prompt_ids, sample, 3) < TOLERANCE

@@ -6,13 +6,15 @@ import asyncio
 import json
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -216,12 +218,25 @@ class DiskTransport:
     async def open(self, servers: Participants) -> None:
         """Create an empty folder with the model's configuration."""
         self._files = {}
-        if servers.replicas:
+        if not servers.replicas:
+            return
+        with self._writing():
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
             for file in self.model.iterdir():
                 if file.is_file() and file.suffix in (".json", ".jinja", ".txt", ".model") and "index" not in file.name:
                     shutil.copy(file, self.folder)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turn a failure to write into an OSError that names the folder, and delete it: a full disk needs the room."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise OSError(
+                f"{self.folder} cannot be written: {error}; make room there, or set rollout.sglang.sync.folder"
+            ) from error
 
     def prepare(self, bucket: Bucket) -> Bucket:
         """Return the tensors in host memory."""
@@ -233,15 +248,17 @@ class DiskTransport:
         if not servers.replicas:
             return
         file = f"model-{len(set(self._files.values())) + 1:05d}.safetensors"
-        await asyncio.to_thread(save_file, dict(prepared), self.folder / file, {"format": "pt"})
+        with self._writing():
+            await asyncio.to_thread(save_file, dict(prepared), self.folder / file, {"format": "pt"})
         self._files |= {name: file for name, _ in prepared}
 
     async def close(self, servers: Participants) -> None:
         """Write the index, let the servers read the folder, and delete it."""
         if not servers.replicas:
             return
-        index = {"metadata": {}, "weight_map": self._files}
-        (self.folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        with self._writing():
+            index = {"metadata": {}, "weight_map": self._files}
+            (self.folder / "model.safetensors.index.json").write_text(json.dumps(index))
         body = {"model_path": str(self.folder.resolve())} | self._last
 
         async def update(replica: Replica) -> None:
