@@ -27,9 +27,10 @@ from aiohttp import web
 
 from megatron_hdpo.rollout.sglang.config import SGLangConfig
 from megatron_hdpo.rollout.sglang.engine import SGLangEngine
+from megatron_hdpo.rollout.sglang.stamps import RunStamp
 from megatron_hdpo.types.rollouts import GenerationRequest, SamplingParams
 
-VOCABULARY, VERSION = 151_936, 1
+VOCABULARY, VERSION, STAMP = 151_936, 1, RunStamp("0" * 16)
 
 
 def main() -> None:
@@ -55,7 +56,7 @@ def main() -> None:
 def milliseconds_per_sample(url: str, tokens: int, interval: int, samples: int, rounds: int) -> float:
     """Return the processor milliseconds of this process per sample."""
     config = SGLangConfig(placement="given", urls=[url], stream_interval=interval)
-    engine = SGLangEngine(config, [url], VOCABULARY, 2 * tokens)
+    engine = SGLangEngine(config, [url], VOCABULARY, 2 * tokens, stamp=STAMP)
     try:
         engine.thread.run(engine.mark_served(engine.replicas, VERSION))
         prompt = np.arange(256, dtype=np.int32)
@@ -135,9 +136,9 @@ def piece(start: int, end: int, tokens: int) -> dict[str, Any]:
     """Return the answer's tokens from `start` to `end`, as SGLang sends them."""
     ids = [(7 * i) % VOCABULARY for i in range(start, end)]
     finish = {"type": "length", "length": tokens} if end == tokens else None
-    meta: dict[str, Any] = {"finish_reason": finish, "completion_tokens": end, "weight_version": str(VERSION)}
+    meta: dict[str, Any] = {"finish_reason": finish, "completion_tokens": end, "weight_version": STAMP.of(VERSION)}
     if finish is not None:
-        meta["weight_versions"] = [{"version": str(VERSION), "start": 0, "end": tokens}]
+        meta["weight_versions"] = [{"version": STAMP.of(VERSION), "start": 0, "end": tokens}]
     meta["output_token_logprobs"] = [[-1.0 - 1e-7 * i, token, None] for i, token in enumerate(ids)]
     return {"text": "word " * len(ids), "output_ids": ids, "meta_info": meta}
 

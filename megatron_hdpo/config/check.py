@@ -16,7 +16,8 @@ from megatron_hdpo.model.config import transformer_engine_available
 from megatron_hdpo.model.fp8_rules import precision_errors, precision_warnings, size_errors
 from megatron_hdpo.objectives.settings import RecipeContext, surrogate_of
 from megatron_hdpo.parallel.layout import LayoutError, check_layout
-from megatron_hdpo.rollout.sglang.servers.config import REQUANTISED
+from megatron_hdpo.rollout.sglang.servers.command import CPU_CACHE_TOKENS
+from megatron_hdpo.rollout.sglang.servers.config import REQUANTISED, SERVER_KEEPS_FREE
 from megatron_hdpo.teachers.config import ExternalTeacherConfig
 from megatron_hdpo.teachers.sizes import check_sizes
 
@@ -125,6 +126,20 @@ def length_errors(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
     evaluated = recipe.evaluation.max_new_tokens
     if evaluated and prompts.max_prompt_tokens + evaluated > longest:
         yield f"evaluation.max_new_tokens: {evaluated} does not fit the context of {longest} tokens"
+
+
+def requested_lengths(recipe: Recipe) -> dict[str, int]:
+    """Return the tokens of the longest prompts plus responses that an engine is asked for, by the words for them."""
+    prompts, response = recipe.data.prompts, recipe.rollout.max_new_tokens
+    pairs = [
+        ("data.prompts.max_prompt_tokens", prompts.max_prompt_tokens, "rollout.max_new_tokens", response),
+        ("data.prompts.max_privileged_tokens", prompts.privileged_limit, "rollout.max_new_tokens", response),
+    ]
+    if evaluated := recipe.evaluation.max_new_tokens:
+        pairs.append(
+            ("data.prompts.max_prompt_tokens", prompts.max_prompt_tokens, "evaluation.max_new_tokens", evaluated)
+        )
+    return {f"{key} {prompt} + {name} {new}": prompt + new for key, prompt, name, new in pairs}
 
 
 def _objective_errors(recipe: Recipe) -> Iterator[str]:
@@ -249,14 +264,18 @@ def _server_errors(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
 
 def _started_server_errors(recipe: Recipe, architecture: Architecture, device: str) -> Iterator[str]:
     """Yield the reasons why servers that the run starts cannot serve the recipe."""
-    servers, prompts = recipe.rollout.sglang.servers, recipe.data.prompts
-    prompt = max(prompts.max_prompt_tokens, prompts.privileged_limit)
-    context, response = servers.context_length, recipe.rollout.max_new_tokens
-    if context is not None and prompt + response > context:
-        yield (
-            f"rollout.sglang.servers.context_length: {context} cannot hold a prompt of {prompt} tokens (data.prompts) "
-            f"and rollout.max_new_tokens {response}"
-        )
+    servers = recipe.rollout.sglang.servers
+    words, longest = max(requested_lengths(recipe).items(), key=lambda item: item[1])
+    rooms = {
+        "context_length": servers.context_length or architecture.max_positions,
+        "max_total_tokens": servers.max_total_tokens or (CPU_CACHE_TOKENS if device == "cpu" else None),
+    }
+    for key, room in rooms.items():
+        if room is not None and longest > room - SERVER_KEEPS_FREE:
+            yield (
+                f"rollout.sglang.servers.{key}: {room} cannot hold {words}, together {longest} tokens: SGLang keeps "
+                f"{SERVER_KEEPS_FREE} tokens free and would cut a response short; lower one of them"
+            )
     if servers.quantization is not None and architecture.family not in REQUANTISED:
         yield (
             f"rollout.sglang.servers.quantization: SGLang takes new weights of quantised layers for "

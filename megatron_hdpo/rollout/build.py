@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +26,7 @@ from megatron_hdpo.rollout.sglang.servers.fleet import Report, ServerFleet, no_r
 from megatron_hdpo.rollout.sglang.servers.server import ServerError
 from megatron_hdpo.rollout.sglang.servers.topology import PlannedServer, given_urls, planned_servers
 from megatron_hdpo.rollout.sglang.shared_gpu import CudaMemory, HostMemory, SharedGpu
+from megatron_hdpo.rollout.sglang.stamps import RunStamp
 from megatron_hdpo.rollout.sglang.weights.gate import Gate
 from megatron_hdpo.rollout.sglang.weights.push import Transport, WeightPush
 from megatron_hdpo.rollout.sglang.weights.same_model import check_served_models
@@ -61,18 +62,21 @@ def build_engine(
     output: Path,
     report: Report = no_report,
     trainer: TrainerMemory | None = None,
+    lengths: Mapping[str, int] | None = None,
 ) -> BuiltEngine:
     """Build the engine of the recipe on every rank. Collective.
 
     model_path: Hugging Face folder. output: the run's folder, for logs. report: gets the state of this rank's servers
     while they start. trainer: moves this rank's training state away while servers on its GPU sample; until the engine's
-    next `make_room` it is away. Raises EngineError, on every rank, when a server does not start or cannot be used.
+    next `make_room` it is away. lengths: tokens of the longest sequences that will be requested, each by the words for
+    its settings; servers must have room for them. Raises EngineError, on every rank, when a server does not start or
+    cannot be used.
     """
     if config.engine == "embedded" or config.replay is not None:
         embedded = config.embedded.model_copy(update={"vocab_size": architecture.vocab_size})
         engine = EmbeddedEngine(model_path, embedded, context.device)
         return BuiltEngine(engine, EmbeddedSync(engine), list(range(context.world_size)))
-    return _on_servers(config, model_path, architecture, context, output, report, trainer)
+    return _on_servers(config, model_path, architecture, context, output, report, trainer, lengths)
 
 
 def _on_servers(
@@ -83,6 +87,7 @@ def _on_servers(
     output: Path,
     report: Report,
     trainer: TrainerMemory | None,
+    lengths: Mapping[str, int] | None,
 ) -> BuiltEngine:
     """Build the engine on SGLang servers: start, connect, check, and choose the transport of weights."""
     config, device = rollout.sglang, context.device.type
@@ -93,6 +98,7 @@ def _on_servers(
     if shared_gpu is not None:
         shared_gpu.give_back(asleep=False, weights=True)
     servers = together(context, lambda: _started(rollout, mine, model_path, context, output, report))
+    stamp = RunStamp(context.broadcast_object(RunStamp().run))
     urls = servers.urls if servers else given_urls(config, locations).get(context.rank, [])
     engine = together(
         context,
@@ -104,6 +110,8 @@ def _on_servers(
             servers=servers,
             experts=_experts(architecture),
             shared_gpu=shared_gpu,
+            stamp=stamp,
+            lengths=lengths,
         ),
         close=servers.close if servers else None,
     )

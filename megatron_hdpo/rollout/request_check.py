@@ -31,3 +31,16 @@ def problem_with(request: GenerationRequest, vocab_size: int, context_length: in
     if not 0 <= request.seed < 2**64:
         return f"seed {request.seed} is not in [0, 2**64)"
     return ""
+
+
+def problem_with_room(request: GenerationRequest, max_prompt: int, max_sequence: int) -> str:
+    """Return why servers would refuse a request or cut its response short, or an empty string.
+
+    max_prompt: longest prompt, and max_sequence: longest prompt plus response, in tokens.
+    """
+    prompt, response = len(request.prompt_ids), request.sampling.max_new_tokens
+    if prompt > max_prompt:
+        return f"a prompt of {prompt} tokens; the servers accept at most {max_prompt}"
+    if prompt + response > max_sequence:
+        return f"{prompt} prompt + {response} new tokens; the servers sample at most {max_sequence} together"
+    return ""

@@ -11,7 +11,7 @@ from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.rollout.embedded import EmbeddedEngine
 from megatron_hdpo.rollout.engine import WeightStream
 from megatron_hdpo.rollout.sglang.weights.gate import GateError
-from megatron_hdpo.rollout.sglang.weights.push import WeightPush, WeightPushError
+from megatron_hdpo.rollout.sglang.weights.push import ForeignWeightsError, WeightPush, WeightPushError
 from megatron_hdpo.types.metrics import reduce_metrics
 from megatron_hdpo.weights.stream import Receivers
 
@@ -55,8 +55,9 @@ class ServerSync:
     def __call__(self, open_stream: OpenStream, version: int) -> dict[str, float]:
         """Push the weights to the servers of all ranks; see WeightSync.
 
-        Raises, on every rank, TrainingError when a server does not hold the weights it was sent, or when no server of a
-        rank took them; MemoryShortageError when a colocated server cannot take its memory back.
+        Raises, on every rank, TrainingError when a server does not hold the weights it was sent, when another run sends
+        weights to it, or when no server of a rank took them; MemoryShortageError when a colocated server cannot take
+        its memory back.
         """
         for last in (False,) * (PUSHES - 1) + (True,):
             metrics, failure, fatal = self._push(open_stream, version)
@@ -78,5 +79,5 @@ class ServerSync:
             return self.push.push(open_stream(self.receivers), version).metrics(), "", False
         except WeightPushError as error:
             return {}, str(error), False
-        except GateError as error:
+        except (GateError, ForeignWeightsError) as error:
             return {}, str(error), True

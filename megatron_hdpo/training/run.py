@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from megatron_hdpo.checkpoint.store import CheckpointStore
 from megatron_hdpo.config import Recipe, RecipeError, check_recipe
-from megatron_hdpo.config.check import DEFAULT_IMPORTANCE_CAP
+from megatron_hdpo.config.check import DEFAULT_IMPORTANCE_CAP, requested_lengths
 from megatron_hdpo.config.precision import begun_in, choose_precision, resolve
 from megatron_hdpo.data.load import LoadedData
 from megatron_hdpo.data.prompts import TokenizerLike
@@ -317,7 +317,14 @@ def start_engine(recipe: Recipe, policy: Policy, report: Report = no_report) -> 
     if rollout.engine == "sglang" and rollout.replay is None and leaving != "keep":
         trainer = TrainerMemory(policy, leaving)
     built = build_engine(
-        rollout, Path(recipe.model.path), policy.architecture, policy.context, recipe.output, report, trainer
+        rollout,
+        Path(recipe.model.path),
+        policy.architecture,
+        policy.context,
+        recipe.output,
+        report=report,
+        trainer=trainer,
+        lengths=requested_lengths(recipe),
     )
     built.engine.make_room()
     return built

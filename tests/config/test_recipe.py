@@ -294,6 +294,23 @@ def test_training_state_leaves_only_gpus_that_servers_share_in_turns(tree: Tree,
         parse_recipe(tree)
 
 
+def test_a_server_that_would_cut_a_response_short_is_refused(tree: Tree, architecture: Architecture) -> None:
+    tree["rollout"]["engine"] = "sglang"
+    longest = tree["data"]["prompts"]["max_privileged_tokens"] + tree["rollout"]["max_new_tokens"]
+    for key in ("context_length", "max_total_tokens"):
+        tree["rollout"]["sglang"] = {"servers": {key: longest + 2}}
+        assert check_recipe(parse_recipe(tree), architecture, 1) == []
+        tree["rollout"]["sglang"] = {"servers": {key: longest + 1}}
+        with pytest.raises(
+            RecipeError, match=rf"servers.{key}: {longest + 1} cannot hold .*, together {longest} tokens"
+        ):
+            check_recipe(parse_recipe(tree), architecture, 1)
+    tree["rollout"]["sglang"] = {}
+    assert check_recipe(parse_recipe(tree), replace(architecture, max_positions=longest + 2), 1) == []
+    with pytest.raises(RecipeError, match=rf"context_length: {longest + 1} cannot hold"):
+        check_recipe(parse_recipe(tree), replace(architecture, max_positions=longest + 1), 1)
+
+
 def test_sections_that_contradict_each_other_need_no_model(tree: Tree) -> None:
     check_sections(parse_recipe(tree))
     tree["rollout"]["ahead"] = 1

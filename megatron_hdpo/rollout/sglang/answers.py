@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from megatron_hdpo.types.rollouts import Completion, TopKArrays
+from megatron_hdpo.rollout.sglang.stamps import RunStamp
+from megatron_hdpo.types.rollouts import Completion, FinishReason, SamplingParams, TopKArrays
 
-UNVERSIONED = -1
-"""Version of weights that the trainer did not stamp: those that a server was started with."""
-LARGEST_VERSION = 2**31 - 1
+ROUNDING = 1e-3
+"""Nats by which log-probs may contradict each other: float32 rounds by about 1e-5."""
+LEAST_LOGPROB = -110.0
+"""No sampled token has less: the smallest float32 probability above 0 is exp(-103)."""
 
 
 class BadAnswerError(ValueError):
-    """An answer that holds no valid completion: cut short, inconsistent, or not finite."""
+    """An answer that holds no valid completion: cut short, inconsistent, not finite, or not what was requested."""
 
 
 @dataclass(frozen=True)
@@ -33,18 +36,20 @@ class ExpertChoice:
 
 def parse_completion(
     answer: dict[str, Any],
-    top_logprobs: int,
+    sampling: SamplingParams,
     vocab_size: int,
+    stamp: RunStamp,
     experts: ExpertChoice | None = None,
     prompt_length: int = 0,
 ) -> Completion:
     """Return the completion in an answer. Raises BadAnswerError with the reason when there is none.
 
-    top_logprobs: number K that was requested. experts: sizes of the requested routed experts; None: none were
-    requested, and any are ignored. prompt_length: prompt tokens, needed with `experts`.
+    sampling: what was requested. stamp: of the run whose weights the servers hold; tokens of other weights get version
+    UNVERSIONED. experts: sizes of the requested routed experts; None: none were requested, and any are ignored.
+    prompt_length: prompt tokens, needed with `experts`.
     """
     try:
-        completion = _completion(answer, top_logprobs, vocab_size)
+        completion = _completion(answer, sampling, vocab_size, stamp)
         if experts is None:
             return completion
         routed = _routed_experts(answer["meta_info"], prompt_length + len(completion.token_ids) - 1, experts)
@@ -55,28 +60,81 @@ def parse_completion(
         raise BadAnswerError(f"an answer that cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _completion(answer: dict[str, Any], top_logprobs: int, vocab_size: int) -> Completion:
+def _completion(answer: dict[str, Any], sampling: SamplingParams, vocab_size: int, stamp: RunStamp) -> Completion:
     meta = answer["meta_info"]
     ids = np.asarray(answer.get("output_ids") or [], dtype=np.int64)
-    reason = (meta.get("finish_reason") or {}).get("type")
-    if reason not in ("stop", "length"):
-        detail = (meta.get("finish_reason") or {}).get("message") or ""
-        raise BadAnswerError(f"finished by {reason!r} after {len(ids)} tokens {detail}".rstrip())
     rows = meta.get("output_token_logprobs") or []
-    if not len(ids) or len(rows) != len(ids) or any(row[1] != token for row, token in zip(rows, ids, strict=True)):
+    reason = _finish_reason(meta, ids, sampling)
+    if len(rows) != len(ids) or [row[1] for row in rows] != ids.tolist():
         raise BadAnswerError(f"{len(ids)} tokens with log-probs of {len(rows)}, or of others")
     if ids.min() < 0 or ids.max() >= vocab_size:
         raise BadAnswerError(f"a token id {ids.max()} beyond the vocabulary of {vocab_size}")
-    logprobs = np.array([row[0] for row in rows], dtype=np.float32)
-    if not np.isfinite(logprobs).all():
-        raise BadAnswerError(f"a log-prob that is not finite at token {int(np.argmin(np.isfinite(logprobs)))}")
+    logprobs = _sampled_logprobs(rows)
+    top = _top(meta, len(ids), sampling.top_logprobs, vocab_size) if sampling.top_logprobs else None
+    if top is not None:
+        _check_agreement(top, ids, logprobs)
     return Completion(
         token_ids=ids.astype(np.int32),
         logprobs=logprobs,
         finish_reason=reason,
-        weight_versions=_versions(meta, len(ids)),
-        top_logprobs=_top(meta, len(ids), top_logprobs, vocab_size) if top_logprobs else None,
+        weight_versions=_versions(meta, len(ids), stamp),
+        top_logprobs=top,
     )
+
+
+def _finish_reason(meta: dict[str, Any], ids: np.ndarray, sampling: SamplingParams) -> FinishReason:
+    """Return why the response ended, once its tokens show the same.
+
+    A server caps max_new_tokens silently at the room in its context and its cache, and ends a response whose logits are
+    not finite like one with a stop token.
+    """
+    finish = meta.get("finish_reason") or {}
+    reason = finish.get("type")
+    if reason not in ("stop", "length") or not len(ids):
+        raise BadAnswerError(f"finished by {reason!r} after {len(ids)} tokens {finish.get('message') or ''}".rstrip())
+    is_stop = np.isin(ids, sampling.stop_token_ids)
+    if is_stop[:-1].any():
+        raise BadAnswerError(f"a stop token at place {int(is_stop.argmax())} of {len(ids)}, and it went on")
+    if reason == "stop" and (not is_stop[-1] or isinstance(finish.get("matched"), str)):
+        raise BadAnswerError(
+            f"finished by 'stop' at {finish.get('matched')!r}, its last token is {ids[-1]}, but the stop tokens are "
+            f"{list(sampling.stop_token_ids)}"
+        )
+    if reason == "length" and (is_stop[-1] or len(ids) != sampling.max_new_tokens):
+        raise BadAnswerError(f"finished by 'length' after {len(ids)} of {sampling.max_new_tokens} tokens")
+    if len(ids) > sampling.max_new_tokens:
+        raise BadAnswerError(f"{len(ids)} tokens, at most {sampling.max_new_tokens} were requested")
+    return reason
+
+
+def _sampled_logprobs(rows: Sequence[Any]) -> np.ndarray:
+    """Return the log-probs of the sampled tokens, float32 [T]; each is one of a token that can be sampled."""
+    logprobs = np.array([row[0] for row in rows], dtype=np.float32)
+    if not np.isfinite(logprobs).all():
+        raise BadAnswerError(f"a log-prob that is not finite at token {int(np.argmin(np.isfinite(logprobs)))}")
+    if logprobs.max() > ROUNDING or logprobs.min() < LEAST_LOGPROB:
+        raise BadAnswerError(
+            f"log-probs from {logprobs.min():.3g} to {logprobs.max():.3g}; those of a sampled token are between "
+            f"{LEAST_LOGPROB:g} and 0"
+        )
+    return logprobs
+
+
+def _check_agreement(top: TopKArrays, ids: np.ndarray, logprobs: np.ndarray) -> None:
+    """Raise BadAnswerError when a row of top log-probs is no distribution's, or not the sampled token's."""
+    values = top.logprobs_TK
+    if (np.diff(values, axis=1) > ROUNDING).any():
+        raise BadAnswerError("top log-probs that do not decrease")
+    if (np.exp(values).sum(axis=1) > 1 + ROUNDING).any():
+        raise BadAnswerError("top log-probs whose probabilities sum to more than 1")
+    is_sampled = top.ids_TK == ids[:, None]
+    listed = is_sampled.any(axis=1)
+    own = np.where(listed, values[np.arange(len(ids)), is_sampled.argmax(axis=1)], values[:, -1])
+    wrong = np.where(listed, np.abs(logprobs - own), logprobs - own) > ROUNDING
+    if wrong.any():
+        at = int(wrong.argmax())
+        where = f"{own[at]:.5g} in its row" if listed[at] else f"not in its row, which ends at {own[at]:.5g}"
+        raise BadAnswerError(f"token {ids[at]} at place {at} has log-prob {logprobs[at]:.5g}, but it is {where}")
 
 
 def _routed_experts(meta: dict[str, Any], tokens: int, choice: ExpertChoice) -> np.ndarray:
@@ -99,18 +157,12 @@ def _routed_experts(meta: dict[str, Any], tokens: int, choice: ExpertChoice) -> 
     return flat.reshape(shape).astype(np.uint8 if choice.experts <= 256 else np.uint16)
 
 
-def _versions(meta: dict[str, Any], length: int) -> np.ndarray:
+def _versions(meta: dict[str, Any], length: int, stamp: RunStamp) -> np.ndarray:
     """Return the version of each token: by spans where the server sends them, else one version for all."""
-    versions = np.full(length, _number(meta.get("weight_version")), dtype=np.int32)
+    versions = np.full(length, stamp.version(meta.get("weight_version")), dtype=np.int32)
     for span in meta.get("weight_versions") or []:
-        versions[span["start"] : span["end"]] = _number(span["version"])
+        versions[span["start"] : span["end"]] = stamp.version(span["version"])
     return versions
-
-
-def _number(version: Any) -> int:
-    """Return the step that the trainer stamped; UNVERSIONED for any other stamp (a date, a name)."""
-    text = str(version)
-    return int(text) if text.isdecimal() and int(text) <= LARGEST_VERSION else UNVERSIONED
 
 
 def _top(meta: dict[str, Any], length: int, k: int, vocab_size: int) -> TopKArrays:

@@ -5,7 +5,7 @@ Only endpoints of stock SGLang. `ServerInfo` says which optional ones a server h
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -36,10 +36,12 @@ class ServerInfo:
     """Properties that a server reports.
 
     model_path: folder of its current weights. tokenizer_path: folder it was started with. max_prompt: longest prompt in
-    tokens. context: longest prompt plus response, None for the model's own limit. sessions: weight updates need a begin
-    and an end call. memory: bytes of weights and key-value cache on each of its GPUs, 0 if it does not say.
-    routed_experts: answers can hold the experts that a token was sent to. streams_increments: the pieces of a streamed
-    answer hold the new tokens only, not all so far.
+    tokens. max_sequence: longest prompt plus response in tokens, given its context and its key-value cache; a server
+    cuts longer responses short without a word. cache: tokens of its key-value cache, 0 if it does not say. sessions:
+    weight updates need a begin and an end call. memory: bytes of weights and key-value cache on each of its GPUs, 0 if
+    it does not say. routed_experts: answers can hold the experts that a token was sent to. streams_increments: the
+    pieces of a streamed answer hold the new tokens only, not all so far. stamp: of the weights that it was started
+    with.
     """
 
     version: str
@@ -50,7 +52,8 @@ class ServerInfo:
     dtype: str
     quantization: str | None
     max_prompt: int
-    context: int | None
+    max_sequence: int
+    cache: int
     max_running: int | None
     deterministic: bool
     sessions: bool
@@ -58,6 +61,21 @@ class ServerInfo:
     memory: int
     routed_experts: bool
     streams_increments: bool
+    stamp: str
+
+    def problem_with(self, lengths: Mapping[str, int]) -> str:
+        """Return which sequence the server would cut short, or an empty string.
+
+        lengths: tokens of prompt and response together, by the words for their settings.
+        """
+        words, longest = max(lengths.items(), key=lambda item: item[1], default=("", 0))
+        if longest <= self.max_sequence:
+            return ""
+        cache = f" (its key-value cache holds {self.cache})" if self.cache else ""
+        return (
+            f"it samples at most {self.max_sequence} tokens of prompt and response together{cache}, and {words} are "
+            f"{longest}: lower one of them, or start the server with a longer context or a larger cache"
+        )
 
 
 class ServerApi:
@@ -130,8 +148,9 @@ class ServerApi:
             data_parallel=int(said.get("dp_size", 1)),
             dtype=str(said.get("dtype", "auto")),
             quantization=said.get("quantization"),
-            max_prompt=int(said.get("max_req_input_len") or 2**31),
-            context=said.get("context_length"),
+            max_prompt=_max_prompt(said),
+            max_sequence=_max_sequence(said),
+            cache=int(said.get("max_total_num_tokens") or 0),
             max_running=said.get("max_running_requests"),
             deterministic=bool(said.get("enable_deterministic_inference")),
             sessions=await self._has("/begin_weight_update"),
@@ -139,7 +158,15 @@ class ServerApi:
             memory=_memory(said),
             routed_experts=bool(said.get("enable_return_routed_experts")),
             streams_increments=bool(said.get("incremental_streaming_output")),
+            stamp=str(said.get("weight_version", "default")),
         )
+
+    async def stamp(self, timeout: float = 10) -> str:
+        """Return the stamp of the weights that the server holds now."""
+        answer = await self.get("/model_info", timeout)
+        if not isinstance(answer, dict) or "weight_version" not in answer:
+            raise ApiError(self.url, "/model_info", f"it does not say which weights it holds: {str(answer)[:200]}", 500)
+        return str(answer["weight_version"])
 
     async def _has(self, path: str) -> bool:
         """Return whether a POST endpoint exists: a GET of it answers 405 if so, 404 if not."""
@@ -221,6 +248,24 @@ async def _events(answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
         *events, held = (held + piece).split(b"\n\n")
         for event in events:
             yield event.removeprefix(b"data:").strip()
+
+
+def _max_prompt(said: dict[str, Any]) -> int:
+    """Return the longest prompt in tokens: SGLang refuses one of max_req_input_len."""
+    return int(said.get("max_req_input_len") or 2**31) - 1
+
+
+def _max_sequence(said: dict[str, Any]) -> int:
+    """Return the most tokens of prompt and response together.
+
+    SGLang keeps two tokens of context or cache free, six with the four of max_req_input_len; of a cache in pages, one
+    page and the rest of the prompt's last one.
+    """
+    limits = [int(said["max_req_input_len"]) + 4] if said.get("max_req_input_len") else []
+    limits += [int(said["context_length"]) - 2] if said.get("context_length") else []
+    if cache := said.get("max_total_num_tokens"):
+        limits.append(int(cache) - 2 * int(said.get("page_size") or 1))
+    return min(limits, default=2**31)
 
 
 def _memory(said: dict[str, Any]) -> int:

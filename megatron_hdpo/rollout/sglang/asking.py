@@ -8,10 +8,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from megatron_hdpo.rollout.sglang.answers import UNVERSIONED, BadAnswerError, parse_completion
+from megatron_hdpo.rollout.sglang.answers import BadAnswerError, parse_completion
 from megatron_hdpo.rollout.sglang.api import ApiError
 from megatron_hdpo.rollout.sglang.partial import as_finished, continuation, joined, read_beginning, shortened
 from megatron_hdpo.rollout.sglang.replica import Replica
+from megatron_hdpo.rollout.sglang.stamps import problem_with_versions
 from megatron_hdpo.rollout.sglang.streamed import StreamedAnswer
 from megatron_hdpo.types.rollouts import Completion, GenerationRequest
 
@@ -84,7 +85,7 @@ class Asking:
         except TryError as error:
             failure, answer = error, {}
         if failure is None and not _aborted(answer):
-            return self._completed(replica, sample, request, answer, wanted)
+            return await self._completed(replica, sample, request, answer, wanted)
         if streamed is not None and "weight_versions" not in answer.get("meta_info", {}):
             answer = streamed.so_far()
         self._keep(sample, request, answer, wanted)
@@ -174,19 +175,26 @@ class Asking:
             inner.cancel()
             replica.in_flight.discard(inner)
 
-    def _completed(
+    async def _completed(
         self, replica: Replica, sample: OpenSample, request: GenerationRequest, answer: dict[str, Any], wanted: int
     ) -> Completion:
         experts = self.engine.experts if request.sampling.routed_experts else None
         try:
             rest = parse_completion(
-                answer, request.sampling.top_logprobs, self.engine.vocab_size, experts, len(request.prompt_ids)
+                answer,
+                request.sampling,
+                self.engine.vocab_size,
+                self.engine.stamp,
+                experts,
+                len(request.prompt_ids),
             )
         except BadAnswerError as error:
             self.engine.counts.lost_tokens += len(answer.get("output_ids") or [])
             raise TryError(f"{replica.url}: {error}") from error
         if problem := self._problem_with_versions(rest, wanted):
             self.engine.counts.lost_tokens += len(rest.token_ids)
+            if not self.config.router:  # which of the servers behind it has answered is not known
+                await self.engine.watch.check_stamp(replica)
             raise TryError(f"{replica.url}: {problem}")
         if sample.beginning is not None:
             self.engine.counts.continued += 1
@@ -204,16 +212,11 @@ class Asking:
         return completion
 
     def _problem_with_versions(self, piece: Completion, wanted: int) -> str:
-        if piece.weight_versions.min() == UNVERSIONED:
-            return "it was sampled with weights that are not this run's"
-        if self.config.router and piece.weight_versions.min() < wanted:
-            # A router keeps using servers that missed an update.
-            return f"a server behind the router has older weights than {wanted}"
-        return ""
+        return problem_with_versions(piece.weight_versions, wanted, self.engine.newest_version)
 
     def _keep(self, sample: OpenSample, request: GenerationRequest, answer: dict[str, Any], wanted: int) -> None:
         """Add what an answer that ended early holds to the sample's beginning."""
-        piece = read_beginning(answer, request, self.engine.vocab_size, self.engine.experts)
+        piece = read_beginning(answer, request, self.engine.vocab_size, self.engine.stamp, self.engine.experts)
         if piece is None or self._problem_with_versions(piece, wanted):
             self.engine.counts.lost_tokens += len(answer.get("output_ids") or [])
         else:

@@ -14,13 +14,13 @@ import asyncio
 import logging
 import os
 import queue
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import aiohttp
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from megatron_hdpo.rollout.engine import EngineLostWeights
-from megatron_hdpo.rollout.request_check import problem_with
+from megatron_hdpo.rollout.request_check import problem_with, problem_with_room
 from megatron_hdpo.rollout.sglang.answers import ExpertChoice
 from megatron_hdpo.rollout.sglang.api import ApiError, ServerApi
 from megatron_hdpo.rollout.sglang.asking import Asking, OpenSample, TryError
@@ -32,6 +32,7 @@ from megatron_hdpo.rollout.sglang.loop_thread import LoopThread
 from megatron_hdpo.rollout.sglang.replica import Replica
 from megatron_hdpo.rollout.sglang.servers.fleet import ServerFleet
 from megatron_hdpo.rollout.sglang.shared_gpu import SharedGpu
+from megatron_hdpo.rollout.sglang.stamps import RunStamp
 from megatron_hdpo.rollout.sglang.watch import Watch
 from megatron_hdpo.types.metrics import Metric
 from megatron_hdpo.types.rollouts import Completion, GenerationRequest, GenerationResult
@@ -47,8 +48,10 @@ class SGLangEngine:
 
     urls: all addresses. servers: the processes that this rank started, in the order of the first urls; `close` stops
     them. experts: sizes of the model's experts; without it requests must not ask for routed experts. shared_gpu: the
-    GPU that this rank shares with a server, None if the servers have devices of their own. Raises ApiError when a
-    server does not answer or is too old, ValueError when its dp_size is not 1.
+    GPU that this rank shares with a server, None if the servers have devices of their own. stamp: of this run, the same
+    on all ranks. lengths: tokens of the longest sequences that will be requested, each by the words for its settings.
+    Raises ApiError when a server does not answer or is too old, ValueError when its dp_size is not 1 or when it would
+    cut a sequence short.
     """
 
     def __init__(
@@ -60,10 +63,15 @@ class SGLangEngine:
         servers: ServerFleet | None = None,
         experts: ExpertChoice | None = None,
         shared_gpu: SharedGpu | None = None,
+        stamp: RunStamp | None = None,
+        lengths: Mapping[str, int] | None = None,
     ) -> None:
         self.config, self.vocab_size, self.context_length = config, vocab_size, context_length
         self.experts, self.shared_gpu = experts, shared_gpu
         self.servers = servers
+        self.stamp, self.lengths = stamp or RunStamp(), lengths or {}
+        self.newest_version = -1
+        """Version of the weights that were sent last, or are being sent."""
         self.replicas: list[Replica] = []
         self.mixed_versions = 0
         self.counts = Counts()
@@ -90,6 +98,11 @@ class SGLangEngine:
     def weight_version(self) -> int:
         """Version of the last weights that a server took completely; -1 before the first."""
         return self._version
+
+    @property
+    def max_sequence(self) -> int:
+        """Most tokens of prompt and response together that every server samples to the end."""
+        return min((replica.info.max_sequence for replica in self.replicas), default=2**31)
 
     @property
     def thread(self) -> LoopThread:
@@ -160,7 +173,7 @@ class SGLangEngine:
                 replica.state, replica.reason = "stale", f"it missed the weights of version {version}"
         if version != self._version:
             self.counts.lost_tokens += self._beginnings.clear()
-        self._version = version
+        self._version = self.newest_version = version
 
     def close(self) -> None:
         """Cancel requests, close connections and stop the servers that were started. Idempotent."""
@@ -182,7 +195,6 @@ class SGLangEngine:
         own = len(self.servers.processes) if self.servers else 0
         for index, url in enumerate(urls):
             self.replicas.append(await self._replica(index, url, index if index < own else None))
-            self.context_length = min(self.context_length, self.replicas[-1].info.context or self.context_length)
         if self.config.stream_interval:
             self._say_what_cannot_stream()
         self.watch = Watch(self)
@@ -214,6 +226,8 @@ class SGLangEngine:
         info = await api.info()
         if info.data_parallel != 1:
             raise ValueError(f"{url}: dp_size is {info.data_parallel}; weight updates need servers with dp_size 1")
+        if problem := info.problem_with(self.lengths):
+            raise ValueError(f"{url}: {problem}")
         return Replica(index=index, api=api, ask=ask, info=info, own=own)
 
     async def _end_tasks(self) -> None:
@@ -332,11 +346,11 @@ class SGLangEngine:
 
     def _validate(self, request: GenerationRequest) -> None:
         problem = problem_with(request, self.vocab_size, self.context_length)
-        longest = min((replica.info.max_prompt for replica in self.replicas), default=0)
         if not problem and not self.replicas:
             problem = "this rank has no server"
-        if not problem and len(request.prompt_ids) > longest:
-            problem = f"a prompt of {len(request.prompt_ids)} tokens; the servers accept at most {longest}"
+        if not problem:
+            longest_prompt = min(replica.info.max_prompt for replica in self.replicas)
+            problem = problem_with_room(request, longest_prompt, self.max_sequence)
         if not problem and request.sampling.routed_experts:
             problem = self._problem_with_experts()
         if not problem and self._outstanding.get(request.request_id):

@@ -14,11 +14,16 @@ from typing import Any
 import numpy as np
 
 from megatron_hdpo.rollout.sglang.answers import BadAnswerError, ExpertChoice, parse_completion
+from megatron_hdpo.rollout.sglang.stamps import RunStamp
 from megatron_hdpo.types.rollouts import Completion, GenerationRequest, TopKArrays
 
 
 def read_beginning(
-    answer: dict[str, Any], request: GenerationRequest, vocab_size: int, experts: ExpertChoice | None
+    answer: dict[str, Any],
+    request: GenerationRequest,
+    vocab_size: int,
+    stamp: RunStamp,
+    experts: ExpertChoice | None,
 ) -> Completion | None:
     """Return what an answer that ended early holds of a sample; None when that is nothing, or cannot be trusted."""
     meta, ids = answer.get("meta_info") or {}, answer.get("output_ids")
@@ -29,8 +34,9 @@ def read_beginning(
     try:
         return parse_completion(
             whole,
-            request.sampling.top_logprobs,
+            replace(request.sampling, max_new_tokens=len(ids)),
             vocab_size,
+            stamp,
             experts if meta.get("routed_experts") else None,
             len(request.prompt_ids),
         )

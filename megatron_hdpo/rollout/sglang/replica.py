@@ -20,8 +20,9 @@ class Replica:
     for samples: the server itself, or the router in front of it. own: index among the servers that this process
     started, None for a given one. taken: slots that samples hold. in_flight: running sample requests. abandoned: ids of
     requests that were given up while it did not answer, to be aborted when it returns. half_updated: a weight update of
-    it did not complete. asleep: GPU memory is released to the trainer; do not call /health, it would generate and
-    crash. health_lock: held during a health check.
+    it did not complete. stamped: it has been sent weights of this run. foreign: weights that another run has sent since
+    were found on it, so it is left alone. asleep: GPU memory is released to the trainer; do not call /health, it would
+    generate and crash. health_lock: held during a health check.
     """
 
     index: int
@@ -36,6 +37,8 @@ class Replica:
     abandoned: set[str] = field(default_factory=set)
     reason: str = "no weights yet"
     half_updated: bool = False
+    stamped: bool = False
+    foreign: bool = False
     asleep: bool = False
     health_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 

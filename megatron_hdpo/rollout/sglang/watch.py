@@ -74,6 +74,19 @@ class Watch:
             return False
         return True
 
+    async def check_stamp(self, replica: Replica) -> None:
+        """Stop using a server that no longer holds the run's weights; called after an answer of other weights."""
+        if self.paused or replica.state != "serving":
+            return
+        try:
+            stamp = await replica.api.stamp()
+        except ApiError:
+            return
+        if stamp != self.engine.stamp.of(self.engine.weight_version) and replica.state == "serving" and not self.paused:
+            reason = f"it holds weights stamped {stamp!r}, which are not those of version {self.engine.weight_version}"
+            LOGGER.warning("SGLang server %s is not used before the next weight update: %s", replica.url, reason)
+            replica.take_out(reason, "stale")
+
     async def mark_down(self, replica: Replica, reason: str) -> None:
         """Take a replica out, and restart it in the background if this process owns its server."""
         if replica.state == "down":
@@ -146,14 +159,19 @@ class Watch:
         if servers is not None and replica.own is not None:
             replica.api.url = replica.ask.url = servers.processes[replica.own].url
         try:
-            replica.info = await replica.api.info()
-            version = (await replica.api.get("/model_info", 10)).get("weight_version")
+            info, stamp = await replica.api.info(), await replica.api.stamp()
         except ApiError as error:
             replica.reason = str(error)
             return
+        if problem := info.problem_with(self.engine.lengths):
+            if replica.reason != problem:
+                LOGGER.error("SGLang server %s is back, and not used: %s", replica.url, problem)
+            replica.reason = problem
+            return
+        replica.info = info
         replica.breaker.succeed()
         await self._abort_abandoned(replica)
-        current = version == str(self.engine.weight_version) and not replica.half_updated
+        current = stamp == self.engine.stamp.of(self.engine.weight_version) and not replica.half_updated
         replica.state, replica.reason = ("serving", "") if current else ("stale", "it was restarted")
         LOGGER.warning("SGLang server %s is back, %s", replica.url, replica.state)
 

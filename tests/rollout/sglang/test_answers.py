@@ -9,14 +9,25 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_hdpo.rollout.sglang.answers import UNVERSIONED, BadAnswerError, ExpertChoice, parse_completion
+from megatron_hdpo.rollout.sglang.answers import BadAnswerError, ExpertChoice, parse_completion
+from megatron_hdpo.rollout.sglang.stamps import UNVERSIONED, RunStamp
+from megatron_hdpo.types.rollouts import Completion, SamplingParams
 
 VOCAB = 17
+STAMP = RunStamp("0123456789abcdef")
+OTHER = RunStamp("fedcba9876543210")
 IDS = [4, 9, 1]
-LOGPROBS = [-0.5, -1.25, -2.0]
-TOP_VALUES = [[-0.5, -1.5], [-0.75, -1.25], [-0.25, -3.0]]
+LOGPROBS = [-0.5, -1.25, -3.0]
+TOP_VALUES = [[-0.5, -1.5], [-0.75, -1.25], [-0.25, -2.0]]
 TOP_IDS = [[4, 2], [3, 9], [0, 16]]
 Answer = dict[str, Any]
+
+
+def parse(answer: Answer, top: int = 0, max_new: int = 5, stops: tuple[int, ...] = (1,), **experts: Any) -> Completion:
+    """The completion in the answer to a request of this run."""
+    return parse_completion(
+        answer, SamplingParams(max_new, top_logprobs=top, stop_token_ids=stops), VOCAB, STAMP, **experts
+    )
 
 
 def answer(**meta: Any) -> Answer:
@@ -24,15 +35,16 @@ def answer(**meta: Any) -> Answer:
     rows = [[value, token, None] for value, token in zip(LOGPROBS, IDS, strict=True)]
     fields = {
         "finish_reason": {"type": "stop", "matched": 1},
-        "weight_version": "7",
+        "weight_version": STAMP.of(7),
         "output_token_logprobs": rows,
         "completion_tokens": 3,
     }
     return {"text": "", "output_ids": list(IDS), "meta_info": fields | meta}
 
 
-def span(version: str, start: int, end: int) -> Answer:
-    return {"version": version, "start": start, "end": end}
+def span(version: int | str, start: int, end: int) -> Answer:
+    stamp = STAMP.of(version) if isinstance(version, int) else version
+    return {"version": stamp, "start": start, "end": end}
 
 
 def nested() -> Answer:
@@ -50,53 +62,69 @@ def flat(values: Any = TOP_VALUES, ids: Any = TOP_IDS, kind: type = np.float32) 
 
 
 def test_a_completion_is_what_the_server_said() -> None:
-    completion = parse_completion(answer(), 0, VOCAB)
+    completion = parse(answer())
     assert completion.token_ids.dtype == np.int32 and completion.token_ids.tolist() == IDS
     assert completion.logprobs.dtype == np.float32 and completion.logprobs.tolist() == LOGPROBS
     assert completion.finish_reason == "stop" and completion.top_logprobs is None
     assert completion.weight_versions.dtype == np.int32 and completion.weight_versions.tolist() == [7, 7, 7]
-    assert parse_completion(answer(finish_reason={"type": "length", "length": 3}), 0, VOCAB).finish_reason == "length"
+    cut = answer(finish_reason={"type": "length", "length": 3})
+    assert parse(cut, max_new=3, stops=()).finish_reason == "length"
 
 
 @pytest.mark.parametrize("top", [nested(), flat(), flat(kind=np.float64)], ids=["nested", "flat", "flat, float64"])
 def test_top_log_probs_in_either_form(top: Answer) -> None:
-    found = parse_completion(answer(**top), 2, VOCAB).top_logprobs
+    found = parse(answer(**top), 2).top_logprobs
     assert found is not None and found.ids_TK.dtype == np.int32 and found.logprobs_TK.dtype == np.float32
     assert found.ids_TK.tolist() == TOP_IDS and found.logprobs_TK.tolist() == TOP_VALUES
-    assert parse_completion(answer(**top), 0, VOCAB).top_logprobs is None, "not asked for"
+    assert parse(answer(**top)).top_logprobs is None, "not asked for"
 
 
 @pytest.mark.parametrize(
     ("meta", "versions"),
     [
-        ({"weight_versions": [span("6", 0, 2), span("7", 2, 3)]}, [6, 6, 7]),
-        ({"weight_versions": [span("6", 0, 1)]}, [6, 7, 7]),
+        ({"weight_versions": [span(6, 0, 2), span(7, 2, 3)]}, [6, 6, 7]),
+        ({"weight_versions": [span(6, 0, 1)]}, [6, 7, 7]),
         ({"weight_versions": []}, [7, 7, 7]),
         ({"weight_version": "default"}, [UNVERSIONED] * 3),
         ({"weight_version": None}, [UNVERSIONED] * 3),
-        ({"weight_version": "-3"}, [UNVERSIONED] * 3),
-        ({"weight_version": "²"}, [UNVERSIONED] * 3),
-        ({"weight_version": "1732000000000"}, [UNVERSIONED] * 3),
-        ({"weight_versions": [span("default", 0, 1)]}, [UNVERSIONED, 7, 7]),
+        ({"weight_version": "7"}, [UNVERSIONED] * 3),
+        ({"weight_version": OTHER.of(7)}, [UNVERSIONED] * 3),
+        ({"weight_version": STAMP.of(7) + "²"}, [UNVERSIONED] * 3),
+        ({"weight_version": STAMP.of(7) + "0" * 12}, [UNVERSIONED] * 3),
+        ({"weight_versions": [span(OTHER.of(7), 0, 1)]}, [UNVERSIONED, 7, 7]),
     ],
-    ids=["two spans", "one span", "no span", "never stamped", "none", "negative", "no digits", "a date", "no run's"],
+    ids=[
+        "two",
+        "one",
+        "no span",
+        "default",
+        "none",
+        "a number",
+        "another run",
+        "no digits",
+        "beyond",
+        "another's span",
+    ],
 )
 def test_every_token_has_a_version(meta: Answer, versions: list[int]) -> None:
-    assert parse_completion(answer(**meta), 0, VOCAB).weight_versions.tolist() == versions
+    assert parse(answer(**meta)).weight_versions.tolist() == versions
 
 
 BROKEN: dict[str, tuple[Answer, str]] = {
     "aborted": (answer(finish_reason={"type": "abort", "message": "no room"}), "finished by 'abort' .*no room"),
     "not finished": (answer(finish_reason=None), "finished by None"),
     "no tokens": (answer(output_token_logprobs=[]) | {"output_ids": []}, "0 tokens"),
-    "tokens missing": (answer() | {"output_ids": IDS[:2]}, "2 tokens with log-probs of 3"),
+    "tokens missing": (answer() | {"output_ids": IDS[1:]}, "2 tokens with log-probs of 3"),
     "of other tokens": (answer() | {"output_ids": [4, 8, 1]}, "or of others"),
     "no log-probs": (answer(output_token_logprobs=None), "log-probs of 0"),
     "beyond the vocabulary": (
-        answer(output_token_logprobs=[[-1.0, VOCAB, None]]) | {"output_ids": [VOCAB]},
+        answer(output_token_logprobs=[[-1.0, VOCAB, None], [-1.0, 1, None]]) | {"output_ids": [VOCAB, 1]},
         "beyond the vocabulary of 17",
     ),
-    "negative": (answer(output_token_logprobs=[[-1.0, -1, None]]) | {"output_ids": [-1]}, "beyond the vocabulary"),
+    "negative": (
+        answer(output_token_logprobs=[[-1.0, -1, None], [-1.0, 1, None]]) | {"output_ids": [-1, 1]},
+        "beyond the vocabulary",
+    ),
     "null log-prob": (
         answer(output_token_logprobs=[[-0.5, 4, None], [None, 9, None], [-1, 1, None]]),
         "not finite at token 1",
@@ -120,7 +148,54 @@ BROKEN: dict[str, tuple[Answer, str]] = {
 def test_what_is_no_completion(name: str) -> None:
     broken, words = BROKEN[name]
     with pytest.raises(BadAnswerError, match=words):
-        parse_completion(broken, 2 if "top" in name or name == "no shape" else 0, VOCAB)
+        parse(broken, 2 if "top" in name or name == "no shape" else 0)
+
+
+LENGTH = {"type": "length", "length": 3}
+CONTRADICTIONS: dict[str, tuple[Answer, dict[str, Any], str]] = {
+    "cut by the server": (answer(finish_reason=LENGTH), {"stops": ()}, "'length' after 3 of 5 tokens"),
+    "longer than requested": (answer(finish_reason=LENGTH), {"stops": (), "max_new": 2}, "'length' after 3 of 2"),
+    "a late stop": (answer(), {"max_new": 2}, "3 tokens, at most 2 were requested"),
+    "length at a stop token": (answer(finish_reason=LENGTH), {"max_new": 3}, "'length' after 3 of 3"),
+    "stop at another token": (answer(), {"stops": (2, 3)}, r"its last token is 1, but the stop tokens are \[2, 3\]"),
+    "stop without stop tokens": (answer(), {"stops": ()}, r"the stop tokens are \[\]"),
+    "stop for NaN": (answer(finish_reason={"type": "stop", "matched": "NaN happened"}), {}, "at 'NaN happened'"),
+    "a stop token amid": (answer(), {"stops": (1, 9)}, "a stop token at place 1 of 3"),
+    "positive": (answer(output_token_logprobs=[[5 + v, i] for v, i in zip(LOGPROBS, IDS, strict=True)]), {}, "to 4.5"),
+    "impossible": (answer(output_token_logprobs=[[-3e38, i] for i in IDS]), {}, "log-probs from -3e"),
+    "shifted": (
+        answer(**flat(), output_token_logprobs=[[v - 0.3, i] for v, i in zip(LOGPROBS, IDS, strict=True)]),
+        {"top": 2},
+        "token 4 at place 0 has log-prob -0.8, but it is -0.5 in its row",
+    ),
+    "likelier than its row": (
+        answer(
+            **nested(), output_token_logprobs=[*([v, i] for v, i in zip(LOGPROBS[:2], IDS[:2], strict=True)), [-1.9, 1]]
+        ),
+        {"top": 2},
+        "token 1 at place 2 has log-prob -1.9, but it is not in its row, which ends at -2",
+    ),
+    "rows in no order": (answer(**flat([row[::-1] for row in TOP_VALUES])), {"top": 2}, "do not decrease"),
+    "rows of no distribution": (
+        answer(**flat([[v + 0.3 for v in row] for row in TOP_VALUES])),
+        {"top": 2},
+        "sum to more",
+    ),
+    "a positive row": (answer(**flat([[0.1, -9.0], *TOP_VALUES[1:]])), {"top": 2}, "sum to more"),
+}
+
+
+@pytest.mark.parametrize("name", list(CONTRADICTIONS))
+def test_an_answer_that_contradicts_itself_or_the_request(name: str) -> None:
+    broken, asked, words = CONTRADICTIONS[name]
+    with pytest.raises(BadAnswerError, match=words):
+        parse(broken, **asked)
+
+
+def test_rounding_is_no_contradiction() -> None:
+    rows = [[1e-5, 4], [-1.25 + 1e-5, 9], [-2.0 + 1e-5, 1]]
+    top = flat([[2e-5, -20.0], [-0.75, -1.25], [-0.25, -2.0]])
+    assert parse(answer(**top, output_token_logprobs=rows), 2).logprobs[0] > 0
 
 
 PROMPT = 2  # tokens
@@ -139,12 +214,12 @@ def routed(experts_TLK: np.ndarray) -> Answer:
 
 
 def test_experts_of_every_token_but_the_last() -> None:
-    found = parse_completion(routed(experts()), 0, VOCAB, CHOICE, PROMPT).routed_experts
+    found = parse(routed(experts()), experts=CHOICE, prompt_length=PROMPT).routed_experts
     assert found is not None and found.dtype == np.uint16 and (found == experts()).all()
     few = ExpertChoice(2, 256, 3)
-    found = parse_completion(routed(experts(high=256)), 0, VOCAB, few, PROMPT).routed_experts
+    found = parse(routed(experts(high=256)), experts=few, prompt_length=PROMPT).routed_experts
     assert found is not None and found.dtype == np.uint8 and (found == experts(high=256)).all()
-    assert parse_completion(routed(experts()), 0, VOCAB).routed_experts is None, "not asked for"
+    assert parse(routed(experts())).routed_experts is None, "not asked for"
 
 
 def one_twice() -> np.ndarray:
@@ -172,17 +247,17 @@ NO_EXPERTS: dict[str, tuple[Answer, str]] = {
 def test_experts_that_are_not_those_of_the_tokens(name: str) -> None:
     broken, words = NO_EXPERTS[name]
     with pytest.raises(BadAnswerError, match=words):
-        parse_completion(broken, 0, VOCAB, CHOICE, PROMPT)
+        parse(broken, experts=CHOICE, prompt_length=PROMPT)
 
 
 def test_no_field_that_is_missing_or_of_another_type_raises_anything_else() -> None:
-    good = answer(**flat(), weight_versions=[span("7", 0, 3)])
+    good = answer(**flat(), weight_versions=[span(7, 0, 3)])
     for name in good["meta_info"]:
         for value in (None, 3, "x", [], {}, [None], [[]]):
             spoiled = copy.deepcopy(good)
             spoiled["meta_info"][name] = value
             try:
-                completion = parse_completion(spoiled, 2, VOCAB)
+                completion = parse(spoiled, 2)
             except BadAnswerError:
                 continue
             assert completion.token_ids.tolist() == IDS and completion.logprobs.tolist() == LOGPROBS, name

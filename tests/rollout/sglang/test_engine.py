@@ -16,9 +16,11 @@ from server_tools import LiveServer, serves
 from megatron_hdpo.model.policy import TrainingError
 from megatron_hdpo.rollout.engine import EngineLostWeights
 from megatron_hdpo.rollout.sglang.engine import SGLangEngine
+from megatron_hdpo.rollout.sglang.stamps import RunStamp
 from megatron_hdpo.rollout.sglang.weights.gate import GateError
 from megatron_hdpo.rollout.sglang.weights.push import WeightPush, WeightPushError
 from megatron_hdpo.training.rollout_phase import check_versions
+from megatron_hdpo.types.problem import Problem
 from megatron_hdpo.types.rollouts import Completion, GenerationRequest, Group, Sample, outline_of
 
 TOLERANCE = 1e-5
@@ -64,6 +66,7 @@ def test_samples_carry_what_the_trainer_needs(sglang_server: LiveServer, weights
         ({"prompt": []}, "at least one token"),
         ({"top_logprobs": VOCAB + 1}, "top_logprobs"),
         ({"tokens": 126}, "exceed the context"),
+        ({"tokens": 124}, "sample at most 126 together"),
         ({"prompt": [2] * 124, "tokens": 1}, "the servers accept at most"),
         ({"temperature": float("nan")}, "temperature"),
         ({"top_p": 0.0}, "top_p"),
@@ -165,19 +168,9 @@ def test_cancelled_samples_come_back_as_such(proxy: FaultProxy, weights: Weights
         assert (samples, cancelled) == (2, 3) and time.monotonic() - begin < 300
 
 
-def test_a_version_that_was_missed_stops_the_run(proxy: FaultProxy, weights: Weights) -> None:
-    def older(answer: Any) -> Any:
-        length = len(answer["output_ids"])
-        spans = [{"version": "4", "start": 0, "end": 2}, {"version": "3", "start": 2, "end": length}]
-        return answer | {"meta_info": answer["meta_info"] | {"weight_versions": spans}}
-
-    with one_engine([proxy.url]) as (engine, push):
-        push.push(weights.stream(4), 4)
-        proxy.faults["/generate"] = [changed(older)]
-        (sample,) = completions(collect(engine, [request()]))
-        assert sample.weight_versions.tolist()[:3] == [4, 4, 3] and engine.mixed_versions == 1
-    from megatron_hdpo.types.problem import Problem
-
+def test_a_version_that_was_missed_stops_the_run() -> None:
+    ids = np.arange(3, dtype=np.int32)
+    sample = Completion(ids, -np.ones(3, np.float32), "length", np.array([4, 4, 3], np.int32))
     outline = outline_of(Group(Problem("p/0", "p", "q", "a"), request().prompt_ids, [Sample(sample, "", 0.0)]))
     with pytest.raises(TrainingError, match=r"step 4: problem p/0 .* \[3, 4\], not 4"):
         check_versions([outline], 4)
@@ -204,21 +197,31 @@ def test_half_updated_servers_serve_nothing(proxy: FaultProxy, weights: Weights)
         assert len(proxy.asked["/end_weight_update"]) == 3, "the session that was left open is closed and begun anew"
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda m: m | {"output_top_logprobs": [[[-2.8, i, None] for i in range(8)]] * 4}, "near uniform"),
-        (lambda m: m | {"weight_versions": [{"version": "6", "start": 0, "end": 4}]}, r"version \[6\], not 7"),
-        (lambda m: m | {"output_token_logprobs": [[None, 0, None]] * 4}, "failed"),
-    ],
-    ids=["uniform", "version", "not finite"],
-)
-def test_the_probe_knows_a_broken_teacher(proxy: FaultProxy, weights: Weights, change: Any, words: str) -> None:
+def uniform(answer: Any) -> Any:
+    """Eight of seventeen tokens, each of nearly the same probability."""
+    ids = answer["output_ids"]
+    tops = [[[-2.8, i, None] for i in (token, *(i for i in range(8) if i != token))][:8] for token in ids]
+    rows = [[-2.8, token, None] for token in ids]
+    return answer | {"meta_info": answer["meta_info"] | {"output_top_logprobs": tops, "output_token_logprobs": rows}}
+
+
+@pytest.mark.parametrize("words", ["near uniform", r"version \[6\], not 7", r"version \[-1\], not 7"])
+def test_the_probe_knows_a_broken_teacher(proxy: FaultProxy, weights: Weights, words: str) -> None:
     with one_engine([proxy.url]) as (engine, push):
-        proxy.faults["/generate"] = [changed(lambda a: a | {"meta_info": change(a["meta_info"])})]
+        stamp = RunStamp().of(7) if "-1" in words else engine.stamp.of(6)
+
+        def other(answer: Any) -> Any:
+            spans = [{"version": stamp, "start": 0, "end": 4}]
+            return answer | {"meta_info": answer["meta_info"] | {"weight_versions": spans}}
+
+        change = uniform if "uniform" in words else other
+        proxy.faults["/generate"] = [changed(change)] * 3
         with pytest.raises(GateError, match=words):
             push.push(weights.stream(7), 7)
-        assert not serves(engine)
+        assert not serves(engine) and not proxy.faults["/generate"], "asked three times"
+        proxy.faults["/generate"] = [changed(change)] * 2
+        push.push(weights.stream(7), 7)
+        assert serves(engine), "the third sample showed the weights"
 
 
 @pytest.mark.parametrize("pause", ["retract", "in_place", "abort"])
@@ -274,12 +277,14 @@ def sampled_while_weights_change(
 
 
 def test_samples_of_two_versions_may_be_unwanted(proxy: FaultProxy, weights: Weights) -> None:
-    def mixed(answer: Any) -> Any:
-        spans = [{"version": "0", "start": 0, "end": 2}, {"version": "1", "start": 2, "end": 8}]
-        return answer | {"meta_info": answer["meta_info"] | {"weight_versions": spans}}
-
     with one_engine([proxy.url], mixed_versions="drop") as (engine, push):
-        push.push(weights.stream(1), 1)
+
+        def mixed(answer: Any) -> Any:
+            spans = [{"version": engine.stamp.of(v), "start": 4 * v, "end": 4 * v + 4} for v in (0, 1)]
+            return answer | {"meta_info": answer["meta_info"] | {"weight_versions": spans}}
+
+        push.push(weights.stream(0), 0)
+        engine.newest_version = 1  # as amid the update to it
         proxy.faults["/generate"] = [changed(mixed)]
         (sample,) = completions(collect(engine, [request()]))
-        assert set(sample.weight_versions.tolist()) == {1} and engine.mixed_versions == 1
+        assert set(sample.weight_versions.tolist()) == {0} and engine.mixed_versions == 1

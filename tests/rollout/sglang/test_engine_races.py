@@ -112,8 +112,8 @@ def test_a_server_that_is_lost_while_it_is_probed_does_not_serve(
 ) -> None:
     probe = Gate.probe
 
-    async def probe_and_lose(self: Gate, servers: Any, version: int) -> None:
-        await probe(self, servers, version)
+    async def probe_and_lose(self: Gate, servers: Any, version: int, stamp: Any) -> None:
+        await probe(self, servers, version, stamp)
         await servers._watch.mark_down(servers.replicas[0], "gone")
 
     with one_engine([sglang_server.url], health_interval_s=0.3) as (engine, push):
@@ -203,8 +203,8 @@ def test_the_context_of_a_server_bounds_its_samples(proxy: FaultProxy, weights: 
     proxy.faults["/server_info"] = [changed(lambda a: a | {"context_length": 64})]
     with one_engine([proxy.url]) as (engine, push):
         push.push(weights.stream(1), 1)
-        with pytest.raises(ValueError, match="exceed the context of 64"):
-            engine.submit([request(tokens=62)])
+        with pytest.raises(ValueError, match=r"3 prompt \+ 60 new tokens; the servers sample at most 62 together"):
+            engine.submit([request(tokens=60)])
 
 
 def test_memory_that_is_lent_is_not_looked_at(proxy: FaultProxy, weights: Weights) -> None:
@@ -233,10 +233,12 @@ def test_memory_that_is_lent_is_not_looked_at(proxy: FaultProxy, weights: Weight
 
 
 def test_a_router_may_not_hand_over_samples_of_older_weights(proxy: FaultProxy, weights: Weights) -> None:
-    def older(answer: Any) -> Any:
-        return answer | {"meta_info": answer["meta_info"] | {"weight_version": "1", "weight_versions": []}}
-
     with one_engine([proxy.target], router=proxy.url) as (engine, push):
+
+        def older(answer: Any) -> Any:
+            stamp = {"weight_version": engine.stamp.of(1), "weight_versions": []}
+            return answer | {"meta_info": answer["meta_info"] | stamp}
+
         push.push(weights.stream(2), 2)
         proxy.faults["/generate"] = [changed(older), changed(older)]
         samples = completions(collect(engine, [request(n=3)]))

@@ -10,10 +10,12 @@ import pytest
 from one_engine import request
 
 from megatron_hdpo.rollout.sglang.partial import as_finished, continuation, joined, read_beginning, shortened
+from megatron_hdpo.rollout.sglang.stamps import RunStamp
 from megatron_hdpo.rollout.sglang.streamed import StreamedAnswer
 from megatron_hdpo.types.rollouts import Completion, TopKArrays
 
 VOCAB, LAYERS, PER_TOKEN = 17, 2, 1
+STAMP = RunStamp()
 
 
 def completion(ids: list[int], version: int, experts_from: int | None = None, **kw: Any) -> Completion:
@@ -31,9 +33,9 @@ def completion(ids: list[int], version: int, experts_from: int | None = None, **
     )
 
 
-def piece(ids: list[int], total: int, version: str = "1", **meta: Any) -> dict[str, Any]:
+def piece(ids: list[int], total: int, version: int = 1, **meta: Any) -> dict[str, Any]:
     rows = [[-0.5, token, None] for token in ids]
-    meta = {"finish_reason": None, "completion_tokens": total, "weight_version": version} | meta
+    meta = {"finish_reason": None, "completion_tokens": total, "weight_version": STAMP.of(version)} | meta
     return {"output_ids": ids, "meta_info": meta | {"output_token_logprobs": rows}}
 
 
@@ -63,9 +65,9 @@ def test_a_request_that_is_aborted_while_it_waits_repeats_its_last_token() -> No
 def test_tokens_of_an_unknown_version_are_not_kept() -> None:
     """The update may have come anywhere between the second piece and the third one."""
     streamed = StreamedAnswer()
-    for part in (piece([5], 1), piece([6, 7], 3), piece([8, 9], 5, "2"), piece([10], 6, "2")):
+    for part in (piece([5], 1), piece([6, 7], 3), piece([8, 9], 5, 2), piece([10], 6, 2)):
         streamed.add(part)
-    beginning = read_beginning(streamed.so_far(), request(), VOCAB, None)
+    beginning = read_beginning(streamed.so_far(), request(), VOCAB, STAMP, None)
     assert beginning is not None and beginning.token_ids.tolist() == [5, 6, 7]
     assert beginning.weight_versions.tolist() == [1, 1, 1]
 
@@ -83,8 +85,8 @@ def test_tokens_of_an_unknown_version_are_not_kept() -> None:
 def test_what_cannot_be_trusted_is_not_kept(spoil: Any) -> None:
     streamed = StreamedAnswer()
     streamed.add(piece([5, 6, 7], 3))
-    assert read_beginning(streamed.so_far(), request(), VOCAB, None) is not None
-    assert read_beginning(spoil(streamed.so_far()), request(), VOCAB, None) is None
+    assert read_beginning(streamed.so_far(), request(), VOCAB, STAMP, None) is not None
+    assert read_beginning(spoil(streamed.so_far()), request(), VOCAB, STAMP, None) is None
 
 
 def test_a_beginning_that_ends_in_a_stop_token_is_a_sample() -> None:
@@ -92,7 +94,7 @@ def test_a_beginning_that_ends_in_a_stop_token_is_a_sample() -> None:
     streamed = StreamedAnswer()
     streamed.add(piece([5, 6, 1], 3))
     wanted = request(tokens=8, stop_token_ids=(1,))
-    beginning = read_beginning(streamed.so_far(), wanted, VOCAB, None)
+    beginning = read_beginning(streamed.so_far(), wanted, VOCAB, STAMP, None)
     assert beginning is not None
     finished = as_finished(beginning, wanted)
     assert finished is not None and finished.finish_reason == "stop"

@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from commands import Ended, run_command, run_world
-from fault_proxy import cut_off, fault_proxy
+from fault_proxy import changed, cut_off, fault_proxy
 from one_engine import Weights
 from recipes import Tree, small_recipe
 from safetensors.torch import load_file
@@ -274,6 +274,24 @@ def test_a_server_that_is_away_for_a_moment_costs_no_sample(
     assert [row["rollout/samples"] for row in rows] == [32, 32]
     for step in (1, 2):
         assert versions_of(groups_of(tmp_path / "run", step)) == {step - 1}
+
+
+def test_log_probs_that_are_not_the_trainers_stop_the_run(
+    sglang_server: LiveServer, warm_model: Path, tmp_path: Path
+) -> None:
+    def lower(answer: dict[str, Any]) -> dict[str, Any]:
+        rows = [[value - 1.0, *rest] for value, *rest in answer["meta_info"]["output_token_logprobs"]]
+        return answer | {"meta_info": answer["meta_info"] | {"output_token_logprobs": rows}}
+
+    with fault_proxy(sglang_server.url) as proxy:
+        tree = recipe_on([proxy.url], warm_model, tmp_path / "run")
+        tree["self_test"], tree["evaluation"] = {"enabled": False}, {"before": False}
+        proxy.faults["/generate"] = [None] + [changed(lower)] * 1000
+        ended = run(tree)
+    errors = "".join(ended.stderr)
+    assert ended.codes == [2] and "Traceback" not in ended.text, ended.text
+    assert "train/mismatch_k3 is 0.718, and train.max_mismatch_k3 is 0.5" in errors, errors
+    assert not list((tmp_path / "run").glob("checkpoints/step_*")), "the step is not saved"
 
 
 def train_and_break(file: str) -> None:

@@ -50,7 +50,8 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "gpus without separate": ({"gpus": [1]}, {}, "with placement=separate, and only then"),
     "ahead, embedded": ({}, {"engine": "embedded", "ahead": 1}, "rollout.ahead: needs rollout.engine=sglang"),
     "an early stop, embedded": ({}, {"engine": "embedded", "stop_at_reward": 1}, "stop_at_reward: needs rollout.eng"),
-    "a short context": ({"servers": {"context_length": 32}}, {}, "context_length: 32 cannot hold a prompt of 32"),
+    "a short context": ({"servers": {"context_length": 41}}, {}, "context_length: 41 cannot hold data.prompts.max_"),
+    "a small cache": ({"servers": {"max_total_tokens": 41}}, {}, "tokens 32 + rollout.max_new_tokens 8, together 40"),
     "heads that ranks do not divide": ({"servers": {"tensor_parallel": 4}}, {}, "do not divide the model's 2 key-val"),
     "no interpreter": ({"servers": {"python": "/nowhere/python"}}, {}, "/nowhere/python does not run"),
     "no SGLang there": ({"servers": {"python": sys.executable}}, {}, "has no SGLang; install `megatron-hdpo[sglang]`"),
@@ -83,8 +84,13 @@ def proxy(sglang_server: LiveServer) -> Iterator[FaultProxy]:
     [
         ({"version": "0.4.1"}, "is SGLang 0.4.1; 0.5.15 or newer is needed"),
         ({"dp_size": 2}, "dp_size is 2"),
+        (
+            {"max_total_num_tokens": 40, "max_req_input_len": 34},
+            "it samples at most 38 tokens of prompt and response together (its key-value cache holds 40), and "
+            "data.prompts.max_privileged_tokens 32 + rollout.max_new_tokens 8 are 40: lower one of them",
+        ),
     ],
-    ids=["too old", "data parallel"],
+    ids=["too old", "data parallel", "a small cache"],
 )
 def test_servers_that_cannot_be_driven(proxy: FaultProxy, tmp_path: Path, change: Any, words: str) -> None:
     proxy.faults["/server_info"] = [changed(lambda answer: answer | change)]

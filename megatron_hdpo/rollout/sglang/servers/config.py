@@ -17,6 +17,8 @@ from megatron_hdpo.rollout.sglang.servers.command import RESERVED_FLAGS, server_
 OLDEST_SGLANG = Version("0.5.15")
 REQUANTISING_LOADER = "flash_rl"
 """The load format under which SGLang quantises updated weights again, for the models in REQUANTISED."""
+SERVER_KEEPS_FREE = 2
+"""Tokens of its context, and of its key-value cache, that a server fills with no response (0.5.23)."""
 REQUANTISED = ("qwen2", "qwen3")
 INSTALL = "install `megatron-hdpo[sglang]` there, or name another interpreter as `python`"
 

@@ -6,22 +6,31 @@ and of the right version. It matters because the same weights are the drifting t
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, stop_after_delay, wait_fixed
 from torch import Tensor
 
 from megatron_hdpo.rollout.sglang.answers import BadAnswerError, parse_completion
+from megatron_hdpo.rollout.sglang.api import ApiError
 from megatron_hdpo.rollout.sglang.replica import Replica
+from megatron_hdpo.rollout.sglang.stamps import RunStamp
 from megatron_hdpo.rollout.sglang.weights.digests import digests_of_servers
 from megatron_hdpo.rollout.sglang.weights.participants import Participants
 from megatron_hdpo.rollout.sglang.weights.served_parameters import ServedParameters
+from megatron_hdpo.types.rollouts import Completion, SamplingParams
 
 LOGGER = logging.getLogger(__name__)
 PROBE_TOP = 8
 PROBE_TOKENS = 4
+TRIES = 3
+WAIT_S = 0.5
+"""Pause before a server is asked again."""
 _QUANTISED = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 _EXPERTS = (".experts.w13_weight", ".experts.w2_weight")
 
@@ -75,7 +84,7 @@ class Gate:
         found: dict[str, list[dict[str, Any]]] = {}
 
         async def ask(replica: Replica) -> None:
-            found[replica.url] = await replica.api.checksums(self.timeout_s)
+            found[replica.url] = await _asked_again(self.timeout_s)(replica.api.checksums, self.timeout_s)
 
         await servers.each(ask)
         digests = {size: parameters.by_rank() for size, parameters in expected.by_size.items()}
@@ -104,34 +113,62 @@ class Gate:
             replica.url, sum(audited.values()), len(audited), replica.info.quantization,
         )  # fmt: skip
 
-    async def probe(self, servers: Participants, version: int) -> None:
-        """Sample a few tokens from every server.
+    async def probe(self, servers: Participants, version: int, stamp: RunStamp) -> None:
+        """Sample a few tokens from every server; exclude one that gives no sample.
 
-        Raises GateError when their distribution is not finite, near uniform, or of another version.
+        A failed or broken answer is no evidence against the weights: the server is asked again, TRIES times and for
+        `timeout_s` seconds at most. Raises GateError when none of the samples passes: when their distribution is
+        near uniform, or of other weights.
         """
 
         async def ask(replica: Replica) -> None:
-            top = min(PROBE_TOP, self.vocab_size)
-            body = {
-                "input_ids": [0, 1],
-                "sampling_params": {"max_new_tokens": PROBE_TOKENS, "temperature": 1.0, "ignore_eos": True},
-                "return_logprob": True,
-                "top_logprobs_num": top,
-            }
-            answer = await replica.api.generate(body, self.timeout_s)
-            if problem := self._problem(answer, top, version):
+            if problem := await self._asked(replica, version, stamp):
                 raise GateError(f"step {version}: server {replica.url}: {problem}; nothing is trained on it")
 
         await servers.each(ask)
 
-    def _problem(self, answer: dict[str, Any], top: int, version: int) -> str:
+    async def _asked(self, replica: Replica, version: int, stamp: RunStamp) -> str:
+        """Return the problem with the server's samples, "" for none. Raises ApiError when there is no sample."""
+        evidence, failure = "", None
+        deadline = time.monotonic() + self.timeout_s
+        for turn in range(TRIES):
+            await asyncio.sleep(WAIT_S if turn else 0)
+            left = deadline - time.monotonic()
+            if left <= 0:
+                break
+            try:
+                completion = await self._sample(replica, stamp, left)
+            except ApiError as error:
+                failure = error
+                LOGGER.warning("the probe after weight update %d failed: %s", version, error)
+                continue
+            evidence = self._evidence(completion, version)
+            if not evidence:
+                return ""
+        if failure is not None and not evidence:
+            raise failure
+        return evidence
+
+    async def _sample(self, replica: Replica, stamp: RunStamp, timeout_s: float) -> Completion:
+        """Return a short sample of a server. Raises ApiError when there is none."""
+        sampling = SamplingParams(PROBE_TOKENS, top_logprobs=min(PROBE_TOP, self.vocab_size))
+        body = {
+            "input_ids": [0, 1],
+            "sampling_params": {"max_new_tokens": PROBE_TOKENS, "temperature": 1.0, "ignore_eos": True},
+            "return_logprob": True,
+            "top_logprobs_num": sampling.top_logprobs,
+        }
+        answer = await replica.api.generate(body, timeout_s)
         try:
-            completion = parse_completion(answer, top, self.vocab_size)
+            return parse_completion(answer, sampling, self.vocab_size, stamp)
         except BadAnswerError as error:
-            return f"a sample of one token failed: {error}"
+            raise ApiError(replica.url, "/generate", f"a sample of a few tokens failed: {error}", 500) from error
+
+    def _evidence(self, completion: Completion, version: int) -> str:
+        """Return why a sample shows that the server does not hold the weights, or an empty string."""
         served = set(completion.weight_versions.tolist())
         if served != {version}:
-            return f"it states weights of version {sorted(served)}, not {version}"
+            return f"it states weights of version {sorted(served)}, not {version} of this run"
         assert completion.top_logprobs is not None
         likeliest = float(np.exp(completion.top_logprobs.logprobs_TK[:, 0]).mean())
         if likeliest * self.vocab_size < self.min_peak:
@@ -140,6 +177,16 @@ class Gate:
                 "an untrained model set rollout.sglang.sync.min_peak=0)"
             )
         return ""
+
+
+def _asked_again(timeout_s: float) -> AsyncRetrying:
+    """Return a caller that repeats a call, while the time lasts, when it failed in a way that may pass."""
+    return AsyncRetrying(
+        stop=stop_after_attempt(TRIES) | stop_after_delay(timeout_s),
+        wait=wait_fixed(WAIT_S),
+        retry=retry_if_exception(lambda error: isinstance(error, ApiError) and error.may_pass),
+        reraise=True,
+    )
 
 
 def differences(served: dict[str, str], expected: dict[str, str], quantization: str | None) -> list[str]:

@@ -7,6 +7,7 @@ incomplete weights never carry it.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -20,16 +21,22 @@ from megatron_hdpo.rollout.engine import WeightStream
 from megatron_hdpo.rollout.sglang.api import ApiError
 from megatron_hdpo.rollout.sglang.engine import SGLangEngine
 from megatron_hdpo.rollout.sglang.replica import Replica
+from megatron_hdpo.rollout.sglang.stamps import UNVERSIONED, is_of_a_run
 from megatron_hdpo.rollout.sglang.weights.gate import Gate, GateError
 from megatron_hdpo.rollout.sglang.weights.participants import Participants
 from megatron_hdpo.types.metrics import Metric
 
+LOGGER = logging.getLogger(__name__)
 Bucket = list[tuple[str, Tensor]]
 T = TypeVar("T")
 
 
 class WeightPushError(RuntimeError):
     """No server took the weights; the message says of which version, and why."""
+
+
+class ForeignWeightsError(RuntimeError):
+    """Another run sends weights to a server of this run."""
 
 
 @dataclass(frozen=True)
@@ -97,14 +104,17 @@ class WeightPush:
         """Send the weights to the servers and stamp them with `version`.
 
         Servers that fail are taken out. Raises WeightPushError when this rank has servers and none took the weights,
-        GateError when a server holds other weights than were sent; the stream is read to its end before. Raises
-        MemoryShortageError, before the stream is read, when a colocated server cannot take its memory back.
+        GateError when a server holds other weights than were sent, ForeignWeightsError when another run has sent it
+        weights since the last push; the stream is read to its end before. Raises MemoryShortageError, before the
+        stream is read, when a colocated server cannot take its memory back.
         """
         run = self.engine.thread.run
         begin = time.monotonic()
         self._bring_back_lost()
         servers = run(self._participants())
+        self.engine.newest_version = version
         try:
+            foreign = run(self._exclude_foreign(servers))
             self._give_memory_back()
             run(self._begin(servers))
             self.meet("servers ready for weights")
@@ -120,15 +130,16 @@ class WeightPush:
             raise
         finally:
             run(self._continue_generation())
-        if self.engine.replicas and not servers.replicas:
-            reasons = "; ".join(f"{replica.url}: {replica.reason}" for replica in self.engine.replicas)
-            raise WeightPushError(f"no server took the weights of version {version}: {reasons}")
+        if foreign:
+            raise ForeignWeightsError(foreign)
+        self._check_taken(servers, version)
         if self.gate is not None:
             try:
-                run(self.gate.probe(servers, version))
+                run(self.gate.probe(servers, version, self.engine.stamp))
             except GateError as error:
                 run(self._exclude_all(servers, str(error)))
                 raise
+            self._check_taken(servers, version)
         run(self.engine.mark_served(servers.replicas, version))
         # A rank without servers only helped to gather.
         return PushReport(num_bytes if servers.replicas else 0, seconds, len(servers.replicas))
@@ -170,12 +181,12 @@ class WeightPush:
         return found if isinstance(found, torch.dtype) else None
 
     def _last(self, version: int) -> dict[str, Any]:
-        """Return the fields of the last call: the version, and whether to flush the prefix cache.
+        """Return the fields of the last call: the stamp, and whether to flush the prefix cache.
 
         The cache holds keys of the old weights; it cannot be flushed while running samples use it.
         """
         in_use = self.config.pause == "in_place" and any(replica.in_flight for replica in self.engine.replicas)
-        return {"weight_version": str(version), "flush_cache": not in_use}
+        return {"weight_version": self.engine.stamp.of(version), "flush_cache": not in_use}
 
     async def _participants(self) -> Participants:
         """Return the servers that take part: all that answer, once running restarts have ended."""
@@ -183,6 +194,33 @@ class WeightPush:
         await watch.wait_for_servers()
         watch.paused = True
         return Participants([r for r in self.engine.replicas if r.state != "down"], watch)
+
+    async def _exclude_foreign(self, servers: Participants) -> str:
+        """Exclude the servers to which another run has sent weights since this one did; return which, "" for none."""
+        found: list[str] = []
+
+        async def look(replica: Replica) -> None:
+            stamp = await replica.api.stamp(self.config.timeout_s)
+            if self.engine.stamp.version(stamp) != UNVERSIONED:
+                return
+            if replica.stamped and (is_of_a_run(stamp) or stamp != replica.info.stamp):
+                replica.foreign = True
+                found.append(f"{replica.url} holds weights stamped {stamp!r}, which this run did not send")
+            elif is_of_a_run(stamp):
+                LOGGER.warning("%s holds weights of another run, which must not train on it any more", replica.url)
+
+        await servers.each(look)
+        for replica in [replica for replica in servers.replicas if replica.foreign]:
+            servers.exclude(replica, "another run sends weights to it")
+        if not found:
+            return ""
+        return "; ".join(found) + ": two runs use the same server; give each run servers of its own"
+
+    def _check_taken(self, servers: Participants, version: int) -> None:
+        """Raise WeightPushError when this rank has servers, and none of them takes part any more."""
+        if self.engine.replicas and not servers.replicas:
+            reasons = "; ".join(f"{replica.url}: {replica.reason}" for replica in self.engine.replicas)
+            raise WeightPushError(f"no server took the weights of version {version}: {reasons}")
 
     async def _exclude_all(self, servers: Participants, reason: str) -> None:
         servers.exclude_all(reason)
@@ -240,6 +278,8 @@ class WeightPush:
                 await replica.api.update("/end_weight_update", {}, self.config.timeout_s)
 
         await servers.each(end)
+        for replica in servers.replicas:
+            replica.stamped = True
 
     async def _end(self, servers: Participants) -> None:
         await servers.each(lambda replica: self._resume(replica, "kv_cache", "cuda_graph"))
@@ -257,7 +297,7 @@ class WeightPush:
     async def _continue_generation(self) -> None:
         """Resume generation on every server, also after a failed update: a server left paused would never recover."""
         for replica in self.engine.replicas:
-            if replica.state != "down" or replica.own is None:
+            if not replica.foreign and (replica.state != "down" or replica.own is None):
                 try:
                     await replica.api.continue_generation(10)
                 except ApiError as error:
