@@ -52,7 +52,7 @@ def test_a_server_that_fails_every_sample_loses_none(
 ) -> None:
     monkeypatch.setattr(breaker, "FIRST_PAUSE_S", 600.0)
     with caplog.at_level(logging.WARNING), engine_of_two(sglang_server, weights) as (engine, bad, _):
-        before = len(bad.asked["/generate"])
+        before = len(bad.asked.get("/generate", []))
         bad.faults["/generate"] = [status(500)] * 1000
         samples = completions(collect(engine, batch("p")))
         assert len(samples) == 32
@@ -129,10 +129,10 @@ def test_requests_that_were_given_up_are_aborted_when_the_server_is_back(
 ) -> None:
     with fault_proxy(sglang_server.url) as proxy, one_engine([proxy.url], health_interval_s=0.3) as (engine, push):
         push.push(weights.stream(VERSION), VERSION)
-        before = len(proxy.asked["/generate"])
+        before = len(proxy.asked.get("/generate", []))
         proxy.faults["/generate"] = [delay(600.0)] * 3
         engine.submit([request(n=3)])
-        assert wait_until(lambda: len(proxy.asked["/generate"]) == before + 3)
+        assert wait_until(lambda: len(proxy.asked.get("/generate", [])) == before + 3)
         given_up = {body["rid"] for body in proxy.asked["/generate"][before:]}
         engine.thread.run(engine.watch.mark_down(engine.replicas[0], "a test"))
         assert wait_until(lambda: given_up <= {body["rid"] for body in proxy.asked.get("/abort_request", [])})
