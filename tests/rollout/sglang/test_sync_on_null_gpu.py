@@ -98,6 +98,7 @@ def test_a_server_has_the_place_of_the_trainers_state() -> None:
     model, rollouts = SHAPES["qwen2.5-7b"], RolloutSetup("colocated", trainer_memory="all")
     held = resident(model, layout, 0)
     leaves = sum(held.values()) - sum(beside_servers(held, rollouts).values())
-    assert back - beside["allocated"] == pytest.approx(leaves, rel=0.002)
+    # The allocator does not split off the last megabyte of a block.
+    assert back - beside["allocated"] == pytest.approx(leaves, rel=0.005)
     assert beside["pinned"] == pytest.approx(sum(moved_bytes(model, layout, rollouts)), rel=0.002)
     assert beside["allocated"] < GIB / 4
