@@ -65,7 +65,7 @@ def _arguments() -> argparse.Namespace:
     study.add_argument("--gpu", default="h100", choices=list(GPUS))
     study.add_argument("--out", type=Path, required=True, help="path of the results without their .json and .png")
     _workload_options(study)
-    study.set_defaults(run=_scaling, trainer_memory="all")
+    study.set_defaults(run=_scaling)
     commands.add_parser("published").set_defaults(run=_published)
     return parser.parse_args()
 
@@ -86,7 +86,7 @@ def _workload_options(parser: argparse.ArgumentParser) -> None:
         "--trainer-memory",
         default="keep",
         choices=get_args(TrainerMemory),
-        help="what of the trainer leaves the GPUs while colocated servers sample (scaling: all)",
+        help="what of the trainer leaves the GPUs while colocated servers sample",
     )
     parser.add_argument("--teacher", default="policy", choices=["policy", "frozen", "snapshot", "ema"])
 
