@@ -36,6 +36,7 @@ def collect_step_rollouts(run: Run) -> tuple[StepRollouts, dict[str, float]]:
         check_versions(rollouts.outlines, run.step, rollout.ahead)
         if run.saver is not None:
             run.saver.save(run.step + 1, rollouts)
+            run.context.barrier("rollouts handed to be saved")  # a slow disk may make a rank wait
         run.measurements.performance.rollouts(rollouts.outlines)
     counts = gather_counts(rollouts, run.objective, run.context)
     metrics = rollout_metrics(rollouts.outlines) | run.objective.metrics(rollouts.outlines, counts) | server_metrics
@@ -109,6 +110,7 @@ def flush_saved_rollouts(run: Run) -> None:
     """Wait until all rollouts are saved, and say how many could not be. Collective."""
     if run.saver is not None:
         run.saver.flush()
+        run.context.barrier("rollouts saved")  # a slow disk may take long
         not_saved(run.saver, run)
 
 
