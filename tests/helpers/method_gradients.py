@@ -40,7 +40,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qw
 from megatron_hdpo.model.config import ModelConfig
 from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.parallel.context import ParallelContext
-from megatron_hdpo.sampling.step_rollouts import on_every_rank
+from megatron_hdpo.sampling.step_rollouts import StepRollouts, gather_counts, gather_outlines, on_every_rank
 from megatron_hdpo.teachers.external import ExternalTeacher
 from megatron_hdpo.teachers.teacher import PolicyTeacher, Teacher
 from megatron_hdpo.tracking.console import Console
@@ -57,6 +57,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "cp2": (2, {"context": 2}),
     "pp2": (2, {"pipeline": 2}),
     "tp2_dp2": (4, {"tensor": 2}),
+    "pp2_dp2": (4, {"pipeline": 2}),
 }
 SMALL: dict[str, Any] = SIZES | {"num_hidden_layers": 2}
 TEACHER: dict[str, Any] = SMALL | {"hidden_size": 48, "vocab_size": 520, "head_dim": 16}
@@ -73,6 +74,7 @@ class Case:
     """A method on groups. objective, groups: module-level functions, called on every rank. teacher: the model that
     teaches, None for the policy before the step. reference: the model of the KL penalty. moved: the policy holds the
     weights `moved` by the time of the update, as after an earlier update of the step. budget: tokens per micro-batch.
+    dealt: each group is on one rank, as after sampling; otherwise on all.
     """
 
     objective: Callable[[], Objective]
@@ -83,6 +85,7 @@ class Case:
     budget: int = 60
     head_chunk: int = 1024
     step: int = 0
+    dealt: bool = False
 
 
 @dataclass
@@ -154,9 +157,15 @@ def run_case(case: Case, paths: Paths, context: ParallelContext) -> Result:
         reference=_teacher(case.reference, policy, paths),
     )
     groups = [objective.keep_privileged(replace(group)) for group in case.groups()]
-    metrics = objective.metrics(groups, objective.counts(groups))
-    result.metrics = learner.learn(on_every_rank(groups), case.step) | metrics
+    rollouts = _dealt(groups, context) if case.dealt else on_every_rank(groups)
+    metrics = objective.metrics(rollouts.outlines, gather_counts(rollouts, objective, context))
+    result.metrics = learner.learn(rollouts, case.step) | metrics
     return result
+
+
+def _dealt(groups: Sequence[Group], context: ParallelContext) -> StepRollouts:
+    own = {i: group for i, group in enumerate(groups) if i % context.world_size == context.rank}
+    return gather_outlines(own, context, [group.problem for group in groups])
 
 
 def _teacher(name: str | None, policy: Policy, paths: Paths) -> Teacher:
