@@ -157,23 +157,23 @@ def train_with_swaps_amid_groups(file: str) -> None:
     """With swap=mid_generation, half of the samples of each group that is sampled ahead are over when the new weights
     come, and half begin after that: on any machine alike."""
     from megatron_hdpo import cli
-    from megatron_hdpo.rollout.sglang.engine import SGLangEngine
+    from megatron_hdpo.rollout.sglang.asking import Asking
     from megatron_hdpo.rollout.sglang.weights.push import WeightPush
     from megatron_hdpo.sampling.prefetch import PrefetchedRollouts
 
     tree = yaml.safe_load(Path(file).read_text())
     if tree["rollout"]["swap"] == "mid_generation":
         half = Half(tree["rollout"]["prompts_per_step"] * tree["rollout"]["samples_per_prompt"] // 2)
-        begin, ask, push = PrefetchedRollouts.begin, SGLangEngine._ask, WeightPush.push
+        begin, ask, push = PrefetchedRollouts.begin, Asking.ask, WeightPush.push
 
         def begin_half(self: Any, problems: Any, step: int, objective: Any) -> None:
             half.version, half.over = step, 0
             begin(self, problems, step, objective)
 
-        async def ask_half(self: Any, replica: Any, request: Any, index: int) -> Any:
-            while index % 2 and self.weight_version < half.version:
+        async def ask_half(self: Any, replica: Any, sample: Any) -> Any:
+            while sample.index % 2 and self.engine.weight_version < half.version:
                 await asyncio.sleep(0.01)
-            answer = await ask(self, replica, request, index)
+            answer = await ask(self, replica, sample)
             half.over += 1
             return answer
 
@@ -182,7 +182,7 @@ def train_with_swaps_amid_groups(file: str) -> None:
                 assert wait_until(lambda: half.over >= half.size)
             return push(self, stream, version)
 
-        PrefetchedRollouts.begin, SGLangEngine._ask, WeightPush.push = begin_half, ask_half, push_after_half  # type: ignore
+        PrefetchedRollouts.begin, Asking.ask, WeightPush.push = begin_half, ask_half, push_after_half  # type: ignore
     cli.main(["train", file])
 
 
