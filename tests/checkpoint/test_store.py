@@ -97,9 +97,13 @@ def _broken_save() -> Iterator[None]:
     """Let the writer of every rank die after it has written most of a checkpoint."""
     stock = dist_checkpointing.save
 
-    def save(sharded: Any, folder: str, *args: Any, **kwargs: Any) -> None:
-        stock(sharded, folder, *args, **kwargs)
+    def fail() -> None:
         raise OSError("no space left on device")
+
+    def save(*args: Any, **kwargs: Any) -> Any:
+        request = stock(*args, **kwargs)
+        request.finalize_fns.insert(0, fail)
+        return request
 
     dist_checkpointing.save = save
     try:
