@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass, field, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from megatron_hdpo.weights.host import HostWeights
 
 _STATE = "run_state.json"
 _ORIGIN = "origin.txt"
+# The writer of Megatron's own synchronous save; 0.19 takes one of another package for requests by default.
+_WRITER = {"async_strategy": "mcore"} if "async_strategy" in signature(dist_checkpointing.save).parameters else {}
 
 
 class CheckpointError(UserError, RuntimeError):
@@ -225,7 +228,7 @@ class CheckpointStore:
         self.context.barrier("checkpoint folder made")
         start_results_queue()
         with self.context.megatron_calls(), torch.no_grad():
-            request = dist_checkpointing.save(sharded, str(partial), async_sharded_save=True)
+            request = dist_checkpointing.save(sharded, str(partial), async_sharded_save=True, **_WRITER)
             _then_meet(request, self.context).execute_sync()
         if self._writes_shard() and teacher is not None:
             torch.save(teacher, partial / self._shard_name())
