@@ -90,7 +90,6 @@ COVERED = {
     "tools/bench_divergence.py": MINUTES,
     "tools/bench_rehearsal.py": MINUTES,
     "tools/bench_fp8_emulation.py": MINUTES,
-    "tools/bench_client.py": MINUTES,
     "tools/bench_rollout.py": MINUTES,
     "tools/same_numbers.py": NotRun("compares two folders that hours of training have made"),
     "examples/compare/compare.py": Tested("compare.py"),
