@@ -102,7 +102,7 @@ def _broken_save() -> Iterator[None]:
 
     def save(*args: Any, **kwargs: Any) -> Any:
         request = stock(*args, **kwargs)
-        request.finalize_fns.insert(0, fail)
+        request.add_finalize_fn(fail)
         return request
 
     dist_checkpointing.save = save
