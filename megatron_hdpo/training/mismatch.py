@@ -20,8 +20,8 @@ def check_mismatch(metrics: Mapping[str, float], limit: float | None, step: int)
     if found is None or limit is None or (math.isfinite(found) and found <= limit):
         return
     raise TrainingError(
-        f"step {step}: {MISMATCH} is {found:.3g}, and train.max_mismatch_k3 is {limit:g}: engine and trainer do not "
-        "have the same model; the step is not saved. Compare the steps before in metrics.jsonl: a jump means other "
-        "weights or wrong log-probs on a server (its log; rollout.sglang.sync.verify=true), a slow rise a lack of "
-        "precision (model.dtype, quantization, rollout.routing_replay) or rollouts that are too old"
+        f"step {step}: train/mismatch_k3 is {found:.3g}, and train.max_mismatch_k3 is {limit:g}: engine and trainer "
+        "do not have the same model; the step is not saved. Compare the steps before in metrics.jsonl: a jump means "
+        "other weights or wrong log-probs on a server (its log; rollout.sglang.sync.verify=true), a slow rise a lack "
+        "of precision (model.dtype, quantization, rollout.routing_replay) or rollouts that are too old"
     )
