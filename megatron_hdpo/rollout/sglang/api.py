@@ -86,17 +86,18 @@ class ServerApi:
         self._session = session
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
-    async def post(self, path: str, body: dict[str, Any], timeout: float) -> Any:
+    async def post(self, path: str, body: dict[str, Any], timeout: float, repeatable: bool = False) -> Any:
         """Return the decoded answer to a POST.
 
-        Sent once more when the server has closed the connection without an answer, as it does with an idle one. Raises
-        ApiError on any status but 200 and on a missing or broken answer.
+        repeatable: it does no harm twice, so it is sent once more when the server has closed the connection without an
+        answer, as it does with an idle one. A part in a broadcast would be taken twice. Raises ApiError on any status
+        but 200 and on a missing or broken answer.
         """
         data = orjson.dumps(body)
         try:
             return await self._request("POST", path, data, timeout)
         except ApiError as error:
-            if not isinstance(error.__cause__, aiohttp.ServerDisconnectedError):
+            if not repeatable or not isinstance(error.__cause__, aiohttp.ServerDisconnectedError):
                 raise
             return await self._request("POST", path, data, timeout)
 
@@ -217,15 +218,15 @@ class ServerApi:
 
     async def abort(self, request_id: str, timeout: float = 10) -> None:
         """Stop sampling a request."""
-        await self.post("/abort_request", {"rid": request_id}, timeout)
+        await self.post("/abort_request", {"rid": request_id}, timeout, repeatable=True)
 
     async def pause(self, mode: str, timeout: float) -> None:
         """Stop all generation: `retract` and `in_place` keep the running requests, `abort` returns them unfinished."""
-        await self.post("/pause_generation", {"mode": mode}, timeout)
+        await self.post("/pause_generation", {"mode": mode}, timeout, repeatable=True)
 
     async def continue_generation(self, timeout: float) -> None:
         """Resume generation after `pause`."""
-        await self.post("/continue_generation", {}, timeout)
+        await self.post("/continue_generation", {}, timeout, repeatable=True)
 
     async def update(self, path: str, body: dict[str, Any], timeout: float) -> None:
         """Make a call that answers {success, message}. Raises ApiError with the message when it failed."""
@@ -235,7 +236,7 @@ class ServerApi:
 
     async def checksums(self, timeout: float) -> list[dict[str, Any]]:
         """Return, for each rank of the server, its location and a checksum of each of its parameters."""
-        answer = await self.post("/weights_checker", {"action": "checksum"}, timeout)
+        answer = await self.post("/weights_checker", {"action": "checksum"}, timeout, repeatable=True)
         if not answer.get("success") or not answer.get("ranks"):
             raise ApiError(self.url, "/weights_checker", str(answer.get("message")), 400)
         return answer["ranks"]
