@@ -27,12 +27,12 @@ class SlowEngine(FakeEngine):
 
 def step_and_evaluation(slow: int) -> list[list[str]]:
     context = start(ParallelConfig(timeout_minutes=COLLECTIVE_S / 60), "cpu")
-    rollouts = coordinator(context)
-    rollouts.sampling_ranks = [slow]
-    rollouts.sampler.engine = SlowEngine()
-    step = rollouts.step(PROBLEMS, 1, BaseObjective(ObjectiveSettings(), ObjectiveDeps()))
-    evaluation = rollouts.groups(PROBLEMS, SamplingParams(8), ("evaluation",))
-    return [[group.problem.id for group in groups] for groups in (step, evaluation)]
+    sampling = coordinator(context)
+    sampling.sampling_ranks = [slow]
+    sampling.sampler.engine = SlowEngine()
+    step = sampling.step(PROBLEMS, 1, BaseObjective(ObjectiveSettings(), ObjectiveDeps()))
+    evaluation = sampling.groups(PROBLEMS, SamplingParams(8), ("evaluation",))
+    return [[outline.problem.id for outline in rollouts.outlines] for rollouts in (step, evaluation)]
 
 
 @pytest.mark.parametrize(("ranks", "slow"), [(2, 0), (4, 3)])
