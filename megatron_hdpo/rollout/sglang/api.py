@@ -17,6 +17,9 @@ from packaging.version import Version
 from megatron_hdpo.rollout.sglang.servers.config import OLDEST_SGLANG
 from megatron_hdpo.rollout.sglang.streamed import StreamedAnswer
 
+_SAME_WEIGHTS = frozenset({"/update_weights_from_tensor", "/update_weights_from_disk"})
+"""Updates that hold or name their weights: a second one sets the same. A broadcast is not sent again."""
+
 
 class ApiError(RuntimeError):
     """A server did not answer, or answered with an error. status: the HTTP status, None without an answer."""
@@ -230,7 +233,7 @@ class ServerApi:
 
     async def update(self, path: str, body: dict[str, Any], timeout: float) -> None:
         """Make a call that answers {success, message}. Raises ApiError with the message when it failed."""
-        answer = await self.post(path, body, timeout)
+        answer = await self.post(path, body, timeout, repeatable=path in _SAME_WEIGHTS)
         if not answer.get("success"):
             raise ApiError(self.url, path, str(answer.get("message")), 400)
 

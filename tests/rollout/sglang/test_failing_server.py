@@ -34,10 +34,11 @@ def engine_of_two(
 ) -> Iterator[tuple[SGLangEngine, FaultProxy, FaultProxy]]:
     """One server by two addresses, of which it got its weights by the first."""
     with fault_proxy(sglang_server.url) as first, fault_proxy(sglang_server.url) as second:
-        with one_engine([first.url]) as (_, push):
+        with one_engine([first.url]) as (sender, push):
             push.push(weights.stream(VERSION), VERSION)
         settings = {"max_concurrency": LIMIT, "max_tries": 2} | settings
         with one_engine([first.url, second.url], **settings) as (engine, _):
+            engine.stamp = sender.stamp  # the weights are its own
             engine.thread.run(engine.mark_served(engine.replicas, VERSION))
             yield engine, first, second
 
