@@ -138,7 +138,7 @@ TABLE = [
     Wrong(
         "unknown key with nothing like it",
         "RecipeError: {override}: parallel.zzz: unknown key; known keys: tensor, pipeline, virtual_stages, context, "
-        "expert, expert_tensor, sequence, overlap, timeout_minutes",
+        "expert, expert_tensor, sequence, overlap, timeout_minutes, silence_minutes",
         ["parallel.zzz=2"],
     ),
     Wrong(
@@ -498,7 +498,7 @@ TABLE = [
     ),
     Wrong(
         "replay without the step's file",
-        "DataError: rollout.replay: {folder}/replay has no step_00000001.jsonl, and train.steps is 2: "
+        "DataError: rollout.replay: {folder}/replay has no rollouts of step 1, and train.steps is 2: "
         "name the rollouts folder of a run with at least as many steps",
         ["rollout.replay={folder}/replay"],
         edit=files({"replay/step_00000002.jsonl": ""}),
@@ -506,8 +506,7 @@ TABLE = [
     Wrong(
         "replay of a broken file",
         "DataError: rollout.replay: {folder}/replay/step_00000001.jsonl:1: broken line, the file ends here (a "
-        "writer that was stopped?): Expecting property name enclosed in double quotes: line 1 column 2 (char 1); "
-        "remove the line, or read with skip_broken=True",
+        "writer that was stopped?): Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
         ["rollout.replay={folder}/replay", "train.steps=1"],
         edit=files({"replay/step_00000001.jsonl": "{"}),
     ),
@@ -643,7 +642,7 @@ RESUMED = [
     ),
     Wrong(
         "replay of fewer steps than are left",
-        "DataError: rollout.replay: {folder}/run/rollouts has no step_00000003.jsonl, and train.steps is 3: name the "
+        "DataError: rollout.replay: {folder}/run/rollouts has no rollouts of step 3, and train.steps is 3: name the "
         "rollouts folder of a run with at least as many steps",
         ["rollout.replay={folder}/run/rollouts", "train.steps=3"],
     ),
