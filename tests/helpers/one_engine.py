@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -15,7 +16,9 @@ from transformers import AutoModelForCausalLM
 from megatron_hdpo.rollout.sglang.answers import ExpertChoice
 from megatron_hdpo.rollout.sglang.config import SGLangConfig
 from megatron_hdpo.rollout.sglang.engine import SGLangEngine
+from megatron_hdpo.rollout.sglang.replica import Replica
 from megatron_hdpo.rollout.sglang.servers.fleet import ServerFleet
+from megatron_hdpo.rollout.sglang.watch import Watch
 from megatron_hdpo.rollout.sglang.weights.gate import Gate
 from megatron_hdpo.rollout.sglang.weights.push import WeightPush
 from megatron_hdpo.rollout.sglang.weights.transports import TensorTransport
@@ -70,6 +73,18 @@ def one_engine(
         yield engine, WeightPush(engine, TensorTransport(600.0), checks)
     finally:
         engine.close()
+
+
+@contextmanager
+def kept_away(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No server that was lost is let back before the end of the block, however soon it answers again."""
+
+    async def not_yet(self: Watch, replica: Replica) -> None:
+        return
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Watch, "_readmit", not_yet)
+        yield
 
 
 def request(key: str = "p#0", n: int = 1, tokens: int = 8, prompt: Sequence[int] = (2, 3, 4), **kw: Any) -> Any:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+from fault_proxy import FaultProxy, fault_proxy
+from one_engine import Weights
 from server_tools import LiveServer, servers_under
 
 from megatron_hdpo.rollout.sglang.servers.command import ServerLaunch
@@ -107,3 +109,16 @@ def _listening(process: psutil.Process) -> list[int]:
     except psutil.Error:
         return []
     return [connection.laddr.port for connection in connections if connection.status == psutil.CONN_LISTEN]
+
+
+@pytest.fixture(scope="module")
+def weights(sglang_server: LiveServer) -> Weights:
+    """The weights of the shared server's model, to be sent to it and compared with."""
+    return Weights(sglang_server.model)
+
+
+@pytest.fixture
+def proxy(sglang_server: LiveServer) -> Iterator[FaultProxy]:
+    """A way to the shared server on which faults can be laid."""
+    with fault_proxy(sglang_server.url) as proxy:
+        yield proxy

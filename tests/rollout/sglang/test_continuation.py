@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,29 +11,15 @@ import aiohttp
 import numpy as np
 import pytest
 from aiohttp import web
-from fault_proxy import Answer, FaultProxy, changed, cut_off, delay, fault_proxy, streamed_until
-from one_engine import Weights, collect, completions, one_engine, request
-from server_tools import LiveServer
+from fault_proxy import Answer, FaultProxy, changed, cut_off, delay, streamed_until
+from one_engine import Weights, collect, completions, kept_away, one_engine, request
 
 from megatron_hdpo.rollout.engine import EngineLostWeights
 from megatron_hdpo.rollout.sglang.engine import SGLangEngine
-from megatron_hdpo.rollout.sglang.replica import Replica
-from megatron_hdpo.rollout.sglang.watch import Watch
 from megatron_hdpo.types.rollouts import Completion, GenerationRequest
 
 VERSION, INTERVAL, TOKENS = 1, 8, 100
 TOLERANCE = 1e-5
-
-
-@pytest.fixture(scope="module")
-def weights(sglang_server: LiveServer) -> Weights:
-    return Weights(sglang_server.model)
-
-
-@pytest.fixture
-def proxy(sglang_server: LiveServer) -> Iterator[FaultProxy]:
-    with fault_proxy(sglang_server.url) as proxy:
-        yield proxy
 
 
 def greedy(tokens: int = TOKENS, **settings: Any) -> GenerationRequest:
@@ -55,18 +40,6 @@ async def abort(request: web.Request, proxy: FaultProxy, asked: Answer) -> bool:
     async with aiohttp.ClientSession() as session:
         await (await session.post(f"{proxy.target}/abort_request", json={"rid": asked["rid"]})).read()
     return True
-
-
-@contextmanager
-def kept_away(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A server that was lost is not let back before the end of the block, however soon it answers again."""
-
-    async def not_yet(self: Watch, replica: Replica) -> None:
-        return
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Watch, "_readmit", not_yet)
-        yield
 
 
 def one(engine: SGLangEngine, wanted: GenerationRequest) -> Completion:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from fault_proxy import FaultProxy, changed, cut_off, delay, fault_proxy, status
+from fault_proxy import FaultProxy, changed, cut_off, delay, status
 from one_engine import VOCAB, Weights, collect, completions, one_engine, request
 from server_tools import LiveServer, serves
 
@@ -24,17 +23,6 @@ from megatron_hdpo.types.problem import Problem
 from megatron_hdpo.types.rollouts import Completion, GenerationRequest, Group, Sample, outline_of
 
 TOLERANCE = 1e-5
-
-
-@pytest.fixture(scope="module")
-def weights(sglang_server: LiveServer) -> Weights:
-    return Weights(sglang_server.model)
-
-
-@pytest.fixture
-def proxy(sglang_server: LiveServer) -> Iterator[FaultProxy]:
-    with fault_proxy(sglang_server.url) as proxy:
-        yield proxy
 
 
 def test_samples_carry_what_the_trainer_needs(sglang_server: LiveServer, weights: Weights) -> None:

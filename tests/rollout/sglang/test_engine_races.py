@@ -5,38 +5,24 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
-from fault_proxy import FaultProxy, changed, cut_off, delay, fault_proxy, held, status
-from one_engine import Weights, collect, completions, one_engine, request
+from fault_proxy import FaultProxy, changed, cut_off, delay, held, status
+from one_engine import Weights, collect, completions, kept_away, one_engine, request
 from safetensors import SafetensorError
 from server_tools import LiveServer, serves, wait_until
 
 from megatron_hdpo.rollout.engine import EngineLostWeights
 from megatron_hdpo.rollout.sglang.engine import SGLangEngine
-from megatron_hdpo.rollout.sglang.replica import Replica
-from megatron_hdpo.rollout.sglang.watch import Watch
 from megatron_hdpo.rollout.sglang.weights.gate import Gate, GateError
 from megatron_hdpo.rollout.sglang.weights.push import WeightPushError
 from megatron_hdpo.rollout.sglang.weights.transports import BroadcastTransport, DiskTransport, TensorTransport
 
 TOLERANCE = 1e-5
-
-
-@pytest.fixture(scope="module")
-def weights(sglang_server: LiveServer) -> Weights:
-    return Weights(sglang_server.model)
-
-
-@pytest.fixture
-def proxy(sglang_server: LiveServer) -> Iterator[FaultProxy]:
-    with fault_proxy(sglang_server.url) as proxy:
-        yield proxy
 
 
 def within(seconds: float, work: Callable[[], Any]) -> Any:
@@ -57,18 +43,6 @@ def within(seconds: float, work: Callable[[], Any]) -> Any:
     if error is not None:
         raise error
     return result
-
-
-@contextmanager
-def kept_away(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No server that was lost is let back before the end of the block, however soon it answers again."""
-
-    async def not_yet(self: Watch, replica: Replica) -> None:
-        return
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Watch, "_readmit", not_yet)
-        yield
 
 
 def drain(engine: SGLangEngine) -> list[Any]:

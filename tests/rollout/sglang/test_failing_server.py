@@ -23,11 +23,6 @@ VERSION, LIMIT = 1, 4
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(scope="module")
-def weights(sglang_server: LiveServer) -> Weights:
-    return Weights(sglang_server.model)
-
-
 @contextmanager
 def engine_of_two(
     sglang_server: LiveServer, weights: Weights, **settings: Any

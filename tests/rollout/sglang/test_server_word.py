@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_proxy import FaultProxy, changed, cut_off, fault_proxy, status
+from fault_proxy import FaultProxy, changed, cut_off, status
 from one_engine import Weights, collect, completions, one_engine, request
 from server_tools import LiveServer, serves, wait_until
 
@@ -22,17 +22,6 @@ from megatron_hdpo.rollout.sglang.weights.push import ForeignWeightsError, Weigh
 
 Answer = dict[str, Any]
 TOLERANCE = 1e-5
-
-
-@pytest.fixture(scope="module")
-def weights(sglang_server: LiveServer) -> Weights:
-    return Weights(sglang_server.model)
-
-
-@pytest.fixture
-def proxy(sglang_server: LiveServer) -> Iterator[FaultProxy]:
-    with fault_proxy(sglang_server.url) as proxy:
-        yield proxy
 
 
 def with_meta(answer: Answer, **meta: Any) -> Answer:

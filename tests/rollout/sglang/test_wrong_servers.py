@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from commands import Ended, run_command, run_world
-from fault_proxy import FaultProxy, changed, fault_proxy, status
+from fault_proxy import FaultProxy, changed, status
 from recipes import Tree, make_model, small_recipe
-from server_tools import LiveServer, fake_config, servers_under, wait_until
+from server_tools import fake_config, servers_under, wait_until
 
 NOWHERE = "http://127.0.0.1:9"
 
@@ -71,12 +70,6 @@ def test_an_error_of_one_rank_is_said_once_and_ends_all(tiny_model: Path, tmp_pa
     tree = recipe(tiny_model, tmp_path / "run", {"placement": "given", "urls": [NOWHERE, "http://127.0.0.1:10"]})
     tree["parallel"] = {"tensor": 2}
     assert f"{NOWHERE}/server_info: no answer" in refusal(train(tree, ranks=2))
-
-
-@pytest.fixture
-def proxy(sglang_server: LiveServer) -> Iterator[FaultProxy]:
-    with fault_proxy(sglang_server.url) as proxy:
-        yield proxy
 
 
 @pytest.mark.parametrize(
