@@ -54,8 +54,8 @@ class TrainConfig(BaseModel):
         0.5,
         gt=0,
         description="The run stops at a train/mismatch_k3 (engine against trainer) beyond this, or one that is not "
-        "finite; null: never. Sound runs report 0.001 to 0.03 in bfloat16 and FP8, up to 0.2 when trainer and engine "
-        "choose a token's experts each for itself; runs that collapse reach 1.",
+        "finite; null: never. Chosen from published runs; experts that trainer and engine choose each for itself (no "
+        "rollout.routing_replay) raise it.",
     )
 
 

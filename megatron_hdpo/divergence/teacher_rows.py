@@ -19,12 +19,12 @@ class TeacherLogits(Protocol):
 
     @property
     def rows(self) -> Tensor | None:
-        """The token of each target row, int64 [R]; None if row i belongs to token i."""
+        """Return the token of each target row, int64 [R]; None if row i belongs to token i."""
         ...
 
     @property
     def host_rows(self) -> Tensor | None:
-        """The same on the host; None if they are not known there."""
+        """Return `rows` on the host; None if they are not known there."""
         ...
 
     @property
@@ -61,12 +61,12 @@ class ScatteredTopK:
 
     @property
     def rows(self) -> Tensor | None:
-        """The token of each target row; see TeacherLogits."""
+        """Return the token of each target row; see TeacherLogits."""
         return self.target.rows
 
     @property
     def host_rows(self) -> Tensor | None:
-        """The same on the host; see TeacherLogits."""
+        """Return `rows` on the host; see TeacherLogits."""
         return self.target.host_rows
 
     @property

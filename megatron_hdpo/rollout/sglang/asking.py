@@ -130,7 +130,7 @@ class Asking:
     def _streams(self, request: GenerationRequest) -> bool:
         """Return whether to ask for the tokens while they are generated.
 
-        Not with top log-probs: SGLang streams them as nested lists only, which take 16 times as long to read.
+        Not with top log-probs: SGLang streams them as nested lists only, which are slow to read.
         """
         if not self.config.stream_interval or request.sampling.top_logprobs:
             return False

@@ -250,15 +250,12 @@ class WeightPush:
         A server that starts takes the memory that it has while it samples, so the trainer makes the same room for it.
         """
         run, watch, shared = self.engine.thread.run, self.engine.watch, self.engine.shared_gpu
-        if shared is None:
-            run(watch.restart_postponed())
-            return
-        if any(shared.gather(watch.lost)):
+        if shared is not None and any(shared.gather(watch.lost)):
             self._give_memory_back(weights=True)
             run(watch.restart_postponed())
             run(watch.wait_for_servers())
             self.engine.make_room()
-        elif shared.trainer is not None and shared.trainer.weights_away:
+        elif shared is not None and shared.trainer is not None and shared.trainer.weights_away:
             self.engine.make_room()
         run(watch.restart_postponed())
 
