@@ -102,7 +102,8 @@ def test_each_row_of_a_shared_sequence_sees_its_past_and_nothing_else() -> None:
             assert rows.tolist() == seen[-len(rows) :].tolist()
 
 
-def test_rotation_by_position_is_that_by_boundaries() -> None:
+def _rotated_both_ways() -> tuple[bool, int]:
+    """Whether rotation by position equals that by boundaries, and the number of tokens."""
     packed = pack([np.zeros(n, dtype=np.int32) for n in LENGTHS], CPU)
     torch.manual_seed(0)
     x = torch.randn(packed.num_tokens, HEADS, HEAD_DIM)
@@ -110,7 +111,11 @@ def test_rotation_by_position_is_that_by_boundaries() -> None:
     with joined() as context:
         by_boundaries = rope_utils._apply_rotary_pos_emb_thd(x, packed.cu_seqlens, angles, cp_group=context.groups.cp)
     by_position = rope_utils._apply_rotary_pos_emb_bshd(x[:, None], angles.index_select(0, packed.positions_M))
-    assert torch.equal(by_position[:, 0], by_boundaries)
+    return torch.equal(by_position[:, 0], by_boundaries), packed.num_tokens
+
+
+def test_rotation_by_position_is_that_by_boundaries() -> None:
+    assert run_ranks(1, _rotated_both_ways) == [(True, sum(LENGTHS))]
 
 
 class _Unreadable(torch.Tensor):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from distributed_helper import run_ranks
 from tiny_policy import joined
 
 from megatron_hdpo.costs.layout import Layout
@@ -20,14 +21,19 @@ MIXTURE = dataclasses.replace(
 )
 
 
+def buckets_of_megatron(architecture: Architecture, overlap: bool) -> list[list[int]]:
+    """Values in each bucket of each buffer that Megatron's DDP makes on this rank."""
+    with joined(overlap=overlap) as context:
+        model = build_model(architecture, context, ModelConfig(path="", dtype="bfloat16", spec="torch"))
+        return [[len(b.grad_data) for b in buffer.buckets] for buffer in wrap_data_parallel(model, context).buffers]
+
+
 @pytest.mark.parametrize(
     ("architecture", "overlap"),
     [(WIDE, True), (WIDE, False), (dataclasses.replace(WIDE, tied=True), True), (MIXTURE, True)],
 )
 def test_buckets_are_those_of_megatron(architecture: Architecture, overlap: bool) -> None:
-    with joined(overlap=overlap) as context:
-        model = build_model(architecture, context, ModelConfig(path="", dtype="bfloat16", spec="torch"))
-        made = [[len(b.grad_data) for b in buffer.buckets] for buffer in wrap_data_parallel(model, context).buffers]
+    (made,) = run_ranks(1, buckets_of_megatron, architecture, overlap)
     layout = Layout(overlap=overlap, spec="torch")
     planned = [list(buffer.bucket_values(layout)) for buffer in stage_parameters(architecture, layout, 0).buffers]
     assert planned == made
