@@ -8,6 +8,8 @@ from typing import Any
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from torch import nn
 
+from megatron_hdpo.weights.stored import check_metadata
+
 _EXTRA = "_extra_state"
 
 
@@ -19,6 +21,7 @@ def without_absent_extra_states(model: dict[str, Any], path: Path) -> dict[str, 
     wanted = {name: value for name, value in model.items() if _EXTRA in name}
     if not wanted:
         return model
+    check_metadata(path)
     stored = load_sharded_metadata(str(path))
     absent = {name for name, value in wanted.items() if value.unique_key not in stored}
     return {name: value for name, value in model.items() if name not in absent}

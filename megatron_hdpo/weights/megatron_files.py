@@ -26,6 +26,7 @@ from megatron_hdpo.parallel.results_queue import start_results_queue
 from megatron_hdpo.weights.errors import WeightsError, listed
 from megatron_hdpo.weights.folder import copy_description, prepare, publish, staging_of, together
 from megatron_hdpo.weights.load import zero_padding
+from megatron_hdpo.weights.stored import read_sharded, read_tensors
 
 DESCRIPTION = "hugging_face"
 _RECORD = "model.json"
@@ -54,7 +55,7 @@ def read_record(path: Path) -> Architecture:
 
 def stored_dtype(path: Path) -> torch.dtype:
     """Return the type of the stored weights."""
-    return dist_checkpointing.load_tensors_metadata(str(path))["embedding.word_embeddings.weight"].dtype
+    return read_tensors(path)["embedding.word_embeddings.weight"].dtype
 
 
 def save_megatron(
@@ -94,7 +95,7 @@ def load_megatron(model: nn.Module, architecture: Architecture, context: Paralle
         lines = _mismatches(sharded, context, path)
         if lines:
             raise WeightsError("\n".join([f"{path} does not hold the weights of its {architecture.family}", *lines]))
-        state = dist_checkpointing.load(sharded, str(path))
+        state = read_sharded(sharded, path)
         own = dict(unwrap(model).named_parameters())
         for name, parameter in own.items():
             parameter.copy_(state[name])
@@ -111,7 +112,7 @@ def _sharded(model: nn.Module) -> dict[str, Any]:
 
 
 def _mismatches(sharded: dict[str, Any], context: ParallelContext, path: str | Path) -> list[str]:
-    stored = dist_checkpointing.load_tensors_metadata(str(path))
+    stored = read_tensors(path)
     wanted = {tensor.key: tensor for value in sharded.values() for tensor in _tensors(value)}
     wrong = [
         f"{key}: {tuple(stored[key].global_shape)}, expected {tuple(tensor.global_shape)}"
