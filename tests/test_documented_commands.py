@@ -73,6 +73,7 @@ COVERED = {
     "megatron_hdpo chat": Tested('"chat"'),
     "megatron_hdpo compare": Tested('"compare"'),
     "megatron_hdpo convert": Tested('"convert"'),
+    "megatron_hdpo verify-checkpoint": Tested('"verify-checkpoint"'),
     "megatron_hdpo verify-conversion": Tested('"verify-conversion"'),
     "megatron_hdpo completion": Tested('"completion"'),
     "megatron_hdpo train": Tested('"train", '),

@@ -632,7 +632,10 @@ RESUMED = [
         "checkpoint without its state",
         f"CheckpointError: {CHECKPOINT}/run_state.json cannot be read ([Errno 2] No such file or directory: "
         f"'{CHECKPOINT}/run_state.json'): delete {CHECKPOINT} to resume an older one",
-        edit=lambda tree, folder: (folder / "run/checkpoints/step_00000002/run_state.json").unlink(),
+        # With its manifest it would be set aside as damaged.
+        edit=lambda tree, folder: [
+            (folder / "run/checkpoints/step_00000002" / name).unlink() for name in ("run_state.json", "manifest.json")
+        ],
     ),
     Wrong(
         "frozen teacher gone",

@@ -7,7 +7,9 @@ saved once in the same folder as the checkpoints (the frozen teacher).
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from inspect import signature
 from pathlib import Path
@@ -17,9 +19,22 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_hdpo.checkpoint.extra_state import load_model, without_absent_extra_states
+from megatron_hdpo.checkpoint.finite import weight_that_is_not_finite
+from megatron_hdpo.checkpoint.manifest import (
+    MANIFEST,
+    described,
+    files_in,
+    has_manifest,
+    problems_of,
+    share_of,
+    sync_folder,
+    write_manifest,
+)
 from megatron_hdpo.checkpoint.optimizer_state import load_optimizer, sharded_optimizer
+from megatron_hdpo.checkpoint.room import problem_of_room
 from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.model.chunks import ModelChunks
 from megatron_hdpo.model.config import SpecName
@@ -30,7 +45,11 @@ from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.parallel.results_queue import start_results_queue
 from megatron_hdpo.types.errors import UserError
 from megatron_hdpo.weights.host import HostWeights
+from megatron_hdpo.weights.stored import UnsafeFileError, read_sharded
 
+LOGGER = logging.getLogger(__name__)
+DAMAGED, REMOVED = ".damaged", ".removed"
+"""Endings of folders that are no checkpoints any more."""
 _STATE = "run_state.json"
 _ORIGIN = "origin.txt"
 # The writer of Megatron's own synchronous save; 0.19 takes one of another package for requests by default.
@@ -39,6 +58,10 @@ _WRITER = {"async_strategy": "mcore"} if "async_strategy" in signature(dist_chec
 
 class CheckpointError(UserError, RuntimeError):
     """A checkpoint that cannot be used; the text says which, why, and what to do."""
+
+
+class NoRoomError(CheckpointError):
+    """A checkpoint that cannot be written now; nothing was begun, and a later save may succeed."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +81,8 @@ class RunState:
 
     step: finished steps of reinforcement learning. memory: the values of `LearnerState`. reshardable: the optimizer's
     state fits any layout. dtype: precision of the model; None in checkpoints of older versions. spec: the layers of the
-    model; older versions do not tell, and have been run with plain torch layers only.
+    model; older versions do not tell, and have been run with plain torch layers only. data: fingerprint of the problems
+    that were trained on, "" in checkpoints of older versions.
     """
 
     step: int
@@ -72,6 +96,7 @@ class RunState:
     reshardable: bool = False
     dtype: str | None = None
     spec: SpecName = "torch"
+    data: str = ""
 
     @property
     def layout(self) -> dict[str, int]:
@@ -88,21 +113,69 @@ class RunState:
 class CheckpointStore:
     """The checkpoints of a run, `<run>/checkpoints/step_<n>`.
 
-    All methods except `latest`, `has_weights` and `check` are collective.
+    All methods except `latest`, `has_weights` and `check` are collective. full: verify every byte before a checkpoint
+    is read, not only sizes and small files. data: fingerprint of the problems that this run trains on.
     """
 
-    def __init__(self, run_dir: Path, context: ParallelContext, keep: int, reshardable: bool = False) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        context: ParallelContext,
+        keep: int,
+        reshardable: bool = False,
+        full: bool = True,
+        keep_every: int | None = None,
+    ) -> None:
         self.root = run_dir / "checkpoints"
         self.context = context
         self.keep = keep
         self.reshardable = reshardable
+        self.full = full
+        self.keep_every = keep_every
+        self.data = ""
+
+    def set_damaged_aside(self, warn: Callable[[str], object]) -> None:
+        """Verify the newest checkpoint; rename it if it is damaged, and go on with the one before, until one is whole.
+
+        warn: gets a line about each that is damaged, or that no manifest describes. Raises CheckpointError when all
+        are damaged: to begin anew would not be the same run.
+        """
+        while (path := self.context.broadcast_object(self.latest())) is not None:
+            problem = self._problem(path, warn)
+            if not problem:
+                return
+            aside = path.with_name(path.name + DAMAGED)
+            warn(f"{path} is damaged: {problem}; it is now {aside.name}, and an older one is looked for")
+            if self.context.is_leader:
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+            self.context.barrier("damaged checkpoint set aside")
+        if self.context.broadcast_object(any(self.root.glob("step_*" + DAMAGED))):
+            raise CheckpointError(
+                f"all checkpoints in {self.root} are damaged: restore one, or train into another output folder"
+            )
+
+    def _problem(self, path: Path, warn: Callable[[str], object]) -> str:
+        """Return what is wrong with a checkpoint, "" if nothing is. Collective."""
+        if not self.context.broadcast_object(has_manifest(path)):
+            warn(f"{path} has no {MANIFEST} (an older version wrote it), so it cannot be verified")
+            return ""
+        found = problems_of(path, self.full, self.context.rank, self.context.world_size)
+        self.context.barrier("checkpoint verified")
+        lines = [line for of_rank in self.context.gather_objects(found) for line in of_rank]
+        more = f", and {len(lines) - 1} more" if len(lines) > 1 else ""
+        return lines[0] + more if lines else ""
 
     def latest(self) -> Path | None:
         """Return the newest complete checkpoint, or None. A checkpoint gets its final name only when it is complete."""
         return latest_checkpoint(self.root.parent)
 
     def save(self, step: int, policy: Policy, memory: LearnerState | None = None) -> Path:
-        """Write the state after `step` steps, remove all but the `keep` newest checkpoints, and return the folder."""
+        """Write the state after `step` steps, remove checkpoints that are not to be kept, and return the folder.
+
+        Raises CheckpointError when a weight is not finite, NoRoomError when the disk cannot take the files; both on
+        all ranks, and all checkpoints stay as they are.
+        """
         memory = memory or LearnerState()
         final = self.root / f"step_{step:08d}"
         layout = self.context.layout
@@ -118,15 +191,29 @@ class CheckpointStore:
             reshardable=self.reshardable,
             dtype=_dtype_of(policy),
             spec=spec_of(policy.model),
+            data=self.data,
         )
-        self._write(
-            final, self._sharded(policy, self.reshardable), {_STATE: json.dumps(vars(state), indent=1)}, memory.weights
-        )
+        sharded = self._sharded(policy, self.reshardable)
+        if problem := problem_of_room(self.root, sharded, self.context):
+            raise NoRoomError(f"step {step} is not saved: {problem}")
+        if weight := weight_that_is_not_finite(sharded["model"], self.context):
+            raise CheckpointError(
+                f"step {step} is not saved: {weight} has a value that is not finite, which no further step mends. The "
+                "checkpoints before it stay; look for the step at which metrics.jsonl becomes null, and lower "
+                "optimizer.lr before you start again"
+            )
+        self._write(final, sharded, {_STATE: json.dumps(vars(state), indent=1)}, memory.weights)
         if self.context.is_leader:
-            for old in sorted(self.root.glob("step_" + "[0-9]" * 8))[: -self.keep]:
-                shutil.rmtree(old)
+            self._remove_old()
         self.context.barrier("checkpoint saved")
         return final
+
+    def _remove_old(self) -> None:
+        for old in sorted(self.root.glob("step_" + "[0-9]" * 8))[: -self.keep]:
+            if self.keep_every is None or int(old.name.removeprefix("step_")) % self.keep_every:
+                old.rename(old.with_name(old.name + REMOVED))  # a removal that is cut off must leave no checkpoint
+        for removed in self.root.glob("step_*" + REMOVED):
+            shutil.rmtree(removed)
 
     def check(self, path: Path, architecture: Architecture, dtype: str, spec: SpecName) -> RunState:
         """Return the description of a checkpoint after checking that it can be loaded.
@@ -202,6 +289,8 @@ class CheckpointStore:
             raise CheckpointError(
                 f"{path} is missing: a run with a frozen teacher or a KL penalty cannot be resumed without it"
             )
+        if problem := self._problem(path, LOGGER.info):
+            raise CheckpointError(f"{path} is damaged: {problem}; restore it from a copy, or train into another folder")
         with self.context.megatron_calls():
             sharded = without_absent_extra_states(model.sharded_state_dict(), path)
             load_model(model, _load({"model": sharded}, path)["model"])
@@ -236,8 +325,16 @@ class CheckpointStore:
         if self.context.is_leader:
             for name, text in texts.items():
                 (partial / name).write_text(text)
+        self.context.barrier("checkpoint described")
+        names = self.context.broadcast_object(files_in(partial) if self.context.is_leader else [])
+        own = described(partial, share_of(names, self.context.rank, self.context.world_size))
+        self.context.barrier("checksums of the checkpoint")
+        entries = self.context.gather_objects(own)
+        if self.context.is_leader:
+            write_manifest(partial, {name: of_rank[name] for of_rank in entries for name in sorted(of_rank)})
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
+            sync_folder(final.parent)
         self.context.barrier("checkpoint named")
 
 
@@ -331,8 +428,10 @@ def _check_architecture(path: Path, state: RunState, architecture: Architecture)
 def _load(sharded: dict[str, Any], path: Path) -> dict[str, Any]:
     """Read a checkpoint into a sharded state dict; raises CheckpointError if files are missing or damaged."""
     try:
-        return dist_checkpointing.load(sharded, str(path))
-    except Exception as error:  # torch, Megatron, pickle and the file system each raise their own
+        return read_sharded(sharded, path)
+    except UnsafeFileError:
+        raise
+    except (Exception, CheckpointException) as error:  # torch, Megatron, pickle and the file system have their own
         raise CheckpointError(
             f"{path} is damaged or incomplete ({type(error).__name__}: {error}): delete it to go on from an older one"
         ) from error

@@ -19,6 +19,7 @@ from megatron_hdpo.commands import (
     report,
     sample,
     train,
+    verify_checkpoint,
     verify_conversion,
 )
 from megatron_hdpo.commands.base import Command
@@ -35,6 +36,7 @@ ALL: tuple[Command, ...] = (
     chat.COMMAND,
     report.COMMAND,
     compare.COMMAND,
+    verify_checkpoint.COMMAND,
     convert.COMMAND,
     verify_conversion.COMMAND,
     explain.COMMAND,

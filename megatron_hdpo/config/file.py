@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
@@ -70,14 +71,25 @@ def apply_override(tree: dict[str, Any], override: str) -> str:
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write the recipe with every default filled in; reading it back gives an equal recipe."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    os.replace(partial, path)  # a recipe that was cut off would stand in the way of every resume
 
 
 def recipe_changes(path: Path, recipe: Recipe) -> list[str]:
-    """Return `key.path: old -> new` for every value that differs from the recipe that `save_recipe` wrote to `path`."""
+    """Return `key.path: old -> new` for every value that differs from the recipe that `save_recipe` wrote to `path`.
+
+    A file that is no recipe gives one line that says so.
+    """
     if not path.is_file():
         return []
-    old, new = dict(leaves(yaml.safe_load(path.read_text()))), dict(leaves(recipe.model_dump(mode="json")))
+    try:
+        written = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        written = error
+    if not isinstance(written, dict):
+        return [f"{path} cannot be read, so changes are not known"]
+    old, new = dict(leaves(written)), dict(leaves(recipe.model_dump(mode="json")))
     return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)]
 
 
