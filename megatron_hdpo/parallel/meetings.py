@@ -22,6 +22,7 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 
+from megatron_hdpo.parallel.stop_request import StopRequest
 from megatron_hdpo.types.errors import UserError
 
 LOGGER = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ KEYS_PER_S = 16
 SAY_S = 300.0
 """Seconds after which, and between which, a waiting rank reports for whom it waits."""
 _ALL_HERE = "all ranks are here"
+_STOP = "stop"
 _NO_DEADLINE = timedelta(days=20)
 """Milliseconds of a wait are 32 bits in torch's store."""
 _TAG = 7_117
@@ -87,13 +89,16 @@ class Meetings:
 
     store: of the job; each rank has its own client of it. group: a gloo group of all ranks. progress: returns what this
     rank does and how far it is, called in a thread; a text that changes is a sign of life. report: gets a line on the
-    ranks that are late from time to time, by default the log. Collective.
+    ranks that are late from time to time, by default the log. stop: of this run; a request on one rank reaches those of
+    all ranks within two beats. Collective.
     """
 
     def __init__(self, store: dist.Store, group: dist.ProcessGroup, patience: Patience) -> None:
         self.rank, self.size, self.patience = group.rank(), group.size(), patience
         self.progress: Callable[[], str] = str
         self.report: Callable[[str], None] = LOGGER.info
+        self.stop = StopRequest()
+        self._stop_told = False
         self._group = group
         self._arrived = self._passed = 0
         self._waits_for, self._waits_since = "", 0.0
@@ -193,6 +198,7 @@ class Meetings:
         with suppress(dist.DistError):  # the store has ended, and the job with it
             while not self._closed.wait(self.patience.beat_s):
                 self._beat()
+                self._share_stop()
                 now, waits_for = time.monotonic(), self._waits_for
                 if not waits_for or now - looked < every_s:
                     continue
@@ -206,6 +212,14 @@ class Meetings:
             doing = f"waits for '{self._waits_for}'" if self._waits_for else self.progress()
             self._own = replace(self._own, count=self._own.count + 1, arrived=self._arrived, doing=doing)
             self._beats.set(_beat(self.rank), json.dumps(asdict(self._own)))
+
+    def _share_stop(self) -> None:
+        """Tell other ranks of a request to stop, or learn of theirs."""
+        if self.stop and not self._stop_told:
+            self._beats.set(_STOP, self.stop.reason)
+            self._stop_told = True
+        elif not self.stop and self._beats.check([_STOP]):
+            self.stop.ask(self._beats.get(_STOP).decode())
 
     def _look(self) -> str:
         """Note what is new of the ranks that are late, and give up when there has been nothing for too long.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from multiprocessing.managers import SyncManager
@@ -28,7 +29,12 @@ def start_results_queue() -> None:
 
 
 def _end_with(owner: int) -> None:
-    """Exit this process soon after its parent `owner` (a process id) has died, which gives it another parent."""
+    """Exit this process soon after its parent `owner` (a process id) has died, which gives it another parent.
+
+    The owner may save once more after a signal that torchrun sends to its whole process group.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
     def watch() -> None:
         while os.getppid() == owner:
