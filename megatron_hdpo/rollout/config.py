@@ -56,6 +56,16 @@ class RolloutConfig(BaseModel):
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling; below 1 the importance ratios are biased.")
     top_k: int | None = Field(None, ge=1, description="Sample from the k likeliest tokens; biases the ratios too.")
     max_retries: int = Field(2, ge=0, description="Retries of a failed generation before it is dropped and counted.")
+    max_failed_share: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="If a larger share of a step's rollouts failed and was dropped, the run warns, with the most "
+        "frequent error.",
+    )
+    max_empty_steps: int = Field(
+        3, ge=1, description="Steps in a row of which every rollout failed before the run stops, with the reason."
+    )
     overlap_privileged: bool = Field(
         True,
         description="Request the privileged rollouts of a cliff as soon as its student rollouts have all failed, while "

@@ -18,6 +18,7 @@ from functools import partial
 
 from megatron_hdpo.data.prompts import PromptBuilder
 from megatron_hdpo.parallel.context import ParallelContext
+from megatron_hdpo.parallel.stop_request import StopRequested
 from megatron_hdpo.rollout.config import RolloutConfig
 from megatron_hdpo.rollout.engine import EngineLostWeights
 from megatron_hdpo.sampling.sampler import (
@@ -51,13 +52,15 @@ class SampledShare:
     unfinished: SamplingJob | None = None
 
     def run(self, sampling: SamplingJob) -> None:
-        """Sample to the end, or until the engine loses its weights."""
+        """Sample to the end, until the engine loses its weights, or until the run is asked to end."""
         try:
             sampling.run()
             self.unfinished = None
         except EngineLostWeights as error:
             LOGGER.warning("sampling stopped, the engine has no weights: %s", error)
             self.unfinished = sampling
+        except StopRequested:
+            LOGGER.info("sampling stopped, the run is to end")
 
 
 class RolloutCoordinator:
@@ -93,7 +96,7 @@ class RolloutCoordinator:
         """Return groups of `samples_per_prompt` rollouts of the problems, in their order. Collective.
 
         The groups hold the privileged rollouts that the objective asks for. Raises EngineLostWeights when the engine
-        lost its weights and `restore_weights` is None.
+        lost its weights and `restore_weights` is None, StopRequested on all ranks when any was asked to end the run.
         """
         return self.finish_step(self.sample_step(problems, step, objective, progress), objective, progress)
 
@@ -207,7 +210,10 @@ class RolloutCoordinator:
     def _are_unfinished(self, share: SampledShare) -> bool:
         """Return whether a rank's engine has no weights, once every rank has stopped sampling."""
         self.context.barrier("rollouts of all ranks")
-        return any(self.context.gather_objects(share.unfinished is not None))
+        ranks = self.context.gather_objects((bool(self.sampler.stop), share.unfinished is not None))
+        if any(stops for stops, _ in ranks):
+            raise StopRequested(self.sampler.stop.reason)
+        return any(unfinished for _, unfinished in ranks)
 
     def _finish(self, share: SampledShare) -> None:
         """Return once every rank has finished sampling. Collective."""

@@ -14,8 +14,10 @@ from typing import Protocol
 
 import numpy as np
 
+from megatron_hdpo.parallel.stop_request import StopRequest
 from megatron_hdpo.rewards.pool import Judgement, RewardPool
 from megatron_hdpo.rollout.engine import Engine
+from megatron_hdpo.sampling.failures import Failures
 from megatron_hdpo.types.problem import Problem
 from megatron_hdpo.types.rollouts import Completion, GenerationRequest, GenerationResult, Sample, SamplingParams
 
@@ -81,18 +83,26 @@ def rollout_seed(*parts: object) -> int:
 class RolloutSampler:
     """Samples and judges the requests of one rank.
 
-    decode: token ids to text, without special tokens. max_retries: retries of a request that failed. answers: samples,
-    failures and judgements of all requests so far; a sign of life while the number grows.
+    decode: token ids to text, without special tokens. max_retries: retries of a request that failed. stop: of the run;
+    sampling ends as soon as it is made. answers: samples, failures and judgements of all requests so far; a sign of
+    life while the number grows. failures: errors of generation and checking, retried ones too.
     """
 
     def __init__(
-        self, engine: Engine, rewards: RewardPool, decode: Callable[[np.ndarray], str], max_retries: int = 2
+        self,
+        engine: Engine,
+        rewards: RewardPool,
+        decode: Callable[[np.ndarray], str],
+        max_retries: int = 2,
+        stop: StopRequest | None = None,
     ) -> None:
         self.engine = engine
         self.rewards = rewards
         self.decode = decode
         self.max_retries = max_retries
+        self.stop = StopRequest() if stop is None else stop
         self.answers = 0
+        self.failures = Failures()
 
     def sample(
         self,
@@ -165,11 +175,13 @@ class SamplingJob:
         """Sample and judge to the end.
 
         Raises EngineLostWeights when the engine must get weights first; call again after that to sample what is
-        missing. Raises RuntimeError when the engine leaves requests unanswered.
+        missing. Raises StopRequested when the run was asked to end, RuntimeError when the engine leaves requests
+        unanswered.
         """
         self._submit([(entry, entry.missing, 0) for entry in self._open.values() if entry.missing])
         while self._open:
             for result in self.sampler.engine.results():
+                self.sampler.stop.check()
                 if result is not None:
                     self._take(result)
                 self._collect(timeout=0.0)
@@ -208,6 +220,8 @@ class SamplingJob:
             entry.missing -= result.cancelled
             self.progress.extend(-result.cancelled)
             entry.rollouts.drop("stopped_early", result.cancelled)
+        for error in result.errors:
+            self.sampler.failures.add(f"generation failed: {error}", entry.request.problem.id)
         if result.errors:
             self._retry(entry, len(result.errors), int(attempt.partition(".")[0]))
         self.progress.advance(len(result.completions))
@@ -234,6 +248,7 @@ class SamplingJob:
             entry.judging -= 1
             if judgement.reward is None:
                 entry.rollouts.drop("check_failed")
+                self.sampler.failures.add(f"check failed: {judgement.error}", entry.request.problem.id)
             else:
                 entry.judged[check.place] = Sample(check.completion, check.text, judgement.reward, judgement.feedback)
                 self._stop_early(entry, judgement.reward)
