@@ -1,6 +1,10 @@
 # What the launch scripts share; sourced by them. They run in the folder that a recipe's paths start from.
 # shellcheck shell=bash
 
+# SIGUSR1 asks a run to end. Slurm sends it to every process of a job step, and it would end all but the ranks, which
+# take it: agents and servers inherit that it is ignored.
+trap '' USR1
+
 # usage_if_asked SCRIPT ARGUMENTS...: print the comment at the top of SCRIPT and end, where the first argument is --help.
 usage_if_asked() {
   case ${2:-} in -h | --help) usage "$1"; exit 0 ;; esac
@@ -53,6 +57,9 @@ train_here() {
   logs="$output/logs/torchrun/$(hostname)"
   mkdir -p "$logs"
   gpu_settings
+  # After SIGTERM an agent gives its ranks this long to finish a step and save; Slurm and Kubernetes have limits of
+  # their own.
+  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
   exec "${TORCHRUN:-torchrun}" --nproc-per-node "$ranks" --log-dir "$logs" --redirects 3 --tee "$(tee_map "$ranks")" \
     "$@" -m megatron_hdpo train "$recipe" "${overrides[@]}"
 }

@@ -8,16 +8,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_hdpo.parallel.stop_request import StopRequest
+
 if TYPE_CHECKING:
     from megatron_hdpo.training.run import Run
 
 
 @contextmanager
-def opened_run(recipe_file: Path, overrides: Sequence[str], trains: bool = False) -> Iterator[Run]:
+def opened_run(
+    recipe_file: Path, overrides: Sequence[str], trains: bool = False, stop_request: StopRequest | None = None
+) -> Iterator[Run]:
     """Yield a built run inside its process group, and close everything at the end, also after an error.
 
     trains: the run resumes from its checkpoint and exports its model at the end. Without, `model.path` may be what the
-    run has exported.
+    run has exported. stop_request: ends the run early when it is made.
     """
     from megatron_hdpo.config import check_sections, load_recipe
 
@@ -38,7 +42,7 @@ def opened_run(recipe_file: Path, overrides: Sequence[str], trains: bool = False
     set_threads(recipe, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     with console.phase("join ranks"):
         context = start(recipe.parallel, recipe.device, recipe.seed)
-    run = build_run(recipe, context, resumes=trains, console=console)
+    run = build_run(recipe, context, resumes=trains, console=console, stop_request=stop_request)
     failed = True
     try:
         yield run

@@ -74,7 +74,7 @@ class Learner:
                 part = examples[update :: self.updates_per_step]
                 another = update + 1 < self.updates_per_step and not self.teacher.follows_updates
                 new = self.policy.update(part, self.objective.loss, phase.advance, teacher_head, another)
-                self._stop_when_only_skipping(new)
+                self._watch_skipped(new, step)
                 if not new["train/skipped"]:
                     self.teacher.after_update()
                 updates.append(new)
@@ -100,8 +100,13 @@ class Learner:
         if teacher.get("kind") == self.teacher.kind:
             self.teacher.load_state_dict(teacher["values"], memory.weights)
 
-    def _stop_when_only_skipping(self, metrics: dict[str, float]) -> None:
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if metrics["train/skipped"] else 0
+    def _watch_skipped(self, metrics: dict[str, float], step: int) -> None:
+        """Report an update that was skipped; raise TrainingError after too many in a row."""
+        if not metrics["train/skipped"]:
+            self._skipped_in_a_row = 0
+            return
+        self._skipped_in_a_row += 1
+        self.console.warn(f"step {step + 1}: an update was skipped, its gradient norm is {metrics['train/grad_norm']}")
         if self._skipped_in_a_row > self.max_skipped_updates:
             raise TrainingError(
                 f"{self._skipped_in_a_row} updates in a row had a gradient that is not finite (norm "

@@ -12,6 +12,7 @@ from megatron_hdpo.data.tasks import TaskConfig
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.rewards.pool import RewardPool
 from megatron_hdpo.types.errors import DataError
+from megatron_hdpo.types.problem import Problem
 
 
 def load_data(recipe: Recipe, tokenizer: TokenizerLike, rewards: RewardPool | None = None) -> LoadedData:
@@ -25,18 +26,24 @@ def check_same(data: LoadedData, context: ParallelContext) -> None:
 
     Collective.
     """
-    digest = hashlib.sha256()
-    for problem in [*data.train, *data.evaluation]:
-        digest.update(f"{problem.id}\n{problem.question}\n{problem.answer}\n{problem.solution}\n".encode())
     count = len(data.train) + len(data.evaluation)
+    own = fingerprint([*data.train, *data.evaluation])
     context.barrier("data loaded")
-    found = context.gather_objects((digest.hexdigest(), count))
-    other = next((rank for rank, (its_digest, _) in enumerate(found) if its_digest != found[0][0]), None)
+    found = context.gather_objects((own, count))
+    other = next((rank for rank, (its_own, _) in enumerate(found) if its_own != found[0][0]), None)
     if other is not None:
         raise DataError(
             f"data: rank 0 has {found[0][1]} problems, rank {other} has {found[other][1]}, and they are not the same: "
             "give every node the same files, or one data.cache_dir that all of them share"
         )
+
+
+def fingerprint(problems: Sequence[Problem]) -> str:
+    """Return the number of problems and a digest of their texts, in their order: "1000 problems, sha256 1f0c..."."""
+    digest = hashlib.sha256()
+    for problem in problems:
+        digest.update(f"{problem.id}\n{problem.question}\n{problem.answer}\n{problem.solution}\n".encode())
+    return f"{len(problems)} problems, sha256 {digest.hexdigest()}"
 
 
 def load_warmup_data(

@@ -1,8 +1,17 @@
-"""Training loop: sample, learn, sync, evaluate and save."""
+"""Training loop: sample, learn, sync, evaluate and save.
+
+A request to end the run (a signal on any rank) takes effect between two of these. A step whose rollouts are being
+sampled is dropped; one that has begun to learn is finished and saved, without sync and evaluation. The next start makes
+up for both.
+"""
 
 from __future__ import annotations
 
+from contextlib import suppress
+
+from megatron_hdpo.checkpoint.store import NoRoomError
 from megatron_hdpo.evaluation.evaluate import evaluate
+from megatron_hdpo.parallel.stop_request import StopRequested
 from megatron_hdpo.tracking.names import STEP_SECONDS
 from megatron_hdpo.tracking.performance import over_longer_step
 from megatron_hdpo.training.mismatch import check_mismatch
@@ -12,9 +21,29 @@ from megatron_hdpo.training.start import prepare
 from megatron_hdpo.weights.save import save_hf
 
 
-def train(run: Run) -> None:
-    """Train to the recipe's last step, from the state of the run folder. Collective over all ranks."""
+def train(run: Run) -> bool:
+    """Train to the recipe's last step, from the state of the run folder. Collective over all ranks.
+
+    Returns whether it came so far; False when the run was asked to end, and has saved what it had.
+    """
     prepare(run)
+    with run.stop_request.accepted(run.console.print):
+        try:
+            _train_to_last_step(run)
+        except StopRequested:
+            _stop(run)
+            return False
+    recipe = run.recipe
+    if recipe.checkpoint.export:
+        with run.console.phase("export"):
+            run.engine.make_room()  # the weights may be in host memory
+            out = recipe.output / "hf"
+            save_hf(run.policy.model, run.architecture, run.context, recipe.model.path, out, overwrite=True)
+    return True
+
+
+def _train_to_last_step(run: Run) -> None:
+    """Take all the steps that are left. Raises StopRequested, on all ranks, when the run is to end before that."""
     recipe, last = run.recipe, run.recipe.train.steps
     if run.step >= last > 0:
         run.console.print(
@@ -27,23 +56,39 @@ def train(run: Run) -> None:
         with run.measurements.profiler.step(run.step + 1):
             metrics = _step(run)
         _record_and_save(run, metrics)
-    if recipe.checkpoint.export:
-        with run.console.phase("export"):
-            run.engine.make_room()  # the weights may be in host memory
-            out = recipe.output / "hf"
-            save_hf(run.policy.model, run.architecture, run.context, recipe.model.path, out, overwrite=True)
+        if _is_asked_to_stop(run):
+            raise StopRequested
+
+
+def _is_asked_to_stop(run: Run) -> bool:
+    """Return whether any rank was asked to end the run. Collective."""
+    return any(run.context.gather_objects(bool(run.stop_request)))
+
+
+def _stop(run: Run) -> None:
+    """Save what was trained since the last checkpoint, and say how to go on. Collective."""
+    if run.step > run.saved_step:
+        with run.console.phase("save"):
+            _save(run)
+    state = f"step {run.step} of {run.recipe.train.steps} is saved" if run.step else "no step was trained yet"
+    run.console.print(f"ended as asked: {state}; run the same command again to go on")
 
 
 def _record_start(run: Run) -> None:
-    """Log step 0 of a fresh run.
+    """Log step 0 of a fresh run; of a resumed one, the evaluation that its last step was stopped before.
 
     Startup time is logged in step 0 or not at all; it never counts towards step 1.
     """
-    before = run.step == 0 and run.recipe.evaluation.before
-    metrics = run.measurements.health | (evaluate_now(run) if before else {})
+    recipe = run.recipe
+    before = run.step == 0 and recipe.evaluation.before
+    missing = run.step > 0 and due(run.step, recipe.evaluation.every, recipe.train.steps) and not _was_evaluated(run)
+    evaluation = evaluate_now(run) if before or missing else {}
+    metrics = run.measurements.health | evaluation
     times = run.console.timer.metrics()
     if run.step == 0 and (run.measurements.health or before):
         run.record.log(0, metrics | times)
+    elif evaluation:
+        run.record.log(run.step, evaluation)
     run.console.evaluation(run.step, run.record.evaluated(run.step, metrics))
     if passed := [step for step in run.recipe.profile.steps if step <= run.step]:
         run.console.warn(f"profile.steps: {passed} are done already, so they are not traced")
@@ -58,11 +103,19 @@ def _step(run: Run) -> dict[str, float]:
     if recipe.rollout.replay is None:  # those that are replayed are of another run's weights
         check_mismatch(metrics, recipe.train.max_mismatch_k3, run.step)
     metrics |= run.measurements.stragglers.metrics(run.step)
+    if _is_asked_to_stop(run):
+        return metrics  # servers may have had the same signal
     if recipe.rollout.replay is None:
         metrics |= sync(run)
     if due(run.step, recipe.evaluation.every, recipe.train.steps):
-        metrics |= evaluate_now(run)
+        with suppress(StopRequested):
+            metrics |= evaluate_now(run)
     return metrics
+
+
+def _was_evaluated(run: Run) -> bool:
+    """Return whether the record of the run's last step has an evaluation. Collective."""
+    return run.context.broadcast_object(run.record.has_evaluation(run.step))
 
 
 def sync(run: Run) -> dict[str, float]:
@@ -88,13 +141,34 @@ def _record_and_save(run: Run, metrics: dict[str, float]) -> None:
     run.console.step(run.step, run.recipe.train.steps, metrics, run.objective.headlines)
     run.console.evaluation(run.step, run.record.evaluated(run.step, metrics))
     run.record.log(run.step, metrics)
-    if due(run.step, run.recipe.checkpoint.every, run.recipe.train.steps):
+    if _is_save_due(run):
         with run.console.phase("save"):
-            flush_saved_rollouts(run)  # a resume does not sample these steps again
-            run.checkpoints.save(run.step, run.policy, run.learner.state_dict())
+            _save_if_there_is_room(run)
         saving = run.console.timer.metrics()
         seconds = metrics[STEP_SECONDS] + saving[STEP_SECONDS]
         run.record.log(run.step, saving | {STEP_SECONDS: seconds} | over_longer_step(metrics, seconds))
+
+
+def _is_save_due(run: Run) -> bool:
+    """Return whether a checkpoint is due after this step, or was due after an earlier one that could not be saved."""
+    every = run.recipe.checkpoint.every
+    return due(run.step, every, run.recipe.train.steps) or (run.step - 1) // every * every > run.saved_step
+
+
+def _save_if_there_is_room(run: Run) -> None:
+    """Save a checkpoint; warn when the disk cannot take it and later steps may try again."""
+    try:
+        _save(run)
+    except NoRoomError as error:
+        if run.step == run.recipe.train.steps:
+            raise
+        run.console.warn(f"{error}; the next step tries again (last checkpoint: step {run.saved_step})")
+
+
+def _save(run: Run) -> None:
+    flush_saved_rollouts(run)  # a resume does not sample these steps again
+    run.checkpoints.save(run.step, run.policy, run.learner.state_dict())
+    run.saved_step = run.step
 
 
 def due(step: int, every: int | None, last: int) -> bool:

@@ -46,6 +46,13 @@ class RunRecord:
             raise RuntimeError("the record of the run is not open")
         self._tracker.log(step, metrics)
 
+    def has_evaluation(self, step: int) -> bool:
+        """Return whether metrics.jsonl holds an evaluation of this step; True on ranks that do not write it."""
+        if not self.context.is_leader:
+            return True
+        lines = read_metrics(self.recipe.output)
+        return any(name.startswith("eval/") for line in lines if line["step"] == step for name in line)
+
     def evaluated(self, step: int, metrics: Mapping[str, Any]) -> list[Measured]:
         """Return the shares of problems solved in a step, each with the best of the run so far; [] without any."""
         return self._evaluations.add(step, metrics)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_hdpo.model.policy import TrainingError
+from megatron_hdpo.sampling.failures import most_frequent
 from megatron_hdpo.sampling.refill import refilled, with_signal
 from megatron_hdpo.sampling.saved import read_share, step_files
 from megatron_hdpo.sampling.saver import RolloutSaver
@@ -24,7 +25,7 @@ def collect_step_rollouts(run: Run) -> tuple[StepRollouts, dict[str, float]]:
     """Return the groups that the next step learns from, and metrics of all sampled groups. Collective.
 
     The groups are judged and hold their privileged rollouts. Raises TrainingError when an engine missed a weight
-    update, DataError when rollouts to replay cannot be read.
+    update or all rollouts have failed for too long, DataError when rollouts to replay cannot be read.
     """
     rollout = run.recipe.rollout
     server_metrics: dict[str, float] = {}
@@ -34,6 +35,8 @@ def collect_step_rollouts(run: Run) -> tuple[StepRollouts, dict[str, float]]:
         rollouts = _sampled(run)
         server_metrics = reduce_metrics(run.context.gather_objects(run.engine.metrics()))
         check_versions(rollouts.outlines, run.step, rollout.ahead)
+        cause = most_frequent(run.context.gather_objects(run.coordinator.sampler.failures.take()))
+        run.failed_rollouts.watch(run.step + 1, rollouts.outlines, cause)
         if run.saver is not None:
             run.saver.save(run.step + 1, rollouts)
             run.context.barrier("rollouts handed to be saved")  # a slow disk may make a rank wait

@@ -35,6 +35,7 @@ from megatron_hdpo.objectives.registry import build_objective
 from megatron_hdpo.objectives.settings import surrogate_of
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.parallel.cores import usable_cores
+from megatron_hdpo.parallel.stop_request import StopRequest
 from megatron_hdpo.rewards.pool import RewardPool
 from megatron_hdpo.rollout.build import BuiltEngine, build_engine
 from megatron_hdpo.rollout.engine import Engine
@@ -47,8 +48,9 @@ from megatron_hdpo.sampling.saver import RolloutSaver
 from megatron_hdpo.teachers.teacher import PolicyTeacher
 from megatron_hdpo.tracking.console import Console
 from megatron_hdpo.tracking.logging import configure_logging
+from megatron_hdpo.training.failed_rollouts import FailedRollouts
 from megatron_hdpo.training.learner import Learner
-from megatron_hdpo.training.load_data import check_same, load_data
+from megatron_hdpo.training.load_data import check_same, fingerprint, load_data
 from megatron_hdpo.training.measurements import Measurements, build_measurements
 from megatron_hdpo.training.policy_sync import PolicySync
 from megatron_hdpo.training.record import RunRecord
@@ -67,8 +69,9 @@ class Run:
     """State of a run between its steps.
 
     engine: samples the rollouts; `sync` sends weights to it. prefetched: rollouts of the current or the next step.
-    saver: writes them; None where the recipe does not ask for it.
-    checkpoints, record: what the run leaves in its folder. step: number of steps that have been taken.
+    saver: writes them; None where the recipe does not ask for it. failed_rollouts: watches those that fail.
+    checkpoints, record: what the run leaves in its folder. step: number of steps that have been taken. saved_step: the
+    last one with a checkpoint. accept_changes: whether a resumed run may train on other problems than before.
     """
 
     recipe: Recipe
@@ -82,10 +85,18 @@ class Run:
     rewards: RewardPool
     prefetched: PrefetchedRollouts
     saver: RolloutSaver | None
+    failed_rollouts: FailedRollouts
     checkpoints: CheckpointStore
     record: RunRecord
     measurements: Measurements
     step: int = 0
+    saved_step: int = 0
+    accept_changes: bool = False
+
+    @property
+    def stop_request(self) -> StopRequest:
+        """Request that the run ends early."""
+        return self.coordinator.sampler.stop
 
     @property
     def architecture(self) -> Architecture:
@@ -131,16 +142,19 @@ def build_run(
     resumes: bool = False,
     measure: Measure = measure_bfloat16,
     console: Console | None = None,
+    stop_request: StopRequest | None = None,
 ) -> Run:
     """Build a run from its recipe; the model holds the recipe's checkpoint, nothing is resumed yet. Collective.
 
     objective: used instead of the recipe's, for experiments that recipes do not offer. resumes: a checkpoint in the
     output folder will be loaded, and must fit. measure: compares bfloat16 with float32 on this CPU. console: of this
-    rank; default: one on standard output. Raises RecipeError, DataError, LayoutError, ... with what is wrong and where.
+    rank; default: one on standard output. stop_request: ends the run early when it is made. Raises RecipeError,
+    DataError, LayoutError, ... with what is wrong and where.
     """
     console = console or Console(enabled=context.is_leader, progress_s=recipe.tracking.progress_seconds)
     with console.phase("build"):
-        return _build_run(recipe, context, objective, resumes, measure, console)
+        stop_request = StopRequest() if stop_request is None else stop_request
+        return _build_run(recipe, context, objective, resumes, measure, console, stop_request)
 
 
 def _build_run(
@@ -150,27 +164,42 @@ def _build_run(
     resumes: bool,
     measure: Measure,
     console: Console,
+    stop_request: StopRequest,
 ) -> Run:
     _open_logs(recipe, context, console)
     context.meetings.progress = console.doing
+    context.meetings.stop = stop_request
     if context.is_leader:
         context.meetings.report = console.print
+    checkpoint = recipe.checkpoint
+    checkpoints = CheckpointStore(
+        recipe.output,
+        context,
+        checkpoint.keep,
+        checkpoint.reshardable,
+        checkpoint.verify == "full",
+        checkpoint.keep_every,
+    )
+    if resumes:
+        with console.phase("verify checkpoint"):
+            checkpoints.set_damaged_aside(console.warn)
     architecture = read_architecture(recipe.model.path)
     recipe = settle_precision(recipe, architecture, context, console, measure)
     for warning in check_recipe(recipe, architecture, context.world_size):
         console.warn(warning)
     health = check_health(recipe.health, context, console, recipe.output, recipe.model_dump_json())
-    checkpoints = CheckpointStore(recipe.output, context, recipe.checkpoint.keep, recipe.checkpoint.reshardable)
     if resumes and (latest := checkpoints.latest()) is not None:
         checkpoints.check(latest, architecture, recipe.model.dtype, choose_spec(recipe.model, context.device))
     tokenizer = load_tokenizer(recipe.model.path)
     rewards = RewardPool(recipe.data.tasks, recipe.reward)
     data = _load_data(recipe, context, console, tokenizer, rewards)
+    checkpoints.data = fingerprint(data.train)
     policy = _build_policy(recipe, context, console, architecture)
     with console.phase("start engine") as phase:
         built = start_engine(recipe, policy, phase.note)
     sync = PolicySync(policy, built.sync)
-    sampler = RolloutSampler(built.engine, rewards, partial(_decode, tokenizer), recipe.rollout.max_retries)
+    decode = partial(_decode, tokenizer)
+    sampler = RolloutSampler(built.engine, rewards, decode, recipe.rollout.max_retries, stop_request)
     context.meetings.progress = partial(_progress, console, sampler)
     learner = Learner(
         policy=policy,
@@ -203,6 +232,7 @@ def _build_run(
         rewards=rewards,
         prefetched=PrefetchedRollouts(rollouts),
         saver=_saver(recipe, context, rollouts.sampler.decode),
+        failed_rollouts=FailedRollouts(recipe.rollout.max_failed_share, recipe.rollout.max_empty_steps, console.warn),
         checkpoints=checkpoints,
         record=RunRecord(recipe, context, console),
         measurements=build_measurements(recipe, policy, learner.work, console, health),

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_hdpo.checkpoint.store import read_state
 from megatron_hdpo.config.file import recipe_changes
 from megatron_hdpo.config.recipe import Recipe
-from megatron_hdpo.health.selftest import logprob_limit, run_self_test
+from megatron_hdpo.health.selftest import SelfTestError, logprob_limit, run_self_test
 from megatron_hdpo.sampling.delivery import deliver_to_all
+from megatron_hdpo.sampling.failures import most_frequent
 from megatron_hdpo.sampling.saved import step_files
 from megatron_hdpo.teachers.build import build_teacher
 from megatron_hdpo.teachers.config import ExternalTeacherConfig
 from megatron_hdpo.teachers.external import check_same_vocabulary
 from megatron_hdpo.teachers.weight_copies import FrozenTeacher
 from megatron_hdpo.tracking.formats import amount
+from megatron_hdpo.tracking.metrics import METRICS_FILE, read_metrics
 from megatron_hdpo.training.run import Run, load_tokenizer
 from megatron_hdpo.training.warmup import warm_up
 from megatron_hdpo.types.errors import DataError
@@ -22,6 +26,8 @@ from megatron_hdpo.weights.host import copy_to_host, load_from_host
 
 FROZEN_TEACHER = "teacher"
 WARMED_UP = "warmed_up"
+DECIDE_ON_DATA = ("data.", "model.", "objective.", "warmup.", "reward.")
+"""Beginnings of the recipe's keys that decide which problems are trained on."""
 
 
 def prepare(run: Run) -> None:
@@ -49,6 +55,7 @@ def _prepare(run: Run) -> None:
 
 def _begin(run: Run) -> None:
     _check_replay(run)
+    _warn_of_earlier_metrics(run)
     run.record.open(None)
     if run.recipe.warmup.kind == "sft":
         _warm_up_once(run)
@@ -58,18 +65,45 @@ def _begin(run: Run) -> None:
     _set_teachers(run)
 
 
+def _warn_of_earlier_metrics(run: Run) -> None:
+    """Warn when the folder's metrics are of a run that had come further: nobody may take this one for its rest."""
+    output = run.recipe.output
+    if not run.context.is_leader or not (output / METRICS_FILE).is_file():
+        return
+    if last := max((line["step"] for line in read_metrics(output)), default=0):
+        run.console.warn(
+            f"{output} has metrics up to step {last} but no checkpoint: the run begins anew, and they are set aside"
+        )
+
+
 def _resume(run: Run, latest: Path) -> None:
     """Resume from a checkpoint; the run folder is not changed before the checkpoint is known to fit the recipe."""
     _build_optimizer(run)
+    changes = recipe_changes(run.recipe.output / "recipe.yaml", run.recipe)
+    _check_data(run, latest, changes)
     with run.console.phase("resume"):
-        run.step = run.checkpoints.load(latest, run.policy).step
+        run.step = run.saved_step = run.checkpoints.load(latest, run.policy).step
         _restore_teachers(run)
         run.learner.load_state_dict(run.checkpoints.load_learner_state(latest))
     _check_replay(run)
-    if changes := recipe_changes(run.recipe.output / "recipe.yaml", run.recipe):
+    if changes:
         run.console.warn("the recipe has changed since this run was last started: " + "; ".join(changes))
     run.record.open(run.step)
     run.console.print(f"resumed from {latest.name}")
+
+
+def _check_data(run: Run, latest: Path, changes: Sequence[str]) -> None:
+    """Raise DataError when the problems are others than those of the run, and no change of the recipe explains it."""
+    then, now = read_state(latest).data, run.checkpoints.data
+    if then in ("", now) or any(change.startswith(DECIDE_ON_DATA) for change in changes):
+        return
+    difference = f"{then.partition(',')[0]} before, {now.partition(',')[0]} now, and their texts or their order differ"
+    if not run.accept_changes:
+        raise DataError(
+            f"data.train: the run in {run.recipe.output} was trained on other problems ({difference}): restore them, "
+            "train into another output folder, or go on with these by --accept-changes"
+        )
+    run.console.warn(f"data.train: the run goes on with other problems ({difference})")
 
 
 def _build_optimizer(run: Run) -> None:
@@ -163,6 +197,11 @@ def _self_test(run: Run) -> None:
     def sample() -> list[Group]:
         groups = deliver_to_all(run.coordinator.groups(problems, sampling, ("self-test",)), run.context)
         run.engine.make_room()  # the policy scores them
+        failures = run.context.gather_objects(run.coordinator.sampler.failures.take())
+        if any(failures) and not any(group.samples for group in groups):
+            raise SelfTestError(
+                f"self-test: none of {amount(len(groups), 'rollout')} could be used: {most_frequent(failures)}"
+            )
         return groups
 
     def sync(scale: float) -> None:

@@ -9,7 +9,10 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,8 @@ from commands import Ended, results_of, run_world
 from recipes import ROOT, Tree, make_model, small_recipe
 from transformers import AutoModelForCausalLM
 
+from megatron_hdpo.parallel.stop_request import StopRequest
+from megatron_hdpo.sampling.coordinator import RolloutCoordinator
 from megatron_hdpo.sampling.saved import read_step, step_file
 from megatron_hdpo.tracking.metrics import read_metrics
 from megatron_hdpo.types.rollouts import Group
@@ -64,9 +69,10 @@ def train_and_probe(recipe: str, overrides: list[str], die: str | None, engine: 
     seen: dict[str, Any] = {}
     original = loop.train
 
-    def probed(run: Any) -> None:
-        original(run)
-        seen.update(_probe(run) if engine else {})
+    def probed(run: Any) -> bool:
+        finished = original(run)
+        seen.update(_probe(run) if engine and finished else {})
+        return finished
 
     loop.train = probed
     cli.main(["train", recipe, *overrides])
@@ -119,7 +125,77 @@ def _die_in_last_checkpoint() -> None:
     dist_checkpointing.save = save
 
 
-DEATHS: dict[str, Callable[[], None]] = {"in step 3": _die_in_step_3, "in the last checkpoint": _die_in_last_checkpoint}
+def _signal(numbers: Sequence[signal.Signals], stop: StopRequest) -> None:
+    """Send this process signals, and return when the first one has been taken."""
+    for number in numbers:
+        os.kill(os.getpid(), number)
+        deadline = time.monotonic() + 30
+        while not stop:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    if len(numbers) > 1:
+        time.sleep(60)  # the last one ends the process
+
+
+def _signal_while_sampling_step_2() -> None:
+    original = RolloutCoordinator.sample_step
+
+    def sample_step(self: Any, problems: Any, step: int, *args: Any) -> Any:
+        if step == 1:
+            _signal([signal.SIGUSR1], self.sampler.stop)
+        return original(self, problems, step, *args)
+
+    RolloutCoordinator.sample_step = sample_step  # type: ignore[method-assign]
+
+
+def _signal_while_learning_step_2(*numbers: signal.Signals, rank: int = 0) -> None:
+    from megatron_hdpo.training.learner import Learner
+
+    original = Learner.learn
+
+    def learn(self: Any, rollouts: Any, step: int) -> Any:
+        context = self.policy.context
+        if step == 1 and context.rank == rank:
+            _signal(numbers, context.meetings.stop)
+        return original(self, rollouts, step)
+
+    Learner.learn = learn  # type: ignore[method-assign]
+
+
+def _kill_the_judge() -> None:
+    """Every check fails, as with a task whose package is missing."""
+    from megatron_hdpo.rewards.pool import Judgement, RewardPool
+
+    def submit(self: Any, problem: Any, response: str) -> Future[Judgement]:
+        future: Future[Judgement] = Future()
+        future.set_result(Judgement(None, "KeyError: 'no such judge'", 0.0))
+        return future
+
+    RewardPool.submit = submit  # type: ignore[method-assign]
+
+
+def _fill_the_disk_at_step_2() -> None:
+    from megatron_hdpo.checkpoint import room
+
+    original, calls = room.free_bytes, [0]
+
+    def free_bytes(folder: Path) -> int:
+        calls[0] += 1
+        return 1000 if calls[0] == 1 else original(folder)
+
+    room.free_bytes = free_bytes
+
+
+DEATHS: dict[str, Callable[[], None]] = {
+    "in step 3": _die_in_step_3,
+    "judge": _kill_the_judge,
+    "disk full at step 2": _fill_the_disk_at_step_2,
+    "in the last checkpoint": _die_in_last_checkpoint,
+    "asked while it samples": _signal_while_sampling_step_2,
+    "asked while it learns": partial(_signal_while_learning_step_2, signal.SIGTERM),
+    "rank 1 asked": partial(_signal_while_learning_step_2, signal.SIGINT, rank=1),
+    "asked twice": partial(_signal_while_learning_step_2, signal.SIGINT, signal.SIGINT),
+}
 
 
 def train(tree: Tree, *overrides: str, ranks: int = 1, die: str | None = None, engine: bool = True) -> Ended:
@@ -293,6 +369,71 @@ def test_resumed_run_is_the_uninterrupted_one(
     assert {p.name for p in (tmp_path / "run/checkpoints").iterdir()} == {
         "step_00000002", "step_00000004", "teacher", "warmed_up",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("die", "saved"), [("asked while it samples", 1), ("asked while it learns", 2)])
+def test_a_run_that_was_asked_to_end_goes_on_as_if_it_had_not(
+    die: str, saved: int, tiny_model: Path, uninterrupted: tuple[Tree, Ended], tmp_path: Path
+) -> None:
+    """Step 2 is due for an evaluation, which the next start makes up for."""
+    tree = recipe_of(tiny_model, tmp_path / "run")
+    ended = train(tree, die=die)
+    results_of(ended)
+    assert f"ended as asked: step {saved} of {STEPS} is saved; run the same command again" in ended.stdout[0]
+    assert not ended.stderr[0] and not (tmp_path / "run/hf").exists()
+    assert not any(name.startswith("eval/") for line in metrics_of(tree)[1:] for name in line)
+    resumed = train(tree)
+    results_of(resumed)
+    assert f"resumed from step_0000000{saved}" in resumed.stdout[0]
+    of_sync = {name for line in metrics_of(uninterrupted[0]) for name in line if name.startswith("sync/")}
+    assert _without(metrics_of(tree), of_sync) == _without(metrics_of(uninterrupted[0]), of_sync)
+    for step in range(1, STEPS + 1):
+        assert _contents(rollouts_of(tree, step)) == _contents(rollouts_of(uninterrupted[0], step))
+    whole = Path(uninterrupted[0]["output"])
+    assert (tmp_path / "run/hf/model.safetensors").read_bytes() == (whole / "hf/model.safetensors").read_bytes()
+
+
+def _without(lines: list[dict[str, Any]], names: set[str]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in line.items() if name not in names} for line in lines]
+
+
+def test_all_ranks_end_together_when_one_is_asked(tiny_model: Path, tmp_path: Path) -> None:
+    tree = recipe_of(tiny_model, tmp_path / "run") | {"parallel": {"tensor": 2}}
+    ended = train(tree, ranks=2, die="rank 1 asked")
+    results_of(ended)
+    assert "ended as asked: step 2 of 4 is saved" in ended.stdout[0]
+    assert [line["step"] for line in metrics_of(tree)] == [0, 1, 2]
+
+
+def test_a_run_whose_judge_is_dead_ends_with_the_reason(tiny_model: Path, tmp_path: Path) -> None:
+    tree = recipe_of(tiny_model, tmp_path / "run") | {"warmup": {"kind": "none"}, "teacher": {"kind": "policy"}}
+    tree["evaluation"]["before"] = False
+    ended = train(tree, "self_test.enabled=false", "evaluation.every=null", "rollout.max_empty_steps=2", die="judge")
+    assert ended.codes == [2], ended.text
+    (line,) = ended.stderr[0].splitlines()
+    assert line.startswith("TrainingError: no rollout of the last 2 steps could be used; in step 2 most often: check ")
+    assert "KeyError: 'no such judge'" in line
+    assert "rollouts failed and were dropped, most often: check failed: KeyError" in ended.stdout[0]
+    assert "check failed: KeyError: 'no such judge' (problem " in (tmp_path / "run/logs/rank_00000.log").read_text()
+    refused = train(tree, die="judge")
+    assert refused.codes == [2] and "SelfTestError: self-test: none of " in refused.stderr[0], refused.text
+
+
+def test_a_run_outlives_a_full_disk(tiny_model: Path, uninterrupted: tuple[Tree, Ended], tmp_path: Path) -> None:
+    tree = recipe_of(tiny_model, tmp_path / "run")
+    ended = train(tree, die="disk full at step 2")
+    results_of(ended)
+    out = ended.stdout[0].replace("\n", " ")
+    assert "warning: step 2 is not saved: " in out and "has 0.0 GB of free space, and a checkpoint needs 0.1 GB" in out
+    assert metrics_of(tree) == metrics_of(uninterrupted[0])
+    names = {path.name for path in (tmp_path / "run/checkpoints").iterdir()}
+    assert names == {"step_00000003", "step_00000004", "teacher", "warmed_up"}
+
+
+def test_a_second_interrupt_ends_the_run_at_once(tiny_model: Path, tmp_path: Path) -> None:
+    ended = train(recipe_of(tiny_model, tmp_path / "run"), die="asked twice")
+    assert ended.codes == [128 + signal.SIGINT], ended.text
+    assert ended.stderr[0] == "ended at once by SIGINT: run the same command again to go on\n"
 
 
 def _contents(groups: list[Group]) -> list[Any]:
