@@ -17,6 +17,7 @@ from typing import Any
 import sympy
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
+from megatron_hdpo.rewards.bounds import TooLargeError, check_size
 from megatron_hdpo.rewards.extraction import AnswerFormat, ExtractedAnswer, extract_answer, trim
 
 _TARGETS: Sequence[Any] = (LatexExtractionConfig(), ExprExtractionConfig())
@@ -45,6 +46,8 @@ def parse_gold(answer: str) -> tuple[Any, ...]:
 def score_math(gold: str, response: str, answer_format: AnswerFormat = "boxed") -> float:
     """Return 1.0 when the final answer of `response` equals `gold` mathematically, else 0.0.
 
+    An answer that takes too long to evaluate (`bounds.py`) is wrong unless its text is the gold answer's.
+
     Raises GoldError for a gold answer that cannot be parsed, and any error of math-verify when a comparison breaks
     down: that is a failed check, not a wrong answer.
     """
@@ -54,6 +57,10 @@ def score_math(gold: str, response: str, answer_format: AnswerFormat = "boxed") 
         return 0.0
     if answer.text == trim(gold):
         return 1.0
+    try:
+        check_size(answer.text)
+    except TooLargeError:
+        return 0.0  # what the answer says is at fault, not the check: the gold answer's text is all that equals it
     predictions = _parse_prediction(answer)
     # The order matters: math-verify simplifies assignments and intervals on the prediction's side only.
     return float(bool(predictions) and verify(gold_expressions, predictions, timeout_seconds=None, raise_on_error=True))
