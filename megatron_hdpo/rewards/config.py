@@ -13,7 +13,15 @@ class RewardConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     workers: int | None = Field(None, ge=1, description="Worker processes; by default half the cores, at most 16.")
-    time_limit_s: float = Field(5.0, gt=0, description="Seconds after which a check is stopped and its worker killed.")
+    time_limit_s: float = Field(
+        5.0,
+        gt=0,
+        description="Seconds of processor time after which the worker of a check is killed; a busy machine changes "
+        "nothing.",
+    )
+    hang_limit_s: float = Field(
+        60.0, gt=0, description="Seconds on the clock after which the worker of a check that only waits is killed."
+    )
     max_retries: int = Field(1, ge=0, description="Retries of a failed check before it counts as failed.")
     memory_limit_mib: int | None = Field(
         2048, ge=64, description="Memory that a worker may take beyond its libraries (Linux); null for no limit."

@@ -9,6 +9,7 @@ script in each worker (but not the `__main__` of a package started by `python -m
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -120,6 +121,8 @@ def _outcome(future: Future[Outcome], time_limit_s: float) -> Outcome:
         return future.result()
     if isinstance(error, TimeoutError):
         return Outcome(None, f"no result within the time limit of {time_limit_s:g} s; the worker was killed")
+    if isinstance(error, ProcessExpired) and error.exitcode == -signal.SIGPROF:
+        return Outcome(None, "no result within the limit of processor time; the worker was killed")
     if isinstance(error, ProcessExpired):
         return Outcome(None, f"the worker process died with exit code {error.exitcode}")
     return Outcome(None, f"{type(error).__name__}: {error}")

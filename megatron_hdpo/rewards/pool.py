@@ -96,7 +96,9 @@ class RewardPool:
         self.close()
 
     def _call(self, function: Callable[..., worker.Outcome], args: tuple[object, ...]) -> Future[worker.Outcome]:
-        return self._workers.call(function, args, self.config.time_limit_s, self.config.max_retries)
+        limit_s = self.config.time_limit_s
+        on_the_clock_s = max(limit_s, self.config.hang_limit_s)
+        return self._workers.call(function, (*args, limit_s), on_the_clock_s, self.config.max_retries)
 
 
 def _mapped(source: Future[S], function: Callable[[S], T]) -> Future[T]:

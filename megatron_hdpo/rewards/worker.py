@@ -12,7 +12,8 @@ import pickle
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from pathlib import Path
@@ -58,14 +59,19 @@ def start(pickled_tasks: bytes, memory_limit_mib: int | None) -> None:
         _limit_memory(memory_limit_mib)
 
 
-def judge(problem: Problem, response: str) -> Outcome:
-    """Return an Outcome with (reward, seconds, feedback) of a response, or with the error that its task raised."""
-    return _guarded(lambda: _judge(problem, response))
+def judge(problem: Problem, response: str, limit_s: float) -> Outcome:
+    """Return an Outcome with (reward, seconds, feedback) of a response, or with the error that its task raised.
+
+    The system kills this process when it takes more than `limit_s` seconds of processor time.
+    """
+    with _processor_time(limit_s):
+        return _guarded(lambda: _judge(problem, response))
 
 
-def check_gold(answer: str) -> Outcome:
-    """Return an Outcome with the reason why a gold answer cannot be parsed, None when it can."""
-    return _guarded(lambda: _check_gold(answer))
+def check_gold(answer: str, limit_s: float) -> Outcome:
+    """Return an Outcome with the reason why a gold answer cannot be parsed, None when it can. limit_s: see `judge`."""
+    with _processor_time(limit_s):
+        return _guarded(lambda: _check_gold(answer))
 
 
 def ready() -> Outcome:
@@ -79,6 +85,16 @@ def _guarded(function: Callable[[], Any]) -> Outcome:
         return Outcome(function(), None)
     except BaseException as error:  # SystemExit and math-verify's TimeoutException are no Exceptions
         return Outcome(None, f"{type(error).__name__}: {error}"[:_LONGEST_ERROR])
+
+
+@contextmanager
+def _processor_time(limit_s: float) -> Iterator[None]:
+    """Let the kernel kill this process after `limit_s` seconds of processor time, inside of C code too."""
+    signal.setitimer(signal.ITIMER_PROF, limit_s)  # nobody handles its signal
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def _judge(problem: Problem, response: str) -> tuple[float, float, str | None]:

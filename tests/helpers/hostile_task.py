@@ -60,6 +60,16 @@ class HostileTask(TaskBase):
     def do_raise(self, _: str) -> None:
         raise Unpicklable("one", "two")
 
+    def do_sleep(self, seconds: str) -> float:
+        time.sleep(float(seconds))
+        return 1.0
+
+    def do_spin(self, seconds: str) -> float:
+        end = time.process_time() + float(seconds or "inf")
+        while time.process_time() < end:
+            pass
+        return 1.0
+
     def do_hang(self, _: str) -> None:
         time.sleep(3600)
 

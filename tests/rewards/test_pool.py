@@ -44,7 +44,9 @@ def fork_server_of_its_own():
 @pytest.fixture(scope="module")
 def pool(fork_server_of_its_own):
     tasks = [HostileTask(), JsonlTask(kind="jsonl", path=Path("unread.jsonl"), name="math")]
-    config = RewardConfig(workers=2, time_limit_s=TIME_LIMIT, max_retries=0, memory_limit_mib=256)
+    config = RewardConfig(
+        workers=2, time_limit_s=TIME_LIMIT, hang_limit_s=TIME_LIMIT, max_retries=0, memory_limit_mib=256
+    )
     with RewardPool(tasks, config) as pool:
         pool.start()
         yield pool
@@ -92,10 +94,20 @@ def test_a_failed_check_has_no_reward_but_an_error(pool, response, error):
 
 
 @pytest.mark.parametrize("answer", ["9^{9^{9^9}}", "(10^{10})!"])
-def test_expressions_that_never_end_cost_a_worker_only(pool, answer):
+def test_expressions_that_never_end_are_wrong(pool, answer):
     judgements = pool.judge([(MATH, rf"\boxed{{{answer}}}"), (MATH, r"\boxed{\frac{2}{2}}"), (MATH, r"\boxed{2}")])
-    assert [j.reward for j in judgements[1:]] == [1.0, 0.0]
-    assert judgements[0].reward is None and "time limit" in judgements[0].error
+    assert [j.reward for j in judgements] == [0.0, 1.0, 0.0]
+
+
+def test_processor_time_is_limited_and_not_time_on_the_clock():
+    """`sleep` stands for a machine so busy that a check waits for its turn."""
+    config = RewardConfig(workers=1, time_limit_s=0.5, max_retries=0)
+    with RewardPool([HostileTask()], config) as pool:
+        assert judge(pool, "sleep:1").reward == 1.0
+        spun = judge(pool, "spin")
+        assert spun.reward is None and "within the limit of processor time" in spun.error
+        for _ in range(3):  # the limit is that of one check, not of the process
+            assert judge(pool, "spin:0.3").reward == 1.0
 
 
 def test_the_time_limit_does_not_count_waiting(pool):
