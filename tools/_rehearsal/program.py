@@ -24,6 +24,7 @@ from megatron_hdpo.config.precision import resolve
 from megatron_hdpo.costs.workload import Workload
 from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.parallel.context import ParallelContext, start
+from megatron_hdpo.parallel.stop_request import StopRequest
 from megatron_hdpo.planner.made_up import PromptsOfLength
 from megatron_hdpo.sampling.step_rollouts import on_every_rank
 from megatron_hdpo.teachers.config import ExternalTeacherConfig
@@ -115,6 +116,7 @@ def _build(
         max_skipped_updates=recipe.train.max_skipped_updates,
     )
     absent: Any = SimpleNamespace(
+        coordinator=SimpleNamespace(sampler=SimpleNamespace(stop=StopRequest())),
         open=lambda step: None,
         begin=lambda *_: None,
         wait=lambda: None,
@@ -131,6 +133,8 @@ def _build(
         sync=PolicySync(policy, built.sync),
         rewards=absent,
         prefetched=absent,
+        saver=None,
+        failed_rollouts=absent,
         checkpoints=store.CheckpointStore(
             recipe.output, context, recipe.checkpoint.keep, recipe.checkpoint.reshardable
         ),

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import inspect
 import io
+import json
 import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -94,12 +95,13 @@ class StandIn:
         self.requests: dict[str, int] = {}
         self.num_bytes = 0
         self.url = ""
+        self.stamp = "default"
 
     async def serve(self) -> None:
         """Listen on a free port of this machine."""
         application = web.Application(client_max_size=2**40)
         application.router.add_get("/server_info", self._info)
-        application.router.add_get("/model_info", self._accept)
+        application.router.add_get("/model_info", self._stamp)
         for path in _ACCEPTED:
             application.router.add_post(path, self._accept)
         application.router.add_post("/update_weights_from_tensor", self._read)
@@ -126,10 +128,15 @@ class StandIn:
             said["internal_states"] = [{"memory_usage": usage}]
         return web.json_response(said)
 
+    async def _stamp(self, request: web.Request) -> web.Response:
+        return web.json_response({"weight_version": self.stamp})
+
     async def _accept(self, request: web.Request) -> web.Response:
         body = await request.read()
         self.requests[request.path] = self.requests.get(request.path, 0) + 1
         self.num_bytes += len(body)
+        if b'"weight_version"' in body:
+            self.stamp = json.loads(body)["weight_version"]
         return web.json_response({"success": True, "message": ""})
 
     async def _read(self, request: web.Request) -> web.Response:

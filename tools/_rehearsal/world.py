@@ -16,8 +16,22 @@ from torch.distributed import distributed_c10d
 from megatron_hdpo.parallel import context as parallel_context
 from megatron_hdpo.parallel.layout import ParallelConfig
 from megatron_hdpo.parallel.location import RankLocation
+from megatron_hdpo.parallel.stop_request import StopRequest
 
 _NCCL_ID_BYTES = 128
+
+
+class _PromptMeetings:
+    """Meetings at which all other ranks have arrived."""
+
+    def __init__(self, *_: Any) -> None:
+        self.progress, self.report, self.stop = str, str, StopRequest()
+
+    def meet(self, what: str) -> None:
+        """Wait for nobody."""
+
+    def close(self) -> None:
+        """Do nothing: no other rank watches this one."""
 
 
 class OneRankStore(dist.Store):
@@ -123,5 +137,6 @@ def one_rank(rank: int, size: int, gpus_per_node: int = 8) -> Iterator[OneRankSt
         patch.multiple(dist, all_gather_object=gather, broadcast_object_list=_nothing),
         patch.object(distributed_c10d, "new_group", group),
         patch.object(parallel_context, "_replica_group", replica),
+        patch.object(parallel_context, "Meetings", _PromptMeetings),
     ):
         yield store
