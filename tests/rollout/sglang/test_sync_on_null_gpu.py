@@ -84,6 +84,7 @@ def test_a_server_finds_its_memory_after_an_update() -> None:
         ("/release_memory_occupation", True),
         ("/resume_memory_occupation weights", True),
         ("/resume_memory_occupation kv_cache cuda_graph", True),
+        ("/release_memory_occupation", True),
     ]
     assert found["steps"][1]["free_gib"] > 37.1 and found["state"] == "serving"
 
