@@ -25,7 +25,7 @@ class CheckpointConfig(BaseModel):
     )
     verify: Literal["full", "fast"] = Field(
         "full",
-        description="What is compared with a checkpoint's manifest before a run resumes: every byte (a second per "
-        "gigabyte and core), or the sizes of all files and the contents of small ones.",
+        description="What is compared with a checkpoint's manifest before a run resumes: every byte, or the "
+        "sizes of all files and the contents of small ones.",
     )
     export: bool = Field(True, description="Write the trained model as a Hugging Face checkpoint at the end (hf/).")

@@ -1,4 +1,4 @@
-"""Manifest of a checkpoint: size and checksum of each of its files, written last. Needs the standard library only.
+"""Manifest of a checkpoint: size and checksum of each of its files, written last. Needs no torch.
 
 A file that a disk or a copy has damaged would be loaded without a word: torch's reader checks nothing.
 """
@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypedDict
 
+from megatron_hdpo.types.disk import to_disk
+
 MANIFEST = "manifest.json"
 SMALL_BYTES = 64 << 20
 """A fast verification reads files up to this size, which hold all descriptions; of others it asks the size only."""
 _THREADS = 4
-"""Files read at a time: hashing takes a core per gigabyte and second."""
+"""Files read at a time: hashing takes a core each."""
 _OF_RANK = re.compile(r"__(\d+)_\d+\.distcp")
 
 
@@ -47,7 +48,7 @@ def share_of(names: Sequence[str], rank: int, ranks: int) -> list[str]:
 def described(folder: Path, names: Sequence[str]) -> dict[str, Entry]:
     """Return the entries of files, by name, once these files are on the disk."""
     with ThreadPoolExecutor(_THREADS) as pool:
-        return dict(zip(names, pool.map(lambda name: _entry(folder / name, sync=True), names), strict=True))
+        return dict(zip(names, pool.map(lambda name: _entry_on_disk(folder / name), names), strict=True))
 
 
 def write_manifest(folder: Path, entries: Mapping[str, Entry]) -> None:
@@ -55,18 +56,8 @@ def write_manifest(folder: Path, entries: Mapping[str, Entry]) -> None:
     path = folder / MANIFEST
     with path.open("w") as file:
         json.dump({"files": entries}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    sync_folder(folder)
-
-
-def sync_folder(folder: Path) -> None:
-    """Return when the names in a folder are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    to_disk(path)
+    to_disk(folder)
 
 
 def has_manifest(folder: Path) -> bool:
@@ -102,9 +93,12 @@ def _problem(path: Path, size: int, digest: str, full: bool) -> str:
     return ""
 
 
-def _entry(path: Path, sync: bool = False) -> Entry:
+def _entry_on_disk(path: Path) -> Entry:
+    to_disk(path)
+    return _entry(path)
+
+
+def _entry(path: Path) -> Entry:
     with path.open("rb") as file:
-        if sync:
-            os.fsync(file.fileno())
         digest = hashlib.file_digest(file, "blake2b").hexdigest()
         return {"bytes": file.tell(), "blake2b": digest}

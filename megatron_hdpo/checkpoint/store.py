@@ -30,7 +30,6 @@ from megatron_hdpo.checkpoint.manifest import (
     has_manifest,
     problems_of,
     share_of,
-    sync_folder,
     write_manifest,
 )
 from megatron_hdpo.checkpoint.optimizer_state import load_optimizer, sharded_optimizer
@@ -43,6 +42,7 @@ from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.model.specs import spec_of
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.parallel.results_queue import start_results_queue
+from megatron_hdpo.types.disk import to_disk
 from megatron_hdpo.types.errors import UserError
 from megatron_hdpo.weights.host import HostWeights
 from megatron_hdpo.weights.stored import UnsafeFileError, read_sharded
@@ -334,7 +334,7 @@ class CheckpointStore:
             write_manifest(partial, {name: of_rank[name] for of_rank in entries for name in sorted(of_rank)})
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
-            sync_folder(final.parent)
+            to_disk(final.parent)
         self.context.barrier("checkpoint named")
 
 

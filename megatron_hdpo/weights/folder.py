@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_hdpo.parallel.context import ParallelContext
+from megatron_hdpo.types.disk import to_disk
 from megatron_hdpo.weights.errors import WeightsError
 
 _DESCRIPTION = (
@@ -80,19 +80,10 @@ def publish(out: Path) -> None:
     """Rename the staging folder to `out`, in place of an older one."""
     staging = staging_of(out)
     for file in staging.rglob("*"):
-        _to_disk(file)
+        to_disk(file)
     replaced = out.with_name(f".{out.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if out.exists():
         out.rename(replaced)
     staging.rename(out)
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _to_disk(path: Path) -> None:
-    """Flush a file to the disk; else a power cut after the rename could leave a folder that only looks complete."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

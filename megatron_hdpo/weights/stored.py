@@ -11,8 +11,7 @@ import os
 import pickle
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.serialization import safe_globals
 
+from megatron_hdpo.parallel.variables import variable_set
 from megatron_hdpo.weights.errors import WeightsError
 
 _METADATA = ".metadata"
@@ -113,21 +113,9 @@ def _harmless_classes() -> list[Any]:
     return [io.BytesIO, *(getattr(module, name) for module, name in loaded if hasattr(module, name))]
 
 
-@contextmanager
-def _plain_data_only() -> Iterator[None]:
+def _plain_data_only() -> AbstractContextManager[None]:
     """Make every `torch.load` refuse all but tensors and plain data, unless the user has set its variable to 0.
 
     torch's reader itself asks for less care with objects.
     """
-    before = os.environ.get(_PLAIN_DATA_ONLY)
-    if before == "0":
-        yield
-        return
-    os.environ[_PLAIN_DATA_ONLY] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_PLAIN_DATA_ONLY]
-        else:
-            os.environ[_PLAIN_DATA_ONLY] = before
+    return variable_set(_PLAIN_DATA_ONLY, "0" if os.environ.get(_PLAIN_DATA_ONLY) == "0" else "1")

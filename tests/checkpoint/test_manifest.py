@@ -113,13 +113,17 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[np
     return model, root / "run", run_ranks(1, save_three, model, root / "run")[0]
 
 
+@pytest.fixture
+def run(saved: tuple[Path, Path, list[np.ndarray]], tmp_path: Path) -> Path:
+    """A copy of the saved run."""
+    return Path(shutil.copytree(saved[1], tmp_path / "run"))
+
+
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "common.pt", "run_state.json"])
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(
-    name: str, saved: tuple[Path, Path, list[np.ndarray]], tmp_path: Path
+    name: str, saved: tuple[Path, Path, list[np.ndarray]], run: Path
 ) -> None:
-    model, original, weights = saved
-    run = tmp_path / "run"
-    shutil.copytree(original, run)
+    model, _, weights = saved
     flip(run / "checkpoints/step_00000003" / name)
     ((warnings, found, loaded),) = run_ranks(1, resume, model, run)
     assert found == "step_00000002" and (run / "checkpoints/step_00000003.damaged").is_dir()
@@ -128,11 +132,9 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(
 
 
 def test_a_run_without_a_whole_checkpoint_begins_nothing_anew(
-    saved: tuple[Path, Path, list[np.ndarray]], tmp_path: Path
+    saved: tuple[Path, Path, list[np.ndarray]], run: Path
 ) -> None:
-    model, original, _ = saved
-    run = tmp_path / "run"
-    shutil.copytree(original, run)
+    model = saved[0]
     for step in (1, 2, 3):
         (run / f"checkpoints/step_0000000{step}/.metadata").unlink()
     for started in range(2):
@@ -141,19 +143,15 @@ def test_a_run_without_a_whole_checkpoint_begins_nothing_anew(
 
 
 def test_a_checkpoint_of_an_older_version_is_taken_with_a_warning(
-    saved: tuple[Path, Path, list[np.ndarray]], tmp_path: Path
+    saved: tuple[Path, Path, list[np.ndarray]], run: Path
 ) -> None:
-    model, original, _ = saved
-    run = tmp_path / "run"
-    shutil.copytree(original, run)
+    model = saved[0]
     (run / "checkpoints/step_00000003/manifest.json").unlink()
     ((warnings, found, _),) = run_ranks(1, resume, model, run)
     assert found == "step_00000003" and "has no manifest.json" in warnings[0]
 
 
-def test_the_command(saved: tuple[Path, Path, list[np.ndarray]], tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(saved[1], run)
+def test_the_command(run: Path, tmp_path: Path) -> None:
     flip(run / "checkpoints/step_00000002/__0_0.distcp")
     (run / "checkpoints/step_00000001/manifest.json").unlink()
     ended = run_command("verify-checkpoint", run)
@@ -168,7 +166,7 @@ def test_the_command(saved: tuple[Path, Path, list[np.ndarray]], tmp_path: Path)
     (run / "checkpoints/step_00000002/metadata.json").unlink()
     ended = run_command("verify-checkpoint", run)
     assert ended.codes == [1] and "  metadata.json is missing" in ended.stdout[0].splitlines()
-    nothing = run_command("verify-checkpoint", tmp_path)
+    nothing = run_command("verify-checkpoint", tmp_path)  # the folder above the run's
     assert nothing.codes == [2] and nothing.stderr[0].startswith("NoCheckpointError: ")
     manifest = json.loads((run / "checkpoints/step_00000003" / MANIFEST).read_text())
     assert "run_state.json" in manifest["files"] and len(manifest["files"]["common.pt"]["blake2b"]) == 128
@@ -189,3 +187,29 @@ def test_old_checkpoints_are_removed_but_for_every_second(
 ) -> None:
     (names,) = run_ranks(1, save_five, saved[0], tmp_path / "run")
     assert names == ["step_00000002", "step_00000004", "step_00000005"]
+
+
+def resume_where_rank_1_wrote_damage(model: Path, run: Path) -> tuple[list[str], str]:
+    """Save two steps on two stages, flip a bit in a file of rank 1, and resume; warnings and what is taken."""
+    with joined(pipeline=2) as context:
+        policy = build_policy(model, context, optimizer=OPTIMIZER)
+        store, warnings = CheckpointStore(run, context, keep=2), []
+        for step in (1, 2):
+            path = store.save(step, policy)
+        if context.is_leader:
+            flip(path / "__1_0.distcp")
+        context.barrier("damaged")
+        store.set_damaged_aside(warnings.append)
+        latest = store.latest()
+        assert latest is not None
+        store.load(latest, policy)
+        return warnings, latest.name
+
+
+def test_all_ranks_take_the_checkpoint_before_one_that_is_damaged_on_one(
+    saved: tuple[Path, Path, list[np.ndarray]], tmp_path: Path
+) -> None:
+    """Each rank verifies its own files."""
+    first, second = run_ranks(2, resume_where_rank_1_wrote_damage, saved[0], tmp_path / "run")
+    assert first == second and first[1] == "step_00000001"
+    assert len(first[0]) == 1 and "__1_0.distcp has other contents" in first[0][0]

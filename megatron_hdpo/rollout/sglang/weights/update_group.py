@@ -7,11 +7,10 @@ waits, its end is polled, and the group is aborted, which ends the stuck kernel.
 
 from __future__ import annotations
 
-import os
 import secrets
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
+from megatron_hdpo.parallel.variables import variable_set
 from megatron_hdpo.rollout.sglang.servers.ports import HeldPort, node_address
 
 POLL_S = 0.002
@@ -112,22 +112,13 @@ class UpdateGroup:
         self._port.close()
 
 
-@contextmanager
-def _errors_do_not_end_the_process() -> Iterator[None]:
+def _errors_do_not_end_the_process() -> AbstractContextManager[None]:
     """Let NCCL groups that are created in this context leave a lost member and a timeout to their user.
 
     By default a thread of torch's ends the process when a member of a group is lost. torch reads this variable at the
     creation of each group.
     """
-    before = os.environ.get(_ERROR_HANDLING)
-    os.environ[_ERROR_HANDLING] = "0"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_ERROR_HANDLING]
-        else:
-            os.environ[_ERROR_HANDLING] = before
+    return variable_set(_ERROR_HANDLING, "0")
 
 
 def _is_on_this_node(url: str) -> bool:
