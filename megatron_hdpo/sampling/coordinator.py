@@ -67,7 +67,8 @@ class RolloutCoordinator:
     """Samples the groups of a step on all ranks; see the module's docstring.
 
     stop_token_ids: tokens that end a response. seed: of the run. sampling_ranks: the ranks with an engine that takes
-    requests, all by default. restore_weights: sends the run's weights to all engines again; collective.
+    requests, all by default. restore_weights: sends the run's weights to all engines again; collective. The
+    construction is collective.
     """
 
     def __init__(
@@ -89,6 +90,8 @@ class RolloutCoordinator:
         self.seed = seed
         self.restore_weights = restore_weights
         self.sampling_ranks = list(range(context.world_size) if sampling_ranks is None else sampling_ranks)
+        # Of all ranks: one without a server cannot tell, and all must take the same collectives.
+        self._deterministic = any(context.gather_objects(sampler.engine.deterministic))
 
     def step(
         self, problems: Sequence[Problem], step: int, objective: Objective, progress: Progress | None = None
@@ -201,7 +204,7 @@ class RolloutCoordinator:
     def _bounded(self, problems: int, objective: Objective) -> bool:
         """Return whether privileged rollouts must wait until all student rollouts of the step are judged."""
         bound = objective.max_privileged_prompts
-        if self.sampler.engine.deterministic:
+        if self._deterministic:
             # Otherwise the time at which a check ends would change the engine's batches, and so the last bits of
             # log-probs.
             return True

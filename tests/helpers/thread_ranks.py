@@ -68,9 +68,12 @@ class Context:
         return gathered
 
 
-def coordinator(context: Any, fails: Fails = lambda request, index: False, seed: int = 3) -> RolloutCoordinator:
+def coordinator(
+    context: Any, fails: Fails = lambda request, index: False, seed: int = 3, deterministic: bool = False
+) -> RolloutCoordinator:
+    """deterministic: an engine that repeats itself exactly is asked in two phases."""
     engine = FakeEngine(fails)
-    engine.deterministic = False  # one that repeats itself exactly is asked in two phases
+    engine.deterministic = deterministic
     sampler = RolloutSampler(engine, Judge(lambda text: text.startswith("4")), text_of)  # type: ignore[arg-type]
     config = RolloutConfig(samples_per_prompt=3, max_new_tokens=8, routing_replay=True)
     return RolloutCoordinator(config, context, sampler, Prompts(), stop_token_ids=(1,), seed=seed)  # type: ignore[arg-type]

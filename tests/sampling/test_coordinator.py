@@ -137,6 +137,18 @@ def test_a_bound_takes_the_first_groups_that_want_a_second_try(bound: int, expec
     assert World(2).run(taught) == [expected] * 2
 
 
+def test_a_rank_without_a_deterministic_engine_waits_as_the_others_do() -> None:
+    """A rank that has no server cannot know whether those of the others are deterministic."""
+
+    def second_tries(context: Any) -> list[int]:
+        rollouts = coordinator(context, deterministic=context.rank == 1)
+        rollouts.sampling_ranks = [1]
+        step = rollouts.step(PROBLEMS, 0, SecondTry({"1": 2}))  # type: ignore[arg-type]
+        return [outline.privileged_prompt_length for outline in step.outlines]
+
+    assert World(2).run(second_tries) == [[0, 3, 0, 0, 0]] * 2
+
+
 def test_ranks_that_do_not_sample_get_the_outlines_and_no_group() -> None:
     def one_samples(context: Any) -> tuple[int, StepRollouts]:
         rollouts = coordinator(context)
