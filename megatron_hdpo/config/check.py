@@ -206,8 +206,8 @@ def _engine_errors(recipe: Recipe) -> Iterator[str]:
     sglang = rollout.sglang
     if rollout.ahead and getattr(recipe.objective, "logits_from", "trainer") == "rollout":
         yield (
-            "objective.logits_from: with rollout.ahead=1 the engine's log-probs are of weights one step old, not of "
-            "the teacher; set objective.logits_from=trainer"
+            f"objective.logits_from: with rollout.ahead={rollout.ahead} the engine's log-probs are of older weights, "
+            "not of the teacher; set objective.logits_from=trainer"
         )
     if sglang.servers.memory_saver and sglang.placement != "colocated":
         yield "rollout.sglang.servers.memory_saver: only colocated servers have memory to give back to the trainer"
@@ -334,11 +334,7 @@ def _warnings(recipe: Recipe) -> Iterator[str]:
             f"rollout.sglang.servers.dtype is {servers.servers.dtype}, model.dtype {recipe.model.dtype}: weights are "
             "rounded on their way to the servers, and log-probs of engine and trainer differ by as much"
         )
-    if recipe.rollout.ahead and surrogate is not None and surrogate.importance_cap is None:
-        yield (
-            "rollout.ahead: rollouts are one step old, which importance weights correct for; "
-            f"objective.surrogate.importance_cap={DEFAULT_IMPORTANCE_CAP} is used"
-        )
+    yield from _ahead_warnings(recipe)
     if recipe.rollout.stop_at_reward is not None:
         yield (
             "rollout.stop_at_reward: a prompt ends at its first right rollout, so the surrogate sees short responses "
@@ -346,3 +342,27 @@ def _warnings(recipe: Recipe) -> Iterator[str]:
         )
     if recipe.rollout.samples_per_prompt == 1:
         yield "rollout.samples_per_prompt=1: a group of one has advantage 0, so the surrogate learns nothing"
+
+
+def _ahead_warnings(recipe: Recipe) -> Iterator[str]:
+    """Yield what must be known of rollouts that are sampled ahead, by weights older than those that learn from them."""
+    rollout, surrogate = recipe.rollout, surrogate_of(recipe.objective)
+    if not rollout.ahead:
+        return
+    age = "one step" if rollout.ahead == 1 else f"up to {rollout.ahead} steps"
+    if surrogate is not None and surrogate.importance_cap is None:
+        yield (
+            f"rollout.ahead: rollouts are {age} old, which importance weights correct for; "
+            f"objective.surrogate.importance_cap={DEFAULT_IMPORTANCE_CAP} is used"
+        )
+    distill = getattr(recipe.objective, "distill", None)
+    if surrogate is None and distill is not None and distill.importance_cap is None:
+        yield (
+            f"rollout.ahead: rollouts are {age} old, and objective {recipe.objective.name} has no surrogate whose "
+            "importance weights correct for it; objective.distill.importance_cap does for the student's own tokens"
+        )
+    if rollout.ahead > 1 and rollout.swap == "after_batch":
+        yield (
+            f"rollout.ahead={rollout.ahead} with rollout.swap=after_batch: each weight sync waits for the step that is "
+            "being sampled, so rollouts get older and hardly any time is won; set rollout.swap=mid_generation"
+        )

@@ -83,15 +83,18 @@ class RolloutConfig(BaseModel):
         description="Stop sampling a prompt at its first rollout with at least this reward, for objectives that only "
         "look for cliffs. The surrogate then sees short responses more often than long ones. SGLang only.",
     )
-    ahead: Literal[0, 1] = Field(
+    ahead: int = Field(
         0,
-        description="1: sample the next step's rollouts while this step trains, with weights one step old; importance "
-        "weights correct for it (objective.surrogate.importance_cap). SGLang only.",
+        ge=0,
+        description="Steps whose rollouts are sampled while earlier steps train: no token comes from weights that are "
+        "older by more steps than this; importance weights correct for the age (objective.surrogate.importance_cap). "
+        "More than 1 pays with swap=mid_generation only. SGLang only.",
     )
     swap: Literal["after_batch", "mid_generation"] = Field(
         "after_batch",
-        description="With ahead=1: update the weights after the samples in progress have finished, or in the middle of "
-        "them.",
+        description="With rollouts sampled ahead, when the weights are updated and the next step begins. after_batch: "
+        "when the step that is being sampled is complete; mid_generation: at once, amid samples, and as soon as the "
+        "servers have free slots.",
     )
     routing_replay: bool = Field(
         False,

@@ -63,6 +63,11 @@ class EmbeddedEngine:
         self._finished: deque[GenerationResult] = deque()
 
     @property
+    def slots(self) -> int:
+        """Most samples that decode together."""
+        return self.config.max_batch_sequences
+
+    @property
     def weight_version(self) -> int:
         """Version passed to the last completed `update_weights`; -1 before the first."""
         return self._version

@@ -32,6 +32,10 @@ class Engine(Protocol):
         """Return whether equal requests with equal seeds and weights give equal completions."""
 
     @property
+    def slots(self) -> int:
+        """Most samples that are generated at once; further ones wait."""
+
+    @property
     def weight_version(self) -> int:
         """Version of the weights of the last completed update; -1 before the first."""
 

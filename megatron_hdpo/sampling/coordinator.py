@@ -51,16 +51,27 @@ class SampledShare:
     complete: bool = True
     unfinished: SamplingJob | None = None
 
+    @property
+    def is_unfinished(self) -> bool:
+        """Return whether something is left to do; a job of several shares may have been finished for another one."""
+        return self.unfinished is not None and not self.unfinished.is_complete
+
     def run(self, sampling: SamplingJob) -> None:
         """Sample to the end, until the engine loses its weights, or until the run is asked to end."""
-        try:
-            sampling.run()
-            self.unfinished = None
-        except EngineLostWeights as error:
-            LOGGER.warning("sampling stopped, the engine has no weights: %s", error)
-            self.unfinished = sampling
-        except StopRequested:
-            LOGGER.info("sampling stopped, the run is to end")
+        self.unfinished = None if completed(sampling) else sampling
+
+
+def completed(sampling: SamplingJob) -> bool:
+    """Sample until the engine loses its weights, or the run is asked to end; return whether all was sampled before."""
+    try:
+        sampling.run()
+    except EngineLostWeights as error:
+        LOGGER.warning("sampling stopped, the engine has no weights: %s", error)
+        return False
+    except StopRequested:
+        LOGGER.info("sampling stopped, the run is to end")
+        return False
+    return True
 
 
 class RolloutCoordinator:
@@ -107,12 +118,38 @@ class RolloutCoordinator:
         self, problems: Sequence[Problem], step: int, objective: Objective, progress: Progress | None = None
     ) -> SampledShare:
         """Sample this rank's share of a step. Not collective: a thread may run it while the ranks train."""
+        job = self.sampler.begin([], progress)
+        share = self.add_share(job, problems, step, objective)
+        share.run(job)
+        return share
+
+    def add_share(
+        self,
+        job: SamplingJob,
+        problems: Sequence[Problem],
+        step: int,
+        objective: Objective,
+        done: Callable[[SampledShare], None] = lambda share: None,
+    ) -> SampledShare:
+        """Let this rank's share of a step join a job; done(share) is called when its last request is complete."""
         share = SampledShare(step, problems, complete=not self._bounded(len(problems), objective))
         sampling = self.config.sampling(self.config.samples_per_prompt, self.stop_token_ids)
         requests = self._requests(problems, sampling, ("train", step))
         requests = [replace(request, stop_at=self.config.stop_at_reward) for request in requests]
         share.groups = {int(r.key): Group(r.problem, r.prompt_ids, []) for r in requests}
-        share.run(self.sampler.begin(requests, progress, partial(self._judged, share, objective)))
+        left = len(requests)
+
+        def then(request: RolloutRequest, rollouts: SampledRollouts) -> list[RolloutRequest]:
+            nonlocal left
+            following = self._judged(share, objective, request, rollouts)
+            left += len(following) - 1
+            if not left:
+                done(share)
+            return following
+
+        job.add(requests, then)
+        if not requests:
+            done(share)
         return share
 
     def finish_step(self, share: SampledShare, objective: Objective, progress: Progress | None = None) -> StepRollouts:
@@ -213,7 +250,7 @@ class RolloutCoordinator:
     def _are_unfinished(self, share: SampledShare) -> bool:
         """Return whether a rank's engine has no weights, once every rank has stopped sampling."""
         self.context.barrier("rollouts of all ranks")
-        ranks = self.context.gather_objects((bool(self.sampler.stop), share.unfinished is not None))
+        ranks = self.context.gather_objects((bool(self.sampler.stop), share.is_unfinished))
         if any(stops for stops, _ in ranks):
             raise StopRequested(self.sampler.stop.reason)
         return any(unfinished for _, unfinished in ranks)
@@ -224,5 +261,5 @@ class RolloutCoordinator:
             if self.restore_weights is None:
                 raise EngineLostWeights("the engine has lost the weights, and there is no way to restore them")
             self.restore_weights()
-            if share.unfinished is not None:
+            if share.unfinished is not None and share.is_unfinished:
                 share.run(share.unfinished)

@@ -69,6 +69,7 @@ class SampledRollouts:
 
 
 Then = Callable[[RolloutRequest, SampledRollouts], Sequence[RolloutRequest]]
+Idle = Callable[["SamplingJob"], bool]
 
 
 def rollout_seed(*parts: object) -> int:
@@ -111,34 +112,45 @@ class RolloutSampler:
         then: Then = lambda request, rollouts: (),
     ) -> dict[str, SampledRollouts]:
         """Sample the requests to the end; return judged rollouts by request key. See `begin`."""
-        sampling = self.begin(requests, progress, then)
-        sampling.run()
-        return sampling.done
+        done: dict[str, SampledRollouts] = {}
+
+        def collect(request: RolloutRequest, rollouts: SampledRollouts) -> Sequence[RolloutRequest]:
+            done[request.key] = rollouts
+            return then(request, rollouts)
+
+        self.begin(requests, progress, collect).run()
+        return done
 
     def begin(
         self,
         requests: Sequence[RolloutRequest],
         progress: Progress | None = None,
         then: Then = lambda request, rollouts: (),
+        idle: Idle | None = None,
     ) -> SamplingJob:
         """Return a job that samples these requests when it is `run`.
 
         then(request, rollouts) is called once per request, when its last rollout has been judged; the requests that it
         returns join the others at once, while those are still being sampled. progress gets the samples that are asked
-        for, those of `then` too, and those that arrive; samples that are given up are taken off again.
+        for, those of `then` too, and those that arrive; samples that are given up are taken off again. idle(job) is
+        called while the engine has free slots; it may `add` requests to the job, and returns whether it did.
         """
-        return SamplingJob(self, requests, progress, then)
+        job = SamplingJob(self, progress, idle)
+        if requests:
+            job.add(requests, then)
+        return job
 
 
 @dataclass
 class _Open:
     """State of a request that is not complete.
 
-    judged: outcomes in the order in which the samples came, so that a deterministic engine gives groups in one order
-    however long the checks take. missing: samples not sampled yet.
+    part: of the job. judged: outcomes in the order in which the samples came, so that a deterministic engine gives
+    groups in one order however long the checks take. missing: samples not sampled yet.
     """
 
     request: RolloutRequest
+    part: _Part
     missing: int
     judged: list[Sample | None] = field(default_factory=list)
     judging: int = 0
@@ -146,30 +158,50 @@ class _Open:
     stopped: bool = False
     rollouts: SampledRollouts = field(default_factory=SampledRollouts)
 
+    @property
+    def name(self) -> str:
+        return self.part.prefix + self.request.key
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Requests that were added together, and those that follow from them. prefix: of their names in the job."""
+
+    prefix: str
+    then: Then
+
 
 @dataclass(frozen=True)
 class _Check:
-    key: str
+    name: str
     place: int
     completion: Completion
     text: str
 
 
 class SamplingJob:
-    """Job that samples and judges requests.
+    """Job that samples and judges requests."""
 
-    done: judged rollouts by request key, complete when `run` has returned.
-    """
-
-    def __init__(
-        self, sampler: RolloutSampler, requests: Sequence[RolloutRequest], progress: Progress | None, then: Then
-    ) -> None:
-        self.sampler, self.then = sampler, then
+    def __init__(self, sampler: RolloutSampler, progress: Progress | None, idle: Idle | None) -> None:
+        self.sampler, self.idle = sampler, idle
         self.progress: Progress = progress or _Uncounted()
-        self.done: dict[str, SampledRollouts] = {}
         self._open: dict[str, _Open] = {}
-        self._add(requests)
         self._checks: dict[Future[Judgement], _Check] = {}
+        self._parts = 0
+        self._runs = False
+
+    @property
+    def is_complete(self) -> bool:
+        """Return whether all requests have been sampled and judged."""
+        return not self._open
+
+    def add(self, requests: Sequence[RolloutRequest], then: Then) -> None:
+        """Let further requests join, whose keys may be those of earlier ones. then: as for `RolloutSampler.begin`."""
+        part = _Part(f"{self._parts}:" if self._parts else "", then)
+        self._parts += 1
+        entries = self._opened(requests, part)
+        if self._runs:
+            self._submit([(entry, entry.missing, 0) for entry in entries])
 
     def run(self) -> None:
         """Sample and judge to the end.
@@ -179,15 +211,28 @@ class SamplingJob:
         unanswered.
         """
         self._submit([(entry, entry.missing, 0) for entry in self._open.values() if entry.missing])
-        while self._open:
-            for result in self.sampler.engine.results():
-                self.sampler.stop.check()
-                if result is not None:
-                    self._take(result)
-                self._collect(timeout=0.0)
-            if self._open and not self._checks:
-                raise RuntimeError(f"the engine never answered the requests {sorted(self._open)[:5]}")
-            self._collect(timeout=None)
+        self._runs = True
+        try:
+            while self._open:
+                for result in self.sampler.engine.results():
+                    self.sampler.stop.check()
+                    if result is not None:
+                        self._take(result)
+                    self._collect(timeout=0.0)
+                    self._fill()
+                if self._open and not self._checks:
+                    raise RuntimeError(f"the engine never answered the requests {sorted(self._open)[:5]}")
+                if not self._fill():
+                    self._collect(timeout=None)
+        finally:
+            self._runs = False
+
+    def _fill(self) -> bool:
+        """Say that the engine has free slots, if so; return whether requests have joined."""
+        if self.idle is None:
+            return False
+        missing = sum(entry.missing for entry in self._open.values())
+        return missing < self.sampler.engine.slots and self.idle(self)
 
     def _submit(self, wanted: Sequence[tuple[_Open, int, int]]) -> None:
         """Submit (entry, count, failures) for each request: `count` samples after `failures` failures.
@@ -197,22 +242,22 @@ class SamplingJob:
         attempts = []
         for entry, count, failures in wanted:
             request, suffix = entry.request, f"#{failures}"
-            if request.key + suffix in entry.ids:
+            if entry.name + suffix in entry.ids:
                 suffix += f".{len(entry.ids)}"
             seed = request.seed if not entry.ids else rollout_seed(request.seed, "retry", suffix[1:])
-            entry.ids.append(request.key + suffix)
+            entry.ids.append(entry.name + suffix)
             attempts.append(_attempt(request, entry.ids[-1], count, seed))
         if attempts:
             self.sampler.engine.submit(attempts)
 
     def _take(self, result: GenerationResult) -> None:
         self.sampler.answers += 1
-        key, _, attempt = result.request_id.rpartition("#")
-        entry = self._open[key]
+        name, _, attempt = result.request_id.rpartition("#")
+        entry = self._open[name]
         for completion in result.completions:
             text = self.sampler.decode(completion.token_ids)
             future = self.sampler.rewards.submit(entry.request.problem, text)
-            self._checks[future] = _Check(key, len(entry.judged), completion, text)
+            self._checks[future] = _Check(name, len(entry.judged), completion, text)
             entry.judged.append(None)
             entry.judging += 1
             entry.missing -= 1
@@ -244,7 +289,7 @@ class SamplingJob:
         self.sampler.answers += len(ended)
         for future in ended:
             check, judgement = self._checks.pop(future), future.result()
-            entry = self._open[check.key]
+            entry = self._open[check.name]
             entry.judging -= 1
             if judgement.reward is None:
                 entry.rollouts.drop("check_failed")
@@ -263,17 +308,16 @@ class SamplingJob:
     def _close_if_done(self, entry: _Open) -> None:
         if entry.missing or entry.judging:
             return
-        del self._open[entry.request.key]
+        del self._open[entry.name]
         entry.rollouts.samples = [sample for sample in entry.judged if sample is not None]
-        self.done[entry.request.key] = entry.rollouts
-        following = self._add(self.then(entry.request, entry.rollouts))
+        following = self._opened(entry.part.then(entry.request, entry.rollouts), entry.part)
         self._submit([(new, new.missing, 0) for new in following])
 
-    def _add(self, requests: Sequence[RolloutRequest]) -> list[_Open]:
-        entries = {request.key: _Open(request, request.sampling.n) for request in requests}
-        self._open |= entries
-        self.progress.extend(sum(entry.missing for entry in entries.values()))
-        return list(entries.values())
+    def _opened(self, requests: Sequence[RolloutRequest], part: _Part) -> list[_Open]:
+        entries = [_Open(request, part, request.sampling.n) for request in requests]
+        self._open |= {entry.name: entry for entry in entries}
+        self.progress.extend(sum(entry.missing for entry in entries))
+        return entries
 
 
 def _attempt(request: RolloutRequest, request_id: str, n: int, seed: int) -> GenerationRequest:

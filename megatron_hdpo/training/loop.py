@@ -7,7 +7,7 @@ up for both.
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 from megatron_hdpo.checkpoint.store import NoRoomError
 from megatron_hdpo.evaluation.evaluate import evaluate
@@ -106,10 +106,7 @@ def _step(run: Run) -> dict[str, float]:
     if _is_asked_to_stop(run):
         return metrics  # servers may have had the same signal
     if recipe.rollout.replay is None:
-        metrics |= sync(run)
-    if due(run.step, recipe.evaluation.every, recipe.train.steps):
-        with suppress(StopRequested):
-            metrics |= evaluate_now(run)
+        metrics |= _sync_and_evaluate(run)
     return metrics
 
 
@@ -118,16 +115,22 @@ def _was_evaluated(run: Run) -> bool:
     return run.context.broadcast_object(run.record.has_evaluation(run.step))
 
 
-def sync(run: Run) -> dict[str, float]:
-    """Send the new weights to the engine and return the sync metrics.
+def _sync_and_evaluate(run: Run) -> dict[str, float]:
+    """Send the new weights to the engine, evaluate them if that is due, and return the metrics of both.
 
-    With `rollout.swap: after_batch`, wait for the samples in progress first.
+    With `rollout.swap: after_batch`, the step that is being sampled is completed first, and no other begins meanwhile.
     """
-    if run.recipe.rollout.ahead and run.recipe.rollout.swap == "after_batch":
-        with run.console.phase("rollouts ahead"):
-            run.prefetched.wait()
-    with run.console.phase("sync"):
-        return run.sync(run.step)
+    recipe = run.recipe
+    with ExitStack() as stack:
+        if recipe.rollout.ahead and recipe.rollout.swap == "after_batch":
+            with run.console.phase("rollouts ahead"):
+                stack.enter_context(run.prefetched.paused())
+        with run.console.phase("sync"):
+            metrics = run.sync(run.step)
+        if due(run.step, recipe.evaluation.every, recipe.train.steps):
+            with suppress(StopRequested):
+                metrics |= evaluate_now(run)
+    return metrics
 
 
 def _record_and_save(run: Run, metrics: dict[str, float]) -> None:
@@ -181,7 +184,6 @@ def evaluate_now(run: Run) -> dict[str, float]:
     config, problems = run.recipe.evaluation, run.data.evaluation
     if not problems or run.recipe.rollout.replay is not None:
         return {}
-    run.prefetched.wait()  # only one thread at a time may read an engine's results
-    with run.console.phase("evaluate", total=0, unit="sample") as phase:
+    with run.prefetched.paused(), run.console.phase("evaluate", total=0, unit="sample") as phase:
         phase.note(run.whose_samples)
         return evaluate(config, problems, run.coordinator, phase)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from megatron_hdpo.sampling.step_rollouts import StepRollouts, gather_counts, ga
 from megatron_hdpo.tracking.formats import amount
 from megatron_hdpo.training.run import Run
 from megatron_hdpo.types.errors import DataError
-from megatron_hdpo.types.metrics import reduce_metrics
+from megatron_hdpo.types.metrics import Metric, reduce_metrics
 from megatron_hdpo.types.rollouts import Group, GroupOutline
 
 
@@ -32,11 +33,14 @@ def collect_step_rollouts(run: Run) -> tuple[StepRollouts, dict[str, float]]:
     if rollout.replay is not None:
         rollouts = _replayed(rollout.replay, run)
     else:
+        ready = {"rollout/steps_ready": Metric(run.prefetched.ready, "min")} if rollout.ahead else {}
         rollouts = _sampled(run)
-        server_metrics = reduce_metrics(run.context.gather_objects(run.engine.metrics()))
+        server_metrics = reduce_metrics(run.context.gather_objects(run.engine.metrics() | ready))
         check_versions(rollouts.outlines, run.step, rollout.ahead)
         cause = most_frequent(run.context.gather_objects(run.coordinator.sampler.failures.take()))
         run.failed_rollouts.watch(run.step + 1, rollouts.outlines, cause)
+        if rollout.ahead:
+            server_metrics |= staleness_metrics(rollouts.outlines, run.step)
         if run.saver is not None:
             run.saver.save(run.step + 1, rollouts)
             run.context.barrier("rollouts handed to be saved")  # a slow disk may make a rank wait
@@ -55,16 +59,23 @@ def collect_step_rollouts(run: Run) -> tuple[StepRollouts, dict[str, float]]:
 def _sampled(run: Run) -> StepRollouts:
     """Return the groups of the next step, with those that dynamic sampling adds."""
     rollout, size = run.recipe.rollout, run.recipe.rollout.prompts_per_step
-    problems = run.data.order.batch(run.step, size)
-    with run.console.phase("rollout", total=0, unit="sample") as phase:
-        phase.note(run.whose_samples)
-        rollouts = run.prefetched.take(problems, run.step, run.objective, phase)
+    with run.console.phase("rollout", total=0, unit="sample") as phase, ExitStack() as stack:
+        phase.note(_whose_samples(run))
+        rollouts = run.prefetched.take(run.step, run.objective, phase)
 
         def sample_more(turn: int, count: int, leave_out: Collection[str]) -> StepRollouts:
+            stack.enter_context(run.prefetched.paused())  # until the last round
             more = run.data.order.further(run.step, turn, count, leave_out)
             return run.coordinator.step(more, run.step, run.objective, phase)
 
         return refilled(rollouts, rollout.refill_rounds, size, run.objective, run.context, sample_more)
+
+
+def _whose_samples(run: Run) -> str:
+    """Return whose samples the console counts, and how many of the steps that were begun ahead are complete."""
+    ahead = run.prefetched
+    ready = f"{ahead.ready} of {ahead.begun} steps ready" if ahead.begun else ""
+    return " ".join(part for part in (ready, run.whose_samples) if part)
 
 
 def _replayed(folder: Path, run: Run) -> StepRollouts:
@@ -162,13 +173,28 @@ def rollout_metrics(groups: Sequence[GroupOutline]) -> dict[str, float]:
     return metrics
 
 
+def staleness_metrics(groups: Sequence[GroupOutline], version: int) -> dict[str, float]:
+    """Return by how many steps the weights that sampled the student rollouts are older than those that learn from them.
+
+    The mean is over tokens. version: of the weights that learn.
+    """
+    samples = [sample for group in groups for sample in group.samples if sample.length]
+    if not samples:
+        return {}
+    mean = version - sum(sample.version_sum for sample in samples) / sum(sample.length for sample in samples)
+    oldest = min(sample.versions[0] for sample in samples)
+    return {"rollout/staleness_mean": mean, "rollout/staleness_max": float(version - oldest)}
+
+
 def begin_next_rollouts(run: Run) -> None:
-    """Begin to sample the next step if rollouts are sampled ahead; otherwise let the engine free GPU memory."""
+    """Begin the next steps if rollouts are sampled ahead; with none to sample, let the engine free GPU memory.
+
+    The weights are those of `run.step`: a step that is begun `rollout.ahead` steps later than it is that old at most.
+    """
     rollout = run.recipe.rollout
     if rollout.replay is not None:
         return
-    if rollout.ahead and run.step + 1 < run.recipe.train.steps:
-        problems = run.data.order.batch(run.step + 1, rollout.prompts_per_step)
-        run.prefetched.begin(problems, run.step + 1, run.objective)
-    else:
+    for step in range(run.step + 1, min(run.step + 1 + rollout.ahead, run.recipe.train.steps)):
+        run.prefetched.begin(step, run.objective)
+    if not run.prefetched.begun:
         run.engine.make_room()

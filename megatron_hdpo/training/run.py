@@ -68,7 +68,7 @@ class Tokenizer(TokenizerLike, Protocol):
 class Run:
     """State of a run between its steps.
 
-    engine: samples the rollouts; `sync` sends weights to it. prefetched: rollouts of the current or the next step.
+    engine: samples the rollouts; `sync` sends weights to it. prefetched: rollouts of this step and the next ones.
     saver: writes them; None where the recipe does not ask for it. failed_rollouts: watches those that fail.
     checkpoints, record: what the run leaves in its folder. step: number of steps that have been taken. saved_step: the
     last one with a checkpoint. accept_changes: whether a resumed run may train on other problems than before.
@@ -230,7 +230,11 @@ def _build_run(
         engine=built.engine,
         sync=sync,
         rewards=rewards,
-        prefetched=PrefetchedRollouts(rollouts),
+        prefetched=PrefetchedRollouts(
+            rollouts,
+            partial(data.order.batch, size=recipe.rollout.prompts_per_step),
+            joins=recipe.rollout.swap == "mid_generation",
+        ),
         saver=_saver(recipe, context, rollouts.sampler.decode),
         failed_rollouts=FailedRollouts(recipe.rollout.max_failed_share, recipe.rollout.max_empty_steps, console.warn),
         checkpoints=checkpoints,

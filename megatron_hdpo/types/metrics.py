@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-Reduction = Literal["mean", "sum", "max"]
+Reduction = Literal["mean", "sum", "max", "min"]
 
 
 class Metric(float):
-    """A number that is summed or maximised over updates or ranks. A plain float is averaged."""
+    """A number of which updates or ranks give the sum, the largest or the smallest. A plain float is averaged."""
 
     reduction: Reduction
 
@@ -24,7 +24,7 @@ class Metric(float):
 
 
 def reduce_metrics(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Return one value per name, from the parts that have it: the sum, the maximum or the mean, as its first says.
+    """Return one value per name, from the parts that have it: sum, maximum, minimum or mean, as its first says.
 
     Names are in the order in which they first appear.
     """
@@ -36,6 +36,8 @@ def _reduced(values: Sequence[float]) -> float:
     match getattr(values[0], "reduction", "mean"):
         case "max":
             return max(map(float, values))
+        case "min":
+            return min(map(float, values))
         case "sum":
             return float(sum(map(float, values)))
         case _:

@@ -135,13 +135,15 @@ class Group:
 class SampleOutline(NamedTuple):
     """Summary of a sample, some fifty bytes, that every rank has.
 
-    versions: the oldest and the newest weights that sampled a token of it. logprob_sum: sum of its tokens' log-probs.
+    versions: the oldest and the newest weights that sampled a token of it. version_sum, logprob_sum: sums over its
+    tokens of the versions and of the log-probs.
     """
 
     reward: float
     length: int
     finish_reason: FinishReason
     versions: tuple[int, int]
+    version_sum: int
     logprob_sum: float
 
 
@@ -213,5 +215,6 @@ def _outline(sample: Sample) -> SampleOutline:
         length=sample.length,
         finish_reason=completion.finish_reason,
         versions=(int(versions.min()), int(versions.max())) if len(versions) else (0, 0),
+        version_sum=int(versions.sum(dtype=np.int64)),
         logprob_sum=float(completion.logprobs.sum(dtype=np.float64)),
     )

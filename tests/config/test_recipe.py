@@ -294,6 +294,25 @@ def test_training_state_leaves_only_gpus_that_servers_share_in_turns(tree: Tree,
         parse_recipe(tree)
 
 
+def test_what_is_said_of_rollouts_ahead(tree: Tree, architecture: Architecture) -> None:
+    tree["rollout"] |= {"engine": "sglang", "ahead": 3}
+    corrected, waits = check_recipe(parse_recipe(tree | {"device": "cpu"}), architecture, 1)
+    assert "rollouts are up to 3 steps old" in corrected and "importance_cap=2.0 is used" in corrected
+    assert "rollout.swap=after_batch: each weight sync waits" in waits
+    tree["rollout"]["swap"] = "mid_generation"
+    tree["objective"]["surrogate"] = {"importance_cap": 1.5}
+    assert check_recipe(parse_recipe(tree | {"device": "cpu"}), architecture, 1) == []
+    tree["rollout"]["ahead"] = 1
+    tree["objective"] = {"name": "opsd", "distill": {"top_k": 8}}
+    (nothing,) = check_recipe(parse_recipe(tree | {"device": "cpu"}), architecture, 1)
+    assert "one step old, and objective opsd has no surrogate" in nothing
+    tree["objective"]["distill"]["importance_cap"] = 2.0
+    assert check_recipe(parse_recipe(tree | {"device": "cpu"}), architecture, 1) == []
+    tree["rollout"]["ahead"] = -1
+    with pytest.raises(RecipeError, match=r"rollout\.ahead: "):
+        parse_recipe(tree)
+
+
 def test_a_server_that_would_cut_a_response_short_is_refused(tree: Tree, architecture: Architecture) -> None:
     tree["rollout"]["engine"] = "sglang"
     longest = tree["data"]["prompts"]["max_privileged_tokens"] + tree["rollout"]["max_new_tokens"]

@@ -15,6 +15,7 @@ class FakeEngine:
     """fails(request, index) says which samples do not come. Results come in another order than requests."""
 
     deterministic = True
+    slots = 8
 
     def __init__(self, fails: Fails = lambda request, index: False, vocabulary: int = 50) -> None:
         self.fails, self.vocabulary = fails, vocabulary

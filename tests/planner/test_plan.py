@@ -115,6 +115,16 @@ def test_optimizer_states_are_conserved_over_replicas(data: int) -> None:
     assert kinds["gradients"] == 2 * kinds["weights"] >= 4 * values
 
 
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+def test_rollouts_ahead_hide_the_shorter_of_sampling_and_training(tree: Tree, ahead: int) -> None:
+    tree["rollout"] |= {"engine": "sglang", "ahead": ahead, "sglang": {"placement": "separate", "gpus": [0]}}
+    rollouts = rollouts_of(parse_recipe(tree), Guesses(rollout_gpus=1))
+    made = _plan(Layout(), rollouts=rollouts)
+    sampled = sum(phase.time_s for phase in made.phases if "sampling" in phase.phase)
+    rest = sum(phase.time_s for phase in made.phases) - sampled
+    assert made.step_s == (max(sampled, rest) if ahead else sampled + rest)
+
+
 @pytest.mark.parametrize("sequence", [False, True])
 @pytest.mark.parametrize("spec", ["torch", "transformer_engine"])
 def test_memory_falls_with_tensor_parallelism(sequence: bool, spec) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +15,20 @@ from rollout_groups import group, sample
 from thread_ranks import Context, World
 
 from megatron_hdpo.model.policy import TrainingError
+from megatron_hdpo.objectives.base import ObjectiveDeps
+from megatron_hdpo.objectives.grpo import GRPO, GRPOConfig
 from megatron_hdpo.sampling.saved import step_file, write_groups
 from megatron_hdpo.sampling.saver import NotSaved
-from megatron_hdpo.training.rollout_phase import _replayed, check_versions, flush_saved_rollouts, rollout_metrics
+from megatron_hdpo.sampling.step_rollouts import on_every_rank
+from megatron_hdpo.training.rollout_phase import (
+    _replayed,
+    _sampled,
+    begin_next_rollouts,
+    check_versions,
+    flush_saved_rollouts,
+    rollout_metrics,
+    staleness_metrics,
+)
 from megatron_hdpo.types.errors import DataError
 from megatron_hdpo.types.rollouts import Completion, Sample, outline_of
 
@@ -88,3 +101,77 @@ def test_versions_and_metrics_are_those_of_the_tokens() -> None:
     assert metrics["rollout/nll"] == pytest.approx(-every.mean(), rel=1e-6)
     assert metrics["rollout/mixed_versions_rate"] == 0.25 and metrics["rollout/truncated_rate"] == 0.25
     assert metrics["rollout/response_tokens"] == 11 / 4
+
+
+def test_staleness_is_that_of_the_students_tokens() -> None:
+    made = [group([of_versions(3, 3), of_versions(3, 4, 4, 5)], privileged=[of_versions(1)]), group([of_versions(5)])]
+    outlines = list(map(outline_of, made))
+    assert staleness_metrics(outlines, 5) == {"rollout/staleness_mean": (4 + 4) / 7, "rollout/staleness_max": 2.0}
+    assert staleness_metrics([outline_of(group([]))], 5) == {}
+    check_versions(outlines, 4 + 1, ahead=4)
+    with pytest.raises(TrainingError, match=r"version \[1\], not 2 to 5"):
+        check_versions(outlines, 5, ahead=3)
+
+
+@pytest.mark.parametrize(
+    ("step", "ahead", "begun"),
+    [(0, 0, []), (0, 1, [1]), (0, 3, [1, 2, 3]), (6, 3, [7, 8, 9]), (8, 3, [9]), (9, 3, [])],
+)
+def test_as_many_steps_are_begun_as_may_be_ahead_and_no_more_than_there_are(
+    step: int, ahead: int, begun: list[int]
+) -> None:
+    made_room, asked = [], []
+    prefetched = SimpleNamespace(begin=lambda step, objective: asked.append(step))
+    run: Any = SimpleNamespace(
+        recipe=SimpleNamespace(rollout=SimpleNamespace(replay=None, ahead=ahead), train=SimpleNamespace(steps=10)),
+        step=step,
+        objective=None,
+        prefetched=prefetched,
+        engine=SimpleNamespace(make_room=lambda: made_room.append(True)),
+    )
+    prefetched.begun = len(begun)
+    begin_next_rollouts(run)
+    assert asked == begun and len(made_room) == (not begun)
+
+
+def test_further_problems_are_sampled_while_the_steps_ahead_are_paused() -> None:
+    """From the first round of dynamic sampling to the last, and not at all where no group is missing."""
+    pauses: list[str] = []
+
+    @contextmanager
+    def paused() -> Iterator[None]:
+        pauses.append("begin")
+        yield
+        pauses.append("end")
+
+    def further(rewards: list[float]) -> Any:
+        def step(*args: Any) -> Any:
+            pauses.append("sampled")
+            return on_every_rank([group(rewards, problem=f"sums/{len(pauses)}")])
+
+        return SimpleNamespace(step=step)
+
+    def sampled(first: list[float], second: list[float]) -> list[str]:
+        pauses.clear()
+        rollout = SimpleNamespace(prompts_per_step=1, refill_rounds=2)
+        phase = SimpleNamespace(note=lambda text: pauses.append(text))
+        run: Any = SimpleNamespace(
+            recipe=SimpleNamespace(rollout=rollout),
+            step=4,
+            objective=GRPO(GRPOConfig(), ObjectiveDeps()),
+            context=Context(World(1), 0),
+            console=SimpleNamespace(phase=lambda *args, **settings: nullcontext(phase)),
+            data=SimpleNamespace(order=SimpleNamespace(further=lambda *args: [])),
+            coordinator=further(second),
+            prefetched=SimpleNamespace(
+                begun=3, ready=2, paused=paused, take=lambda *args: on_every_rank([group(first)])
+            ),
+            whose_samples="on rank 0",
+        )
+        _sampled(run)
+        return list(pauses)
+
+    text = "2 of 3 steps ready on rank 0"
+    assert sampled([1, 0], [1, 0]) == [text]
+    assert sampled([1, 1], [1, 0]) == [text, "begin", "sampled", "end"]
+    assert sampled([1, 1], [0, 0]) == [text, "begin", "sampled", "begin", "sampled", "end", "end"]

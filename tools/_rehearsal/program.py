@@ -7,6 +7,7 @@ checkpoint's bytes are counted instead of written.
 from __future__ import annotations
 
 import tempfile
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -119,7 +120,8 @@ def _build(
         coordinator=SimpleNamespace(sampler=SimpleNamespace(stop=StopRequest())),
         open=lambda step: None,
         begin=lambda *_: None,
-        wait=lambda: None,
+        begun=0,
+        paused=nullcontext,
         stragglers=SimpleNamespace(metrics=lambda step: {}),
     )
     return Run(

@@ -95,6 +95,11 @@ class SGLangEngine:
         return bool(self.replicas) and all(replica.info.deterministic for replica in self.replicas)
 
     @property
+    def slots(self) -> int:
+        """Most samples in flight on the servers that have the run's weights."""
+        return self.config.max_concurrency * sum(replica.state == "serving" for replica in self.replicas)
+
+    @property
     def weight_version(self) -> int:
         """Version of the last weights that a server took completely; -1 before the first."""
         return self._version

@@ -142,7 +142,9 @@ def test_a_slow_server_is_waited_for(proxy: FaultProxy, weights: Weights) -> Non
 
 def test_cancelled_samples_come_back_as_such(proxy: FaultProxy, weights: Weights) -> None:
     with one_engine([proxy.url]) as (engine, push):
+        assert engine.slots == 0, "its server has no weights of the run"
         push.push(weights.stream(1), 1)
+        assert engine.slots == engine.config.max_concurrency
         proxy.faults["/generate"] = [None, None, delay(600.0), delay(600.0), delay(600.0)]
         engine.submit([request(n=5)])
         samples, cancelled, begin = 0, 0, time.monotonic()

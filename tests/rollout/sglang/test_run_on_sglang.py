@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,7 @@ from megatron_hdpo.rollout.sglang.servers.config import ServerConfig
 from megatron_hdpo.sampling.saved import read_step, step_file, write_groups
 from megatron_hdpo.tracking.metrics import read_metrics
 from megatron_hdpo.types.rollouts import Group
+from megatron_hdpo.weights.save import save_hf
 
 STEPS = 3
 
@@ -124,82 +129,164 @@ def test_a_run_on_servers_trains_and_goes_on_where_it_stopped(
         assert all(len(group.samples) == 8 for group in groups)
 
 
-@pytest.mark.parametrize("swap", ["after_batch", "mid_generation"])
-def test_rollouts_ahead_are_one_step_old_at_most(
-    sglang_server: LiveServer, warm_model: Path, tmp_path: Path, swap: str
+@pytest.mark.parametrize(
+    ("ahead", "swap", "ranks"),
+    [(1, "after_batch", 1), (1, "mid_generation", 1), (3, "after_batch", 1), (3, "mid_generation", 2)],
+)
+def test_rollouts_ahead_are_no_older_than_allowed(
+    sglang_server: LiveServer, warm_model: Path, tmp_path: Path, ahead: int, swap: str, ranks: int
 ) -> None:
-    tree = recipe_on([sglang_server.url], warm_model, tmp_path / "run")
-    tree["rollout"] |= {"ahead": 1, "swap": swap, "max_new_tokens": 64}
-    tree["train"]["steps"] = 4
-    tree["optimizer"]["lr"] = 3e-3  # enough to see the policy move, too little to unlearn the sums
-    file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(tree))
-    ended = run_world(1, train_with_swaps_amid_groups, str(file), timeout=300)
-    assert ended.codes == [0], ended.text
+    tree = ahead_recipe(sglang_server, warm_model, tmp_path, ahead, swap) | {"parallel": {"tensor": ranks}}
+    train_ahead(tree, ranks)
     rows = rows_of(tmp_path / "run")
-    assert versions_of(groups_of(tmp_path / "run", 1)) == {0}
-    for step in (2, 3, 4):
-        assert rows[step - 1]["rollout/mixed_versions_rate"] == 0
-        for group in groups_of(tmp_path / "run", step):
+    assert [row["step"] for row in rows] == list(range(1, ahead + 4))
+    for row in rows:
+        groups = groups_of(tmp_path / "run", row["step"])
+        oldest = max(row["step"] - 1 - ahead, 0)
+        newer = 4 if swap == "mid_generation" and row["step"] > ahead else 0
+        for group in groups:
             versions = sorted(int(v) for sample in group.samples for v in set(sample.completion.weight_versions))
-            new = 0 if swap == "after_batch" else 4
-            assert versions == [step - 2] * (8 - new) + [step - 1] * new, (step, versions)
-    old = [row["step"] for row in rows if trained_versions(tmp_path / "run", row["step"]) - {row["step"] - 1}]
-    seen = {row["step"]: row["train/mismatch_k3"] for row in rows if "train/mismatch_k3" in row}
+            assert versions == [oldest] * (8 - newer) + [oldest + 1] * newer, (row["step"], versions)
+        assert row["rollout/mixed_versions_rate"] == 0 and row["rollout/staleness_max"] == row["step"] - 1 - oldest
+        tokens = np.concatenate([s.completion.weight_versions for group in groups for s in group.samples])
+        assert row["rollout/staleness_mean"] == pytest.approx(row["step"] - 1 - tokens.mean())
     moved = {row["step"] for row in rows if row.get("train/grad_norm", 0) > 0}
-    assert any(step - 1 in moved for step in old), "the warm-up makes some groups mixed"
-    for step, mismatch in seen.items():
-        differs = step in old and step - 1 in moved
-        assert (mismatch > 1e-6) == differs, f"step {step}: old rollouts are not the new policy's, new ones are"
+    seen = {row["step"]: row for row in rows if "train/mismatch_k3" in row}
+    differ = {
+        step for step in seen if any(past in moved for past in range(oldest_change(tmp_path / "run", step), step))
+    }
+    assert differ, "the warm-up makes some groups mixed"
+    for step, row in seen.items():
+        assert (row["train/mismatch_k3"] > 1e-6) == (step in differ), "old rollouts are not the new policy's"
+        log_ratios = mismatch_in_float64(tmp_path / "run", step)
+        k3 = float((np.exp(log_ratios) - 1 - log_ratios).mean())
+        assert row["train/mismatch_k3"] == pytest.approx(k3, rel=1e-3, abs=1e-6)
+        assert row["train/mismatch_max"] == pytest.approx(float(np.exp(log_ratios.max())), rel=1e-3)
 
 
-def train_with_swaps_amid_groups(file: str) -> None:
-    """With swap=mid_generation, half of the samples of each group that is sampled ahead are over when the new weights
-    come, and half begin after that: on any machine alike."""
+def test_a_run_with_rollouts_ahead_that_was_killed_goes_on_with_the_same_problems(
+    sglang_server: LiveServer, warm_model: Path, tmp_path: Path
+) -> None:
+    """It is killed while step 3 is being trained, with steps 4 to 6 complete and not trained."""
+    tree = ahead_recipe(sglang_server, warm_model, tmp_path, 3, "after_batch")
+    train_ahead(tree, 1, dies_in=3, codes=[-9])
+    train_ahead(tree, 1)
+    problems = yaml.safe_load((tmp_path / "problems.yaml").read_text())
+    for step in range(1, 7):
+        groups = groups_of(tmp_path / "run", step)
+        assert [group.problem.id for group in groups] == problems[step - 1], "as if nothing were sampled ahead"
+        resumed = 2 if step > 2 else 0
+        assert versions_of(groups) == {max(step - 1 - 3, resumed)}, step
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == list(range(1, 7))
+
+
+def ahead_recipe(server: LiveServer, model: Path, folder: Path, ahead: int, swap: str) -> Tree:
+    """Of as many steps as it takes until the weights that sample have changed twice."""
+    tree = recipe_on([server.url], model, folder / "run")
+    tree["rollout"] |= {"ahead": ahead, "swap": swap, "max_new_tokens": 64}
+    tree["train"] |= {"steps": ahead + 3, "max_mismatch_k3": None}  # one rare token of a few may have a ratio of 100
+    tree["optimizer"]["lr"] = 3e-3  # enough to see the policy move, too little to unlearn the sums
+    tree["evaluation"] = {"every": 2, "samples": 1, "k": [1], "greedy": False, "before": False}
+    return tree
+
+
+def train_ahead(tree: Tree, ranks: int, dies_in: int | None = None, codes: Sequence[int] | None = None) -> None:
+    file = Path(tree["output"]).with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(tree))
+    ended = run_world(ranks, train_as_far_ahead_as_allowed, str(file), dies_in, timeout=300)
+    assert ended.codes == (codes or [0] * ranks), ended.text
+
+
+def train_as_far_ahead_as_allowed(file: str, dies_in: int | None) -> None:
+    """On any machine alike, the steps that may be sampled are complete before the trainer begins its own.
+
+    With swap=mid_generation see `swap_amid_groups`.
+    """
     from megatron_hdpo import cli
-    from megatron_hdpo.rollout.sglang.asking import Asking
-    from megatron_hdpo.rollout.sglang.weights.push import WeightPush
-    from megatron_hdpo.sampling.prefetch import PrefetchedRollouts
+    from megatron_hdpo.training import loop
+    from megatron_hdpo.training.learner import Learner
 
     tree = yaml.safe_load(Path(file).read_text())
     if tree["rollout"]["swap"] == "mid_generation":
-        half = Half(tree["rollout"]["prompts_per_step"] * tree["rollout"]["samples_per_prompt"] // 2)
-        begin, ask, push = PrefetchedRollouts.begin, Asking.ask, WeightPush.push
+        swap_amid_groups(tree["rollout"], tree["train"]["steps"])
+    begin, learn, train = loop.begin_next_rollouts, Learner.learn, loop.train
 
-        def begin_half(self: Any, problems: Any, step: int, objective: Any) -> None:
-            half.version, half.over = step, 0
-            begin(self, problems, step, objective)
+    def begin_and_wait(run: Any) -> None:
+        begin(run)
+        if tree["rollout"]["swap"] == "after_batch":
+            assert wait_until(lambda: run.prefetched.ready == run.prefetched.begun)
 
-        async def ask_half(self: Any, replica: Any, sample: Any) -> Any:
-            while sample.index % 2 and self.engine.weight_version < half.version:
-                await asyncio.sleep(0.01)
-            answer = await ask(self, replica, sample)
-            half.over += 1
-            return answer
+    def learn_and_export(self: Any, rollouts: Any, step: int) -> Any:
+        if step + 1 == dies_in:
+            os.kill(os.getpid(), signal.SIGKILL)
+        policy = self.policy
+        folder = Path(file).parent / f"before_{step + 1}"
+        save_hf(policy.model, policy.architecture, policy.context, Path(tree["model"]["path"]), folder)
+        return learn(self, rollouts, step)
 
-        def push_after_half(self: Any, stream: Any, version: int) -> Any:
-            if version == half.version:
-                assert wait_until(lambda: half.over >= half.size)
-            return push(self, stream, version)
+    def train_and_tell(run: Any) -> None:
+        train(run)
+        problems = [[p.id for p in run.data.order.batch(step, 4)] for step in range(tree["train"]["steps"])]
+        (Path(file).parent / "problems.yaml").write_text(yaml.safe_dump(problems))
 
-        PrefetchedRollouts.begin, Asking.ask, WeightPush.push = begin_half, ask_half, push_after_half  # type: ignore
+    loop.begin_next_rollouts, Learner.learn, loop.train = begin_and_wait, learn_and_export, train_and_tell  # type: ignore
     cli.main(["train", file])
 
 
-@dataclass
-class Half:
-    """Of the samples of a step ahead. size: samples; version: of the weights that the others wait for; over: samples
-    that have come."""
+def swap_amid_groups(rollout: Tree, steps: int) -> None:
+    """Of each step, half of every group is sampled by the oldest weights that are allowed, and half by the next."""
+    from megatron_hdpo.rollout.sglang.asking import Asking
+    from megatron_hdpo.rollout.sglang.weights.push import WeightPush
+    from megatron_hdpo.sampling.coordinator import RolloutCoordinator
 
-    size: int
-    version: int = -1
-    over: int = 0
+    size, ahead = rollout["prompts_per_step"] * rollout["samples_per_prompt"], rollout["ahead"]
+    step_of: dict[int, int] = {}  # by the seed of a request
+    over: Counter[int] = Counter()  # samples that have come, by step
+    requests, ask, push = RolloutCoordinator._requests, Asking.ask, WeightPush.push
+
+    def requests_of_a_step(self: Any, problems: Any, sampling: Any, purpose: Any) -> Any:
+        made = requests(self, problems, sampling, purpose)
+        step_of.update({request.seed: purpose[1] for request in made if purpose[0] == "train"})
+        return made
+
+    async def ask_half(self: Any, replica: Any, sample: Any) -> Any:
+        step = step_of.get(sample.request.seed, -1)
+        while sample.index % 2 and self.engine.weight_version <= step - ahead:
+            await asyncio.sleep(0.01)
+        answer = await ask(self, replica, sample)
+        over[step] += 1
+        return answer
+
+    def push_after_half(self: Any, stream: Any, version: int) -> Any:
+        half = version + ahead - 1  # of this step has come, and all of those before it
+        wanted = [size] * min(half, steps) + [size // 2] * (half < steps)
+        if self.engine.replicas and version > 0:
+            assert wait_until(lambda: all(over[step] >= count for step, count in enumerate(wanted)))
+        return push(self, stream, version)
+
+    RolloutCoordinator._requests, Asking.ask, WeightPush.push = requests_of_a_step, ask_half, push_after_half  # type: ignore
 
 
-def trained_versions(folder: Path, step: int) -> set[int]:
-    """Versions of the weights that sampled the rollouts with an advantage."""
-    mixed = [group for group in groups_of(folder, step) if len({sample.reward for sample in group.samples}) > 1]
-    return {int(v) for group in mixed for sample in group.samples for v in sample.completion.weight_versions}
+def mismatch_in_float64(folder: Path, step: int) -> np.ndarray:
+    """ln(trainer / engine) of each token that a step trains on, the trainer's from its weights of before the step."""
+    weights = Weights(folder.parent / f"before_{step}")
+    return np.concatenate(
+        [
+            weights.of_sampled(group.prompt_ids, sample.completion, 0) - sample.completion.logprobs
+            for group in mixed_groups(folder, step)
+            for sample in group.samples
+        ]
+    )
+
+
+def mixed_groups(folder: Path, step: int) -> list[Group]:
+    """Groups whose samples have an advantage."""
+    return [group for group in groups_of(folder, step) if len({sample.reward for sample in group.samples}) > 1]
+
+
+def oldest_change(folder: Path, step: int) -> int:
+    """First step whose update the oldest rollouts with an advantage have not seen."""
+    return 1 + min((min(versions_of([group])) for group in mixed_groups(folder, step)), default=step)
 
 
 def test_the_servers_top_log_probs_teach_as_the_trainers_do(sglang_server: LiveServer, tmp_path: Path) -> None:
