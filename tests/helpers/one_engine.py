@@ -68,7 +68,8 @@ def one_engine(
     """An engine, and the push that fills it."""
     config = SGLangConfig.model_validate({"placement": "given", "urls": list(urls)} | settings)
     engine = SGLangEngine(config, urls, VOCAB, CONTEXT, servers=servers, experts=experts)
-    checks = Gate(kv_heads, VOCAB, "cpu", 600.0) if gate else None
+    num_experts = experts.experts if experts else 0
+    checks = Gate(kv_heads, VOCAB, "cpu", 600.0, num_experts=num_experts) if gate else None
     try:
         yield engine, WeightPush(engine, TensorTransport(600.0), checks)
     finally:

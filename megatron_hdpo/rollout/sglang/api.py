@@ -51,6 +51,7 @@ class ServerInfo:
     model_path: str
     tokenizer_path: str
     tensor_parallel: int
+    expert_parallel: int
     data_parallel: int
     dtype: str
     quantization: str | None
@@ -149,6 +150,7 @@ class ServerApi:
             model_path=str(said.get("model_path", "")),
             tokenizer_path=str(said.get("tokenizer_path", "")),
             tensor_parallel=int(said.get("tp_size", 1)),
+            expert_parallel=int(said.get("ep_size") or 1),
             data_parallel=int(said.get("dp_size", 1)),
             dtype=str(said.get("dtype", "auto")),
             quantization=said.get("quantization"),

@@ -43,6 +43,11 @@ class Replica:
     health_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
+    def split(self) -> tuple[int, int]:
+        """Return over how many ranks its weights are split, and over how many groups of them its experts."""
+        return self.info.tensor_parallel, self.info.expert_parallel
+
+    @property
     def url(self) -> str:
         """Address of the server."""
         return self.api.url

@@ -123,10 +123,13 @@ def test_a_parameter_is_digested_when_its_last_part_has_come() -> None:
     assert not any(arrived.waiting for arrived in parameters._arrived.values()), "parts are let go of"
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_experts_are_two_parameters(ranks: int) -> None:
-    """[experts, gate above up, hidden] and [experts, hidden, channels], of which a rank has its channels."""
-    experts, names = 3, {"gate_proj": (FFN, HIDDEN), "up_proj": (FFN, HIDDEN), "down_proj": (HIDDEN, FFN)}
+@pytest.mark.parametrize(("ranks", "groups"), [(1, 1), (2, 1), (4, 1), (2, 2), (4, 2), (4, 4)])
+def test_experts_are_two_parameters(ranks: int, groups: int) -> None:
+    """[experts, gate above up, hidden] and [experts, hidden, channels], of which a rank has its channels.
+
+    In groups each has the next of the experts, and its ranks have all channels together.
+    """
+    experts, names = 8, {"gate_proj": (FFN, HIDDEN), "up_proj": (FFN, HIDDEN), "down_proj": (HIDDEN, FFN)}
     full = {
         (expert, name): torch.arange(FFN * HIDDEN).view(shape) + 100.0 * expert + 1000.0 * number
         for expert in range(experts)
@@ -134,14 +137,17 @@ def test_experts_are_two_parameters(ranks: int) -> None:
     }
     order = list(full.items())
     random.Random(ranks).shuffle(order)
-    parameters = ServedParameters(ranks, 2, Contents(), experts)
+    parameters = ServedParameters(ranks, 2, Contents(), experts, groups)
     parameters.add(LAYER + "mlp.gate.weight", torch.ones(experts, HIDDEN))
     for (expert, name), tensor in order:
         parameters.add(f"{LAYER}mlp.experts.{expert}.{name}.weight", tensor)
     for rank in range(ranks):
-        mine = slice(rank * FFN // ranks, (rank + 1) * FFN // ranks)
-        w13 = [torch.cat([full[e, "gate_proj"][mine], full[e, "up_proj"][mine]]) for e in range(experts)]
-        w2 = [full[e, "down_proj"][:, mine] for e in range(experts)]
+        group, place = divmod(rank, ranks // groups)
+        width = FFN * groups // ranks
+        mine = slice(place * width, (place + 1) * width)
+        held = range(group * experts // groups, (group + 1) * experts // groups)
+        w13 = [torch.cat([full[e, "gate_proj"][mine], full[e, "up_proj"][mine]]) for e in held]
+        w2 = [full[e, "down_proj"][:, mine] for e in held]
         assert parameters.by_rank()[rank] == {
             LAYER + "mlp.gate.weight": bits(torch.ones(experts, HIDDEN)),
             LAYER + "mlp.experts.w13_weight": bits(torch.stack(w13)),

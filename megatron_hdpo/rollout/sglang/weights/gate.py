@@ -40,16 +40,17 @@ class GateError(RuntimeError):
 
 
 class Expected:
-    """Digests that the servers should hold, for each tensor-parallel size of a server."""
+    """Digests that the servers should hold, for each split of a server's weights (`Replica.split`)."""
 
-    def __init__(self, sizes: Sequence[int], kv_heads: int, device: str, num_experts: int = 0) -> None:
-        self.by_size = {
-            size: ServedParameters(size, kv_heads, digests_of_servers(device), num_experts) for size in set(sizes)
+    def __init__(self, splits: Sequence[tuple[int, int]], kv_heads: int, device: str, num_experts: int = 0) -> None:
+        self.by_split = {
+            (ranks, groups): ServedParameters(ranks, kv_heads, digests_of_servers(device), num_experts, groups)
+            for ranks, groups in set(splits)
         }
 
     def add(self, bucket: Sequence[tuple[str, Tensor]]) -> None:
         """Add a bucket of the stream."""
-        for parameters in self.by_size.values():
+        for parameters in self.by_split.values():
             for name, tensor in bucket:
                 parameters.add(name, tensor)
 
@@ -76,8 +77,7 @@ class Gate:
 
     def expect(self, replicas: Sequence[Replica]) -> Expected:
         """Return an object that collects the stream's buckets for `check`."""
-        sizes = [replica.info.tensor_parallel for replica in replicas]
-        return Expected(sizes, self.kv_heads, self.device, self.num_experts)
+        return Expected([replica.split for replica in replicas], self.kv_heads, self.device, self.num_experts)
 
     async def check(self, servers: Participants, expected: Expected, version: int) -> None:
         """Compare checksums; raise GateError at the first server that holds other weights than were sent."""
@@ -87,9 +87,9 @@ class Gate:
             found[replica.url] = await _asked_again(self.timeout_s)(replica.api.checksums, self.timeout_s)
 
         await servers.each(ask)
-        digests = {size: parameters.by_rank() for size, parameters in expected.by_size.items()}
+        digests = {split: parameters.by_rank() for split, parameters in expected.by_split.items()}
         for replica in servers.replicas:
-            sent = digests[replica.info.tensor_parallel]
+            sent = digests[replica.split]
             for rank in found[replica.url]:
                 place = _tensor_parallel_rank(rank)
                 if replica.info.quantization and not self._audited:

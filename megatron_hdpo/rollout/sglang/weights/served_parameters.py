@@ -3,9 +3,9 @@
 Valid for the families that this package trains (Llama, Qwen2, Qwen3, Qwen3-MoE): query, key and value become qkv_proj,
 gate and up become gate_up_proj, and the vocabulary is padded to a multiple of 64; columns, rows and heads are split
 over the server's ranks, and key-value heads are repeated where there are fewer of them than ranks. A layer's experts
-are two parameters, one expert after the other, each split over the ranks like the layer of a dense model. The part on
-experts was read from the sources for SGLang's Triton kernels and has not been run against a server; other kernels
-rearrange experts, and servers with expert parallelism (`ep_size`) distribute them differently.
+are two parameters, one expert after the other, each split over the ranks like the layer of a dense model. With expert
+parallelism (`ep_size`) consecutive ranks form that many groups; a group holds consecutive experts, split over its ranks
+alone. Experts are so for SGLang's Triton kernels, and on a CPU; other kernels rearrange them.
 """
 
 from __future__ import annotations
@@ -25,12 +25,16 @@ _EXPERT = re.compile(r"(?P<experts>.*\.experts)\.(?P<number>\d+)\.(?P<module>gat
 
 @dataclass(frozen=True)
 class Part:
-    """Where a checkpoint's tensor belongs: parameter `name`, as its `index`-th of `count` parts, split by `kind`."""
+    """Where a checkpoint's tensor belongs: parameter `name`, as its `index`-th of `count` parts, split by `kind`.
+
+    expert: number of the expert that it is of, None outside of them.
+    """
 
     name: str
     index: int
     count: int
     kind: str
+    expert: int | None = None
 
 
 def part_of(name: str, num_experts: int = 0) -> Part:
@@ -55,8 +59,8 @@ def part_of(name: str, num_experts: int = 0) -> Part:
 
 def _expert_part(experts: str, number: int, module: str, num_experts: int) -> Part:
     if module == "down_proj":
-        return Part(f"{experts}.w2_weight", number, num_experts, "columns")
-    return Part(f"{experts}.w13_weight", 2 * number + _GATE_UP[module], 2 * num_experts, "rows")
+        return Part(f"{experts}.w2_weight", number, num_experts, "columns", number)
+    return Part(f"{experts}.w13_weight", 2 * number + _GATE_UP[module], 2 * num_experts, "rows", number)
 
 
 def cut(tensor: Tensor, kind: str, rank: int, ranks: int, kv_heads: int) -> Tensor:
@@ -84,27 +88,29 @@ class _Arrived:
 
     count: int
     digested: int = 0
-    waiting: dict[int, tuple[Tensor, str]] = field(default_factory=dict)
+    waiting: dict[int, tuple[Tensor, Part]] = field(default_factory=dict)
 
 
 class ServedParameters:
     """Digests of the parameters that a server of `ranks` ranks holds, computed from the stream of full tensors.
 
     digests: the server's own hash function, of bytes alone. A part is digested as soon as all parts before it are; only
-    parts that come too early are stored. num_experts: per layer, 0 in a dense model.
+    parts that come too early are stored. num_experts: per layer, 0 in a dense model. groups: of ranks, over which the
+    experts are distributed; it divides the ranks and the experts.
     """
 
-    def __init__(self, ranks: int, kv_heads: int, digests: Digests, num_experts: int = 0) -> None:
+    def __init__(self, ranks: int, kv_heads: int, digests: Digests, num_experts: int = 0, groups: int = 1) -> None:
         self.ranks, self.kv_heads, self.digests, self.num_experts = ranks, kv_heads, digests, num_experts
+        self.groups = groups
         self._arrived: dict[str, _Arrived] = {}
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Add a tensor of the stream."""
         part = part_of(name, self.num_experts)
         arrived = self._arrived.setdefault(part.name, _Arrived(part.count))
-        arrived.waiting[part.index] = (tensor, part.kind)
+        arrived.waiting[part.index] = (tensor, part)
         while arrived.digested in arrived.waiting:
-            self._digest(part.name, *arrived.waiting.pop(arrived.digested))
+            self._digest(*arrived.waiting.pop(arrived.digested))
             arrived.digested += 1
 
     def by_rank(self) -> list[dict[str, str]]:
@@ -116,9 +122,18 @@ class ServedParameters:
                 ranks[rank][name] = value
         return ranks
 
-    def _digest(self, name: str, tensor: Tensor, kind: str) -> None:
-        rows = _vocabulary_rows(tensor, self.ranks) if kind == "vocabulary" else 0
-        for rank in range(self.ranks):
-            piece = cut(tensor, kind, rank, self.ranks, self.kv_heads)
+    def _digest(self, tensor: Tensor, part: Part) -> None:
+        rows = _vocabulary_rows(tensor, self.ranks) if part.kind == "vocabulary" else 0
+        holders = self._holders(part)
+        for place, rank in enumerate(holders):
+            piece = cut(tensor, part.kind, place, len(holders), self.kv_heads)
             padding = (rows - len(piece)) * tensor[0].numel() * tensor.itemsize if rows else 0
-            self.digests.append((rank, name), piece, padding)
+            self.digests.append((rank, part.name), piece, padding)
+
+    def _holders(self, part: Part) -> range:
+        """Return the ranks over which a part is split."""
+        if part.expert is None:
+            return range(self.ranks)
+        size = self.ranks // self.groups
+        group = part.expert * self.groups // self.num_experts
+        return range(group * size, (group + 1) * size)
