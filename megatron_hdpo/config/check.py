@@ -16,6 +16,7 @@ from megatron_hdpo.model.config import transformer_engine_available
 from megatron_hdpo.model.fp8_rules import precision_errors, precision_warnings, size_errors
 from megatron_hdpo.objectives.settings import RecipeContext, surrogate_of
 from megatron_hdpo.parallel.layout import LayoutError, check_layout
+from megatron_hdpo.rollout.sglang.servers.arguments import expert_parallel, speculates
 from megatron_hdpo.rollout.sglang.servers.command import CPU_CACHE_TOKENS
 from megatron_hdpo.rollout.sglang.servers.config import REQUANTISED, SERVER_KEEPS_FREE
 from megatron_hdpo.teachers.config import ExternalTeacherConfig
@@ -281,6 +282,24 @@ def _started_server_errors(recipe: Recipe, architecture: Architecture, device: s
             f"rollout.sglang.servers.quantization: SGLang takes new weights of quantised layers for "
             f"{' and '.join(REQUANTISED)} only, not for {architecture.family}: leave it out"
         )
+    groups = expert_parallel(servers.extra_args)
+    if groups > 1 and not architecture.num_experts:
+        yield f"rollout.sglang.servers.extra_args: ep-size={groups}, but {recipe.model.path} has no experts"
+    elif architecture.num_experts % groups:
+        yield (
+            f"rollout.sglang.servers.extra_args: ep-size={groups} does not divide the model's "
+            f"{architecture.num_experts} experts"
+        )
+    if servers.tensor_parallel % groups:
+        yield (
+            f"rollout.sglang.servers.extra_args: ep-size={groups} does not divide tensor_parallel="
+            f"{servers.tensor_parallel}, the ranks of a server"
+        )
+    if recipe.rollout.routing_replay and speculates(servers.extra_args):
+        yield (
+            "rollout.routing_replay: SGLang does not record the experts of tokens that it decodes speculatively; take "
+            "speculative-algorithm out of rollout.sglang.servers.extra_args"
+        )
     if device == "cpu" and recipe.rollout.routing_replay:
         yield (
             "rollout.routing_replay: SGLang cannot return routed experts on a CPU (it needs CUDA pinned memory); set "
@@ -309,7 +328,7 @@ def _warnings(recipe: Recipe) -> Iterator[str]:
     if recipe.rollout.filtered and surrogate is not None and surrogate.importance_cap is None:
         yield (
             "rollout.top_p/top_k truncate the distribution, log-probs are those of the whole: importance ratios are "
-            f"biased; objective.surrogate.importance_cap={DEFAULT_IMPORTANCE_CAP} is used"
+            f"biased, by the mass that was kept; objective.surrogate.importance_cap={DEFAULT_IMPORTANCE_CAP} is used"
         )
     servers = recipe.rollout.sglang
     quantised = recipe.rollout.engine == "sglang" and servers.placement != "given" and servers.servers.quantization
@@ -317,6 +336,11 @@ def _warnings(recipe: Recipe) -> Iterator[str]:
         yield (
             "rollout.sglang.servers.quantization: nobody has seen it on a GPU yet, and the check after a weight sync "
             "does not compare quantised weights; watch train/mismatch_k3"
+        )
+    if recipe.rollout.engine == "sglang" and servers.placement != "given" and speculates(servers.servers.extra_args):
+        yield (
+            "rollout.sglang.servers.extra_args: nobody has seen speculative decoding on a GPU yet; by SGLang's sources "
+            "it leaves the distribution and the log-probs those of the model; watch train/mismatch_k3"
         )
     rounding = [f"model.{key}" for key in ("fp8", "fp8_emulation") if getattr(recipe.model, key) is not None]
     rounding += ["rollout.sglang.servers.quantization"] if quantised else []

@@ -281,6 +281,31 @@ def test_routing_replay_needs_experts_and_an_engine_that_tells_them(tree: Tree, 
         check_recipe(parse_recipe(tree), experts, 1)
 
 
+def test_experts_of_a_server_are_distributed_evenly_and_speculation_is_warned_of(
+    tree: Tree, architecture: Architecture
+) -> None:
+    experts = replace(architecture, num_experts=6, experts_per_token=2, expert_ffn_size=16)
+
+    def checked(model: Architecture, tensor_parallel: int = 4, **rollout: Any) -> list[str]:
+        servers = {"tensor_parallel": tensor_parallel, "extra_args": rollout.pop("extra_args")}
+        tree["rollout"] |= {"engine": "sglang", "sglang": {"servers": servers}, "routing_replay": False} | rollout
+        return check_recipe(parse_recipe(tree | {"device": "cuda"}), model, 4)
+
+    assert checked(experts, extra_args={"ep-size": 2}) == []
+    with pytest.raises(RecipeError, match="ep-size=3 does not divide tensor_parallel=4, the ranks of a server"):
+        checked(experts, extra_args={"--expert_parallel_size": 3})
+    with pytest.raises(RecipeError, match="ep-size=4 does not divide the model's 6 experts"):
+        checked(experts, extra_args={"ep": "4"})
+    with pytest.raises(RecipeError, match=r"ep-size=2, but .* has no experts"):
+        checked(architecture, extra_args={"ep-size": 2})
+    (warning,) = checked(architecture, extra_args={"speculative-algorithm": "NGRAM"})
+    assert "nobody has seen speculative decoding on a GPU" in warning
+    with pytest.raises(
+        RecipeError, match="routing_replay: SGLang does not record the experts of tokens that it decodes"
+    ):
+        checked(experts, extra_args={"speculative-algorithm": "NGRAM"}, routing_replay=True)
+
+
 def test_training_state_leaves_only_gpus_that_servers_share_in_turns(tree: Tree, architecture: Architecture) -> None:
     tree["rollout"] |= {"engine": "sglang", "sglang": {"trainer_memory": "all"}}
     with pytest.raises(RecipeError, match=r"trainer_memory=all: servers never release.*memory_saver=true"):

@@ -14,6 +14,7 @@ import aiohttp
 import orjson
 from packaging.version import Version
 
+from megatron_hdpo.rollout.sglang.servers.arguments import problem_of_server
 from megatron_hdpo.rollout.sglang.servers.config import OLDEST_SGLANG
 from megatron_hdpo.rollout.sglang.streamed import StreamedAnswer
 
@@ -38,13 +39,14 @@ class ApiError(RuntimeError):
 class ServerInfo:
     """Properties that a server reports.
 
-    model_path: folder of its current weights. tokenizer_path: folder it was started with. max_prompt: longest prompt in
+    model_path: folder of its current weights. tokenizer_path: folder it was started with. tensor_parallel: its ranks.
+    expert_parallel: groups of ranks over which experts are distributed. max_prompt: longest prompt in
     tokens. max_sequence: longest prompt plus response in tokens, given its context and its key-value cache; a server
     cuts longer responses short without a word. cache: tokens of its key-value cache, 0 if it does not say. sessions:
     weight updates need a begin and an end call. memory: bytes of weights and key-value cache on each of its GPUs, 0 if
     it does not say. routed_experts: answers can hold the experts that a token was sent to. streams_increments: the
     pieces of a streamed answer hold the new tokens only, not all so far. stamp: of the weights that it was started
-    with.
+    with. refused: the argument of its start with which no run can use it, and why; "" for none.
     """
 
     version: str
@@ -52,7 +54,6 @@ class ServerInfo:
     tokenizer_path: str
     tensor_parallel: int
     expert_parallel: int
-    data_parallel: int
     dtype: str
     quantization: str | None
     max_prompt: int
@@ -66,12 +67,15 @@ class ServerInfo:
     routed_experts: bool
     streams_increments: bool
     stamp: str
+    refused: str
 
     def problem_with(self, lengths: Mapping[str, int]) -> str:
-        """Return which sequence the server would cut short, or an empty string.
+        """Return how the server was started wrongly, which sequence it would cut short, or an empty string.
 
         lengths: tokens of prompt and response together, by the words for their settings.
         """
+        if self.refused:
+            return self.refused
         words, longest = max(lengths.items(), key=lambda item: item[1], default=("", 0))
         if longest <= self.max_sequence:
             return ""
@@ -151,7 +155,6 @@ class ServerApi:
             tokenizer_path=str(said.get("tokenizer_path", "")),
             tensor_parallel=int(said.get("tp_size", 1)),
             expert_parallel=int(said.get("ep_size") or 1),
-            data_parallel=int(said.get("dp_size", 1)),
             dtype=str(said.get("dtype", "auto")),
             quantization=said.get("quantization"),
             max_prompt=_max_prompt(said),
@@ -162,9 +165,11 @@ class ServerApi:
             sessions=await self._has("/begin_weight_update"),
             memory_saver=bool(said.get("enable_memory_saver")),
             memory=_memory(said),
-            routed_experts=bool(said.get("enable_return_routed_experts")),
+            # Of tokens that were decoded speculatively a server (0.5.23) records no experts, or those of others.
+            routed_experts=bool(said.get("enable_return_routed_experts")) and not said.get("speculative_algorithm"),
             streams_increments=bool(said.get("incremental_streaming_output")),
             stamp=str(said.get("weight_version", "default")),
+            refused=problem_of_server(said),
         )
 
     async def stamp(self, timeout: float = 10) -> str:

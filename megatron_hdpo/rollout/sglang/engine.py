@@ -50,8 +50,8 @@ class SGLangEngine:
     them. experts: sizes of the model's experts; without it requests must not ask for routed experts. shared_gpu: the
     GPU that this rank shares with a server, None if the servers have devices of their own. stamp: of this run, the same
     on all ranks. lengths: tokens of the longest sequences that will be requested, each by the words for its settings.
-    Raises ApiError when a server does not answer or is too old, ValueError when its dp_size is not 1 or when it would
-    cut a sequence short.
+    Raises ApiError when a server does not answer or is too old, ValueError when it was started with an argument that
+    spoils the run, or when it would cut a sequence short.
     """
 
     def __init__(
@@ -229,8 +229,6 @@ class SGLangEngine:
         api = ServerApi(self._session, url, key or None)
         ask = ServerApi(self._session, self.config.router, key or None) if self.config.router else api
         info = await api.info()
-        if info.data_parallel != 1:
-            raise ValueError(f"{url}: dp_size is {info.data_parallel}; weight updates need servers with dp_size 1")
         if problem := info.problem_with(self.lengths):
             raise ValueError(f"{url}: {problem}")
         return Replica(index=index, api=api, ask=ask, info=info, own=own)
@@ -367,7 +365,9 @@ class SGLangEngine:
         if self.experts is None:
             return "routed experts are requested, but the model has no experts"
         silent = [replica.url for replica in self.replicas if not replica.info.routed_experts]
-        return f"{silent[0]} was started without --enable-return-routed-experts" if silent else ""
+        if not silent:
+            return ""
+        return f"{silent[0]} was started without --enable-return-routed-experts, or with speculative decoding"
 
     def _take_off(self, result: GenerationResult) -> None:
         left = self._outstanding[result.request_id] - len(result.completions) - len(result.errors) - result.cancelled

@@ -12,9 +12,9 @@ import pytest
 from pydantic import ValidationError
 
 from megatron_hdpo.rollout.sglang.servers import supervisor
+from megatron_hdpo.rollout.sglang.servers.arguments import RESERVED_FLAGS
 from megatron_hdpo.rollout.sglang.servers.command import (
     CPU_CACHE_TOKENS,
-    RESERVED_FLAGS,
     NoRoomError,
     ServerLaunch,
     core_groups,
@@ -70,7 +70,7 @@ def test_settings_become_flags() -> None:
         max_running_requests=64,
         attention_backend="fa3",
         memory_saver=True,
-        extra_args={"cuda_graph_bs": ["1", "8"], "--disable-radix-cache": True, "random-seed": 7},
+        extra_args={"cuda_graph_bs": ["1", "8"], "--disable-radix-cache": True, "page-size": 7},
     )
     got = flags(config, "cuda", first_gpu=4)
     expected = {
@@ -86,7 +86,7 @@ def test_settings_become_flags() -> None:
         "--base-gpu-id": ["4"],
         "--cuda-graph-bs": ["1", "8"],
         "--disable-radix-cache": [],
-        "--random-seed": ["7"],
+        "--page-size": ["7"],
     }
     assert expected.items() <= got.items() and "--max-total-tokens" not in got
 
@@ -96,7 +96,7 @@ def test_settings_become_flags() -> None:
     [
         ({}, False),
         ({"quantization": "fp8"}, True),
-        ({"extra_args": {"--speculative-algorithm": "EAGLE"}}, True),
+        ({"extra_args": {"--speculative-algorithm": "NGRAM"}}, False),
         ({"memory_saver": False, "quantization": "fp8"}, False),
     ],
 )

@@ -41,7 +41,11 @@ def refusal(ended: Ended) -> str:
 RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "fp8 on a CPU": ({"servers": {"quantization": "fp8"}}, {}, "quantization='fp8' needs a GPU"),
     "memory saver on a CPU": ({"servers": {"memory_saver": True}}, {}, "memory_saver=True needs a GPU"),
-    "a flag of the run's": ({"servers": {"extra_args": {"dp": 2}}}, {}, "extra_args.dp is decided by the run"),
+    "a flag that spoils": (
+        {"servers": {"extra_args": {"dp": 2}}},
+        {},
+        "extra_args.dp=2: SGLang takes new weights only with",
+    ),
     "urls without given": ({"urls": [NOWHERE]}, {}, "with placement=given, and only then"),
     "given without urls": ({"placement": "given"}, {}, "name the servers' addresses with placement=given"),
     "an address twice": ({"placement": "given", "urls": [NOWHERE] * 2}, {}, "each may be named once"),
@@ -76,7 +80,7 @@ def test_an_error_of_one_rank_is_said_once_and_ends_all(tiny_model: Path, tmp_pa
     ("change", "words"),
     [
         ({"version": "0.4.1"}, "is SGLang 0.4.1; 0.5.15 or newer is needed"),
-        ({"dp_size": 2}, "dp_size is 2"),
+        ({"dp_size": 2}, "it was started with dp-size=2: SGLang takes new weights only with one"),
         (
             {"max_total_num_tokens": 40, "max_req_input_len": 34},
             "it samples at most 38 tokens of prompt and response together (its key-value cache holds 40), and "

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_hdpo.parallel.cores import usable_cores
+from megatron_hdpo.rollout.sglang.servers.arguments import REFUSED_VARIABLES, canonical
 
 if TYPE_CHECKING:
     from megatron_hdpo.rollout.sglang.servers.config import ServerConfig
@@ -15,20 +16,8 @@ if TYPE_CHECKING:
 CPU_CACHE_TOKENS = 65_536
 """Size of the key-value cache on a CPU; without a bound SGLang takes most of the host's memory for it."""
 
-_OWN_SETTINGS = (
-    "dtype quantization context-length mem-fraction-static max-total-tokens max-running-requests attention-backend "
-    "enable-memory-saver enable-weights-cpu-backup api-key host tp tp-size tensor-parallel-size"
-)
-_OF_THE_RUN = (
-    "model model-path device port nccl-port config base-gpu-id skip-server-warmup sleep-on-idle "
-    "dp dp-size data-parallel-size enable-return-routed-experts incremental-streaming-output"
-)
 _LARGEST_FRACTION = 0.97
 """Most of the free memory that weights and key-value cache may take; the rest is for activations."""
-RESERVED_FLAGS = dict.fromkeys(_OWN_SETTINGS.split(), "a setting of its own") | dict.fromkeys(
-    _OF_THE_RUN.split(), "decided by the run"
-)
-"""Flags that `extra_args` may not name, and why."""
 
 # Variables of torchrun: with them the server's processes would connect to the trainer's store.
 _TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"}
@@ -92,8 +81,9 @@ def server_command(
         "incremental-streaming-output": True,
         "enable-return-routed-experts": launch.routed_experts or None,
         "enable-memory-saver": config.memory_saver or None,
-        "enable-weights-cpu-backup": _keeps_weights(config) or None,
-    } | {flag.lstrip("-").replace("_", "-"): value for flag, value in config.extra_args.items()}
+        # A sync overwrites every weight before the server samples again; of quantised ones that is not known.
+        "enable-weights-cpu-backup": (config.memory_saver and config.quantization is not None) or None,
+    } | {canonical(flag): value for flag, value in config.extra_args.items()}
     command = [str(config.interpreter), "-m", "sglang.launch_server"]
     for flag, value in values.items():
         if value is not None:
@@ -119,16 +109,6 @@ def memory_fraction(config: ServerConfig, launch: ServerLaunch) -> float | None:
     return round(wanted / free, 4)
 
 
-def _keeps_weights(config: ServerConfig) -> bool:
-    """Return whether weights wait in host memory while the memory saver has released them.
-
-    A sync overwrites every weight of the model before the server samples again. It sends nothing to a draft model, and
-    of quantised weights it is not known that all of them are written anew.
-    """
-    drafts = any(flag.lstrip("-").startswith("speculative") for flag in config.extra_args)
-    return config.memory_saver and (drafts or config.quantization is not None)
-
-
 def _words(value: object) -> list[str]:
     if value is True:
         return []
@@ -136,8 +116,11 @@ def _words(value: object) -> list[str]:
 
 
 def server_environment(config: ServerConfig, device: str, base: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of a server: `base` without the trainer's own variables, plus `config.environment`."""
-    own = _TORCHRUN | _ALLOCATOR
+    """Return the environment of a server: `base` without the trainer's own variables, plus `config.environment`.
+
+    Variables that `config.environment` may not name are left out of `base`, too.
+    """
+    own = _TORCHRUN | _ALLOCATOR | REFUSED_VARIABLES.keys()
     environment = {
         name: value for name, value in base.items() if name not in own and not name.startswith("TORCHELASTIC_")
     }

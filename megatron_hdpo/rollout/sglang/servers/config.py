@@ -12,7 +12,8 @@ from typing import Literal
 from packaging.version import InvalidVersion, Version
 from pydantic import BaseModel, ConfigDict, Field
 
-from megatron_hdpo.rollout.sglang.servers.command import RESERVED_FLAGS, server_environment
+from megatron_hdpo.rollout.sglang.servers.arguments import REFUSED_VARIABLES, canonical, problems_of_flags
+from megatron_hdpo.rollout.sglang.servers.command import server_environment
 
 OLDEST_SGLANG = Version("0.5.15")
 REQUANTISING_LOADER = "flash_rl"
@@ -72,7 +73,8 @@ class ServerConfig(BaseModel):
     )
     extra_args: dict[str, FlagValue] = Field(
         default_factory=dict,
-        description="Further flags of `sglang.launch_server` without their dashes; true for a flag without a value.",
+        description="Further flags of `sglang.launch_server` without their dashes; true for a flag without a value. "
+        "Those that would spoil the run are refused: docs/rollouts-on-sglang.md lists them.",
     )
     environment: dict[str, str] = Field(default_factory=dict, description="Environment variables of the servers.")
     start_timeout_s: float = Field(900.0, gt=0, description="Longest wait for a server to load and answer.")
@@ -92,7 +94,7 @@ class ServerConfig(BaseModel):
     @property
     def requantises(self) -> bool:
         """Return whether SGLang quantises updated weights as it did those that it loaded."""
-        flags = {flag.lstrip("-").replace("_", "-"): value for flag, value in self.extra_args.items()}
+        flags = {canonical(flag): value for flag, value in self.extra_args.items()}
         return flags.get("load-format") == REQUANTISING_LOADER
 
     def check(self, device: str) -> None:
@@ -112,12 +114,10 @@ class ServerConfig(BaseModel):
                 "and stores later ones wrongly or not at all; leave quantization out, or add "
                 f"extra_args={{load-format: {REQUANTISING_LOADER}}} ({', '.join(REQUANTISED)} only, untested)"
             )
-        for flag, value in self.extra_args.items():
-            name = flag.lstrip("-").replace("_", "-")
-            if name in RESERVED_FLAGS:
-                raise ValueError(f"SGLang servers: extra_args.{flag} is {RESERVED_FLAGS[name]}; take it out")
-            if value is False:
-                raise ValueError(f"SGLang servers: extra_args.{flag} is false; a flag that is not wanted is left out")
+        for problem in problems_of_flags(self.extra_args, device):
+            raise ValueError(f"SGLang servers: extra_args.{problem}")
+        for name in sorted(REFUSED_VARIABLES.keys() & self.environment.keys()):
+            raise ValueError(f"SGLang servers: environment.{name}: {REFUSED_VARIABLES[name]}; take it out")
 
     def check_interpreter(self, device: str, base: Mapping[str, str] | None = None) -> Version:
         """Return the version of SGLang in the servers' interpreter, without importing it.
