@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from megatron_hdpo.types.headline import (
     CLIFF_RATE,
@@ -30,6 +31,43 @@ HEADLINES = (
     Headline("ranks/wait_share", "wait", "Share of forward and backward that ranks wait for the slowest", ".1%"),
 )
 """Metrics that the report shows of every run."""
+
+
+class ServerMetric(NamedTuple):
+    """A metric of SGLang servers. label: a description, for the report. spec: format of its value."""
+
+    name: str
+    label: str
+    spec: str = ",.0f"
+
+
+SERVERS = "servers/all"
+"""Number of SGLang servers; a step without it had none."""
+
+SERVER_USE = (
+    ServerMetric(SERVERS, "Servers"),
+    ServerMetric("servers/in_use", "Servers in use after the rollouts", ",.1f"),
+    ServerMetric("servers/running", "Requests at work", ",.1f"),
+    ServerMetric("servers/waiting", "Samples that wait for a server", ",.1f"),
+    ServerMetric("servers/queued", "Requests that wait within a server", ",.1f"),
+    ServerMetric("servers/cache_hit_rate", "Share of prompt tokens from the prefix cache", ".1%"),
+    ServerMetric("servers/tokens_per_s", "Tokens per second, while servers sample"),
+    ServerMetric("servers/asleep_s", "Seconds asleep", ",.1f"),
+)
+"""What the report shows of servers, as values of a step."""
+
+SERVER_TROUBLE = (
+    ServerMetric("servers/failed_tries", "Requests that brought no sample"),
+    ServerMetric("servers/continued", "Samples that went on elsewhere"),
+    ServerMetric("servers/kept_tokens", "Tokens that they had and kept"),
+    ServerMetric("servers/lost_tokens", "Tokens thrown away"),
+    ServerMetric("servers/tripped", "Servers that failed one sample after another"),
+    ServerMetric("servers/taken_out", "Servers found dead or hung"),
+    ServerMetric("servers/restarts", "Restarts of servers"),
+    ServerMetric("rollout/generation_failed", "Student rollouts lost"),
+    ServerMetric("rollout/privileged_generation_failed", "Privileged rollouts lost"),
+)
+"""What the report shows of servers, as counts over all steps."""
 
 STEP_SECONDS = "time/step_s"
 """Wall seconds of the whole step; the other `time/<phase>_s` are parts of it."""

@@ -7,7 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_hdpo.tracking.names import HEADLINES, STEP_SECONDS, parse_pass_at, parse_phase, step_seconds
+from megatron_hdpo.tracking.names import (
+    HEADLINES,
+    SERVER_TROUBLE,
+    SERVER_USE,
+    SERVERS,
+    STEP_SECONDS,
+    parse_pass_at,
+    parse_phase,
+    step_seconds,
+)
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -21,14 +30,17 @@ class SummaryTable:
 
 
 def summarise(records: Records) -> list[SummaryTable]:
-    """Return tables of evaluation before and after, of training metrics and of seconds per phase, without empty ones.
+    """Return tables of evaluation before and after, training, seconds per phase and SGLang servers, without empty ones.
 
     records: the steps of `read_metrics`. A metric that is absent or null in a step does not count in its mean.
     """
+    with_servers = [record for record in records if record.get(SERVERS)]
     tables = [
         SummaryTable("Evaluation", _evaluation(records)),
         SummaryTable("Training", _training(records)),
         SummaryTable("Time per phase (seconds)", _time(records)),
+        SummaryTable("Servers", _server_use(with_servers)),
+        SummaryTable("Trouble with servers", _server_trouble(with_servers)),
     ]
     return [table for table in tables if table.rows]
 
@@ -111,3 +123,35 @@ def _time_row(label: str, seconds: Sequence[float], total: float) -> dict[str, s
         "total": f"{whole:,.1f}",
         "share": f"{whole / total:.1%}" if total else "-",
     }
+
+
+def _server_use(records: Records) -> list[dict[str, str]]:
+    rows = []
+    for metric in SERVER_USE:
+        steps, values = series(records, metric.name)
+        if not values:
+            continue
+        cells = {"mean": math.fsum(values) / len(values), "last": values[-1]}
+        row = {key: format(value, metric.spec) for key, value in cells.items()}
+        for key, extreme in (("lowest", min(values)), ("highest", max(values))):
+            row[key] = f"{extreme:{metric.spec}} (step {steps[values.index(extreme)]})"
+        rows.append({"metric": metric.label, **row})
+    return rows
+
+
+def _server_trouble(records: Records) -> list[dict[str, str]]:
+    rows = []
+    for metric in SERVER_TROUBLE:
+        steps, values = series(records, metric.name)
+        if not values:
+            continue
+        worst = max(values)
+        rows.append(
+            {
+                "what": metric.label,
+                "total": format(math.fsum(values), metric.spec),
+                "steps": f"{sum(value > 0 for value in values)} of {len(values)}",
+                "most": f"{worst:{metric.spec}} (step {steps[values.index(worst)]})" if worst else "-",
+            }
+        )
+    return rows

@@ -21,6 +21,9 @@ from megatron_hdpo.types.errors import DataError
 from megatron_hdpo.types.metrics import Metric, reduce_metrics
 from megatron_hdpo.types.rollouts import Group, GroupOutline
 
+FAILURES = ("generation_failed", "check_failed", "privileged_generation_failed", "privileged_check_failed")
+"""Reasons why a rollout is missing that are nobody's choice; student and privileged ones are counted apart."""
+
 
 def collect_step_rollouts(run: Run) -> tuple[StepRollouts, dict[str, float]]:
     """Return the groups that the next step learns from, and metrics of all sampled groups. Collective.
@@ -156,10 +159,10 @@ def check_versions(groups: Sequence[GroupOutline], version: int, ahead: int = 0)
 
 
 def rollout_metrics(groups: Sequence[GroupOutline]) -> dict[str, float]:
-    """Return rewards, lengths and failures of the student rollouts; a mean over nothing is left out."""
+    """Return rewards and lengths of the student rollouts, and failures of all; a mean over nothing is left out."""
     samples = [sample for group in groups for sample in group.samples]
     metrics = {"rollout/samples": float(len(samples))}
-    for reason in ("generation_failed", "check_failed"):
+    for reason in FAILURES:
         metrics[f"rollout/{reason}"] = float(sum(group.dropped.get(reason, 0) for group in groups))
     if samples:
         metrics["rollout/reward_mean"] = float(np.mean([sample.reward for sample in samples]))

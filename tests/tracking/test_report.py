@@ -106,6 +106,38 @@ def test_evaluation_shows_intervals_where_a_step_has_them(tmp_path):
     assert (row["before"], row["after"], row["change"]) == ("0.250 (0.125 to 0.500)", "0.500", "+0.250")
 
 
+def test_servers_are_shown_over_the_steps(tmp_path):
+    """22 steps at half of the servers must be seen without the log."""
+    well = {"servers/all": 2, "servers/in_use": 2, "servers/lost_tokens": 0, "servers/cache_hit_rate": 0.5}
+    write_run(
+        tmp_path,
+        {
+            0: {"rollout/generation_failed": 9},  # no servers in this line
+            1: {**well, "rollout/privileged_generation_failed": 0},
+            2: {**well, "servers/in_use": 1, "servers/lost_tokens": 1200, "rollout/privileged_generation_failed": 3},
+            3: {"servers/all": 2, "servers/in_use": 1, "servers/lost_tokens": 30},
+        },
+    )
+    use, trouble = (table for table in summarise(read_metrics(tmp_path)) if "ervers" in table.title)
+    rows = {row.pop("metric"): row for row in use.rows}
+    assert rows["Servers in use after the rollouts"] == {
+        "mean": "1.3",
+        "last": "1.0",
+        "lowest": "1.0 (step 2)",
+        "highest": "2.0 (step 1)",
+    }
+    assert rows["Share of prompt tokens from the prefix cache"]["mean"] == "50.0%"
+    assert "Tokens per second, while servers sample" not in rows
+    rows = {row.pop("what"): row for row in trouble.rows}
+    assert rows["Tokens thrown away"] == {"total": "1,230", "steps": "2 of 3", "most": "1,200 (step 2)"}
+    assert rows["Privileged rollouts lost"] == {"total": "3", "steps": "1 of 2", "most": "3 (step 2)"}
+    assert "Student rollouts lost" not in rows
+
+
+def test_a_run_without_servers_has_no_table_of_them(run):
+    assert not [table for table in summarise(read_metrics(run)) if "ervers" in table.title]
+
+
 def test_final_table_on_the_console(run):
     stream = io.StringIO()
     write_report(run).show(Console(True, stream=stream))

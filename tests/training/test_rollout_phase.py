@@ -175,3 +175,16 @@ def test_further_problems_are_sampled_while_the_steps_ahead_are_paused() -> None
     assert sampled([1, 0], [1, 0]) == [text]
     assert sampled([1, 1], [1, 0]) == [text, "begin", "sampled", "end"]
     assert sampled([1, 1], [0, 0]) == [text, "begin", "sampled", "begin", "sampled", "end", "end"]
+
+
+def test_lost_privileged_rollouts_are_counted_apart_from_the_students() -> None:
+    made = group([1.0, 0.0])
+    made.dropped = {"generation_failed": 1, "privileged_generation_failed": 3, "privileged_check_failed": 2, "wrong": 5}
+    metrics = rollout_metrics([outline_of(made), outline_of(made)])
+    lost = {name.removeprefix("rollout/"): value for name, value in metrics.items() if name.endswith("_failed")}
+    assert lost == {
+        "generation_failed": 2,
+        "check_failed": 0,
+        "privileged_generation_failed": 6,
+        "privileged_check_failed": 4,
+    }

@@ -198,6 +198,15 @@ class ServerApi:
             return False
         return True
 
+    async def waiting(self, timeout: float = 5) -> int | None:
+        """Return how many requests wait within the server for a place in its batch; None if it does not tell."""
+        try:
+            said = await self.get("/v1/loads?include=core", timeout)
+            loads = [int(load["num_waiting_reqs"]) for load in said["loads"]]
+        except (ApiError, KeyError, TypeError, ValueError):
+            return None
+        return sum(loads) if loads else None
+
     async def generate(
         self, body: dict[str, Any], timeout: float, streamed: StreamedAnswer | None = None
     ) -> dict[str, Any]:

@@ -77,7 +77,8 @@ class Asking:
         streamed = StreamedAnswer() if self._streams(request) else None
         failure: TryError | None = None
         try:
-            answer = await self._answer(replica, sample, request, streamed)
+            with self.engine.usage.running():
+                answer = await self._answer(replica, sample, request, streamed)
         except asyncio.CancelledError:
             if streamed is not None:
                 self._keep(sample, request, streamed.so_far(), wanted)
@@ -191,6 +192,7 @@ class Asking:
         except BadAnswerError as error:
             self.engine.counts.lost_tokens += len(answer.get("output_ids") or [])
             raise TryError(f"{replica.url}: {error}") from error
+        self.engine.usage.answer(len(rest.token_ids), answer["meta_info"])
         if problem := self._problem_with_versions(rest, wanted):
             self.engine.counts.lost_tokens += len(rest.token_ids)
             if not self.config.router:  # which of the servers behind it has answered is not known
@@ -221,6 +223,7 @@ class Asking:
             self.engine.counts.lost_tokens += len(answer.get("output_ids") or [])
         else:
             sample.beginning = joined(sample.beginning, piece)
+            self.engine.usage.answer(len(piece.token_ids), {})
 
 
 def _aborted(answer: dict[str, Any]) -> bool:

@@ -33,6 +33,7 @@ from megatron_hdpo.rollout.sglang.replica import Replica
 from megatron_hdpo.rollout.sglang.servers.fleet import ServerFleet
 from megatron_hdpo.rollout.sglang.shared_gpu import SharedGpu
 from megatron_hdpo.rollout.sglang.stamps import RunStamp
+from megatron_hdpo.rollout.sglang.usage import Usage
 from megatron_hdpo.rollout.sglang.watch import Watch
 from megatron_hdpo.types.metrics import Metric
 from megatron_hdpo.types.rollouts import Completion, GenerationRequest, GenerationResult
@@ -74,7 +75,8 @@ class SGLangEngine:
         """Version of the weights that were sent last, or are being sent."""
         self.replicas: list[Replica] = []
         self.mixed_versions = 0
-        self.counts = Counts()
+        self.counts, self.usage = Counts(), Usage()
+        self._restarts_told = 0
         self._version = -1
         self._thread = LoopThread("sglang")
         self._session: aiohttp.ClientSession | None = None
@@ -153,7 +155,7 @@ class SGLangEngine:
         self._thread.run(self._cancel(request_ids))
 
     def metrics(self) -> dict[str, float]:
-        """Return counts of samples and servers since the last call, and the number of servers in use."""
+        """Return counts and use of samples and servers since the last call, and the numbers of servers."""
         return self._thread.run(self._metrics())
 
     def make_room(self) -> None:
@@ -176,6 +178,7 @@ class SGLangEngine:
                 replica.state, replica.reason, replica.half_updated = "serving", "", False
             elif replica.state == "serving":
                 replica.state, replica.reason = "stale", f"it missed the weights of version {version}"
+        self.usage.sleep(False)
         if version != self._version:
             self.counts.lost_tokens += self._beginnings.clear()
         self._version = self.newest_version = version
@@ -248,7 +251,14 @@ class SGLangEngine:
 
     async def _metrics(self) -> dict[str, float]:
         in_use = sum(r.state == "serving" and r.breaker.state == "closed" for r in self.replicas)
-        return self.counts.take() | {"servers/in_use": Metric(in_use, "sum")}
+        restarts = sum(self.servers.restarts) if self.servers else 0
+        numbers: dict[str, float] = {
+            "servers/all": Metric(len(self.replicas), "sum"),
+            "servers/in_use": Metric(in_use, "sum"),
+            "servers/restarts": Metric(restarts - self._restarts_told, "sum"),
+        }
+        self._restarts_told = restarts
+        return numbers | self.counts.take() | self.usage.take()
 
     async def _release(self) -> int:
         """Let the servers release their memory; return the bytes that one occupied on each of its GPUs.
@@ -260,6 +270,7 @@ class SGLangEngine:
         for replica in self.replicas:
             if replica.state != "down" and not replica.asleep and replica.info.memory_saver:
                 replica.state, replica.reason, replica.asleep = "stale", "its memory is the trainer's", True
+                self.usage.sleep(True)
                 try:
                     async with replica.health_lock:
                         await replica.api.post("/release_memory_occupation", {}, self.config.sync.timeout_s)
@@ -289,6 +300,7 @@ class SGLangEngine:
             reraise=True,
         )
         sample = OpenSample(request, index, self._beginnings.take(request, index))
+        self.usage.sample(1)
         try:
             completion: Completion = await retrying(self._try, sample)
             self._done.put(GenerationResult(request.request_id, [completion]))
@@ -303,6 +315,8 @@ class SGLangEngine:
         except Exception as error:
             LOGGER.warning("request %s, sample %d: %s", request.request_id, index, error)
             self._done.put(GenerationResult(request.request_id, [], errors=[f"sample {index}: {error}"]))
+        finally:
+            self.usage.sample(-1)
 
     def _hold(self, sample: OpenSample) -> None:
         """Hold what a sample has so far until it is requested again, after the weights have been restored."""

@@ -49,10 +49,16 @@ class Watch:
         elif self._process_ended(replica):
             await self.mark_down(replica, "its process has ended")
         elif await self._healthy(replica) or self.paused:
+            await self._note_queue(replica)
             return time.monotonic()
         elif time.monotonic() - healthy_at > self.engine.config.health_timeout_s:
             await self.mark_down(replica, f"no sign of health for {time.monotonic() - healthy_at:.0f} s")
         return healthy_at
+
+    async def _note_queue(self, replica: Replica) -> None:
+        """Note how many requests wait within a server that is sampling."""
+        if replica.in_flight and (waiting := await replica.api.waiting()) is not None:
+            self.engine.usage.queue(waiting)
 
     async def probe(self, replica: Replica) -> None:
         """Check whether a server still answers, after a request to it got no answer."""

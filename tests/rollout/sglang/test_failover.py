@@ -117,6 +117,7 @@ def test_samples_of_a_server_that_is_killed_go_on_from_their_tokens(
 
     after = ["stale" if index == killed else "serving" for index in range(2)]
     assert wait_until(lambda: states(engine) == after, 900), engine.replicas
+    assert found["servers/restarts"] + engine.metrics()["servers/restarts"] == 1
     assert len(completions(collect(engine, [request(n=3)]))) == 3, "a server without the run's weights is not asked"
     push.push(weights.stream(3), 3)
     assert states(engine) == ["serving", "serving"]

@@ -126,6 +126,17 @@ def test_the_trainer_returns_its_cache_before_the_server_takes_memory() -> None:
         assert engine.replicas[0].state == "serving"
 
 
+def test_sleep_is_counted_until_the_weights_have_come() -> None:
+    with turns() as (engine, push, _, _):
+        push.push(stream(), 0)
+        assert engine.metrics()["servers/asleep_s"] == 0
+        engine.make_room()
+        assert engine.metrics()["servers/asleep_s"] > 0
+        push.push(stream(), 1)
+        assert engine.metrics()["servers/asleep_s"] > 0
+        assert engine.metrics()["servers/asleep_s"] == 0
+
+
 CACHE = "the trainer releases its cache"
 WAKE = ["/resume_memory_occupation weights", "/update_weights_from_tensor"]
 TURNS = {
