@@ -281,6 +281,7 @@ class SGLangEngine:
 
     async def _begin(self, requests: Sequence[GenerationRequest]) -> None:
         loop = asyncio.get_running_loop()
+        self._dispatcher.refresh()
         for request in requests:
             self._tasks[request.request_id] = [
                 loop.create_task(self._sample(request, index)) for index in range(request.sampling.n)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,9 +11,11 @@ from megatron_hdpo.rollout.sglang.api import ServerApi, ServerInfo
 from megatron_hdpo.rollout.sglang.breaker import Breaker
 
 State = Literal["stale", "serving", "down"]
+MOST_NAMED = 4
+"""Servers that one message names: of hundreds, the first few say what is wrong."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Replica:
     """One server.
 
@@ -60,3 +63,14 @@ class Replica:
         self.state, self.reason = state, reason
         for task in list(self.in_flight):
             task.cancel()
+
+
+def first_few(texts: Sequence[str]) -> str:
+    """Return what is said of each server as one text, of many servers that of the first few."""
+    more = len(texts) - MOST_NAMED
+    return "; ".join(texts[:MOST_NAMED]) + (f"; and {more} more" if more > 0 else "")
+
+
+def reasons(replicas: Sequence[Replica]) -> str:
+    """Return why the servers are not used."""
+    return first_few([f"{replica.url}: {replica.reason}" for replica in replicas])

@@ -71,10 +71,113 @@ def test_samples_of_a_prompt_share_a_server_and_prompts_are_spread() -> None:
         assert [servers[4 * p : 4 * p + 4] for p in range(4)] == [[p % 2] * 4 for p in range(4)]
         for sample in samples:
             await sample.end()
-        assert not chosen._homes and not chosen._holders and not chosen._waiting
+        assert not chosen._prompts and not chosen._waiting
         assert [replica.taken for replica in chosen.replicas] == [0, 0]
 
     asyncio.run(check())
+
+
+def test_a_freed_slot_goes_to_a_prompt_in_the_cache_of_its_server() -> None:
+    """Two servers have run the first samples of two prompts each, and then one slot after the other is freed."""
+
+    async def check() -> None:
+        chosen = dispatcher(2, limit=1)
+        running = [Sample(chosen, "earlier 0"), Sample(chosen, "earlier 1")]
+        assert await settled(running) == [0, 1]
+        waiting = [Sample(chosen, f"prompt {p}") for p in range(4) for _ in range(4)]
+        for turn in range(16):
+            await running[turn % 2].end()
+            await settled(waiting)
+            running[turn % 2] = next(s for s in waiting if s.server == turn % 2 and not s.task.done())
+        for sample in running:
+            await sample.end()
+        servers = [sample.server for sample in waiting]
+        assert [set(servers[4 * p : 4 * p + 4]) for p in range(4)] == [{0}, {1}, {0}, {1}]
+
+    asyncio.run(check())
+
+
+def test_no_slot_stays_free_for_the_sake_of_a_cache() -> None:
+    async def check() -> None:
+        chosen = dispatcher(2, limit=1)
+        first, second = Sample(chosen, "prompt"), Sample(chosen, "other")
+        waiting = [Sample(chosen, "prompt") for _ in range(2)]
+        assert await settled([first, second, *waiting]) == [0, 1, None, None]
+        await second.end()
+        assert await settled(waiting) == [1, None]
+        await waiting[0].end()
+        assert await settled(waiting) == [1, 1]
+        for sample in (first, waiting[1]):
+            await sample.end()
+
+    asyncio.run(check())
+
+
+def test_samples_do_not_wait_for_the_cache_of_a_server_that_is_lost() -> None:
+    async def check() -> None:
+        chosen = dispatcher(2, limit=1)
+        first, second = Sample(chosen, "prompt"), Sample(chosen, "other")
+        waiting = [Sample(chosen, "prompt"), Sample(chosen, "next")]
+        assert await settled([first, second, *waiting]) == [0, 1, None, None]
+        chosen.replicas[0].state = "down"
+        chosen.refresh()
+        await second.end()
+        assert await settled(waiting) == [None, 1], "it is loose again, behind those that were"
+        await waiting[1].end()
+        assert await settled(waiting) == [1, 1]
+        for sample in (first, waiting[0]):
+            await sample.end()
+        assert not chosen._prompts
+
+    asyncio.run(check())
+
+
+def test_a_server_that_comes_back_is_used_from_the_next_look_on() -> None:
+    async def check() -> None:
+        chosen = dispatcher(2, limit=8)
+        chosen.replicas[1].state = "stale"
+        samples = [Sample(chosen, f"prompt {i}") for i in range(4)]
+        assert await settled(samples) == [0] * 4
+        chosen.replicas[1].state = "serving"
+        chosen.refresh()
+        samples += [Sample(chosen, f"later {i}") for i in range(4)]
+        assert await settled(samples) == [0] * 4 + [1] * 4
+        for sample in samples:
+            await sample.end()
+
+    asyncio.run(check())
+
+
+class CountedReplica(Replica):
+    """Counts how often the state of any server is read."""
+
+    reads = 0
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "state":
+            CountedReplica.reads += 1
+        return super().__getattribute__(name)
+
+
+def test_a_sample_costs_the_same_for_any_number_of_servers() -> None:
+    async def reads(count: int) -> float:
+        made: list[Any] = [
+            CountedReplica(
+                index=i, api=SimpleNamespace(), ask=SimpleNamespace(), info=SimpleNamespace(), state="serving"
+            )  # type: ignore[arg-type]
+            for i in range(count)
+        ]
+        chosen = Dispatcher(made, 4, 600.0, well)
+        chosen.refresh()
+        before, rounds = CountedReplica.reads, 6
+        samples = [Sample(chosen, f"prompt {i // 4}") for i in range(rounds * count)]
+        while not all(sample.task.done() for sample in samples):
+            for sample, server in zip(samples, await settled(samples), strict=True):
+                if server is not None and not sample.task.done():
+                    await sample.end()
+        return (CountedReplica.reads - before) / len(samples)
+
+    assert asyncio.run(reads(128)) < 1.5 * asyncio.run(reads(8))
 
 
 def test_one_prompt_with_many_samples_does_not_leave_a_server_idle() -> None:
