@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -73,8 +74,8 @@ class Asking:
         if replica.state != "serving":
             raise TryError(f"{replica.url} was lost: {replica.reason}", None)
         wanted = self.engine.weight_version
-        request = self._remaining(sample, wanted)
-        streamed = StreamedAnswer() if self._streams(request) else None
+        request = self._remaining(replica, sample, wanted)
+        streamed = StreamedAnswer() if self._streams(replica, request) else None
         failure: TryError | None = None
         try:
             with self.engine.usage.running():
@@ -110,32 +111,35 @@ class Asking:
                     return await other.api.abort(rid)
             other.abandoned.add(rid)
 
-        asked = self.engine.replicas if self.config.router else [replica]
         with suppress(asyncio.CancelledError):
-            await asyncio.shield(asyncio.gather(*map(abort, asked), return_exceptions=True))
+            await asyncio.shield(asyncio.gather(*map(abort, self._may_answer(replica)), return_exceptions=True))
 
-    def _remaining(self, sample: OpenSample, version: int) -> GenerationRequest:
+    def _may_answer(self, replica: Replica) -> Sequence[Replica]:
+        """Return the servers of which one samples a request to `replica`: behind a router, all."""
+        return self.engine.replicas if self.config.router else [replica]
+
+    def _remaining(self, replica: Replica, sample: OpenSample, version: int) -> GenerationRequest:
         """Return the request for the rest of a sample."""
         beginning, prompt = sample.beginning, len(sample.request.prompt_ids)
         if beginning is not None:
             if self.config.mixed_versions == "drop" and beginning.weight_versions.max() != version:
                 beginning = None
             else:
-                longest = min(replica.info.max_prompt for replica in self.engine.replicas)
+                longest = min(other.info.max_prompt for other in self._may_answer(replica))
                 beginning = shortened(beginning, longest - prompt, prompt)
             kept = 0 if beginning is None else len(beginning.token_ids)
             self.engine.counts.lost_tokens += sample.tokens - kept
             sample.beginning = beginning
         return sample.request if beginning is None else continuation(sample.request, beginning)
 
-    def _streams(self, request: GenerationRequest) -> bool:
+    def _streams(self, replica: Replica, request: GenerationRequest) -> bool:
         """Return whether to ask for the tokens while they are generated.
 
         Not with top log-probs: SGLang streams them as nested lists only, which are slow to read.
         """
         if not self.config.stream_interval or request.sampling.top_logprobs:
             return False
-        return all(replica.info.streams_increments for replica in self.engine.replicas)
+        return all(other.info.streams_increments for other in self._may_answer(replica))
 
     async def _answer(
         self, replica: Replica, sample: OpenSample, request: GenerationRequest, streamed: StreamedAnswer | None

@@ -29,9 +29,10 @@ from megatron_hdpo.rollout.sglang.config import SGLangConfig
 from megatron_hdpo.rollout.sglang.counts import Counts
 from megatron_hdpo.rollout.sglang.dispatcher import Dispatcher, ServersFail
 from megatron_hdpo.rollout.sglang.loop_thread import LoopThread
-from megatron_hdpo.rollout.sglang.replica import Replica
+from megatron_hdpo.rollout.sglang.replica import Replica, first_few, reasons
 from megatron_hdpo.rollout.sglang.servers.fleet import ServerFleet
 from megatron_hdpo.rollout.sglang.shared_gpu import SharedGpu
+from megatron_hdpo.rollout.sglang.sockets import room_for
 from megatron_hdpo.rollout.sglang.stamps import RunStamp
 from megatron_hdpo.rollout.sglang.usage import Usage
 from megatron_hdpo.rollout.sglang.watch import Watch
@@ -120,8 +121,10 @@ class SGLangEngine:
         """Queue requests, all or none. Raises ValueError on a request that would crash a server or be refused."""
         if len({request.request_id for request in requests}) < len(requests):
             raise ValueError(f"duplicate request ids among {[request.request_id for request in requests][:20]}")
+        longest_prompt = min((replica.info.max_prompt for replica in self.replicas), default=0)
+        longest = self.max_sequence
         for request in requests:
-            self._validate(request)
+            self._validate(request, longest_prompt, longest)
         self._outstanding |= {request.request_id: request.sampling.n for request in requests}
         if requests:
             self._thread.run(self._begin(requests))
@@ -141,7 +144,7 @@ class SGLangEngine:
                 continue
             if isinstance(result, EngineLostWeights):
                 self._drop_outstanding()
-                raise EngineLostWeights("; ".join(f"{r.url}: {r.reason}" for r in self.replicas))
+                raise EngineLostWeights(reasons(self.replicas))
             if isinstance(result, ServersFail):
                 self._drop_outstanding()
                 raise result
@@ -201,26 +204,42 @@ class SGLangEngine:
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
         self._session = aiohttp.ClientSession(connector=connector)
         own = len(self.servers.processes) if self.servers else 0
-        for index, url in enumerate(urls):
-            self.replicas.append(await self._replica(index, url, index if index < own else None))
+        asked = (self._replica(index, url, index if index < own else None) for index, url in enumerate(urls))
+        self.replicas += await asyncio.gather(*asked)
         if self.config.stream_interval:
             self._say_what_cannot_stream()
         self.watch = Watch(self)
         self._asking = Asking(self)
         self._beginnings = Beginnings(seeded=self.deterministic)
         self._dispatcher = Dispatcher(
-            self.replicas, self.config.max_concurrency, self.config.request_timeout_s, self.watch.trial
+            self.replicas, self._slots(len(urls)), self.config.request_timeout_s, self.watch.trial
         )
         loop = asyncio.get_running_loop()
         self._background = [loop.create_task(self._dispatcher.run())]
         self._background += [loop.create_task(self.watch.run(replica)) for replica in self.replicas]
+
+    def _slots(self, servers: int) -> int:
+        """Return the samples in flight per server: `max_concurrency`, or as many as this process may open files for."""
+        wanted = self.config.max_concurrency
+        room = room_for(servers * wanted)
+        if room >= servers * wanted:
+            return wanted
+        slots = max(1, room // servers)
+        LOGGER.warning(
+            "rollout.sglang.max_concurrency: %d samples on each of %d servers need more open files than this process "
+            "may have; %d are in flight on each: raise the limit (ulimit -n)",
+            wanted,
+            servers,
+            slots,
+        )
+        return slots
 
     def _say_what_cannot_stream(self) -> None:
         if silent := [replica.url for replica in self.replicas if not replica.info.streams_increments]:
             LOGGER.warning(
                 "SGLang servers %s were started without --incremental-streaming-output: the tokens of their unfinished "
                 "samples are lost with them",
-                ", ".join(silent),
+                first_few(silent),
             )
 
     async def _replica(self, index: int, url: str, own: int | None) -> Replica:
@@ -362,13 +381,12 @@ class SGLangEngine:
 
     # The methods below run in the caller's thread.
 
-    def _validate(self, request: GenerationRequest) -> None:
+    def _validate(self, request: GenerationRequest, longest_prompt: int, longest: int) -> None:
         problem = problem_with(request, self.vocab_size, self.context_length)
         if not problem and not self.replicas:
             problem = "this rank has no server"
         if not problem:
-            longest_prompt = min(replica.info.max_prompt for replica in self.replicas)
-            problem = problem_with_room(request, longest_prompt, self.max_sequence)
+            problem = problem_with_room(request, longest_prompt, longest)
         if not problem and request.sampling.routed_experts:
             problem = self._problem_with_experts()
         if not problem and self._outstanding.get(request.request_id):

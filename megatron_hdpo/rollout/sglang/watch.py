@@ -28,12 +28,15 @@ class Watch:
         self.paused = False
         self._restarting: dict[int, asyncio.Task[None]] = {}
         self._postponed: set[int] | None = None
+        self._probes: dict[int, asyncio.Task[None]] = {}
 
     async def run(self, replica: Replica) -> None:
-        """Check a replica every `health_interval_s` seconds, for ever."""
+        """Check a replica every `health_interval_s` seconds, for ever; all of them not at once, but in turn."""
         healthy_at = time.monotonic()
+        pause = self.engine.config.health_interval_s * (replica.index + 1) / len(self.engine.replicas)
         while True:
-            await asyncio.sleep(self.engine.config.health_interval_s)
+            await asyncio.sleep(pause)
+            pause = self.engine.config.health_interval_s
             try:
                 healthy_at = await self._check_once(replica, healthy_at)
             except Exception:
@@ -61,7 +64,14 @@ class Watch:
             self.engine.usage.queue(waiting)
 
     async def probe(self, replica: Replica) -> None:
-        """Check whether a server still answers, after a request to it got no answer."""
+        """Check whether a server still answers, after requests to it got no answer; once for all that fail together."""
+        probe = self._probes.get(replica.index)
+        if probe is None:
+            probe = self._probes[replica.index] = asyncio.get_running_loop().create_task(self._probe(replica))
+            probe.add_done_callback(lambda _: self._probes.pop(replica.index))
+        await asyncio.shield(probe)
+
+    async def _probe(self, replica: Replica) -> None:
         if replica.state == "down" or replica.index in self._restarting:
             return
         if self._process_ended(replica):

@@ -7,6 +7,7 @@ incomplete weights never carry it.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,7 +21,7 @@ from torch import Tensor
 from megatron_hdpo.rollout.engine import WeightStream
 from megatron_hdpo.rollout.sglang.api import ApiError
 from megatron_hdpo.rollout.sglang.engine import SGLangEngine
-from megatron_hdpo.rollout.sglang.replica import Replica
+from megatron_hdpo.rollout.sglang.replica import Replica, reasons
 from megatron_hdpo.rollout.sglang.stamps import UNVERSIONED, is_of_a_run
 from megatron_hdpo.rollout.sglang.weights.gate import Gate, GateError
 from megatron_hdpo.rollout.sglang.weights.participants import Participants
@@ -219,8 +220,7 @@ class WeightPush:
     def _check_taken(self, servers: Participants, version: int) -> None:
         """Raise WeightPushError when this rank has servers, and none of them takes part any more."""
         if self.engine.replicas and not servers.replicas:
-            reasons = "; ".join(f"{replica.url}: {replica.reason}" for replica in self.engine.replicas)
-            raise WeightPushError(f"no server took the weights of version {version}: {reasons}")
+            raise WeightPushError(f"no server took the weights of version {version}: {reasons(self.engine.replicas)}")
 
     async def _exclude_all(self, servers: Participants, reason: str) -> None:
         servers.exclude_all(reason)
@@ -293,12 +293,15 @@ class WeightPush:
 
     async def _continue_generation(self) -> None:
         """Resume generation on every server, also after a failed update: a server left paused would never recover."""
-        for replica in self.engine.replicas:
-            if not replica.foreign and (replica.state != "down" or replica.own is None):
-                try:
-                    await replica.api.continue_generation(10)
-                except ApiError as error:
-                    replica.reason = replica.reason or str(error)
+
+        async def resume(replica: Replica) -> None:
+            try:
+                await replica.api.continue_generation(10)
+            except ApiError as error:
+                replica.reason = replica.reason or str(error)
+
+        paused = [r for r in self.engine.replicas if not r.foreign and (r.state != "down" or r.own is None)]
+        await asyncio.gather(*map(resume, paused))
         self.engine.watch.paused = False
 
 
