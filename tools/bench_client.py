@@ -10,19 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import resource
 import socket
 import statistics
-from collections.abc import Iterator
-from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import _environment  # noqa: F401
 import numpy as np
 import orjson
+from _canned import VOCABULARY, in_process, information, missing, piece, processor_seconds
 from aiohttp import web
 
 from megatron_hdpo.rollout.sglang.config import SGLangConfig
@@ -30,7 +26,7 @@ from megatron_hdpo.rollout.sglang.engine import SGLangEngine
 from megatron_hdpo.rollout.sglang.stamps import RunStamp
 from megatron_hdpo.types.rollouts import GenerationRequest, SamplingParams
 
-VOCABULARY, VERSION, STAMP = 151_936, 1, RunStamp("0" * 16)
+VERSION, STAMP = 1, RunStamp("0" * 16)
 
 
 def main() -> None:
@@ -43,7 +39,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     found = []
-    with canned_server() as url:
+    with in_process(serve) as url:
         for tokens in options.tokens:
             for interval in options.intervals:
                 cost = milliseconds_per_sample(url, tokens, interval, options.samples, options.rounds)
@@ -75,25 +71,6 @@ def milliseconds_per_sample(url: str, tokens: int, interval: int, samples: int, 
     return 1000 * statistics.median(costs)
 
 
-def processor_seconds() -> float:
-    """Return the processor seconds of this process, without its children."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
-
-
-@contextmanager
-def canned_server() -> Iterator[str]:
-    """Yield the address of a server in a process of its own."""
-    ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=serve, args=(theirs,), daemon=True)
-    process.start()
-    try:
-        yield ours.recv()
-    finally:
-        process.terminate()
-        process.join()
-
-
 def serve(address: Connection) -> None:
     """Answer requests until this process is ended."""
     app = web.Application(client_max_size=2**30)
@@ -106,41 +83,28 @@ def serve(address: Connection) -> None:
         web.run_app(app, sock=listening, print=None)
 
 
-async def information(request: web.Request) -> web.Response:
-    """Describe a server of the version that is tested."""
-    return web.json_response({"version": "0.5.23", "incremental_streaming_output": True})
-
-
-async def missing(request: web.Request) -> web.Response:
-    """Say that updates have no session."""
-    return web.Response(status=404)
-
-
 async def generate(request: web.Request) -> web.StreamResponse:
     """Answer at once, in pieces if they are asked for."""
     asked = orjson.loads(await request.read())
     tokens = asked["sampling_params"]["max_new_tokens"]
     if not asked.get("stream"):
-        return web.Response(body=orjson.dumps(piece(0, tokens, tokens)), content_type="application/json")
+        return web.Response(body=orjson.dumps(part(0, tokens, tokens)), content_type="application/json")
     interval = asked["sampling_params"]["stream_interval"]
     answer = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
     await answer.prepare(request)
     for start in range(0, tokens, interval):
         end = min(start + interval, tokens)
-        await answer.write(b"data: " + orjson.dumps(piece(start, end, tokens)) + b"\n\n")
+        await answer.write(b"data: " + orjson.dumps(part(start, end, tokens)) + b"\n\n")
     await answer.write(b"data: [DONE]\n\n")
     return answer
 
 
-def piece(start: int, end: int, tokens: int) -> dict[str, Any]:
-    """Return the answer's tokens from `start` to `end`, as SGLang sends them."""
-    ids = [(7 * i) % VOCABULARY for i in range(start, end)]
-    finish = {"type": "length", "length": tokens} if end == tokens else None
-    meta: dict[str, Any] = {"finish_reason": finish, "completion_tokens": end, "weight_version": STAMP.of(VERSION)}
-    if finish is not None:
-        meta["weight_versions"] = [{"version": STAMP.of(VERSION), "start": 0, "end": tokens}]
-    meta["output_token_logprobs"] = [[-1.0 - 1e-7 * i, token, None] for i, token in enumerate(ids)]
-    return {"text": "word " * len(ids), "output_ids": ids, "meta_info": meta}
+def part(start: int, end: int, tokens: int) -> dict[str, object]:
+    """Return the answer's tokens from `start` to `end` of `tokens`."""
+    if end < tokens:
+        return piece(start, end, STAMP.of(VERSION))
+    spans = [{"version": STAMP.of(VERSION), "start": 0, "end": tokens}]
+    return piece(start, end, STAMP.of(VERSION), {"type": "length", "length": tokens}, spans)
 
 
 if __name__ == "__main__":
