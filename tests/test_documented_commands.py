@@ -93,6 +93,7 @@ COVERED = {
     "tools/bench_fp8_emulation.py": MINUTES,
     "tools/bench_rollout.py": MINUTES,
     "tools/bench_fleet.py": Tested("bench_fleet.measure("),
+    "tools/bench_client.py": MINUTES,
     "tools/same_numbers.py": NotRun("compares two folders that hours of training have made"),
     "examples/compare/compare.py": Tested("compare.py"),
     "examples/cluster/one_node.sh": Tested("one_node.sh"),

@@ -28,7 +28,7 @@ async def missing(request: web.Request) -> web.Response:
 def piece(
     start: int, end: int, stamp: str, finish: dict[str, Any] | None = None, spans: Sequence[dict[str, Any]] = ()
 ) -> dict[str, Any]:
-    """Return the answer's tokens from `start` to `end`, as SGLang sends them.
+    """Return the answer's tokens from `start` to `end`, as SGLang sends them without a tokenizer.
 
     stamp: of the weights when it is sent. finish: why the answer ends with it; None: it goes on. spans: versions of the
     whole answer's tokens, told at its end.
@@ -40,7 +40,7 @@ def piece(
     if finish is not None:
         meta["weight_versions"] = list(spans)
     meta["output_token_logprobs"] = [[-1.0 - 1e-7 * i, token, None] for i, token in enumerate(ids)]
-    return {"text": "word " * len(ids), "output_ids": ids, "meta_info": meta}
+    return {"output_ids": ids, "meta_info": meta}
 
 
 def processor_seconds() -> float:

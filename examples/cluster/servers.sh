@@ -26,9 +26,10 @@ processes=() addresses=()
 trap 'kill "${processes[@]}" 2>/dev/null || true; wait' EXIT
 
 for ((i = 0; i < gpus / wide; i++)); do
-  # A warm-up would stand in the way of the first weight update.
+  # A warm-up would stand in the way of the first weight update. Answers are token ids, each piece holds the new ones.
   "${PYTHON:-python}" -m sglang.launch_server --model-path "$MODEL" --host 0.0.0.0 --port $((port + i)) \
-    --tp-size "$wide" --base-gpu-id $((i * wide)) --dtype bfloat16 --skip-server-warmup "$@" \
+    --tp-size "$wide" --base-gpu-id $((i * wide)) --dtype bfloat16 --skip-server-warmup \
+    --incremental-streaming-output --skip-tokenizer-init "$@" \
     > "$URLS.logs/$host-$i.log" 2>&1 &
   processes+=("$!")
   addresses+=("http://$host:$((port + i))")

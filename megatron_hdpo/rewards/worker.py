@@ -46,7 +46,7 @@ _worker = _Worker()
 
 def start(pickled_tasks: bytes, memory_limit_mib: int | None) -> None:
     """Prepare the process. A task that cannot be prepared is reported by every check; the worker does not die of it."""
-    _die_at_once()
+    end_with_parent()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     try:
@@ -65,22 +65,22 @@ def judge(problem: Problem, response: str, limit_s: float) -> Outcome:
     The system kills this process when it takes more than `limit_s` seconds of processor time.
     """
     with _processor_time(limit_s):
-        return _guarded(lambda: _judge(problem, response))
+        return guarded(lambda: _judge(problem, response))
 
 
 def check_gold(answer: str, limit_s: float) -> Outcome:
     """Return an Outcome with the reason why a gold answer cannot be parsed, None when it can. limit_s: see `judge`."""
     with _processor_time(limit_s):
-        return _guarded(lambda: _check_gold(answer))
+        return guarded(lambda: _check_gold(answer))
 
 
 def ready() -> Outcome:
     """Return an Outcome with the names of the tasks that this worker scores, or with the error of their preparation."""
-    return _guarded(_task_names)
+    return guarded(_task_names)
 
 
-def _guarded(function: Callable[[], Any]) -> Outcome:
-    """Turn exceptions into text: some cannot be pickled or unpickled, which would break the whole pool."""
+def guarded(function: Callable[[], Any]) -> Outcome:
+    """Return the Outcome of a call, exceptions as text: some of them cannot be pickled, which would break the pool."""
     try:
         return Outcome(function(), None)
     except BaseException as error:  # SystemExit and math-verify's TimeoutException are no Exceptions
@@ -134,7 +134,7 @@ def _task(problem: Problem) -> Task:
         raise LookupError(f"problem {problem.id} names the task {problem.task!r}; the pool has: {names}") from None
 
 
-def _die_at_once() -> None:
+def end_with_parent() -> None:
     """End on SIGTERM, also inside a long C call that never returns to Python's handlers, and when the parent ends."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if sys.platform == "linux":

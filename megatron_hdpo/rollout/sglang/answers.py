@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import orjson
 
 from megatron_hdpo.rollout.sglang.stamps import RunStamp
 from megatron_hdpo.types.rollouts import Completion, FinishReason, SamplingParams, TopKArrays
@@ -22,6 +23,14 @@ class BadAnswerError(ValueError):
     """An answer that holds no valid completion: cut short, inconsistent, not finite, or not what was requested."""
 
 
+class NoCompletionError(ValueError):
+    """An answer that is no completion. status: the HTTP status that it stands for; None: the server did not end it."""
+
+    def __init__(self, reason: str, status: int | None = 500) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
 @dataclass(frozen=True)
 class ExpertChoice:
     """Sizes that the experts in an answer must fit.
@@ -32,6 +41,36 @@ class ExpertChoice:
     layers: int
     experts: int
     per_token: int
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The request that an answer must fit.
+
+    sampling, prompt_length: of the request; prompt_length in tokens. vocab_size: of the model. stamp: of the run whose
+    weights the servers hold. experts: sizes of the model's experts, None if it has none.
+    """
+
+    sampling: SamplingParams
+    prompt_length: int
+    vocab_size: int
+    stamp: RunStamp
+    experts: ExpertChoice | None = None
+
+
+def decoded(body: bytes) -> dict[str, Any]:
+    """Return the answer in a body, or in one event of a stream. Raises NoCompletionError when it is none."""
+    try:
+        answer = orjson.loads(body) if body else None
+    except orjson.JSONDecodeError as error:
+        raise NoCompletionError(f"the answer is not JSON: {bytes(body[:200])!r}") from error
+    if isinstance(answer, dict) and isinstance(answer.get("meta_info"), dict):
+        return answer
+    # A stream has no status of its own for an error.
+    said = answer.get("error") if isinstance(answer, dict) else None
+    status = said.get("code") if isinstance(said, dict) else None
+    reason = f"the answer is no completion: {str(answer)[:200]}"
+    raise NoCompletionError(reason, status if isinstance(status, int) else 500)
 
 
 def parse_completion(

@@ -14,9 +14,10 @@ import aiohttp
 import orjson
 from packaging.version import Version
 
+from megatron_hdpo.rollout.sglang.answers import NoCompletionError, decoded
+from megatron_hdpo.rollout.sglang.reading import RawAnswer
 from megatron_hdpo.rollout.sglang.servers.arguments import problem_of_server
 from megatron_hdpo.rollout.sglang.servers.config import OLDEST_SGLANG
-from megatron_hdpo.rollout.sglang.streamed import StreamedAnswer
 
 _SAME_WEIGHTS = frozenset({"/update_weights_from_tensor", "/update_weights_from_disk"})
 """Updates that hold or name their weights: a second one sets the same. A broadcast is not sent again."""
@@ -207,33 +208,21 @@ class ServerApi:
             return None
         return sum(loads) if loads else None
 
-    async def generate(
-        self, body: dict[str, Any], timeout: float, streamed: StreamedAnswer | None = None
-    ) -> dict[str, Any]:
-        """Return the answer to one sampling request. streamed: gets its pieces as they arrive; None: do not stream."""
-        if streamed is None:
-            return self._completion(await self._request("POST", "/generate", orjson.dumps(body), timeout))
-        data, whole = orjson.dumps(body | {"stream": True}), None
-        async with self._answered("POST", "/generate", data, timeout) as answer:
-            async for event in _events(answer):
-                if whole is None:  # else it is the mark of the end; the connection can be used again after it
-                    whole = streamed.add(self._completion(self._decoded("/generate", event)))
-        if whole is None:
-            raise ApiError(self.url, "/generate", "the answer ended early")
-        return whole
+    async def generate(self, body: dict[str, Any], timeout: float) -> dict[str, Any]:
+        """Return the answer to one sampling request, decoded."""
+        async with self._answered("POST", "/generate", orjson.dumps(body), timeout) as answer:
+            content = await answer.read()
+        try:
+            return decoded(content)
+        except NoCompletionError as error:
+            raise ApiError(self.url, "/generate", str(error), error.status) from error
 
-    def _completion(self, answer: Any) -> dict[str, Any]:
-        if isinstance(answer, dict) and isinstance(answer.get("meta_info"), dict):
-            return answer
-        # A stream has no status of its own for an error.
-        error = answer.get("error") if isinstance(answer, dict) else None
-        status = error.get("code") if isinstance(error, dict) else None
-        raise ApiError(
-            self.url,
-            "/generate",
-            f"the answer is no completion: {str(answer)[:200]}",
-            status if isinstance(status, int) else 500,
-        )
+    async def receive(self, answer: RawAnswer, body: dict[str, Any], timeout: float) -> None:
+        """Fill `answer` with the bytes of the answer to one sampling request, as they arrive."""
+        async with self._answered("POST", "/generate", orjson.dumps(body), timeout) as response:
+            while piece := await response.content.readany():
+                answer.add(piece)
+        answer.ended = True
 
     async def abort(self, request_id: str, timeout: float = 10) -> None:
         """Stop sampling a request."""
@@ -259,15 +248,6 @@ class ServerApi:
         if not answer.get("success") or not answer.get("ranks"):
             raise ApiError(self.url, "/weights_checker", str(answer.get("message")), 400)
         return answer["ranks"]
-
-
-async def _events(answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
-    """Yield the data of each server-sent event of an answer; they may be longer than a line that aiohttp would read."""
-    held = b""
-    async for piece in answer.content.iter_any():
-        *events, held = (held + piece).split(b"\n\n")
-        for event in events:
-            yield event.removeprefix(b"data:").strip()
 
 
 def _max_prompt(said: dict[str, Any]) -> int:

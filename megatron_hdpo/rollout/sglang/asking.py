@@ -9,12 +9,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from megatron_hdpo.rollout.sglang.answers import BadAnswerError, parse_completion
+from megatron_hdpo.rollout.sglang.answers import Asked
 from megatron_hdpo.rollout.sglang.api import ApiError
-from megatron_hdpo.rollout.sglang.partial import as_finished, continuation, joined, read_beginning, shortened
+from megatron_hdpo.rollout.sglang.loop_thread import to_its_end
+from megatron_hdpo.rollout.sglang.partial import as_finished, continuation, joined, shortened
+from megatron_hdpo.rollout.sglang.reading import RawAnswer, Reading
 from megatron_hdpo.rollout.sglang.replica import Replica
 from megatron_hdpo.rollout.sglang.stamps import problem_with_versions
-from megatron_hdpo.rollout.sglang.streamed import StreamedAnswer
 from megatron_hdpo.types.rollouts import Completion, GenerationRequest
 
 if TYPE_CHECKING:
@@ -75,29 +76,27 @@ class Asking:
             raise TryError(f"{replica.url} was lost: {replica.reason}", None)
         wanted = self.engine.weight_version
         request = self._remaining(replica, sample, wanted)
-        streamed = StreamedAnswer() if self._streams(replica, request) else None
+        answer = RawAnswer(streamed=self._streams(replica, request))
+        rid = f"{sample.key}-{os.urandom(4).hex()}"
         failure: TryError | None = None
         try:
             with self.engine.usage.running():
-                answer = await self._answer(replica, sample, request, streamed)
+                await self._receive(replica, sample, request, rid, answer)
         except asyncio.CancelledError:
-            if streamed is not None:
-                self._keep(sample, request, streamed.so_far(), wanted)
+            if self.engine.dropping:
+                await to_its_end(self._take_in(sample, request, answer, wanted))
             raise
         except TryError as error:
-            failure, answer = error, {}
-        if failure is None and not _aborted(answer):
-            return await self._completed(replica, sample, request, answer, wanted)
-        if streamed is not None and "weight_versions" not in answer.get("meta_info", {}):
-            answer = streamed.so_far()
-        self._keep(sample, request, answer, wanted)
+            failure = error
+        blame = None if self.engine.watch.paused else "server"
+        reading = await to_its_end(self._take_in(sample, request, answer, wanted))
+        if reading.ending == "complete":
+            assert reading.completion is not None
+            return await self._completed(replica, sample, reading.completion, wanted)
         finished = None if sample.beginning is None else as_finished(sample.beginning, sample.request)
         if finished is not None:
             return self._checked(replica, sample, finished)
-        if failure is None:
-            message = answer["meta_info"]["finish_reason"].get("message")
-            failure = TryError(f"{replica.url}: aborted: {message}", None if self.engine.watch.paused else "server")
-        raise failure
+        raise failure or await self._failure(replica, rid, reading, blame)
 
     async def stop_on_server(self, replica: Replica, rid: str) -> None:
         """Abort a request that is no longer needed on its server; behind a router, on all servers.
@@ -141,16 +140,16 @@ class Asking:
             return False
         return all(other.info.streams_increments for other in self._may_answer(replica))
 
-    async def _answer(
-        self, replica: Replica, sample: OpenSample, request: GenerationRequest, streamed: StreamedAnswer | None
-    ) -> dict[str, Any]:
-        """Return the server's answer, perhaps an aborted one. Raises TryError when there is none."""
-        rid = f"{sample.key}-{os.urandom(4).hex()}"
+    async def _receive(
+        self, replica: Replica, sample: OpenSample, request: GenerationRequest, rid: str, answer: RawAnswer
+    ) -> None:
+        """Fill `answer` with the server's answer, perhaps an aborted one. Raises TryError when it does not end."""
         body = request_body(request, sample.index, self.engine.deterministic) | {"rid": rid}
-        if streamed is not None:
+        if answer.streamed:
+            body["stream"] = True
             body["sampling_params"]["stream_interval"] = self.config.stream_interval
         limit = self.config.request_timeout_s
-        inner = asyncio.create_task(replica.ask.generate(body, limit + ABORT_GRACE_S, streamed))
+        inner = asyncio.create_task(replica.ask.receive(answer, body, limit + ABORT_GRACE_S))
         replica.in_flight.add(inner)
         try:
             await asyncio.wait({inner}, timeout=limit)
@@ -160,7 +159,7 @@ class Asking:
             if not inner.done():
                 await self.engine.watch.probe(replica)
                 raise TryError(f"{replica.url}: no answer within {limit:g} s")
-            return await inner
+            await inner
         except asyncio.CancelledError:
             current = asyncio.current_task()
             given_up = current is not None and current.cancelling() > 0
@@ -170,33 +169,48 @@ class Asking:
                 raise
             raise TryError(f"{replica.url} was lost: {replica.reason}", None) from None
         except ApiError as error:
-            if not error.may_pass:
-                raise
-            await self.stop_on_server(replica, rid)
-            if error.status is None:
-                await self.engine.watch.probe(replica)
-            raise TryError(str(error)) from error
+            raise await self._try_error(replica, rid, error) from error
         finally:
             inner.cancel()
             replica.in_flight.discard(inner)
 
-    async def _completed(
-        self, replica: Replica, sample: OpenSample, request: GenerationRequest, answer: dict[str, Any], wanted: int
-    ) -> Completion:
-        experts = self.engine.experts if request.sampling.routed_experts else None
-        try:
-            rest = parse_completion(
-                answer,
-                request.sampling,
-                self.engine.vocab_size,
-                self.engine.stamp,
-                experts,
-                len(request.prompt_ids),
+    async def _try_error(self, replica: Replica, rid: str, error: ApiError) -> TryError:
+        """Return the failure of a try that got no answer, or an error. Raises the error if another try would, too."""
+        if not error.may_pass:
+            raise error
+        await self.stop_on_server(replica, rid)
+        if error.status is None:
+            await self.engine.watch.probe(replica)
+        return TryError(str(error))
+
+    async def _take_in(self, sample: OpenSample, request: GenerationRequest, answer: RawAnswer, wanted: int) -> Reading:
+        """Read an answer, and add what it holds of an unfinished response to the sample's beginning."""
+        engine = self.engine
+        asked = Asked(request.sampling, len(request.prompt_ids), engine.vocab_size, engine.stamp, engine.experts)
+        reading = await engine.parsers.read(answer, asked)
+        if reading.completion is not None:
+            engine.usage.answer(len(reading.completion.token_ids), reading.counts)
+        if reading.ending == "complete":
+            return reading
+        if reading.completion is None or self._problem_with_versions(reading.completion, wanted):
+            engine.counts.lost_tokens += reading.tokens
+        else:
+            sample.beginning = joined(sample.beginning, reading.completion)
+        return reading
+
+    async def _failure(self, replica: Replica, rid: str, reading: Reading, blame: str | None) -> TryError:
+        """Return why an answer that has ended is no sample. blame: who is to blame when it was aborted."""
+        if reading.ending == "error":
+            return await self._try_error(
+                replica, rid, ApiError(replica.ask.url, "/generate", reading.problem, reading.status)
             )
-        except BadAnswerError as error:
-            self.engine.counts.lost_tokens += len(answer.get("output_ids") or [])
-            raise TryError(f"{replica.url}: {error}") from error
-        self.engine.usage.answer(len(rest.token_ids), answer["meta_info"])
+        if reading.ending == "aborted":
+            return TryError(f"{replica.url}: aborted: {reading.problem}", blame)
+        if reading.ending == "unread":
+            return TryError(f"{replica.url}: its answer could not be read: {reading.problem}", "sample")
+        return TryError(f"{replica.url}: {reading.problem}")
+
+    async def _completed(self, replica: Replica, sample: OpenSample, rest: Completion, wanted: int) -> Completion:
         if problem := self._problem_with_versions(rest, wanted):
             self.engine.counts.lost_tokens += len(rest.token_ids)
             if not self.config.router:  # which of the servers behind it has answered is not known
@@ -219,19 +233,6 @@ class Asking:
 
     def _problem_with_versions(self, piece: Completion, wanted: int) -> str:
         return problem_with_versions(piece.weight_versions, wanted, self.engine.newest_version)
-
-    def _keep(self, sample: OpenSample, request: GenerationRequest, answer: dict[str, Any], wanted: int) -> None:
-        """Add what an answer that ended early holds to the sample's beginning."""
-        piece = read_beginning(answer, request, self.engine.vocab_size, self.engine.stamp, self.engine.experts)
-        if piece is None or self._problem_with_versions(piece, wanted):
-            self.engine.counts.lost_tokens += len(answer.get("output_ids") or [])
-        else:
-            sample.beginning = joined(sample.beginning, piece)
-            self.engine.usage.answer(len(piece.token_ids), {})
-
-
-def _aborted(answer: dict[str, Any]) -> bool:
-    return ((answer.get("meta_info") or {}).get("finish_reason") or {}).get("type") == "abort"
 
 
 def request_body(request: GenerationRequest, index: int, deterministic: bool) -> dict[str, Any]:

@@ -89,6 +89,12 @@ class SGLangConfig(BaseModel):
         description="Servers send the tokens of a sample each time they have generated this many, so that of a server "
         "that is lost only the last ones have to be sampled again; 0: when the sample is complete.",
     )
+    parser_processes: int = Field(
+        2,
+        ge=0,
+        description="Processes of each sampling rank that decode and check long answers beside the trainer's; 0: the "
+        "trainer's process does.",
+    )
     max_tries: int = Field(
         4,
         ge=1,

@@ -29,6 +29,7 @@ from megatron_hdpo.rollout.sglang.config import SGLangConfig
 from megatron_hdpo.rollout.sglang.counts import Counts
 from megatron_hdpo.rollout.sglang.dispatcher import Dispatcher, ServersFail
 from megatron_hdpo.rollout.sglang.loop_thread import LoopThread
+from megatron_hdpo.rollout.sglang.parsers import Parsers
 from megatron_hdpo.rollout.sglang.replica import Replica, first_few, reasons
 from megatron_hdpo.rollout.sglang.servers.fleet import ServerFleet
 from megatron_hdpo.rollout.sglang.shared_gpu import SharedGpu
@@ -75,6 +76,9 @@ class SGLangEngine:
         self.newest_version = -1
         """Version of the weights that were sent last, or are being sent."""
         self.replicas: list[Replica] = []
+        self.dropping = False
+        """All samples are being cancelled, to be requested anew; what they have so far is kept."""
+        self.parsers = Parsers(config.parser_processes)
         self.mixed_versions = 0
         self.counts, self.usage = Counts(), Usage()
         self._restarts_told = 0
@@ -84,7 +88,6 @@ class SGLangEngine:
         self._done: queue.SimpleQueue[GenerationResult | EngineLostWeights | ServersFail] = queue.SimpleQueue()
         self._tasks: dict[str, list[asyncio.Task[None]]] = {}
         self._outstanding: dict[str, int] = {}
-        self._dropping = False
         self._closed = False
         try:
             self._thread.run(self._connect(urls))
@@ -192,6 +195,7 @@ class SGLangEngine:
             return
         self._closed = True
         self._outstanding.clear()
+        self.parsers.close()
         self._thread.run(self._disconnect())
         self._thread.close()
         if self.servers is not None:
@@ -271,7 +275,7 @@ class SGLangEngine:
     async def _metrics(self) -> dict[str, float]:
         in_use = sum(r.state == "serving" and r.breaker.state == "closed" for r in self.replicas)
         restarts = sum(self.servers.restarts) if self.servers else 0
-        numbers: dict[str, float] = {
+        numbers = {
             "servers/all": Metric(len(self.replicas), "sum"),
             "servers/in_use": Metric(in_use, "sum"),
             "servers/restarts": Metric(restarts - self._restarts_told, "sum"),
@@ -325,7 +329,7 @@ class SGLangEngine:
             completion: Completion = await retrying(self._try, sample)
             self._done.put(GenerationResult(request.request_id, [completion]))
         except asyncio.CancelledError:
-            if self._dropping:
+            if self.dropping:
                 self._hold(sample)
             self._done.put(GenerationResult(request.request_id, [], cancelled=1))
         except (EngineLostWeights, ServersFail) as error:
@@ -411,8 +415,8 @@ class SGLangEngine:
             self._tasks.pop(result.request_id, None)
 
     def _drop_outstanding(self) -> None:
-        self._dropping = True
+        self.dropping = True
         self._thread.run(self._end_tasks())
-        self._dropping = False
+        self.dropping = False
         self._outstanding.clear()
         self._done = queue.SimpleQueue()

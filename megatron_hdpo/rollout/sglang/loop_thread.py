@@ -59,6 +59,20 @@ def in_daemon_thread(work: Callable[[], T]) -> Future[T]:
     return future
 
 
+async def to_its_end(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Return the result of a coroutine that goes on when the caller is cancelled, and delays the cancellation."""
+    task = asyncio.get_running_loop().create_task(coroutine)
+    cancelled = False
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError:
+            cancelled = True
+    if cancelled:
+        raise asyncio.CancelledError
+    return task.result()
+
+
 async def _cancel_all() -> None:
     tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
     for task in tasks:

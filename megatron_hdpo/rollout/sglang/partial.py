@@ -13,32 +13,25 @@ from typing import Any
 
 import numpy as np
 
-from megatron_hdpo.rollout.sglang.answers import BadAnswerError, ExpertChoice, parse_completion
-from megatron_hdpo.rollout.sglang.stamps import RunStamp
+from megatron_hdpo.rollout.sglang.answers import Asked, BadAnswerError, parse_completion
 from megatron_hdpo.types.rollouts import Completion, GenerationRequest, TopKArrays
 
 
-def read_beginning(
-    answer: dict[str, Any],
-    request: GenerationRequest,
-    vocab_size: int,
-    stamp: RunStamp,
-    experts: ExpertChoice | None,
-) -> Completion | None:
+def read_beginning(answer: dict[str, Any], asked: Asked) -> Completion | None:
     """Return what an answer that ended early holds of a sample; None when that is nothing, or cannot be trusted."""
     meta, ids = answer.get("meta_info") or {}, answer.get("output_ids")
     if not ids:
         return None
-    stopped = ids[-1] in request.sampling.stop_token_ids
+    stopped = ids[-1] in asked.sampling.stop_token_ids
     whole = answer | {"meta_info": meta | {"finish_reason": {"type": "stop" if stopped else "length"}}}
     try:
         return parse_completion(
             whole,
-            replace(request.sampling, max_new_tokens=len(ids)),
-            vocab_size,
-            stamp,
-            experts if meta.get("routed_experts") else None,
-            len(request.prompt_ids),
+            replace(asked.sampling, max_new_tokens=len(ids)),
+            asked.vocab_size,
+            asked.stamp,
+            asked.experts if meta.get("routed_experts") else None,
+            asked.prompt_length,
         )
     except BadAnswerError:
         return None

@@ -20,10 +20,10 @@ from server_tools import session_processes, wait_until
 
 from megatron_hdpo.rollout.engine import EngineLostWeights
 from megatron_hdpo.rollout.sglang.engine import SGLangEngine
+from megatron_hdpo.rollout.sglang.reading import RawAnswer
 from megatron_hdpo.rollout.sglang.servers.command import ServerLaunch
 from megatron_hdpo.rollout.sglang.servers.config import ServerConfig
 from megatron_hdpo.rollout.sglang.servers.fleet import ServerFleet
-from megatron_hdpo.rollout.sglang.streamed import StreamedAnswer
 from megatron_hdpo.rollout.sglang.weights.push import WeightPush
 from megatron_hdpo.types.rollouts import Completion, GenerationRequest
 
@@ -97,13 +97,13 @@ def test_samples_of_a_server_that_is_killed_go_on_from_their_tokens(
     (whole,) = completions(collect(engine, [replace(wanted, sampling=replace(wanted.sampling, n=1))]))
     engine.metrics()
     arrived = Counter[int]()
-    add = StreamedAnswer.add
+    add = RawAnswer.add
 
-    def counted(self: StreamedAnswer, piece: Any) -> Any:
-        arrived[id(self)] += 1
-        return add(self, piece)
+    def counted(self: RawAnswer, piece: bytes) -> None:
+        arrived[id(self)] += piece.count(b"\n\n")
+        add(self, piece)
 
-    monkeypatch.setattr(StreamedAnswer, "add", counted)
+    monkeypatch.setattr(RawAnswer, "add", counted)
     engine.submit([wanted])
     assert wait_until(lambda: sum(pieces >= 3 for pieces in list(arrived.values())) >= 4)
     killed = next(replica.index for replica in engine.replicas if replica.in_flight)

@@ -9,13 +9,18 @@ import numpy as np
 import pytest
 from one_engine import request
 
+from megatron_hdpo.rollout.sglang.answers import Asked
 from megatron_hdpo.rollout.sglang.partial import as_finished, continuation, joined, read_beginning, shortened
 from megatron_hdpo.rollout.sglang.stamps import RunStamp
 from megatron_hdpo.rollout.sglang.streamed import StreamedAnswer
-from megatron_hdpo.types.rollouts import Completion, TopKArrays
+from megatron_hdpo.types.rollouts import Completion, GenerationRequest, TopKArrays
 
 VOCAB, LAYERS, PER_TOKEN = 17, 2, 1
 STAMP = RunStamp()
+
+
+def asked(wanted: GenerationRequest) -> Asked:
+    return Asked(wanted.sampling, len(wanted.prompt_ids), VOCAB, STAMP)
 
 
 def completion(ids: list[int], version: int, experts_from: int | None = None, **kw: Any) -> Completion:
@@ -67,7 +72,7 @@ def test_tokens_of_an_unknown_version_are_not_kept() -> None:
     streamed = StreamedAnswer()
     for part in (piece([5], 1), piece([6, 7], 3), piece([8, 9], 5, 2), piece([10], 6, 2)):
         streamed.add(part)
-    beginning = read_beginning(streamed.so_far(), request(), VOCAB, STAMP, None)
+    beginning = read_beginning(streamed.so_far(), asked(request()))
     assert beginning is not None and beginning.token_ids.tolist() == [5, 6, 7]
     assert beginning.weight_versions.tolist() == [1, 1, 1]
 
@@ -85,8 +90,8 @@ def test_tokens_of_an_unknown_version_are_not_kept() -> None:
 def test_what_cannot_be_trusted_is_not_kept(spoil: Any) -> None:
     streamed = StreamedAnswer()
     streamed.add(piece([5, 6, 7], 3))
-    assert read_beginning(streamed.so_far(), request(), VOCAB, STAMP, None) is not None
-    assert read_beginning(spoil(streamed.so_far()), request(), VOCAB, STAMP, None) is None
+    assert read_beginning(streamed.so_far(), asked(request())) is not None
+    assert read_beginning(spoil(streamed.so_far()), asked(request())) is None
 
 
 def test_a_beginning_that_ends_in_a_stop_token_is_a_sample() -> None:
@@ -94,7 +99,7 @@ def test_a_beginning_that_ends_in_a_stop_token_is_a_sample() -> None:
     streamed = StreamedAnswer()
     streamed.add(piece([5, 6, 1], 3))
     wanted = request(tokens=8, stop_token_ids=(1,))
-    beginning = read_beginning(streamed.so_far(), wanted, VOCAB, STAMP, None)
+    beginning = read_beginning(streamed.so_far(), asked(wanted))
     assert beginning is not None
     finished = as_finished(beginning, wanted)
     assert finished is not None and finished.finish_reason == "stop"

@@ -52,6 +52,7 @@ def test_a_server_on_a_cpu_has_a_bounded_cache_and_no_flag_of_gpus() -> None:
         "--max-total-tokens": [str(CPU_CACHE_TOKENS)],
         "--sleep-on-idle": [],
         "--skip-server-warmup": [],
+        "--skip-tokenizer-init": [],
         "--incremental-streaming-output": [],
     }
 

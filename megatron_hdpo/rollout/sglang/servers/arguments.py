@@ -16,7 +16,7 @@ _OWN_SETTINGS = (
 )
 _OF_THE_RUN = (
     "model model-path device port nccl-port config base-gpu-id skip-server-warmup sleep-on-idle "
-    "enable-return-routed-experts incremental-streaming-output"
+    "enable-return-routed-experts incremental-streaming-output skip-tokenizer-init"
 )
 RESERVED_FLAGS = dict.fromkeys(_OWN_SETTINGS.split(), "a setting of its own") | dict.fromkeys(
     _OF_THE_RUN.split(), "decided by the run"

@@ -77,6 +77,8 @@ def server_command(
         "sleep-on-idle": True,
         # A warm-up would still run after the server answers, and delay the first weight update.
         "skip-server-warmup": True,
+        # Prompts and answers are token ids; the text of each answer would cost the server time.
+        "skip-tokenizer-init": True,
         # A streamed piece would otherwise hold all tokens so far.
         "incremental-streaming-output": True,
         "enable-return-routed-experts": launch.routed_experts or None,
