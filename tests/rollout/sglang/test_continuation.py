@@ -12,14 +12,13 @@ import numpy as np
 import pytest
 from aiohttp import web
 from fault_proxy import Answer, FaultProxy, changed, cut_off, delay, streamed_until
-from one_engine import Weights, collect, completions, kept_away, one_engine, request
+from one_engine import TOLERANCE, Weights, collect, completions, kept_away, one_engine, request
 
 from megatron_hdpo.rollout.engine import EngineLostWeights
 from megatron_hdpo.rollout.sglang.engine import SGLangEngine
 from megatron_hdpo.types.rollouts import Completion, GenerationRequest
 
 VERSION, INTERVAL, TOKENS = 1, 8, 100
-TOLERANCE = 1e-5
 
 
 def greedy(tokens: int = TOKENS, **settings: Any) -> GenerationRequest:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fault_proxy import FaultProxy, changed, cut_off, delay, status
-from one_engine import VOCAB, Weights, collect, completions, one_engine, request
+from one_engine import TOLERANCE, VOCAB, Weights, collect, completions, one_engine, request
 from server_tools import LiveServer, serves
 
 from megatron_hdpo.model.policy import TrainingError
@@ -21,8 +21,6 @@ from megatron_hdpo.rollout.sglang.weights.push import WeightPush, WeightPushErro
 from megatron_hdpo.training.rollout_phase import check_versions
 from megatron_hdpo.types.problem import Problem
 from megatron_hdpo.types.rollouts import Completion, GenerationRequest, Group, Sample, outline_of
-
-TOLERANCE = 1e-5
 
 
 def test_samples_carry_what_the_trainer_needs(sglang_server: LiveServer, weights: Weights) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 from fault_proxy import FaultProxy, changed, cut_off, delay, held, status
-from one_engine import Weights, collect, completions, kept_away, one_engine, request
+from one_engine import TOLERANCE, Weights, collect, completions, kept_away, one_engine, request
 from safetensors import SafetensorError
 from server_tools import LiveServer, serves, wait_until
 
@@ -21,8 +21,6 @@ from megatron_hdpo.rollout.sglang.engine import SGLangEngine
 from megatron_hdpo.rollout.sglang.weights.gate import Gate, GateError
 from megatron_hdpo.rollout.sglang.weights.push import WeightPushError
 from megatron_hdpo.rollout.sglang.weights.transports import BroadcastTransport, DiskTransport, TensorTransport
-
-TOLERANCE = 1e-5
 
 
 def within(seconds: float, work: Callable[[], Any]) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from one_engine import collect, completions, one_engine, request
+from one_engine import TOLERANCE, collect, completions, one_engine, request
 from recipes import make_model
 from safetensors.torch import load_file, save_file
 from server_tools import LiveServer
@@ -73,7 +73,7 @@ def test_experts_arrive_where_the_server_looks_for_them(served: Any, tmp_path: P
             with torch.no_grad():
                 rows = reference(ids[None]).logits[0, len(asked.prompt_ids) - 1 : -1].log_softmax(-1)
             wanted = rows.gather(1, ids[len(asked.prompt_ids) :, None])[:, 0].numpy()
-            np.testing.assert_allclose(sample.logprobs, wanted, atol=1e-5)
+            np.testing.assert_allclose(sample.logprobs, wanted, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("expert", [0, 7])

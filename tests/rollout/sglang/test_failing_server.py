@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from fault_proxy import FaultProxy, cut_off, delay, fault_proxy, status
-from one_engine import Weights, collect, completions, one_engine, request
+from one_engine import TOLERANCE, Weights, collect, completions, one_engine, request
 from server_tools import LiveServer, wait_until
 
 from megatron_hdpo.rollout.engine import EngineLostWeights
@@ -20,7 +20,6 @@ from megatron_hdpo.rollout.sglang.weights.push import WeightPushError
 from megatron_hdpo.types.rollouts import GenerationRequest
 
 VERSION, LIMIT = 1, 4
-TOLERANCE = 1e-5
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from one_engine import Weights, collect, completions, one_engine, request
+from one_engine import TOLERANCE, Weights, collect, completions, one_engine, request
 from recipes import make_model
 from server_tools import LiveServer, is_scheduler, serves, session_processes
 from transformers import AutoModelForCausalLM
@@ -22,7 +22,6 @@ from megatron_hdpo.rollout.sglang.weights.transports import BroadcastTransport, 
 
 pytestmark = pytest.mark.slow
 
-TOLERANCE = 1e-5
 PATHS = ("tensor", "distributed", "disk")
 
 

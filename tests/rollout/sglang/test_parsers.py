@@ -18,7 +18,7 @@ import psutil
 import pytest
 from fault_proxy import Answer, FaultProxy, changed, cut_off, streamed_until
 from hostile_reader import FailsFirst
-from one_engine import Weights, collect, completions, kept_away, one_engine, request
+from one_engine import TOLERANCE, Weights, collect, completions, kept_away, one_engine, request
 from server_tools import LiveServer
 
 from megatron_hdpo.rollout.engine import EngineLostWeights
@@ -30,7 +30,7 @@ from megatron_hdpo.rollout.sglang.reading import RawAnswer, Reading, read_answer
 from megatron_hdpo.rollout.sglang.stamps import RunStamp
 from megatron_hdpo.types.rollouts import SamplingParams
 
-VOCAB, TOKENS, TOLERANCE = 1000, 600, 1e-5
+VOCAB, TOKENS = 1000, 600
 STAMP = RunStamp("0123456789abcdef")
 ASKED = Asked(SamplingParams(TOKENS, stop_token_ids=(1,)), 3, VOCAB, STAMP)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import psutil
 import pytest
-from one_engine import Weights, collect, completions, one_engine, request
+from one_engine import TOLERANCE, Weights, collect, completions, one_engine, request
 from server_tools import LiveServer, session_processes, wait_until
 
 from megatron_hdpo.rollout.sglang.servers.config import ServerConfig
@@ -63,7 +63,7 @@ def test_a_router_before_two_servers(workers: list[LiveServer], router: str) -> 
             push.push(weights.stream(version), version)
             samples = completions(collect(engine, [request(f"p{i}#0", n=2) for i in range(6)]))
             assert len(samples) == 12
-            assert all(weights.worst(request().prompt_ids, sample, version) < 1e-5 for sample in samples)
+            assert all(weights.worst(request().prompt_ids, sample, version) < TOLERANCE for sample in samples)
         for process in session_processes(workers[0].process.pid):
             if process.pid != workers[0].process.pid:
                 kill(process)
@@ -71,7 +71,7 @@ def test_a_router_before_two_servers(workers: list[LiveServer], router: str) -> 
         push.push(weights.stream(3), 3)
         samples = completions(collect(engine, [request(f"q{i}#0", n=2) for i in range(4)]))
         assert len(samples) == 8
-        assert all(weights.worst(request().prompt_ids, sample, 3) < 1e-5 for sample in samples)
+        assert all(weights.worst(request().prompt_ids, sample, 3) < TOLERANCE for sample in samples)
 
 
 def kill(process: psutil.Process) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from fault_proxy import FaultProxy, changed, cut_off, status
-from one_engine import Weights, collect, completions, one_engine, request
+from one_engine import TOLERANCE, Weights, collect, completions, one_engine, request
 from server_tools import LiveServer, serves, wait_until
 
 from megatron_hdpo.rollout.engine import EngineLostWeights
@@ -21,7 +21,6 @@ from megatron_hdpo.rollout.sglang.stamps import RunStamp
 from megatron_hdpo.rollout.sglang.weights.push import ForeignWeightsError, WeightPush, WeightPushError
 
 Answer = dict[str, Any]
-TOLERANCE = 1e-5
 
 
 def with_meta(answer: Answer, **meta: Any) -> Answer:
