@@ -191,6 +191,7 @@ class FakeServer:
             "/pause_generation": self._pause,
             "/server_info": information,
             "/update_weights_from_tensor": self._update,
+            "/v1/loads": self._tell_load,
         }
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
@@ -234,6 +235,9 @@ class FakeServer:
 
     async def _say_well(self, request: web.Request) -> web.Response:
         return web.json_response({"weight_version": self.stamp})
+
+    async def _tell_load(self, request: web.Request) -> web.Response:
+        return web.json_response({"loads": [{"num_waiting_reqs": len(self._queue)}]})
 
     async def _pause(self, request: web.Request) -> web.Response:
         self.clock.change(speed=0.0)

@@ -220,6 +220,7 @@ class SGLangEngine:
         )
         loop = asyncio.get_running_loop()
         self._background = [loop.create_task(self._dispatcher.run())]
+        self._background.append(loop.create_task(self.watch.clock.run()))
         self._background += [loop.create_task(self.watch.run(replica)) for replica in self.replicas]
 
     def _slots(self, servers: int) -> int:

@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 from megatron_hdpo.rollout.sglang.api import ApiError
+from megatron_hdpo.rollout.sglang.loop_clock import LoopClock
 from megatron_hdpo.rollout.sglang.replica import Replica
 from megatron_hdpo.rollout.sglang.servers.server import ServerError
 
@@ -20,19 +21,20 @@ LOGGER = logging.getLogger(__name__)
 class Watch:
     """Watches the replicas of an engine.
 
-    paused: set during a weight update, when servers are busy and answer no health check.
+    paused: set during a weight update, when servers are busy and answer no health check. clock: of the engine's loop.
     """
 
     def __init__(self, engine: SGLangEngine) -> None:
         self.engine = engine
         self.paused = False
+        self.clock = LoopClock()
         self._restarting: dict[int, asyncio.Task[None]] = {}
         self._postponed: set[int] | None = None
         self._probes: dict[int, asyncio.Task[None]] = {}
 
     async def run(self, replica: Replica) -> None:
         """Check a replica every `health_interval_s` seconds, for ever; all of them not at once, but in turn."""
-        healthy_at = time.monotonic()
+        healthy_at = self.clock.now()
         pause = self.engine.config.health_interval_s * (replica.index + 1) / len(self.engine.replicas)
         while True:
             await asyncio.sleep(pause)
@@ -44,18 +46,19 @@ class Watch:
                 LOGGER.exception("the health check of SGLang server %s failed", replica.url)
 
     async def _check_once(self, replica: Replica, healthy_at: float) -> float:
-        """Check a replica once; return the time when it was last known to be healthy."""
+        """Check a replica once; return the time when it was last known to be healthy, by the loop's clock."""
         if self.paused or replica.index in self._restarting:
-            return time.monotonic()
+            return self.clock.now()
         if replica.state == "down":
             await (self._readmit(replica) if not self._process_ended(replica) else self._schedule_restart(replica))
-        elif self._process_ended(replica):
+            return self.clock.now()
+        if self._process_ended(replica):
             await self.mark_down(replica, "its process has ended")
         elif await self._healthy(replica) or self.paused:
             await self._note_queue(replica)
-            return time.monotonic()
-        elif time.monotonic() - healthy_at > self.engine.config.health_timeout_s:
-            await self.mark_down(replica, f"no sign of health for {time.monotonic() - healthy_at:.0f} s")
+            return self.clock.now()
+        elif (silent_s := self.clock.now() - healthy_at) > self.engine.config.health_timeout_s:
+            await self.mark_down(replica, f"no sign of health for {silent_s:.0f} s")
         return healthy_at
 
     async def _note_queue(self, replica: Replica) -> None:
