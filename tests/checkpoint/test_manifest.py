@@ -120,6 +120,12 @@ def run(saved: tuple[Path, Path, list[np.ndarray]], tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "common.pt", "run_state.json"])
+@pytest.mark.fault(
+    "a bit of the newest checkpoint has flipped",
+    phase="resuming",
+    seen="a warning that names the file; the folder becomes `step_....damaged`",
+    lost="the steps since the checkpoint before",
+)
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(
     name: str, saved: tuple[Path, Path, list[np.ndarray]], run: Path
 ) -> None:
@@ -131,6 +137,12 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(
     assert all(np.array_equal(mine, theirs) for mine, theirs in zip(loaded, weights, strict=True))
 
 
+@pytest.mark.fault(
+    "every checkpoint is damaged",
+    phase="resuming",
+    seen="an error, exit code 2: the run does not begin anew in its folder",
+    lost="what the checkpoints held",
+)
 def test_a_run_without_a_whole_checkpoint_begins_nothing_anew(
     saved: tuple[Path, Path, list[np.ndarray]], run: Path
 ) -> None:
@@ -182,6 +194,12 @@ def save_five(model: Path, run: Path) -> list[str]:
         return sorted(path.name for path in store.root.iterdir())
 
 
+@pytest.mark.fault(
+    "the removal of an old checkpoint was cut off",
+    phase="saving",
+    seen="nothing: what is left does not count as a checkpoint",
+    lost="nothing",
+)
 def test_old_checkpoints_are_removed_but_for_every_second(
     saved: tuple[Path, Path, list[np.ndarray]], tmp_path: Path
 ) -> None:
@@ -206,6 +224,12 @@ def resume_where_rank_1_wrote_damage(model: Path, run: Path) -> tuple[list[str],
         return warnings, latest.name
 
 
+@pytest.mark.fault(
+    "a bit has flipped in a file that only one rank of two reads",
+    phase="resuming",
+    seen="a warning that names the file; both ranks take the checkpoint before",
+    lost="the steps since the checkpoint before",
+)
 def test_all_ranks_take_the_checkpoint_before_one_that_is_damaged_on_one(
     saved: tuple[Path, Path, list[np.ndarray]], tmp_path: Path
 ) -> None:

@@ -60,6 +60,12 @@ def test_nothing_is_said_of_ranks_that_are_well(seen: Seen, check: str) -> None:
         ("slow links", ["ranks runs at ", "health.min_allreduce_gb_per_s is 1e+06"]),
     ],
 )
+@pytest.mark.fault(
+    "a device, a collective, a clock or a disk that is not well",
+    phase="health checks",
+    seen="one line per problem, with host and rank; exit code 2",
+    lost="nothing",
+)
 def test_a_fault_is_a_problem_on_every_rank(seen: Seen, last: str, check: str, says: list[str]) -> None:
     for rank in seen:
         text = "\n".join(rank[check].problems)

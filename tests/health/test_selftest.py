@@ -167,6 +167,12 @@ AMOUNTS: dict[str, Callable[[float], bool]] = {
 
 
 @pytest.mark.parametrize("layout", [{}, {"pipeline": 2}], ids=["1 rank", "PP2"])
+@pytest.mark.fault(
+    "engine and trainer disagree from the start: shifted log-probs, other weights, weights that do not arrive",
+    phase="self-test",
+    seen="`self-test (...)` with what was compared; exit code 2",
+    lost="nothing",
+)
 def test_every_fault_is_found_and_named(
     layout: dict[str, int], tree: Tree, write_recipe: Callable[[Tree], Path]
 ) -> None:

@@ -90,6 +90,12 @@ def test_places_at_pipeline_parallel_two(ranks) -> None:
         assert seen["pp2"]["from_second_of_replica"] == mine[1]
 
 
+@pytest.mark.fault(
+    "a rank does not come to a barrier",
+    phase="all",
+    seen="one line that names the rank",
+    lost="the steps since the last checkpoint",
+)
 def test_the_barrier_names_the_rank_that_is_missing(ranks) -> None:
     assert ranks[MISSING]["barrier"] is None
     for rank in (0, 1, 3):

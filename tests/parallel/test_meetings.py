@@ -73,6 +73,12 @@ def wait_for(what: Callable[[], bool]) -> None:
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.fault(
+    "a rank makes no progress",
+    phase="sampling, evaluation",
+    seen="after `parallel.silence_minutes` one line with the rank, its host and what it did last",
+    lost="the steps since the last checkpoint",
+)
 def test_work_that_progresses_may_take_any_time_and_silence_has_a_deadline(ranks: int, tmp_path: Path) -> None:
     seen = run_ranks(ranks, long_work_then_silence, tmp_path)
     for one in seen:

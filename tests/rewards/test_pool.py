@@ -94,6 +94,12 @@ def test_a_failed_check_has_no_reward_but_an_error(pool, response, error):
 
 
 @pytest.mark.parametrize("answer", ["9^{9^{9^9}}", "(10^{10})!"])
+@pytest.mark.fault(
+    "an answer that nobody can evaluate (`9^{9^{9^9}}`)",
+    phase="checking",
+    seen="nothing: it is a wrong answer",
+    lost="nothing",
+)
 def test_expressions_that_never_end_are_wrong(pool, answer):
     judgements = pool.judge([(MATH, rf"\boxed{{{answer}}}"), (MATH, r"\boxed{\frac{2}{2}}"), (MATH, r"\boxed{2}")])
     assert [j.reward for j in judgements] == [0.0, 1.0, 0.0]
@@ -116,6 +122,12 @@ def test_the_time_limit_does_not_count_waiting(pool):
     assert [j.reward for j in judgements] == [None] * 6 + [1.0] * 200
 
 
+@pytest.mark.fault(
+    "a checking process dies",
+    phase="checking",
+    seen="nothing; `rollout/check_failed` if the next one dies, too",
+    lost="nothing",
+)
 def test_a_dead_worker_is_replaced_and_the_check_tried_again(tmp_path):
     with RewardPool([HostileTask()], RewardConfig(workers=1, time_limit_s=600, max_retries=1)) as pool:
         assert judge(pool, f"fail_once:{tmp_path / 'tried'}").reward == 1.0
@@ -130,6 +142,7 @@ def test_threads_may_submit_at_the_same_time(pool):
     assert [j.reward for j in judgements] == [float(i % 2) for i in range(200)]
 
 
+@pytest.mark.fault("an idle checking process is killed", phase="checking", seen="nothing", lost="nothing")
 def test_a_worker_killed_from_outside_breaks_nothing(pool, tmp_path):
     """The worker is idle: Pebble takes its end for the end of all workers, and its pool has to be replaced."""
     for _ in range(2):
@@ -193,6 +206,9 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel kills the workers on Linux only")
+@pytest.mark.fault(
+    "the trainer is killed amid checks", phase="checking", seen="no checking process is left", lost="nothing"
+)
 def test_no_worker_outlives_a_killed_parent(tmp_path):
     script, pids = tmp_path / "parent.py", tmp_path / "pids"
     script.write_text(PARENT)

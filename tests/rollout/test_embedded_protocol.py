@@ -226,6 +226,12 @@ def test_cache_stays_within_its_bound_and_slots_are_reused():
     assert all(results[r.request_id] == tokens(roomy, r) for r in requests)
 
 
+@pytest.mark.fault(
+    "logits are not finite (embedded engine)",
+    phase="sampling",
+    seen="`rollout/generation_failed`, and the error in the log",
+    lost="that sample",
+)
 def test_a_sample_with_broken_logits_is_an_error_not_a_completion():
     engine = engine_with()
     broken = weights(TIED)

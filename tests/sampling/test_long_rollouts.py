@@ -36,5 +36,11 @@ def step_and_evaluation(slow: int) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(("ranks", "slow"), [(2, 0), (4, 3)])
+@pytest.mark.fault(
+    "one rank samples for longer than a collective may wait",
+    phase="sampling, evaluation",
+    seen="a line that says who is waited for",
+    lost="nothing",
+)
 def test_ranks_wait_for_rollouts_and_evaluations_of_another_rank(ranks: int, slow: int) -> None:
     assert run_ranks(ranks, step_and_evaluation, slow) == [[[problem.id for problem in PROBLEMS]] * 2] * ranks

@@ -38,6 +38,7 @@ def first_try(request: GenerationRequest) -> bool:
     return request.request_id.endswith("#0")
 
 
+@pytest.mark.fault("a sample fails", phase="sampling", seen="a line in the log", lost="nothing")
 def test_failed_samples_are_tried_again_with_another_seed() -> None:
     engine = FakeEngine(lambda request, index: first_try(request) and index in (1, 2))
     done = sampler(engine).sample([request("a"), request("b", seed=8)])
@@ -62,6 +63,12 @@ def test_what_the_task_says_of_a_response_comes_with_its_sample() -> None:
 
 
 @pytest.mark.parametrize("max_retries", [0, 1, 3])
+@pytest.mark.fault(
+    "a sample fails at every try",
+    phase="sampling",
+    seen="`rollout/generation_failed`",
+    lost="that sample; it is no reward of 0",
+)
 def test_after_the_last_retry_they_are_dropped_and_counted(max_retries: int) -> None:
     engine = FakeEngine(lambda request, index: request.request_id.startswith("a#") and index == 0)
     done = sampler(engine, max_retries=max_retries).sample([request("a"), request("b")])
@@ -72,6 +79,12 @@ def test_after_the_last_retry_they_are_dropped_and_counted(max_retries: int) -> 
     assert (len(done["b"].samples), done["b"].dropped) == (4, {})
 
 
+@pytest.mark.fault(
+    "all samples of a prompt fail",
+    phase="sampling",
+    seen="`rollout/generation_failed`",
+    lost="that group; it is no cliff",
+)
 def test_a_group_without_samples_is_no_cliff() -> None:
     done = sampler(FakeEngine(lambda request, index: True)).sample([request("a")])["a"]
     assert (done.samples, done.dropped) == ([], {"generation_failed": 4})
@@ -82,6 +95,12 @@ def test_a_group_without_samples_is_no_cliff() -> None:
     assert objective.examples([group], {}) == []
 
 
+@pytest.mark.fault(
+    "a check fails",
+    phase="checking",
+    seen="`rollout/check_failed`, and each kind of error once in the log",
+    lost="that sample; it is no reward of 0",
+)
 def test_a_failed_check_is_no_reward() -> None:
     done = sampler(FakeEngine(), Judge(lambda text: text.startswith(("1", "2", "3")))).sample([request("a", n=40)])["a"]
     failed = [text_of(FakeEngine()._completion(_attempt(request("a"), "a#0", 40, 7), i).token_ids) for i in range(40)]
@@ -107,6 +126,12 @@ class HangingTask(TaskBase):
         return 1.0
 
 
+@pytest.mark.fault(
+    "a check never ends",
+    phase="checking",
+    seen="`rollout/check_failed` after `reward.time_limit_s`",
+    lost="that sample",
+)
 def test_a_check_that_hangs_is_dropped_and_counted() -> None:
     config = RewardConfig(workers=1, time_limit_s=0.5, max_retries=0)
     with RewardPool([HangingTask()], config) as pool:

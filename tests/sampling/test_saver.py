@@ -66,6 +66,12 @@ def test_only_the_newest_steps_stay(tmp_path: Path) -> None:
     assert names(tmp_path) == [step_file(4, 0), step_file(5, 0)]
 
 
+@pytest.mark.fault(
+    "no room for the rollouts of a step",
+    phase="saving rollouts",
+    seen="`rollout/save_failed` and a warning with step and reason",
+    lost="these saved rollouts; training goes on",
+)
 def test_a_full_disk_is_counted_and_said_and_the_next_step_is_saved(
     tmp_path: Path, saver: RolloutSaver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -95,6 +101,7 @@ def test_a_reward_that_is_no_number_is_counted_too(saver: RolloutSaver) -> None:
     assert saver.take_not_saved().groups == 2
 
 
+@pytest.mark.fault("the disk is slow", phase="saving rollouts", seen="longer steps", lost="nothing")
 def test_steps_wait_for_a_slow_disk_and_none_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trainer goes on while two steps wait; with the third it waits. The end of the run writes them all."""
     original, go_on = saver_module.write_groups, threading.Event()

@@ -43,6 +43,12 @@ CHANGED = {
 
 
 @pytest.mark.parametrize("name", CHANGED)
+@pytest.mark.fault(
+    "a data file has other problems than when the run began",
+    phase="resuming",
+    seen="an error with both counts, and `--accept-changes`",
+    lost="nothing",
+)
 def test_other_problems_are_refused(name: str, latest: Path) -> None:
     with pytest.raises(DataError, match=rf"3 problems before, {len(CHANGED[name])} problems now.*--accept-changes"):
         _check_data(run_on(CHANGED[name]), latest, ["train.steps: 4 -> 8"])

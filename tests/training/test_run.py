@@ -335,6 +335,12 @@ RESUMED = [
 
 
 @pytest.mark.parametrize(("parallel", "ranks", "die"), RESUMED)
+@pytest.mark.fault(
+    "all ranks are killed amid a step or a checkpoint",
+    phase="learning, saving",
+    seen="`resumed from step_...` at the next start",
+    lost="nothing: the steps since the last checkpoint are taken again, with the same numbers",
+)
 def test_resumed_run_is_the_uninterrupted_one(
     parallel: dict[str, int],
     ranks: int,
@@ -372,6 +378,12 @@ def test_resumed_run_is_the_uninterrupted_one(
 
 
 @pytest.mark.parametrize(("die", "saved"), [("asked while it samples", 1), ("asked while it learns", 2)])
+@pytest.mark.fault(
+    "SIGUSR1 or SIGTERM",
+    phase="sampling, learning",
+    seen="`ended as asked: step ... is saved; run the same command again`, exit code 0",
+    lost="nothing: a step that was being sampled is sampled again, the same",
+)
 def test_a_run_that_was_asked_to_end_goes_on_as_if_it_had_not(
     die: str, saved: int, tiny_model: Path, uninterrupted: tuple[Tree, Ended], tmp_path: Path
 ) -> None:
@@ -397,6 +409,12 @@ def _without(lines: list[dict[str, Any]], names: set[str]) -> list[dict[str, Any
     return [{name: value for name, value in line.items() if name not in names} for line in lines]
 
 
+@pytest.mark.fault(
+    "Ctrl-C at one rank of two",
+    phase="learning",
+    seen="`ended as asked: step ... is saved`, exit code 0 of both",
+    lost="nothing",
+)
 def test_all_ranks_end_together_when_one_is_asked(tiny_model: Path, tmp_path: Path) -> None:
     tree = recipe_of(tiny_model, tmp_path / "run") | {"parallel": {"tensor": 2}}
     ended = train(tree, ranks=2, die="rank 1 asked")
@@ -405,6 +423,12 @@ def test_all_ranks_end_together_when_one_is_asked(tiny_model: Path, tmp_path: Pa
     assert [line["step"] for line in metrics_of(tree)] == [0, 1, 2]
 
 
+@pytest.mark.fault(
+    "the scoring function fails on every response",
+    phase="checking",
+    seen="warnings with the most frequent error; after `rollout.max_empty_steps` the same as an error, exit code 2",
+    lost="these steps, which have no effect",
+)
 def test_a_run_whose_judge_is_dead_ends_with_the_reason(tiny_model: Path, tmp_path: Path) -> None:
     tree = recipe_of(tiny_model, tmp_path / "run") | {"warmup": {"kind": "none"}, "teacher": {"kind": "policy"}}
     tree["evaluation"]["before"] = False
@@ -419,6 +443,12 @@ def test_a_run_whose_judge_is_dead_ends_with_the_reason(tiny_model: Path, tmp_pa
     assert refused.codes == [2] and "SelfTestError: self-test: none of " in refused.stderr[0], refused.text
 
 
+@pytest.mark.fault(
+    "no room for a checkpoint",
+    phase="saving",
+    seen="`step ... is not saved` with folder and sizes, at each step until it is",
+    lost="nothing",
+)
 def test_a_run_outlives_a_full_disk(tiny_model: Path, uninterrupted: tuple[Tree, Ended], tmp_path: Path) -> None:
     tree = recipe_of(tiny_model, tmp_path / "run")
     ended = train(tree, die="disk full at step 2")
@@ -430,6 +460,12 @@ def test_a_run_outlives_a_full_disk(tiny_model: Path, uninterrupted: tuple[Tree,
     assert names == {"step_00000003", "step_00000004", "teacher", "warmed_up"}
 
 
+@pytest.mark.fault(
+    "Ctrl-C twice",
+    phase="learning",
+    seen="`ended at once by SIGINT`, exit code 130",
+    lost="nothing: the steps since the last checkpoint are taken again, with the same numbers",
+)
 def test_a_second_interrupt_ends_the_run_at_once(tiny_model: Path, tmp_path: Path) -> None:
     ended = train(recipe_of(tiny_model, tmp_path / "run"), die="asked twice")
     assert ended.codes == [128 + signal.SIGINT], ended.text
@@ -573,6 +609,9 @@ def train_in_a_taken_folder(recipe: str, output: str) -> None:
     cli.main(["train", recipe])
 
 
+@pytest.mark.fault(
+    "a second run in the same folder", phase="start", seen="`another run is at work`, exit code 2", lost="nothing"
+)
 def test_one_run_at_a_time_in_a_folder(tiny_model: Path, tmp_path: Path, write_recipe: Callable[[Tree], Path]) -> None:
     tree = small_recipe(tiny_model, tmp_path / "run")
     (tmp_path / "run").mkdir()

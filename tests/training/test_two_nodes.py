@@ -105,6 +105,12 @@ def left_over(mark: str) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.fault(
+    "one of two nodes is lost, and a new one joins",
+    phase="sampling",
+    seen="torchrun starts the ranks again; `resumed from step_...`",
+    lost="nothing: the steps since the last checkpoint are taken again, with the same numbers",
+)
 def test_a_lost_node_comes_back_and_the_run_ends_as_if_nothing_had_been(tiny_model: Path, tmp_path: Path) -> None:
     whole = recipe_of(tiny_model, tmp_path / "whole")
     (tmp_path / "whole.yaml").write_text(yaml.safe_dump(whole))

@@ -53,6 +53,9 @@ def check_equal(found: Completion, whole: Completion) -> None:
     assert found.weight_versions.tolist() == whole.weight_versions.tolist()
 
 
+@pytest.mark.fault(
+    "a connection breaks amid an answer, twice", phase="sampling", seen="`servers/continued`", lost="nothing"
+)
 def test_a_sample_whose_server_is_lost_is_the_one_that_would_have_come(proxy: FaultProxy, weights: Weights) -> None:
     """Twice in one sample, and with a single try: a try that brought tokens does not count."""
     with one_engine([proxy.url], stream_interval=INTERVAL, max_tries=1) as (engine, push):
@@ -88,6 +91,12 @@ def test_a_continued_sample_stops_where_it_would_have(proxy: FaultProxy, weights
         assert engine.metrics()["servers/continued"] == 1
 
 
+@pytest.mark.fault(
+    "an answer stalls for longer than `request_timeout_s`",
+    phase="sampling",
+    seen="`servers/continued`; the request is aborted on its server",
+    lost="nothing",
+)
 def test_a_request_past_its_deadline_is_continued(proxy: FaultProxy, weights: Weights) -> None:
     with one_engine([proxy.url], stream_interval=INTERVAL, request_timeout_s=5.0, max_tries=1) as (engine, push):
         push.push(weights.stream(VERSION), VERSION)
@@ -113,6 +122,7 @@ def continued(
     raise AssertionError("no abort of 20 came before the end of the sample")
 
 
+@pytest.mark.fault("a server aborts a request", phase="sampling", seen="`servers/continued`", lost="nothing")
 def test_a_streamed_sample_that_is_aborted_is_continued(proxy: FaultProxy, weights: Weights) -> None:
     with one_engine([proxy.url], stream_interval=INTERVAL) as (engine, push):
         push.push(weights.stream(VERSION), VERSION)
@@ -144,6 +154,12 @@ def test_top_log_probs_of_an_aborted_sample_are_kept(proxy: FaultProxy, weights:
     np.testing.assert_allclose(found.top_logprobs.logprobs_TK, whole.top_logprobs.logprobs_TK, atol=TOLERANCE)
 
 
+@pytest.mark.fault(
+    "the last server is lost amid a sample",
+    phase="sampling",
+    seen="a warning; the sample goes on after the next weight update",
+    lost="nothing",
+)
 def test_what_the_last_server_had_told_is_not_lost_with_it(
     proxy: FaultProxy, weights: Weights, monkeypatch: pytest.MonkeyPatch
 ) -> None:

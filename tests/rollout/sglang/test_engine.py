@@ -75,6 +75,9 @@ def test_what_would_kill_a_server_never_leaves(
     [status(500), status(503), status(429), cut_off()],
     ids=["500", "503", "429", "connection broken"],
 )
+@pytest.mark.fault(
+    "status 429, 500 or 503, or a broken connection", phase="sampling", seen="`servers/failed_tries`", lost="nothing"
+)
 def test_what_may_pass_is_asked_again(proxy: FaultProxy, weights: Weights, fault: Any) -> None:
     with one_engine([proxy.url]) as (engine, push):
         push.push(weights.stream(1), 1)
@@ -97,6 +100,12 @@ def test_what_may_pass_is_asked_again(proxy: FaultProxy, weights: Weights, fault
         lambda a: {"error": "what?"},
     ],
     ids=["cut short", "aborted", "no log-probs", "beyond the vocabulary", "no completion"],
+)
+@pytest.mark.fault(
+    "an answer without log-probs, cut short, or with tokens beyond the vocabulary",
+    phase="sampling",
+    seen="`servers/failed_tries`",
+    lost="nothing",
 )
 def test_a_broken_answer_is_no_sample(proxy: FaultProxy, weights: Weights, spoil: Any) -> None:
     with one_engine([proxy.url]) as (engine, push):
@@ -167,6 +176,12 @@ def test_a_version_that_was_missed_stops_the_run() -> None:
         check_versions([outline], 5, ahead=1)
 
 
+@pytest.mark.fault(
+    "a server fails amid a weight update",
+    phase="weight update",
+    seen="one line; it is not used before a whole update",
+    lost="nothing",
+)
 def test_half_updated_servers_serve_nothing(proxy: FaultProxy, weights: Weights) -> None:
     with one_engine([proxy.url], health_interval_s=0.2) as (engine, push):
         push.push(weights.stream(1), 1)
@@ -194,6 +209,12 @@ def uniform(answer: Any) -> Any:
 
 
 @pytest.mark.parametrize("words", ["near uniform", r"version \[6\], not 7", r"version \[-1\], not 7"])
+@pytest.mark.fault(
+    "a server answers uniform log-probs, or those of other weights, after an update",
+    phase="weight update",
+    seen="`near uniform`, or both versions; asked three times before",
+    lost="nothing",
+)
 def test_the_probe_knows_a_broken_teacher(proxy: FaultProxy, weights: Weights, words: str) -> None:
     with one_engine([proxy.url]) as (engine, push):
         stamp = RunStamp().of(7) if "-1" in words else engine.stamp.of(6)

@@ -42,6 +42,12 @@ def batch(name: str) -> list[GenerationRequest]:
     return [request(f"{name}{i}#0", n=4, tokens=4, prompt=(2, 3, 4 + i)) for i in range(8)]
 
 
+@pytest.mark.fault(
+    "a server fails every sample",
+    phase="sampling",
+    seen="a warning, `servers/tripped`; it gets no samples for a while",
+    lost="nothing",
+)
 def test_a_server_that_fails_every_sample_loses_none(
     sglang_server: LiveServer, weights: Weights, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -75,6 +81,7 @@ def test_it_is_tried_again_and_taken_back(
     assert sum("is well again" in line for line in caplog.messages) == 1
 
 
+@pytest.mark.fault("all servers fail for a while", phase="sampling", seen="a warning; samples wait", lost="nothing")
 def test_when_all_fail_for_a_while_samples_wait_for_them(
     sglang_server: LiveServer, weights: Weights, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -89,6 +96,12 @@ def test_when_all_fail_for_a_while_samples_wait_for_them(
     assert any("every SGLang server fails its samples" in line for line in caplog.messages)
 
 
+@pytest.mark.fault(
+    "all servers fail for longer than `request_timeout_s`",
+    phase="sampling",
+    seen="one line with the reasons, exit code 2",
+    lost="the steps since the last checkpoint",
+)
 def test_when_all_fail_for_too_long_the_run_ends(sglang_server: LiveServer, weights: Weights) -> None:
     with engine_of_two(sglang_server, weights, max_tries=8, request_timeout_s=1.0) as (engine, first, second):
         for proxy in (first, second):
@@ -99,6 +112,7 @@ def test_when_all_fail_for_too_long_the_run_ends(sglang_server: LiveServer, weig
         assert not engine._tasks and not engine._outstanding
 
 
+@pytest.mark.fault("a server closes idle connections", phase="weight update, sampling", seen="nothing", lost="nothing")
 def test_a_connection_that_the_server_has_closed_is_opened_again(sglang_server: LiveServer, weights: Weights) -> None:
     """As it closes an idle one in the moment in which a request is sent."""
     with fault_proxy(sglang_server.url) as proxy, one_engine([proxy.url]) as (engine, push):

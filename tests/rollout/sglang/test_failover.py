@@ -84,6 +84,12 @@ def check_complete(engine: SGLangEngine, weights: Weights, wanted: list[Generati
         assert all(weights.worst(one.prompt_ids, s, version) < TOLERANCE for s in samples[one.request_id])
 
 
+@pytest.mark.fault(
+    "a server is killed amid its samples",
+    phase="sampling",
+    seen="`servers/taken_out`, `servers/continued`; it is restarted",
+    lost="nothing",
+)
 def test_samples_of_a_server_that_is_killed_go_on_from_their_tokens(
     engine_of_two: Any, sglang_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,6 +138,12 @@ def check_equal_to(whole: Completion, samples: list[Completion], version: int) -
         assert set(sample.weight_versions.tolist()) == {version}
 
 
+@pytest.mark.fault(
+    "a server hangs; then the last one dies with its supervisor",
+    phase="sampling",
+    seen="a warning; when no server has the weights, all ranks send them again",
+    lost="nothing",
+)
 def test_the_other_server_takes_over_from_one_that_hangs_and_when_it_is_lost_too_the_weights_must_come_again(
     engine_of_two: Any, sglang_model: Path
 ) -> None:

@@ -81,6 +81,12 @@ class Watched:
         return asyncio.run(self.watch._check_once(self.replica, healthy_at))
 
 
+@pytest.mark.fault(
+    "the trainer's process stands still for an hour",
+    phase="sampling",
+    seen="nothing: no server is taken for hung",
+    lost="nothing",
+)
 def test_a_process_that_stood_still_blames_no_server(monkeypatch: pytest.MonkeyPatch) -> None:
     watched = Watched(monkeypatch, "serving")
     healthy_at = watched.watch.clock.now()

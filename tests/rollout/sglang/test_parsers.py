@@ -104,6 +104,7 @@ def test_short_answers_start_no_process(loop: LoopThread) -> None:
 
 
 @pytest.mark.parametrize("how", ["exit", "segfault", "hang"])
+@pytest.mark.fault("a process that reads answers dies or hangs", phase="sampling", seen="nothing", lost="nothing")
 def test_an_answer_over_which_a_process_ends_is_read_by_another(
     loop: LoopThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
@@ -203,6 +204,12 @@ def test_samples_that_are_read_elsewhere(
 
 
 @pytest.mark.usefixtures("none_is_short")
+@pytest.mark.fault(
+    "two of them in a row die over one answer",
+    phase="sampling",
+    seen="a warning; the sample is requested again",
+    lost="nothing",
+)
 def test_a_sample_whose_answer_is_unread_or_false_is_sampled_again(
     proxy: FaultProxy, weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

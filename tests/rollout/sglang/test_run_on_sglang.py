@@ -164,6 +164,12 @@ def test_rollouts_ahead_are_no_older_than_allowed(
         assert row["train/mismatch_max"] == pytest.approx(float(np.exp(log_ratios.max())), rel=1e-3)
 
 
+@pytest.mark.fault(
+    "the run is killed with three steps sampled ahead (`rollout.ahead`)",
+    phase="learning",
+    seen="`resumed from step_...`",
+    lost="the rollouts ahead, which are sampled again on the same problems",
+)
 def test_a_run_with_rollouts_ahead_that_was_killed_goes_on_with_the_same_problems(
     sglang_server: LiveServer, warm_model: Path, tmp_path: Path
 ) -> None:
@@ -405,6 +411,12 @@ def train_and_break(file: str) -> None:
     cli.main(["train", file])
 
 
+@pytest.mark.fault(
+    "the trainer fails while rollouts are sampled ahead",
+    phase="learning",
+    seen="the error; the run ends and waits for no rollout",
+    lost="the steps since the last checkpoint",
+)
 def test_an_error_while_rollouts_are_sampled_ahead_ends_the_run(sglang_server: LiveServer, tmp_path: Path) -> None:
     tree = recipe_on([sglang_server.url], sglang_server.model, tmp_path / "run")
     tree["rollout"]["ahead"] = 1
@@ -444,6 +456,12 @@ def train_and_lose_the_server(file: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.fault(
+    "the only server of a rank is killed",
+    phase="sampling",
+    seen="a warning; the weights are sent to its successor",
+    lost="nothing",
+)
 def test_a_run_starts_its_servers_and_outlives_their_death(
     sglang_config: ServerConfig, sglang_model: Path, tmp_path: Path
 ) -> None:

@@ -174,6 +174,9 @@ def test_servers_end_when_their_owner_is_killed(tmp_path: Path, behaviour: str) 
     assert wait_until(lambda: not any(process.is_running() for process in family))
 
 
+@pytest.mark.fault(
+    "a server dies while it starts", phase="start", seen="the end of its log, exit code 2", lost="nothing"
+)
 def test_a_server_that_dies_while_it_starts_tells_how(make_server: MakeServer) -> None:
     server = make_server("dies")
     server.start()
@@ -201,6 +204,9 @@ def test_a_server_that_never_answers_is_given_up_and_killed(make_server: MakeSer
     assert session_processes(session) == []
 
 
+@pytest.mark.fault(
+    "another program has the server's port", phase="start", seen="a line; another port is taken", lost="nothing"
+)
 def test_a_port_that_another_program_took_is_changed(make_server: MakeServer, tmp_path: Path) -> None:
     taken = tmp_path / "taken"
     server = make_server(environment={"FAKE_WAITS_FOR": str(taken)})

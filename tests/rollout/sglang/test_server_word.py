@@ -59,6 +59,12 @@ FALSE: dict[str, tuple[Callable[[Answer], Answer], int]] = {
 
 
 @pytest.mark.parametrize("name", list(FALSE))
+@pytest.mark.fault(
+    "an answer that is consistent and false: half as long, no stop token, other log-probs",
+    phase="sampling",
+    seen="`servers/failed_tries`; after `max_tries` `rollout/generation_failed`",
+    lost="that sample, if every try is false",
+)
 def test_a_false_answer_is_sampled_again_and_never_a_sample(proxy: FaultProxy, weights: Weights, name: str) -> None:
     falsify, top = FALSE[name]
     with one_engine([proxy.url], max_tries=3) as (engine, push):
@@ -113,6 +119,12 @@ def stamped(stamp: str) -> Callable[[Answer], Answer]:
 
 
 @pytest.mark.parametrize("which", ["older", "newer", "another run's", "none"])
+@pytest.mark.fault(
+    "an answer of older or newer weights, or of another run's",
+    phase="sampling",
+    seen="`servers/failed_tries`",
+    lost="nothing",
+)
 def test_an_answer_of_other_weights_is_sampled_again(proxy: FaultProxy, weights: Weights, which: str) -> None:
     with one_engine([proxy.url]) as (engine, push):
         stamps = {"older": engine.stamp.of(0), "newer": engine.stamp.of(7), "another run's": RunStamp().of(1)}
@@ -125,6 +137,12 @@ def test_an_answer_of_other_weights_is_sampled_again(proxy: FaultProxy, weights:
         assert serves(engine), "the server still holds the run's weights; that answer alone was odd"
 
 
+@pytest.mark.fault(
+    "a server was restarted, and nobody saw it",
+    phase="sampling",
+    seen="a warning; it is not used before the next weight update",
+    lost="nothing",
+)
 def test_a_server_that_holds_other_weights_is_not_used_before_the_next_update(
     proxy: FaultProxy, weights: Weights
 ) -> None:
@@ -139,6 +157,12 @@ def test_a_server_that_holds_other_weights_is_not_used_before_the_next_update(
         assert len(completions(collect(engine, [request(n=2)]))) == 2
 
 
+@pytest.mark.fault(
+    "two runs use one server",
+    phase="sampling, weight update",
+    seen="`two runs use the same server`: the first run ends",
+    lost="the first run's steps since its checkpoint",
+)
 def test_two_runs_on_one_server_do_not_train_on_each_others_weights(
     sglang_server: LiveServer, weights: Weights
 ) -> None:

@@ -114,6 +114,12 @@ def test_a_server_that_hangs_is_replaced_on_request(make_servers: MakeServers) -
     assert servers.processes[0].answers() and not hanging.is_running()
 
 
+@pytest.mark.fault(
+    "a server dies more often than `max_restarts`",
+    phase="all",
+    seen="the reason and the end of its log",
+    lost="the steps since the last checkpoint, when it was the last server",
+)
 def test_deaths_beyond_max_restarts_end_the_run(make_servers: MakeServers) -> None:
     servers = make_servers(max_restarts=1)
     servers.start()

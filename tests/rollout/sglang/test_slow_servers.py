@@ -6,6 +6,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+import pytest
 from distributed_helper import run_ranks
 from fault_proxy import delay, held, serving
 from sglang_ranks import settings
@@ -40,6 +41,12 @@ def two_syncs(model: Path, folder: Path, urls: list[str]) -> list[dict[str, Any]
     return seen
 
 
+@pytest.mark.fault(
+    "of two servers one is slow and one hangs",
+    phase="weight update",
+    seen="a warning; the one that hangs is taken out",
+    lost="nothing",
+)
 def test_a_sync_outlasts_a_slow_server_and_goes_on_without_one_that_hangs(tmp_path: Path) -> None:
     model, never = make_checkpoint("llama", tmp_path), Event()
     slow, hangs = StandIn(), StandIn()

@@ -89,6 +89,12 @@ def test_an_error_of_one_rank_is_said_once_and_ends_all(tiny_model: Path, tmp_pa
     ],
     ids=["too old", "data parallel", "a small cache"],
 )
+@pytest.mark.fault(
+    "a server that is too old, has data-parallel copies, or too small a cache",
+    phase="start",
+    seen="one line with its address and the reason, exit code 2",
+    lost="nothing",
+)
 def test_servers_that_cannot_be_driven(proxy: FaultProxy, tmp_path: Path, change: Any, words: str) -> None:
     proxy.faults["/server_info"] = [changed(lambda answer: answer | change)]
     model = Path(proxy_model(proxy))
@@ -116,6 +122,12 @@ SIZES: dict[str, tuple[dict[str, Any], str, str]] = {
 
 @pytest.mark.parametrize("seen", [True, False], ids=["folder seen", "folder elsewhere"])
 @pytest.mark.parametrize("name", list(SIZES))
+@pytest.mark.fault(
+    "a server of another model",
+    phase="start",
+    seen="`serves another model` with the sizes, exit code 2",
+    lost="nothing",
+)
 def test_servers_of_another_model(proxy: FaultProxy, tmp_path: Path, name: str, seen: bool) -> None:
     """Weights of other shapes would end the server."""
     sizes, by_folder, by_names = SIZES[name]
@@ -151,6 +163,7 @@ def train_and_die(file: str) -> None:
 
 
 @pytest.mark.parametrize("behaviour", ["", "stubborn", "escape"])
+@pytest.mark.fault("a rank is killed", phase="all", seen="no server of it is left", lost="nothing")
 def test_servers_end_with_a_rank_that_is_killed(tiny_model: Path, tmp_path: Path, behaviour: str) -> None:
     servers = yaml.safe_load(fake_config(tmp_path, behaviour).model_dump_json(exclude_defaults=True))
     tree = recipe(tiny_model, tmp_path / "run", {"servers": servers})
@@ -162,6 +175,12 @@ def test_servers_end_with_a_rank_that_is_killed(tiny_model: Path, tmp_path: Path
     assert wait_until(lambda: not servers_under(tmp_path)), servers_under(tmp_path)
 
 
+@pytest.mark.fault(
+    "no server ever takes weights",
+    phase="start",
+    seen="`weight sync: no server took the weights`, exit code 2",
+    lost="nothing",
+)
 def test_a_server_that_never_takes_weights_ends_the_run(proxy: FaultProxy, tmp_path: Path) -> None:
     model = Path(proxy_model(proxy))
     proxy.faults["/update_weights_from_tensor"] = [status(500)] * 9
