@@ -11,14 +11,11 @@ import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_hdpo.checkpoint.extra_state import load_model, without_absent_extra_states
@@ -33,7 +30,7 @@ from megatron_hdpo.checkpoint.manifest import (
     write_manifest,
 )
 from megatron_hdpo.checkpoint.optimizer_state import load_optimizer, sharded_optimizer
-from megatron_hdpo.checkpoint.room import problem_of_room
+from megatron_hdpo.checkpoint.room import problem_of_room, problem_of_writing
 from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.model.chunks import ModelChunks
 from megatron_hdpo.model.config import SpecName
@@ -41,10 +38,10 @@ from megatron_hdpo.model.network import HeadlessGPTModel
 from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.model.specs import spec_of
 from megatron_hdpo.parallel.context import ParallelContext
-from megatron_hdpo.parallel.results_queue import start_results_queue
 from megatron_hdpo.types.disk import to_disk
 from megatron_hdpo.types.errors import UserError
 from megatron_hdpo.weights.host import HostWeights
+from megatron_hdpo.weights.sharded_writer import write_sharded
 from megatron_hdpo.weights.stored import UnsafeFileError, read_sharded
 
 LOGGER = logging.getLogger(__name__)
@@ -52,8 +49,6 @@ DAMAGED, REMOVED = ".damaged", ".removed"
 """Endings of folders that are no checkpoints any more."""
 _STATE = "run_state.json"
 _ORIGIN = "origin.txt"
-# The writer of Megatron's own synchronous save; 0.19 takes one of another package for requests by default.
-_WRITER = {"async_strategy": "mcore"} if "async_strategy" in signature(dist_checkpointing.save).parameters else {}
 
 
 class CheckpointError(UserError, RuntimeError):
@@ -202,7 +197,14 @@ class CheckpointStore:
                 "checkpoints before it stay; look for the step at which metrics.jsonl becomes null, and lower "
                 "optimizer.lr before you start again"
             )
-        self._write(final, sharded, {_STATE: json.dumps(vars(state), indent=1)}, memory.weights)
+        try:
+            self._write(final, sharded, {_STATE: json.dumps(vars(state), indent=1)}, memory.weights)
+        except CheckpointException as error:
+            if problem := problem_of_writing(error, self.context):
+                if self.context.is_leader:
+                    shutil.rmtree(self._partial(final), ignore_errors=True)
+                raise NoRoomError(f"step {step} is not saved: {self.root}: {problem}") from error
+            raise
         if self.context.is_leader:
             self._remove_old()
         self.context.barrier("checkpoint saved")
@@ -296,6 +298,9 @@ class CheckpointStore:
             load_model(model, _load({"model": sharded}, path)["model"])
         self.context.barrier("weights read")
 
+    def _partial(self, final: Path) -> Path:
+        return final.with_name(final.name + ".partial")
+
     def _sharded(self, policy: Policy, reshardable: bool, loading: bool = False) -> dict[str, Any]:
         assert policy.optimizer is not None and policy.schedule is not None
         with self.context.megatron_calls():
@@ -310,15 +315,13 @@ class CheckpointStore:
 
         texts: contents of more files, by name. teacher: this rank's shard of a teacher.
         """
-        partial = final.with_name(final.name + ".partial")
+        partial = self._partial(final)
         if self.context.is_leader:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         self.context.barrier("checkpoint folder made")
-        start_results_queue()
-        with self.context.megatron_calls(), torch.no_grad():
-            request = dist_checkpointing.save(sharded, str(partial), async_sharded_save=True, **_WRITER)
-            _then_meet(request, self.context).execute_sync()
+        with self.context.megatron_calls():
+            write_sharded(sharded, partial, lambda: self.context.barrier("checkpoint written"))
         if self._writes_shard() and teacher is not None:
             torch.save(teacher, partial / self._shard_name())
         self.context.barrier("teacher written")
@@ -349,20 +352,6 @@ def _readable(sharded: dict[str, Any], policy: Policy) -> dict[str, Any]:
         return replace(value, data=memory.on_host(data)) if isinstance(data, torch.Tensor) else value
 
     return dict_list_map_outplace(on_host, sharded)
-
-
-def _then_meet(request: AsyncRequest, context: ParallelContext) -> AsyncRequest:
-    """Return the request to write this rank's shards, with a meeting of all ranks before Megatron's own barrier.
-
-    A rank may write for longer than a collective may wait.
-    """
-
-    def write(*args: Any, **kwargs: Any) -> None:
-        if request.async_fn is not None:  # this rank may have nothing to write
-            request.async_fn(*args, **kwargs)
-        context.barrier("checkpoint written")
-
-    return request._replace(async_fn=write)
 
 
 def _check_layout(path: Path, state: RunState, now: dict[str, int]) -> None:

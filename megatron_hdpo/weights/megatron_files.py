@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from torch import nn
@@ -22,10 +21,10 @@ from torch import nn
 from megatron_hdpo.model.architecture import Architecture, ArchitectureError
 from megatron_hdpo.model.chunks import unwrap
 from megatron_hdpo.parallel.context import ParallelContext
-from megatron_hdpo.parallel.results_queue import start_results_queue
 from megatron_hdpo.weights.errors import WeightsError, listed
 from megatron_hdpo.weights.folder import copy_description, prepare, publish, staging_of, together
 from megatron_hdpo.weights.load import zero_padding
+from megatron_hdpo.weights.sharded_writer import write_sharded
 from megatron_hdpo.weights.stored import read_sharded, read_tensors
 
 DESCRIPTION = "hugging_face"
@@ -69,15 +68,13 @@ def save_megatron(
 ) -> None:
     """Write the model's weights as a distributed checkpoint, each rank its own shard; config from `source_path`.
 
-    Collective over all ranks. Atomic like `save_hf`, with the same errors. The calling script needs a `__main__` guard,
-    because Megatron writes from a separate process.
+    Collective over all ranks. Atomic like `save_hf`, with the same errors.
     """
     source, out = Path(source_path), Path(out_path)
     dtype = next(model.parameters()).dtype
     together(context, partial(prepare, out, source, overwrite))
-    start_results_queue()
-    with context.megatron_calls(), torch.no_grad():
-        dist_checkpointing.save(_sharded(model), str(staging_of(out)))
+    with context.megatron_calls():
+        write_sharded(_sharded(model), staging_of(out), lambda: context.barrier("weights written"))
     record = {"format": "megatron_hdpo weights", "version": _VERSION, "architecture": vars(architecture)}
     together(context, partial(copy_description, source, staging_of(out) / DESCRIPTION, dtype))
     together(context, lambda: (staging_of(out) / _RECORD).write_text(json.dumps(record, indent=2) + "\n"))

@@ -15,8 +15,6 @@ from typing import Any
 import torch.distributed as dist
 from distributed_helper import environment_of, forkserver
 
-from megatron_hdpo.parallel import results_queue
-
 KILLED = -9
 GRACE_SECONDS = 10.0
 """Seconds that the other ranks get to end once one has failed; torchrun kills them at once."""
@@ -113,8 +111,6 @@ def _work(folder: Path, rank: int, variables: Mapping[str, str], function: Calla
     import torch
 
     torch.set_num_threads(1)
-    # A fresh interpreter for the queue of a rank's checkpoints takes seconds of imports; a fork does the same.
-    results_queue.START_METHOD = "fork"
     result = function(*args)
     (folder / f"result{rank}").write_bytes(pickle.dumps(result))
 

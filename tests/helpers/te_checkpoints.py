@@ -11,7 +11,6 @@ from tiny_policy import OPTIMIZER, build_policy
 
 from megatron_hdpo.checkpoint.store import CheckpointError, CheckpointStore
 from megatron_hdpo.model.policy import Policy
-from megatron_hdpo.parallel import results_queue
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.weights.parameters import bind
 
@@ -21,7 +20,6 @@ CASES = ("qwen3_tied", "qwen3_moe")
 
 def read_by_the_other(checkpoints: Path, folder: Path) -> dict[str, dict[str, Any]]:
     """What came of reading, by the writer's spec and the architecture."""
-    results_queue.START_METHOD = "fork"
     seen: dict[str, dict[str, Any]] = {}
     with layout(2, 1, sequence=True) as context:
         for case in CASES:
