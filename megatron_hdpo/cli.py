@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from megatron_hdpo import commands
 from megatron_hdpo.commands.base import PROGRAM, Command
-from megatron_hdpo.commands.ending import USER_ERROR, another_failed, first_to_fail, leave
+from megatron_hdpo.commands.ending import USER_ERROR, another_failed, end_with, first_to_fail, leave
 from megatron_hdpo.environment import broken_package, missing_package, versions
 from megatron_hdpo.parallel.stop_request import end_with_agent
 from megatron_hdpo.types.errors import UserError
@@ -45,9 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         leave(INTERRUPTED)
     except Exception as error:
         if (message := _for_the_user(error)) is not None:
-            if first_to_fail():
-                print(message, file=sys.stderr, flush=True)
-            leave(USER_ERROR)
+            end_with(message)
         if not another_failed():
             first_to_fail()  # the other ranks end because of this one
             raise

@@ -138,7 +138,7 @@ TABLE = [
     Wrong(
         "unknown key with nothing like it",
         "RecipeError: {override}: parallel.zzz: unknown key; known keys: tensor, pipeline, virtual_stages, context, "
-        "expert, expert_tensor, sequence, overlap, timeout_minutes, silence_minutes",
+        "expert, expert_tensor, sequence, overlap, timeout_minutes, silence_minutes, phase_minutes",
         ["parallel.zzz=2"],
     ),
     Wrong(

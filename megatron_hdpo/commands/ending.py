@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import sys
 import time
+from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
@@ -26,6 +29,27 @@ def leave(code: int) -> NoReturn:
     for child in multiprocessing.active_children():
         child.kill()
     os._exit(code)
+
+
+def end_with(message: str) -> NoReturn:
+    """End this rank with an error of the user's, printed once for all ranks; torchrun's summary shows it too."""
+    _tell_agent(message)
+    if first_to_fail():
+        print(message, file=sys.stderr, flush=True)
+    leave(USER_ERROR)
+
+
+def end_of_stall(verdict: str) -> NoReturn:
+    """End this rank because of others that are late, while its main thread waits and cannot raise RankError."""
+    end_with(f"RankError: {verdict}")
+
+
+def _tell_agent(message: str) -> None:
+    """Write the file that torchrun's summary shows beside the exit code; without torchrun there is none."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        error = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": error}))
 
 
 def first_to_fail() -> bool:

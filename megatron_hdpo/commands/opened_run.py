@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_hdpo.commands.ending import end_of_stall
 from megatron_hdpo.parallel.stop_request import StopRequest
 
 if TYPE_CHECKING:
@@ -41,13 +42,15 @@ def opened_run(
 
     set_threads(recipe, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     with console.phase("join ranks"):
-        context = start(recipe.parallel, recipe.device, recipe.seed)
-    run = build_run(recipe, context, resumes=trains, console=console, stop_request=stop_request)
-    failed = True
-    try:
-        yield run
-        failed = False
-        context.meetings.close()  # before what takes time: rank 0 may end first, and with it the store
-    finally:
-        run.close(failed)
+        context = start(recipe.parallel, recipe.device, recipe.seed, end_of_stall)
+    context.heartbeat.progress, context.heartbeat.phase = console.doing, console.innermost
+    with context.meetings.naming_ranks():
+        run = build_run(recipe, context, resumes=trains, console=console, stop_request=stop_request)
+        failed = True
+        try:
+            yield run
+            failed = False
+            context.meetings.close()  # before what takes time: rank 0 may end first, and with it the store
+        finally:
+            run.close(failed)
     stop()

@@ -7,6 +7,7 @@ number of ranks. Both report all reasons at once, each with the path of its key.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 
 from megatron_hdpo.config.packages import package_errors, package_warnings
@@ -23,6 +24,8 @@ from megatron_hdpo.teachers.config import ExternalTeacherConfig
 from megatron_hdpo.teachers.sizes import check_sizes
 
 DEFAULT_IMPORTANCE_CAP = 2.0
+_PHASES_OF_SERVERS = ("start engine", "sync", "self-test", "rollout", "rollouts ahead", "evaluate", "sample")
+"""Phases in which a rank may wait for an answer of a server and show no progress."""
 
 
 def check_sections(recipe: Recipe, elsewhere: bool = False) -> None:
@@ -185,14 +188,16 @@ def _teacher_errors(recipe: Recipe, architecture: Architecture, world_size: int)
 
 def _patience_errors(recipe: Recipe) -> Iterator[str]:
     """Yield the deadlines of servers that are longer than the one of a rank that waits for them without progress."""
-    sglang, patience_s = recipe.rollout.sglang, 60 * recipe.parallel.silence_minutes
+    sglang, parallel = recipe.rollout.sglang, recipe.parallel
+    patience = {"silence_minutes": parallel.silence_minutes}
+    patience |= {f"phase_minutes.{p}": m for p, m in parallel.phase_minutes.items() if p in _PHASES_OF_SERVERS}
     deadlines = {"request_timeout_s": sglang.request_timeout_s, "sync.timeout_s": sglang.sync.timeout_s}
     if sglang.placement != "given":
         deadlines["servers.start_timeout_s"] = sglang.servers.start_timeout_s
-    for key, seconds in deadlines.items():
-        if recipe.rollout.engine == "sglang" and seconds >= patience_s:
+    for (key, seconds), (waits, minutes) in product(deadlines.items(), patience.items()):
+        if recipe.rollout.engine == "sglang" and seconds >= 60 * minutes:
             yield (
-                f"parallel.silence_minutes: {recipe.parallel.silence_minutes:g} is no longer than "
+                f"parallel.{waits}: {minutes:g} is no longer than "
                 f"rollout.sglang.{key}={seconds:g} s, which a rank may wait without progress: raise it"
             )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,8 +15,11 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_hdpo.parallel.cpu import MegatronOnCpu
+from megatron_hdpo.parallel.heartbeat import End, Heartbeat, go_on
+from megatron_hdpo.parallel.joining import joining
+from megatron_hdpo.parallel.late import Patience
 from megatron_hdpo.parallel.layout import LayoutError, ParallelConfig, check_ranks
-from megatron_hdpo.parallel.meetings import Meetings, Patience
+from megatron_hdpo.parallel.meetings import Meetings
 from megatron_hdpo.parallel.router_name import router_name_defined
 
 T = TypeVar("T")
@@ -41,6 +45,11 @@ class ParallelContext:
     host: dist.ProcessGroup
     replica_host: dist.ProcessGroup
     meetings: Meetings
+
+    @property
+    def heartbeat(self) -> Heartbeat:
+        """What tells other ranks, and learns from them, what each one does."""
+        return self.meetings.heartbeat
 
     @property
     def dp_rank(self) -> int:
@@ -104,15 +113,38 @@ class ParallelContext:
         self.meetings.meet(what)
 
 
-def start(layout: ParallelConfig, device: str = "auto", seed: int = 0) -> ParallelContext:
+def start(layout: ParallelConfig, device: str = "auto", seed: int = 0, end: End = go_on) -> ParallelContext:
     """Join the process group that torchrun describes (or a world of one) and build Megatron's groups.
 
-    device: `cuda`, `cpu` or `auto` (cuda if there is a GPU). The backend is NCCL on CUDA and gloo on the CPU.
-    Raises LayoutError when the number of ranks does not fit the layout, before any group is made.
+    device: `cuda`, `cpu` or `auto` (cuda if there is a GPU). The backend is NCCL on CUDA and gloo on the CPU. end: gets
+    a line on ranks that keep the others waiting, and ends this process (`Heartbeat`).
+    Raises LayoutError when the number of ranks does not fit the layout, before any group is made; RankError when the
+    store of the job cannot be reached.
     """
     target = _device(device)
     check_ranks(layout, int(os.environ.get("WORLD_SIZE", "1")))
-    timeout = timedelta(minutes=layout.timeout_minutes)
+    patience = patience_of(layout)
+    with joining(patience, end):
+        context = _start(layout, target, patience, end)
+    _seed(context, seed)
+    return context
+
+
+def patience_of(layout: ParallelConfig) -> Patience:
+    """Return for how long ranks wait for each other."""
+    collective_s = 60 * layout.timeout_minutes
+    return Patience(
+        work_s=60 * layout.silence_minutes,
+        process_s=max(LEAST_PATIENCE_S, collective_s),
+        collective_s=collective_s,
+        phases={phase: 60 * minutes for phase, minutes in layout.phase_minutes.items()},
+    )
+
+
+def _start(layout: ParallelConfig, target: torch.device, patience: Patience, end: End) -> ParallelContext:
+    # Heartbeats end a run whose ranks wait in vain, and name the late one; a collective's own deadline only has to be
+    # later: it does not know whether the rank that others wait for makes progress.
+    timeout = timedelta(seconds=patience.last_resort_s)
     if not dist.is_initialized():
         backend = "nccl" if target.type == "cuda" else "gloo"
         if "RANK" in os.environ:
@@ -126,23 +158,24 @@ def start(layout: ParallelConfig, device: str = "auto", seed: int = 0) -> Parall
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
-        distributed_timeout_minutes=max(1, round(layout.timeout_minutes)),
+        distributed_timeout_minutes=math.ceil(timeout.total_seconds() / 60),
         create_gloo_process_groups=True,
     )
     host = dist.new_group(backend="gloo", timeout=timeout)
-    patience = Patience(60 * layout.silence_minutes, max(LEAST_PATIENCE_S, timeout.total_seconds()))
-    context = ParallelContext(
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    replica_host = _replica_group(layout, timeout)
+    counted = [host, replica_host, groups.dp, groups.tp, groups.pp, groups.cp, groups.ep]
+    store = dist.distributed_c10d._get_default_store()
+    return ParallelContext(
         layout=layout,
         device=target,
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
-        groups=ProcessGroupCollection.use_mpu_process_groups(),
+        groups=groups,
         host=host,
-        replica_host=_replica_group(layout, timeout),
-        meetings=Meetings(dist.distributed_c10d._get_default_store(), host, patience),
+        replica_host=replica_host,
+        meetings=Meetings(store, host, patience, counted, end),
     )
-    _seed(context, seed)
-    return context
 
 
 def stop(context: ParallelContext | None = None) -> None:

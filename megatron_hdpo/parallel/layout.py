@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from megatron_hdpo.types.errors import UserError
+from megatron_hdpo.types.phases import PHASES
 
 
 class ParallelConfig(BaseModel):
@@ -34,7 +35,8 @@ class ParallelConfig(BaseModel):
     timeout_minutes: float = Field(
         10.0,
         gt=0,
-        description="Deadline of a collective, and of a rank whose process gives no sign of life (there at least 1).",
+        description="Longest time for which ranks wait in a collective for another one whose work makes no progress; "
+        "and for one whose process gives no sign of life (there at least 1).",
     )
     silence_minutes: float = Field(
         60.0,
@@ -42,6 +44,18 @@ class ParallelConfig(BaseModel):
         description="Longest time for which ranks wait for another one whose work makes no progress: rollouts, "
         "evaluation, servers, checkpoints, data. Work that progresses may take any time.",
     )
+    phase_minutes: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {},
+        description="Instead of both, for a rank that makes no progress in these phases: {save: 120, train: 5}. Phases "
+        "have the names that the console shows.",
+    )
+
+    @field_validator("phase_minutes")
+    @classmethod
+    def _known_phases(cls, minutes: dict[str, float]) -> dict[str, float]:
+        if unknown := [phase for phase in minutes if phase not in PHASES]:
+            raise ValueError(f"{unknown[0]!r} is no phase: choose from {', '.join(PHASES)}")
+        return minutes
 
     @property
     def model_ranks(self) -> int:

@@ -77,6 +77,7 @@ class Console:
         self._lines = PhaseLines(self._about_phase, progress_s)
         self._live = LivePhases(self.rich, self.progress.text, lambda: tuple(self._open)) if self.interactive else None
         self._ticker = None if tick_s is None else Ticker(self.tick, tick_s)
+        self._step = 0
         self._rows = 0
         self._header = ""
         self._warned: set[str] = set()
@@ -156,10 +157,20 @@ class Console:
             _log.warning(message, extra={SHOWN: True})
             self._print(f"warning: {message}", style="yellow")
 
+    def begin_step(self, step: int) -> None:
+        """Take note that a step begins: `doing` names it from now on."""
+        self._step = step
+
     def doing(self) -> str:
-        """Return what the innermost phase does and how far it is; "" between phases. On every rank."""
+        """Return what the innermost phase of which step does and how far it is; "" between phases. On every rank."""
         with self._lock:
-            return self._open[-1].position() if self._open else ""
+            step = f"step {self._step}, " if self._step else ""
+            return step + self._open[-1].position() if self._open else ""
+
+    def innermost(self) -> str:
+        """Return the name of the innermost phase; "" between phases. On every rank."""
+        with self._lock:
+            return self._open[-1].name if self._open else ""
 
     def _begin(self, phase: Phase) -> None:
         with self._lock:

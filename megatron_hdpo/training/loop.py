@@ -53,6 +53,7 @@ def _train_to_last_step(run: Run) -> None:
     _record_start(run)
     while run.step < last:
         run.measurements.performance.begin()
+        run.console.begin_step(run.step + 1)
         with run.measurements.profiler.step(run.step + 1):
             metrics = _step(run)
         _record_and_save(run, metrics)

@@ -167,10 +167,10 @@ def _build_run(
     stop_request: StopRequest,
 ) -> Run:
     _open_logs(recipe, context, console)
-    context.meetings.progress = console.doing
-    context.meetings.stop = stop_request
+    heartbeat = context.heartbeat
+    heartbeat.progress, heartbeat.phase, heartbeat.stop = console.doing, console.innermost, stop_request
     if context.is_leader:
-        context.meetings.report = console.print
+        heartbeat.report = console.print
     checkpoint = recipe.checkpoint
     checkpoints = CheckpointStore(
         recipe.output,
@@ -200,7 +200,7 @@ def _build_run(
     sync = PolicySync(policy, built.sync)
     decode = partial(_decode, tokenizer)
     sampler = RolloutSampler(built.engine, rewards, decode, recipe.rollout.max_retries, stop_request)
-    context.meetings.progress = partial(_progress, console, sampler)
+    heartbeat.progress = partial(_progress, console, sampler)
     learner = Learner(
         policy=policy,
         objective=objective or _build_objective(recipe, data),

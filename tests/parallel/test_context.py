@@ -12,8 +12,9 @@ import torch.distributed as dist
 from distributed_helper import leave_layout, run_ranks
 
 from megatron_hdpo.parallel.context import ParallelContext, start
+from megatron_hdpo.parallel.late import Patience
 from megatron_hdpo.parallel.layout import ParallelConfig
-from megatron_hdpo.parallel.meetings import Meetings, Patience, RankError
+from megatron_hdpo.parallel.meetings import Meetings, RankError
 
 MISSING = 2
 

@@ -17,8 +17,9 @@ import torch.distributed as dist
 from distributed_helper import environment_of, forkserver, leave_layout, run_ranks
 
 from megatron_hdpo.parallel.context import ParallelContext, start
+from megatron_hdpo.parallel.late import Patience
 from megatron_hdpo.parallel.layout import ParallelConfig
-from megatron_hdpo.parallel.meetings import LOOK_S, Meetings, Patience, RankError
+from megatron_hdpo.parallel.meetings import Meetings, RankError
 
 COLLECTIVE_S, SILENCE_S, WORK_S = 2.0, 3.0, 5.0
 LATE = 1
@@ -37,10 +38,10 @@ def long_work_then_silence(folder: Path) -> dict[str, Any]:
     """What a rank saw of a meeting after work with progress, and of one for which a rank never comes."""
     context, done = context_of(), 0
     context.barrier("the start")
-    context.meetings.progress = lambda: f"rollout {done}/100 samples"
+    context.heartbeat.progress = lambda: f"rollout {done}/100 samples"
     reports: list[str] = []
-    context.meetings.report = reports.append
-    context.meetings.patience = replace(context.meetings.patience, say_s=1.0)
+    context.heartbeat.report = reports.append
+    context.heartbeat.patience = replace(context.heartbeat.patience, say_s=1.0)
     begun = time.monotonic()
     while context.rank == LATE and time.monotonic() - begun < WORK_S:
         done += 1
@@ -125,14 +126,6 @@ def test_a_rank_alone_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     meetings.close()
 
 
-def test_a_thousand_ranks_look_less_often_and_a_short_deadline_has_many_looks() -> None:
-    default = Patience(3600.0, 600.0)
-    assert default.look_s(8) == LOOK_S
-    assert default.look_s(1024) == 64.0
-    hurried = Patience(3.0, 60.0)
-    assert hurried.beat_s * 20 <= 3.0 and hurried.look_s(4) * 10 <= 3.0
-
-
 class Rank:
     """A rank that waits at a meeting, or works for ever: a process of its own, which a test may stop or kill."""
 
@@ -153,7 +146,7 @@ def wait_or_work(pipe: Connection, environment: dict[str, str], patience: Patien
     context = context_of(collective_s=60.0)
     meetings = Meetings(dist.distributed_c10d._get_default_store(), context.host, patience)
     meetings.meet("the start")
-    meetings.progress = lambda: "sync"
+    meetings.heartbeat.progress = lambda: "sync"
     pipe.send(os.getpid())
     if context.rank == LATE:
         time.sleep(600)

@@ -164,13 +164,13 @@ def request_on_rank_1() -> str:
     from megatron_hdpo.parallel.layout import ParallelConfig
 
     context = start(ParallelConfig(timeout_minutes=1 / 60), "cpu")
-    with context.meetings.stop.accepted(lambda line: None):
+    with context.heartbeat.stop.accepted(lambda line: None):
         context.barrier("the first meeting")
         if context.rank == 1:
-            context.meetings.stop.ask("SIGUSR1 on a node")
-        wait_until(lambda: bool(context.meetings.stop))
+            context.heartbeat.stop.ask("SIGUSR1 on a node")
+        wait_until(lambda: bool(context.heartbeat.stop))
         context.barrier("both know")
-    return context.meetings.stop.reason
+    return context.heartbeat.stop.reason
 
 
 def test_a_request_on_one_rank_reaches_the_others() -> None:

@@ -156,7 +156,7 @@ def _signal_while_learning_step_2(*numbers: signal.Signals, rank: int = 0) -> No
     def learn(self: Any, rollouts: Any, step: int) -> Any:
         context = self.policy.context
         if step == 1 and context.rank == rank:
-            _signal(numbers, context.meetings.stop)
+            _signal(numbers, context.heartbeat.stop)
         return original(self, rollouts, step)
 
     Learner.learn = learn  # type: ignore[method-assign]
