@@ -91,6 +91,11 @@ class Heartbeat:
         """Tell the store what this rank does."""
         self._write()
 
+    def doing(self) -> str:
+        """Return what this rank does and how far it is."""
+        progress = self.progress() or "nothing"
+        return f"{progress}, waits for '{self.waits_for}'" if self.waits_for else progress
+
     def beats_of(self, ranks: Sequence[int]) -> list[Beat]:
         """Return the last beats of ranks that have begun to beat."""
         return [Beat(**json.loads(text)) for text in self._store.multi_get([_beat(rank) for rank in ranks])]
@@ -134,14 +139,14 @@ class Heartbeat:
 
     def _now(self, stack: StackSummary) -> Beat:
         waits = MEETING if self.waits_for else COLLECTIVE if waits_for_ranks(stack) else ""
-        doing = f"waits for '{self.waits_for}'" if self.waits_for else self.progress()
-        calls = {group.group_name: group._get_sequence_number_for_group() for group in self._groups}
+        # torch's stubs lack the number of a group's calls.
+        calls = {str(g.group_name): g._get_sequence_number_for_group() for g in self._groups}  # type: ignore[attr-defined]
         return replace(
             self._own,
             arrived=self.arrived,
             waits=waits,
             phase=self.phase(),
-            doing=doing,
+            doing=self.doing(),
             at="" if self.waits_for else place(stack),
             collectives=calls,
         )

@@ -105,7 +105,9 @@ def verdict(beats: Sequence[Beat], silent_s: Sequence[float], patience: Patience
     late = silent or _without_progress(beats, alive, patience)
     if late:
         named = [f"{_name(rank, beats[rank])} {why}; {last_words(rank, beats[rank])}" for rank, why in late.items()]
-        return "; also ".join(named[:_MOST_NAMED]) + _and_more(named)
+        # The last beat of a process that stands still may be older than the phase that it stopped in.
+        at = f"; rank {alive[0]} is at: {_doing(beats[alive[0]])}" if silent and alive else ""
+        return "; also ".join(named[:_MOST_NAMED]) + _and_more(named) + at
     return _deadlock(beats, alive, patience) if alive else ""
 
 

@@ -148,7 +148,8 @@ class Meetings:
                 return  # torch closes all connections of a group when a collective on it times out
             with suppress(dist.DistError):
                 beat = self.heartbeat.beats_of([self._next])[0]
-                verdict = f"rank {self._next} on {beat.host} has ended; {last_words(self._next, beat)}"
+                own = f"rank {self.rank} is at: {self.heartbeat.doing()}"
+                verdict = f"rank {self._next} on {beat.host} has ended; {last_words(self._next, beat)}; {own}"
                 self.heartbeat.give_up(verdict)
                 self._wake(verdict)
 

@@ -305,7 +305,7 @@ def _open_logs(recipe: Recipe, context: ParallelContext, console: Console) -> No
 
 def _progress(console: Console, sampler: RolloutSampler) -> str:
     """Return what this rank does; its answers count apart from the phase, as they also come while it trains."""
-    return f"{console.doing()}, {sampler.answers:,} answers of engine and judges since the start"
+    return f"{console.doing() or 'between phases'}, {sampler.answers:,} answers of engine and judges since the start"
 
 
 def _saver(recipe: Recipe, context: ParallelContext, decode: Decode) -> RolloutSaver | None:

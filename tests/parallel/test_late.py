@@ -68,7 +68,9 @@ def test_all_that_stand_still_are_named_with_the_first() -> None:
 def test_a_rank_without_beats_is_named_before_all_others() -> None:
     text = judged(beats_of(IN_COLLECTIVE, IN_COLLECTIVE, {}), {1: 601.0})
     assert text.startswith("rank 1 on node0 has given no sign of life for 10 min (parallel.timeout_minutes); the last")
-    assert "rank 2 on" not in text
+    assert "rank 2 on" not in text and text.endswith(
+        "; rank 0 is at: step 3, train 4/9 tokens, at policy.py:7 in update"
+    )
     assert judged(beats_of(IN_COLLECTIVE, {"still_s": 0.0}), {1: 599.0}) == ""
 
 
