@@ -66,7 +66,8 @@ def check_line(line: str, phase: str, kind: str) -> None:
     why = {"spin": "made no progress for ", "stop": "given no sign of life for ", "kill": "ended; "}[kind]
     assert line.startswith("RankError: ") and re.search(rf"rank {LATE} on \S+ has {why}", line), line
     assert f"logs/rank_0000{LATE}.log" in line and "rank 0 on" not in line.partition(why)[0], line
-    assert ("train" if phase == "optimizer" else phase) in line.partition(why)[2], line
+    if kind != "kill":  # the error of a broken connection may have ended the phase of the others meanwhile
+        assert ("train" if phase == "optimizer" else phase) in line.partition(why)[2], line
 
 
 def test_a_rank_that_stands_still_while_others_train_is_named(tiny_model: Path, tmp_path: Path) -> None:
