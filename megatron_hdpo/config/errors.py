@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from megatron_hdpo.config.yaml_text import one_line
+
 
 @dataclass(frozen=True)
 class SchemaNode:
@@ -55,7 +57,7 @@ def error_lines(error: ValidationError, root: type[BaseModel]) -> Iterator[str]:
 
 def _line(path: Sequence[str], node: SchemaNode, item: Any) -> str:
     kind, given, context = item["type"], item["input"], item.get("ctx", {})
-    where = ".".join(path)
+    where = ".".join(map(one_line, path))
     if kind == "extra_forbidden":
         return f"{where}: unknown key{suggestion(path[-1], node.keys)}"
     if kind == "missing":
@@ -63,15 +65,19 @@ def _line(path: Sequence[str], node: SchemaNode, item: Any) -> str:
     if kind == "union_tag_not_found":
         return f"{where}.{node.discriminator}: required key is missing, one of {', '.join(node.tags)}"
     if kind == "union_tag_invalid":
-        tag = str(context["tag"])
+        tag = one_line(str(context["tag"]))
         return f"{where}.{node.discriminator}: {tag} is not one of {', '.join(node.tags)}{_close(tag, node.tags)}"
     if kind in ("model_type", "model_attributes_type"):
-        return f"{where}: must be a section with keys of its own (given: {given!r})"
-    message = item["msg"].removeprefix("Value error, ")
+        return f"{where}: must be a section with keys of its own (given: {_shown(given)})"
+    message = one_line(item["msg"].removeprefix("Value error, "), 2000)
     if kind == "value_error" and isinstance(given, dict | list):
         return f"{where}: {message}"
-    shown = "a section" if isinstance(given, dict) else "a list" if isinstance(given, list) else repr(given)
+    shown = "a section" if isinstance(given, dict) else "a list" if isinstance(given, list) else _shown(given)
     return f"{where}: {message} (given: {shown})"
+
+
+def _shown(given: object) -> str:
+    return "null" if given is None else one_line(repr(given))
 
 
 def _locate(location: Sequence[int | str], root: type[BaseModel]) -> tuple[list[str], SchemaNode]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import yaml
 
 from megatron_hdpo.config.hub import with_snapshots
 from megatron_hdpo.config.recipe import Recipe, RecipeError, parse_recipe
+from megatron_hdpo.config.yaml_text import MAX_CHARACTERS, MAX_DEPTH, YamlTree, one_line, problem_of, read_yaml
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), snapshots: bool = True) -> Recipe:
@@ -21,20 +22,32 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), snapshots: bool
     every error found.
     """
     path = Path(path)
+    found = _read(path)
+    if not isinstance(found.value, dict):
+        raise RecipeError(f"{path}: must be a mapping of sections, not {_kind_of(found.value)}")
+    tree = found.value
+    origins = {apply_override(tree, override): _named(override) for override in overrides}
+    recipe = parse_recipe(tree, str(path), origins, found.lines)
+    return with_snapshots(recipe) if snapshots else recipe
+
+
+def _read(path: Path) -> YamlTree:
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        with path.open(encoding="utf-8-sig") as file:
+            return read_yaml(file.read(MAX_CHARACTERS + 1))
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: is not UTF-8 text: {error}") from error
     except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: {_yaml_problem(error)}") from error
-    if not isinstance(tree, dict):
-        raise RecipeError(f"{path}: must be a mapping of sections, not {type(tree).__name__}")
-    tree = _unshared(tree)
-    origins = {apply_override(tree, override): f"override '{override}'" for override in overrides}
-    recipe = parse_recipe(tree, str(path), origins)
-    return with_snapshots(recipe) if snapshots else recipe
+        raise RecipeError(f"{path}: is not YAML: {problem_of(error)}") from error
+    except ValueError as error:  # a path with a NUL character
+        raise RecipeError(f"{one_line(str(path))}: cannot be read: {error}") from error
+
+
+def _kind_of(value: Any) -> str:
+    names = {type(None): "nothing (is the file empty?)", list: "a list", str: "a text"}
+    return names.get(type(value), "a single value")
 
 
 def apply_override(tree: dict[str, Any], override: str) -> str:
@@ -43,29 +56,40 @@ def apply_override(tree: dict[str, Any], override: str) -> str:
     Returns the key.path of what it set or made: that of a section if it was not there.
     """
     path, equals, text = override.partition("=")
+    named, shown = _named(override), one_line(path)
     if not equals or not path:
-        raise RecipeError(f"override '{override}': write key.path=value")
+        raise RecipeError(f"{named}: write key.path=value")
     node: Any = tree
     *parents, last = re.sub(r"\[(\d+)\]", r".\1", path).split(".")  # data.train[0] is data.train.0
+    if len(parents) >= MAX_DEPTH:
+        raise RecipeError(f"{named}: the key has more than {MAX_DEPTH} parts")
     made: str | None = None
     for depth, key in enumerate(parents):
         if isinstance(node, dict) and node.get(key) is None:
             made = made or ".".join(parents[: depth + 1])
             node[key] = {}
-        node = _child(node, key, override, ".".join(parents[: depth + 1]))
-    try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        hint = "; a template needs quotes inside those of the shell: key='\"{{ question }}\"'" if "{{" in text else ""
-        raise RecipeError(f"override '{override}': the value {_yaml_problem(error)}{hint}") from error
+        node = _child(node, key, named, one_line(".".join(parents[: depth + 1])))
+    value = _value(text, named)
     if isinstance(node, list):
-        _child(node, last, override, path)
+        _child(node, last, named, shown)
         node[int(last)] = value
     elif isinstance(node, dict):
         node[last] = value
     else:
-        raise RecipeError(f"override '{override}': {'.'.join(parents)} is a value, not a section")
+        raise RecipeError(f"{named}: {one_line('.'.join(parents))} is a value, not a section")
     return made or ".".join([*parents, last])
+
+
+def _value(text: str, named: str) -> Any:
+    try:
+        return read_yaml(text).value
+    except yaml.YAMLError as error:
+        hint = "; a template needs quotes inside those of the shell: key='\"{{ question }}\"'" if "{{" in text else ""
+        raise RecipeError(f"{named}: the value is not YAML: {problem_of(error)}{hint}") from error
+
+
+def _named(override: str) -> str:
+    return f"override '{one_line(override)}'"
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
@@ -103,41 +127,12 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield from leaves(value, f"{path}.{key}" if path else str(key))
 
 
-def _child(node: Any, key: str, override: str, path: str) -> Any:
+def _child(node: Any, key: str, named: str, path: str) -> Any:
     if isinstance(node, list):
-        if not key.isdigit() or int(key) >= len(node):
+        if not re.fullmatch("[0-9]{1,6}", key) or int(key) >= len(node):
             has = f"has items 0 to {len(node) - 1}" if node else "is empty"
-            raise RecipeError(f"override '{override}': {path}: the list {has}")
+            raise RecipeError(f"{named}: {path}: the list {has}")
         return node[int(key)]
     if isinstance(node, dict):
         return node[key]
-    raise RecipeError(f"override '{override}': {path} is below a value, not a section")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML loader that refuses a key given twice; PyYAML would silently keep the last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable) and key in seen and key_node.tag != "tag:yaml.org,2002:merge":
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key} is given twice", key_node.start_mark
-                )
-            seen.add(key if isinstance(key, Hashable) else None)
-        return super().construct_mapping(node, deep)
-
-
-def _unshared(node: Any) -> Any:
-    """Return the tree with a copy for every alias (`*name`), so that an override changes only the place it names."""
-    if isinstance(node, dict):
-        return {key: _unshared(value) for key, value in node.items()}
-    return [_unshared(value) for value in node] if isinstance(node, list) else node
-
-
-def _yaml_problem(error: yaml.YAMLError) -> str:
-    mark = getattr(error, "problem_mark", None)
-    if mark is None:
-        return f"is not YAML: {' '.join(str(error).split())}"
-    return f"is not YAML: line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', None)}"
+    raise RecipeError(f"{named}: {path} is below a value, not a section")

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_hdpo.checkpoint.config import CheckpointConfig
 from megatron_hdpo.config.errors import error_lines
+from megatron_hdpo.config.values import meaningless, unreadable
 from megatron_hdpo.data.config import DataConfig
 from megatron_hdpo.data.tasks import TaskConfig
 from megatron_hdpo.evaluation.config import EvaluationConfig
@@ -116,24 +117,43 @@ class Recipe(BaseModel):
     health: HealthConfig = Field(default_factory=HealthConfig)
 
 
-def parse_recipe(tree: dict[str, Any], origin: str = "recipe", overrides: Mapping[str, str] | None = None) -> Recipe:
+def parse_recipe(
+    tree: dict[str, Any],
+    origin: str = "recipe",
+    overrides: Mapping[str, str] | None = None,
+    lines: Mapping[str, int] | None = None,
+) -> Recipe:
     """Return the typed recipe of a tree. Raises RecipeError with one line per wrong or unknown key.
 
-    origin: where the tree comes from. overrides: by key, the origin of what replaced a part of the tree.
+    origin: where the tree comes from. overrides: by key, the origin of what replaced a part of the tree. lines: by key,
+    its line in the file.
     """
 
     def placed(line: str) -> str:
         path = line.partition(":")[0]
         source = [own for key, own in (overrides or {}).items() if f"{path}.".startswith(f"{key}.")]
-        return f"{source[-1] if source else origin}: {line}"
+        return f"{source[-1] if source else f'{origin}{_line_of(path, lines or {})}'}: {line}"
 
+    def refuse(errors: Iterable[str]) -> None:
+        if placed_errors := [placed(line) for line in errors]:
+            raise RecipeError("\n".join(placed_errors))
+
+    refuse(unreadable(tree))
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
         raise RecipeError("\n".join(map(placed, error_lines(error, Recipe)))) from error
-    if lines := list(_booleans_for_numbers(tree, recipe.model_dump())):
-        raise RecipeError("\n".join(map(placed, lines)))
+    read = recipe.model_dump(mode="json")
+    refuse(_booleans_for_numbers(tree, read))
+    refuse(meaningless(read))
     return recipe
+
+
+def _line_of(path: str, lines: Mapping[str, int]) -> str:
+    """Return ":12" for the line of a key, or of the section that lacks it; "" where neither is known."""
+    while path and path not in lines:
+        path = path.rpartition(".")[0]
+    return f":{lines[path]}" if path else ""
 
 
 def _booleans_for_numbers(given: Any, read: Any, path: str = "") -> Iterator[str]:
