@@ -7,6 +7,7 @@
 # make fast-test    the same without the slow tests; those of SGLang where `make sglang-env` was called
 # make test-long    the tests that need many minutes each, model, weights and checkpoints on the newest Megatron-Core, and
 #                   the fast tests on other Pythons; their result goes to benchmarks/test_long.json
+# make fuzz         100,000 cases per target of tests/fuzz (FUZZ_CASES), hours; `make test` has 100 of each
 # make newest-core  the wheel of the newest Megatron-Core, unpacked into .cache
 # make te-python    the Python half of Transformer Engine (0.7 MB), unpacked into .cache: its layers, built without a GPU
 # make docs         the site of the documents, in build/site; fails on a link that leads nowhere
@@ -21,13 +22,14 @@ REHEARSAL := .venv-rehearsal
 TORCH_INDEX ?=
 NEWEST_CORE := 0.19.2
 NEWEST := .cache/megatron-core-$(NEWEST_CORE)
+FUZZ_CASES ?= 100000
 TE_VERSION := 2.11.0
 TE_PYTHON := .cache/transformer-engine-$(TE_VERSION)
 # The tests of a file stay on one of two workers: they share what they prepare.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup dev-setup sglang-env rehearsal-env newest-core te-python quickstart compare docs test all-tests fast-test \
-    test-long lint clean
+    test-long fuzz lint clean
 
 setup: $(VENV)/.ready
 
@@ -104,6 +106,10 @@ fast-test: lint
 test-long: dev-setup sglang-env newest-core te-python
 	MEGATRON_HDPO_REQUIRE_SGLANG=1 $(BIN)/python tools/run_tests.py long newest-whole other-pythons \
 	    --summary benchmarks/test_long.json
+
+# Each target on the next free worker, without the limit for a test that hangs: a target takes long.
+fuzz: dev-setup
+	MEGATRON_HDPO_FUZZ_CASES=$(FUZZ_CASES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --timeout 0 tests/fuzz
 
 clean:
 	rm -rf $(VENV) $(SGLANG) $(REHEARSAL) .cache runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
