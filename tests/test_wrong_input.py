@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
@@ -600,16 +601,29 @@ def check_refused(ended: Ended, says: str, paths: dict[str, Path]) -> None:
     assert ended.codes == [2] * len(ended.codes), ended.text
 
 
+SECRET = "s3cr3t-value"
+
+
 @pytest.fixture(scope="module")
 def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run with a frozen teacher."""
+    """The folder of a finished run with a frozen teacher, and a secret in its recipe."""
     folder = tmp_path_factory.mktemp("finished")
     recipe = small_recipe(tiny_model, folder / "run")
     recipe["teacher"] = {"kind": "frozen"}
-    recipe["tracking"] = {"tensorboard": False}
+    recipe["tracking"] = {"tensorboard": True}
+    recipe["rollout"]["sglang"] = {"servers": {"environment": {"HF_TOKEN": SECRET}}}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     results_of(run_command("train", folder / "recipe.yaml"))
     return folder
+
+
+def test_no_file_of_a_run_holds_a_secret(finished: Path) -> None:
+    files = [path for path in (finished / "run").rglob("*") if path.is_file()]
+    assert {"recipe.yaml", "report.html"} <= {path.name for path in files}
+    assert any("tensorboard" in path.parts for path in files)
+    for path in files:
+        data = path.read_bytes()
+        assert SECRET.encode() not in (gzip.decompress(data) if path.suffix == ".gz" else data), path
 
 
 CHECKPOINT = "{folder}/run/checkpoints/step_00000002"

@@ -54,7 +54,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 def _setting(recipe: Recipe) -> dict[str, Any]:
     """Return what the numbers of an evaluation depend on, for its file."""
-    return {
+    from megatron_hdpo.config.secrets import redacted
+
+    setting = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "model": str(recipe.model.path),
         "dtype": recipe.rollout.engine_dtype,
@@ -62,6 +64,7 @@ def _setting(recipe: Recipe) -> dict[str, Any]:
         "evaluation": recipe.evaluation.model_dump(mode="json"),
         "data": [task.model_dump(mode="json") for task in recipe.data.evaluation],
     }
+    return redacted(setting)
 
 
 COMMAND = Command(

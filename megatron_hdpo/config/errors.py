@@ -11,7 +11,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from megatron_hdpo.config.secrets import is_secret
 from megatron_hdpo.config.yaml_text import one_line
+from megatron_hdpo.types.secrets import MARK, without_passwords
 
 
 @dataclass(frozen=True)
@@ -68,16 +70,18 @@ def _line(path: Sequence[str], node: SchemaNode, item: Any) -> str:
         tag = one_line(str(context["tag"]))
         return f"{where}.{node.discriminator}: {tag} is not one of {', '.join(node.tags)}{_close(tag, node.tags)}"
     if kind in ("model_type", "model_attributes_type"):
-        return f"{where}: must be a section with keys of its own (given: {_shown(given)})"
+        return f"{where}: must be a section with keys of its own (given: {_shown(given, path)})"
     message = one_line(item["msg"].removeprefix("Value error, "), 2000)
     if kind == "value_error" and isinstance(given, dict | list):
         return f"{where}: {message}"
-    shown = "a section" if isinstance(given, dict) else "a list" if isinstance(given, list) else _shown(given)
+    shown = "a section" if isinstance(given, dict) else "a list" if isinstance(given, list) else _shown(given, path)
     return f"{where}: {message} (given: {shown})"
 
 
-def _shown(given: object) -> str:
-    return "null" if given is None else one_line(repr(given))
+def _shown(given: object, path: Sequence[str]) -> str:
+    if is_secret(path) or path[-1:] == ["environment"]:
+        return MARK
+    return "null" if given is None else one_line(without_passwords(repr(given)))
 
 
 def _locate(location: Sequence[int | str], root: type[BaseModel]) -> tuple[list[str], SchemaNode]:

@@ -12,7 +12,17 @@ import yaml
 
 from megatron_hdpo.config.hub import with_snapshots
 from megatron_hdpo.config.recipe import Recipe, RecipeError, parse_recipe
-from megatron_hdpo.config.yaml_text import MAX_CHARACTERS, MAX_DEPTH, YamlTree, one_line, problem_of, read_yaml
+from megatron_hdpo.config.secrets import is_secret, redacted
+from megatron_hdpo.config.yaml_text import (
+    MAX_CHARACTERS,
+    MAX_DEPTH,
+    YamlTree,
+    one_line,
+    problem_of,
+    read_yaml,
+    write_yaml,
+)
+from megatron_hdpo.types.secrets import MARK, without_passwords
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), snapshots: bool = True) -> Recipe:
@@ -89,14 +99,18 @@ def _value(text: str, named: str) -> Any:
 
 
 def _named(override: str) -> str:
-    return f"override '{one_line(override)}'"
+    """Return what stands for an override in messages, which may end in logs."""
+    path, equals, text = override.partition("=")
+    shown = MARK if is_secret(path.split(".")) or "environment" in path.split(".") else without_passwords(text)
+    return f"override '{one_line(f'{path}{equals}{shown if text else text}')}'"
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write the recipe with every default filled in; reading it back gives an equal recipe."""
+    """Write the recipe with every default filled in, without its secrets; reading it back gives an equal recipe."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    tree = redacted(recipe.model_dump(mode="json"))
+    partial.write_text(write_yaml(tree), encoding="utf-8")
     os.replace(partial, path)  # a recipe that was cut off would stand in the way of every resume
 
 
@@ -108,12 +122,12 @@ def recipe_changes(path: Path, recipe: Recipe) -> list[str]:
     if not path.is_file():
         return []
     try:
-        written = yaml.safe_load(path.read_text())
+        written = read_yaml(path.read_text(encoding="utf-8")).value
     except (OSError, ValueError, yaml.YAMLError) as error:
         written = error
     if not isinstance(written, dict):
         return [f"{path} cannot be read, so changes are not known"]
-    old, new = dict(leaves(written)), dict(leaves(recipe.model_dump(mode="json")))
+    old, new = dict(leaves(redacted(written))), dict(leaves(redacted(recipe.model_dump(mode="json"))))
     return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)]
 
 

@@ -5,6 +5,7 @@ Each section's class lives in the room that reads it (`<room>/config.py`, an obj
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_hdpo.checkpoint.config import CheckpointConfig
 from megatron_hdpo.config.errors import error_lines
+from megatron_hdpo.config.secrets import restored
 from megatron_hdpo.config.values import meaningless, unreadable
 from megatron_hdpo.data.config import DataConfig
 from megatron_hdpo.data.tasks import TaskConfig
@@ -139,6 +141,8 @@ def parse_recipe(
             raise RecipeError("\n".join(placed_errors))
 
     refuse(unreadable(tree))
+    tree, missing = restored(tree, os.environ)
+    refuse(missing)
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:

@@ -61,6 +61,11 @@ def read_yaml(text: str) -> YamlTree:
         loader.dispose()
 
 
+def write_yaml(value: Any) -> str:
+    """Return a tree as YAML text that `read_yaml`, and any reader of YAML 1.1, reads back as it was."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
 def problem_of(error: yaml.YAMLError) -> str:
     """Return what is wrong, in one line, with its line and column where they are known."""
     mark = getattr(error, "problem_mark", None)
@@ -133,9 +138,13 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _with_own_numbers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
-    """Return PyYAML's rules for plain values, with the numbers of YAML 1.2 and without dates and `=`."""
-    replaced = {f"{_PREFIX}{name}" for name in ("int", "float", "timestamp", "value")}
+class _Dumper(yaml.SafeDumper):
+    """Writer that quotes a text which either reader would take for something else."""
+
+
+def _with_own_numbers(*without: str) -> dict[str, list[tuple[str, re.Pattern[str]]]]:
+    """Return PyYAML's rules for plain values and those of this module; without: types whose rules are left out."""
+    replaced = {f"{_PREFIX}{name}" for name in without}
     rules = {
         first: [(tag, pattern) for tag, pattern in given if tag not in replaced]
         for first, given in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -146,7 +155,8 @@ def _with_own_numbers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
     return rules
 
 
-_Loader.yaml_implicit_resolvers = _with_own_numbers()
+_Loader.yaml_implicit_resolvers = _with_own_numbers("int", "float", "timestamp", "value")
+_Dumper.yaml_implicit_resolvers = _with_own_numbers()
 
 
 def _children(node: yaml.Node) -> Iterator[yaml.Node]:

@@ -19,6 +19,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from megatron_hdpo.types.disk import give_user_mode
+
 CHARACTERS = "0123456789+=#"
 FAMILIES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "qwen3_moe": Qwen3MoeConfig}
 
@@ -74,6 +76,7 @@ def make_tiny_model(
     torch.manual_seed(seed)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
     tokenizer.save_pretrained(path)
+    give_user_mode(path / "model.safetensors")
     return path
 
 

@@ -18,6 +18,7 @@ from megatron_hdpo.tracking.backends import (
 from megatron_hdpo.tracking.config import TrackingConfig
 from megatron_hdpo.tracking.console import Console
 from megatron_hdpo.tracking.metrics import MetricsWriter, clean
+from megatron_hdpo.types.secrets import without_passwords
 
 
 class Tracker:
@@ -93,7 +94,7 @@ class Tracker:
                 self._report(backend.name, error)
 
     def _report(self, name: str, error: Exception) -> None:
-        reason = f"{type(error).__name__}: {error}"[:500]
+        reason = without_passwords(f"{type(error).__name__}: {error}")[:500]
         self._console.warn(f"{name} failed and is off from here on; metrics.jsonl goes on ({reason})")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from megatron_hdpo.config import Recipe, RecipeError, save_recipe
+from megatron_hdpo.config.secrets import redacted
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.tracking.console import Console
 from megatron_hdpo.tracking.evaluations import Evaluations, Measured
@@ -35,7 +36,7 @@ class RunRecord:
         self._lock_folder()
         tracker = Tracker(recipe.tracking, recipe.output, self.console, resume_step=resume_step, enabled=leader)
         self._tracker = tracker
-        tracker.log_config(recipe.model_dump(mode="json"))
+        tracker.log_config(redacted(recipe.model_dump(mode="json")))
         if leader:
             save_recipe(recipe, recipe.output / "recipe.yaml")
             self._evaluations = Evaluations(read_metrics(recipe.output))

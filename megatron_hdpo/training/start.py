@@ -22,6 +22,7 @@ from megatron_hdpo.training.run import Run, load_tokenizer
 from megatron_hdpo.training.warmup import warm_up
 from megatron_hdpo.types.errors import DataError
 from megatron_hdpo.types.rollouts import Group
+from megatron_hdpo.types.secrets import without_passwords
 from megatron_hdpo.weights.host import copy_to_host, load_from_host
 
 FROZEN_TEACHER = "teacher"
@@ -113,13 +114,15 @@ def _build_optimizer(run: Run) -> None:
 def _warm_up_once(run: Run) -> None:
     """Warm up, or load the weights of an earlier warm-up of the same recipe."""
     recipe = run.recipe
-    origin = "\n".join(
-        [
-            recipe.warmup.model_dump_json(),
-            recipe.model.model_dump_json(),
-            recipe.data.model_dump_json(exclude={"evaluation"}),
-            str(recipe.seed),
-        ]
+    origin = without_passwords(
+        "\n".join(
+            [
+                recipe.warmup.model_dump_json(),
+                recipe.model.model_dump_json(),
+                recipe.data.model_dump_json(exclude={"evaluation"}),
+                str(recipe.seed),
+            ]
+        )
     )
     if run.checkpoints.has_weights(WARMED_UP, origin):
         run.checkpoints.load_weights(WARMED_UP, run.policy.model)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from megatron_hdpo.model.architecture import Architecture
 from megatron_hdpo.parallel.context import ParallelContext
+from megatron_hdpo.types.disk import give_user_mode
 from megatron_hdpo.weights.folder import copy_description, prepare, publish, staging_of, together
 from megatron_hdpo.weights.hf_files import INDEX_FILE, SINGLE_FILE
 from megatron_hdpo.weights.stream import WeightBucket, WeightGatherer
@@ -50,9 +51,14 @@ def save_hf(
         for name, value in chain.from_iterable(map(gatherer.gather, buckets)):
             held[name] = value.to(device="cpu", dtype=dtype)
             files[name] = file
-        together(context, partial(save_file, held, staging_of(out) / file, metadata={"format": "pt"}))
+        together(context, partial(_write, held, staging_of(out) / file))
     num_bytes = dtype.itemsize * sum(bucket.numel for bucket in gatherer.buckets)
     together(context, partial(_finish, out, files, num_bytes))
+
+
+def _write(tensors: dict[str, Tensor], file: Path) -> None:
+    save_file(tensors, file, metadata={"format": "pt"})
+    give_user_mode(file)
 
 
 def _plan(buckets: list[WeightBucket], limit: int) -> list[list[WeightBucket]]:

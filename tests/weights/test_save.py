@@ -59,6 +59,9 @@ def test_saved_folder(tmp_path: Path, case: str, ranks: int, tensor: int, pipeli
 
     assert sorted(path.name for path in out.iterdir()) == ["half", "sharded", "whole"]
     names = {path.name for path in (out / "whole").iterdir()}
+    (tmp_path / "own").touch()
+    modes = {path.stat().st_mode for path in out.rglob("*") if path.is_file()}
+    assert modes == {(tmp_path / "own").stat().st_mode}, "safetensors would leave its files to their owner alone"
     assert names == {"config.json", "generation_config.json", "tokenizer.json", "model.safetensors"}
     index = json.loads((out / "sharded" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 3

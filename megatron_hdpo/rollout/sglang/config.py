@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from megatron_hdpo.rollout.sglang.servers.config import ServerConfig
+from megatron_hdpo.types.secrets import without_passwords
 
 
 class WeightSyncConfig(BaseModel):
@@ -123,6 +124,8 @@ class SGLangConfig(BaseModel):
             raise ValueError("router: needs placement=given with the urls of the servers behind it")
         if bool(self.gpus) != (self.placement == "separate"):
             raise ValueError("gpus: name the servers' devices with placement=separate, and only then")
+        if any(without_passwords(url) != url for url in [*self.urls, self.router or ""]):
+            raise ValueError("urls and router: a password in an address ends in logs: use api_key_variable")
         if len(set(self.urls)) != len(self.urls) or len(set(self.gpus)) != len(self.gpus):
             raise ValueError("urls and gpus: each may be named once")
         return self

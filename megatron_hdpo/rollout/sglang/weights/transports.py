@@ -24,6 +24,7 @@ from megatron_hdpo.rollout.sglang.replica import Replica
 from megatron_hdpo.rollout.sglang.weights.participants import Participants
 from megatron_hdpo.rollout.sglang.weights.payload import Bucket, flattened, request_text
 from megatron_hdpo.rollout.sglang.weights.update_group import UpdateGroup
+from megatron_hdpo.types.disk import give_user_mode
 
 LOGGER = logging.getLogger(__name__)
 ABANDON_S = 30.0
@@ -250,6 +251,7 @@ class DiskTransport:
         file = f"model-{len(set(self._files.values())) + 1:05d}.safetensors"
         with self._writing():
             await asyncio.to_thread(save_file, dict(prepared), self.folder / file, {"format": "pt"})
+            give_user_mode(self.folder / file)  # servers may run as another user
         self._files |= {name: file for name, _ in prepared}
 
     async def close(self, servers: Participants) -> None:
