@@ -109,6 +109,17 @@ join_by() {
   echo "$*"
 }
 
+# server_key FILE: the key of all servers and trainers of URLS=FILE, in FILE.key, which only its user can read. The first
+# script that asks makes it; it is in no command line, which all users of a node see.
+server_key() {
+  local made
+  made=$(mktemp "$1.key.XXXXXX")  # readable by its user alone
+  od -An -N32 -tx1 /dev/urandom | tr -d ' \n' > "$made"
+  ln "$made" "$1.key" 2>/dev/null || true  # there is one already
+  rm "$made"
+  cat "$1.key"
+}
+
 # wait_for_urls FILE NODES: the override rollout.sglang.urls=[...] once that many nodes have added their line.
 wait_for_urls() {
   local deadline=$((SECONDS + ${START_S:-1200})) found=0

@@ -7,8 +7,8 @@
 # addresses of its servers when all of them answer. GPUS (8), TENSOR_PARALLEL (1): a node has GPUS / TENSOR_PARALLEL
 # servers. PORT: of the first (30000). NODE_ADDRESS: this node for the trainer (its host name). PYTHON: interpreter of
 # SGLang's environment (python). START_S: longest start (900).
-# The servers run in the foreground; ending this script ends them. Whoever reaches a server can replace its weights:
-# keep them inside the cluster's network, or pass --api-key and name its variable in rollout.sglang.api_key_variable.
+# The servers run in the foreground; ending this script ends them. Whoever reaches a server could replace its weights, so
+# they refuse requests without the key in the file $URLS.key, which train_on_servers.sh and slurm.sbatch hand to the run.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 usage_if_asked "$0" "$@"
@@ -22,14 +22,18 @@ need_sglang() {
 need_sglang "${PYTHON:-python}"
 gpus=${GPUS:-8} wide=${TENSOR_PARALLEL:-1} port=${PORT:-30000} host=${NODE_ADDRESS:-$(hostname)}
 mkdir -p "$URLS.logs"
+key=$(server_key "$URLS")
+config=$(mktemp "$URLS.logs/$host.XXXXXX.yaml") header=$(mktemp)  # readable by their user alone
+echo "api-key: $key" > "$config"
+echo "Authorization: Bearer $key" > "$header"
 processes=() addresses=()
-trap 'kill "${processes[@]}" 2>/dev/null || true; wait' EXIT
+trap 'kill "${processes[@]}" 2>/dev/null || true; rm -f "$config" "$header"; wait' EXIT
 
 for ((i = 0; i < gpus / wide; i++)); do
   # A warm-up would stand in the way of the first weight update. Answers are token ids, each piece holds the new ones.
   "${PYTHON:-python}" -m sglang.launch_server --model-path "$MODEL" --host 0.0.0.0 --port $((port + i)) \
     --tp-size "$wide" --base-gpu-id $((i * wide)) --dtype bfloat16 --skip-server-warmup \
-    --incremental-streaming-output --skip-tokenizer-init "$@" \
+    --incremental-streaming-output --skip-tokenizer-init --config "$config" "$@" \
     > "$URLS.logs/$host-$i.log" 2>&1 &
   processes+=("$!")
   addresses+=("http://$host:$((port + i))")
@@ -37,7 +41,7 @@ done
 
 deadline=$((SECONDS + ${START_S:-900}))
 for url in "${addresses[@]}"; do
-  until curl --silent --fail --max-time 5 --output /dev/null "$url/model_info"; do
+  until curl --silent --fail --max-time 5 --header "@$header" --output /dev/null "$url/model_info"; do
     for process in "${processes[@]}"; do
       kill -0 "$process" 2>/dev/null || { echo "$host: a server ended; see $URLS.logs/$host-*.log" >&2; exit 1; }
     done

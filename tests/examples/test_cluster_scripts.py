@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -20,19 +21,24 @@ from megatron_hdpo.planner.shapes import architecture_of
 SCRIPTS = ROOT / "examples" / "cluster"
 STUBS = {
     # Each says what it was given, one argument per line, and who the agents were told to meet.
-    "torchrun": 'printf "%s\\n" "$@"; env | grep -E "^(NCCL|GLOO|TORCH|CUDA_DEV|RANK|WORLD|PET)" || true',
+    "torchrun": 'printf "%s\\n" "$@"; env | grep -E "^(NCCL|GLOO|TORCH|CUDA_DEV|RANK|WORLD|PET|SERVER_KEY)" || true',
     "scontrol": 'printf "%s\\n" node7 node8 node9',
     # Slurm's own flags away, then the command, once: the node names that it was for are in the output.
     "srun": 'echo "srun $*"; while [[ $1 != examples/* ]]; do shift; done; exec "$@"',
     "hostname": 'if [ "${1:-}" = -i ]; then echo 10.0.0.5; else echo "${STUB_HOST:-here}"; fi',
 }
 SERVER = """
-import http.server, sys
-arguments = dict(zip(sys.argv[3::2], sys.argv[4::2]))
+import http.server, os, stat, sys
+def given(flag):
+    return sys.argv[sys.argv.index(flag) + 1]
+config = given("--config")
+assert stat.S_IMODE(os.stat(config).st_mode) == 0o600
+wanted = open(config).read().strip().replace("api-key: ", "Bearer ")
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        self.send_response(200 if self.path == "/model_info" else 404); self.end_headers()
-http.server.HTTPServer(("127.0.0.1", int(arguments["--port"])), Handler).serve_forever()
+        known = self.path == "/model_info" and self.headers["Authorization"] == wanted
+        self.send_response(200 if known else 401); self.end_headers()
+http.server.HTTPServer(("127.0.0.1", int(given("--port"))), Handler).serve_forever()
 """
 
 
@@ -149,12 +155,15 @@ def test_slurm_with_server_nodes_hands_the_addresses_over(bench: Path) -> None:
     server = f'exec {sys.executable} {bench}/server.py "$@"'
     (bench / "python").write_text(f'#!/usr/bin/env bash\n[ "$1" = -c ] || {server}\n')  # -c asks whether it has SGLang
     (bench / "python").chmod(0o755)
-    urls = ROOT / "slurm-123.urls"
+    urls, key = ROOT / "slurm-123.urls", ROOT / "slurm-123.urls.key"
     try:
         variables = {"SERVER_NODES": "1", "MODEL": "m", "GPUS": "2", "TENSOR_PARALLEL": "2", "PORT": str(port)}
         said = slurm(bench, NODE_ADDRESS="127.0.0.1", **variables)
+        assert stat.S_IMODE(key.stat().st_mode) == 0o600
+        secret = key.read_text()
     finally:
         urls.unlink(missing_ok=True)
+        key.unlink(missing_ok=True)
         for log in (urls.parent / f"{urls.name}.logs").glob("*"):
             log.unlink()
         (urls.parent / f"{urls.name}.logs").rmdir()
@@ -165,8 +174,10 @@ def test_slurm_with_server_nodes_hands_the_addresses_over(bench: Path) -> None:
         "rollout.engine=sglang",
         "rollout.sglang.placement=given",
         f"rollout.sglang.urls=[http://127.0.0.1:{port}]",
+        "rollout.sglang.api_key_variable=SERVER_KEY",
     ]
-    assert lines[lines.index("seed=2") + 1 :][:3] == handed
+    assert lines[lines.index("seed=2") + 1 :][:4] == handed
+    assert len(secret) == 64 and [line for line in lines if secret in line] == [f"SERVER_KEY={secret}"]
     with socket.socket() as client:
         assert client.connect_ex(("127.0.0.1", port)) != 0, "the server outlived the job"
 
