@@ -515,7 +515,11 @@ TABLE = [
     Wrong(
         "warm-up without solutions",
         "DataError: warmup on data.train: none of 1 problems has a worked solution of at most 8 tokens",
-        ["warmup.kind=sft", 'data.prompts.privileged="{{ solution or answer }}#{{ question }}"'],
+        [
+            "rollout.prompts_per_step=1",
+            "warmup.kind=sft",
+            'data.prompts.privileged="{{ solution or answer }}#{{ question }}"',
+        ],
         edit=rows(GOOD_ROW),
     ),
     Wrong(

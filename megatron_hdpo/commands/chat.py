@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_hdpo.commands.base import Command
 from megatron_hdpo.commands.local_model import Message, add_device_and_seed, load_local_model
+from megatron_hdpo.commands.numbers import integer, real
 
 _DESCRIPTION = """\
 Runs the model by transformers on one device, with its chat template. An empty
@@ -19,10 +20,14 @@ def _add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face folder")
     parser.add_argument("--system", metavar="TEXT", help="system message")
     parser.add_argument(
-        "--temperature", type=float, default=0.7, metavar="X", help="0: the greedy answer (default %(default)s)"
+        "--temperature",
+        type=real(0, 1000),
+        default=0.7,
+        metavar="X",
+        help="0: the greedy answer (default %(default)s)",
     )
     parser.add_argument(
-        "--max-new-tokens", type=int, default=1024, metavar="N", help="longest answer (default %(default)s)"
+        "--max-new-tokens", type=integer(1), default=1024, metavar="N", help="longest answer (default %(default)s)"
     )
     add_device_and_seed(parser)
 

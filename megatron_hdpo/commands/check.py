@@ -8,12 +8,15 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from megatron_hdpo.commands.base import Command, add_recipe
+from megatron_hdpo.commands.numbers import integer
 
 if TYPE_CHECKING:
     from megatron_hdpo.config import Recipe
+    from megatron_hdpo.model.architecture import Architecture
 
 _DESCRIPTION = """\
-Loads the data and the tokenizer, but no weights; prints a first prompt. Without
+Loads the data and the tokenizer, and of the weights only their names and
+shapes; looks at run folder, disk and SGLang; prints a first prompt. Without
 torchrun and --ranks, as many ranks are assumed as the layout needs at least.
 A recipe for GPUs can be checked on a machine without them: with --for gpu,
 device=auto means cuda, and what this machine cannot tell is listed."""
@@ -29,27 +32,31 @@ def _add(parser: argparse.ArgumentParser) -> None:
         default="here",
         help="machine that will run the recipe (default here)",
     )
-    parser.add_argument("--ranks", type=int, metavar="N", help="ranks that torchrun will start, on all nodes")
+    parser.add_argument("--ranks", type=integer(1), metavar="N", help="ranks that torchrun will start, on all nodes")
 
 
 def _check(arguments: argparse.Namespace) -> None:
     from megatron_hdpo.config import check_sections, load_recipe
+    from megatron_hdpo.config.machine import check_ranks_of_torchrun
 
+    if arguments.ranks is None:
+        check_ranks_of_torchrun(os.environ)
     recipe = _for_machine(load_recipe(arguments.recipe, arguments.overrides), arguments.machine)
     # Before the imports below, which take seconds: torch and Megatron.
     check_sections(recipe, elsewhere=arguments.machine != "here")
-    from megatron_hdpo.training.load_data import load_data
+    from megatron_hdpo.training.load_data import check_enough, load_data
     from megatron_hdpo.training.run import load_tokenizer
 
     recipe, lines = _checked(recipe, arguments)
     print("\n".join(lines))
     data = load_data(recipe, load_tokenizer(recipe.model.path))
+    check_enough(recipe, data)
     print("\n".join(data.report.lines()))
     example = data.train[0]
     print(f"\nfirst prompt ({example.id}):\n{data.prompts.render_student(example)}")
     print(f"\nfirst privileged prompt:\n{data.prompts.render_privileged(example)}\n")
     if arguments.machine != "here":
-        for line in _unknown_here(recipe):
+        for line in _unknown_here(recipe, False):
             print(f"not checked: {line}")
     print("the recipe is fine")
 
@@ -82,6 +89,8 @@ def _checked(recipe: Recipe, arguments: argparse.Namespace) -> tuple[Recipe, lis
     try:
         resolved = resolve(recipe, choice.dtype)
         warnings = check_recipe(resolved, architecture, ranks, elsewhere=not here)
+        if here and _has_device(device):
+            _check_machine(resolved, architecture, device)
     except RecipeError as error:
         if here and recipe.device == "auto" and device == "cpu":
             raise RecipeError(f"{error}\n(this machine has no GPU; for a run on one: check --for gpu)") from error
@@ -89,24 +98,54 @@ def _checked(recipe: Recipe, arguments: argparse.Namespace) -> tuple[Recipe, lis
     if choice.warning:
         warnings.insert(0, choice.warning)
     if here:
-        warnings += [f"{line}; for a run on another machine: check --for gpu" for line in _unknown_here(resolved)]
+        warnings += [f"{line}; for a run on another machine: check --for gpu" for line in _unknown_here(resolved, True)]
     return resolved, [choice.line, *(f"warning: {warning}" for warning in warnings), f"ranks: {ranks}"]
 
 
-def _unknown_here(recipe: Recipe) -> Iterator[str]:
-    """Yield what this machine lacks for the recipe, so that it could not be checked."""
+def _check_machine(recipe: Recipe, architecture: Architecture, device: str) -> None:
+    """Raise the UserError of the first thing on this machine that a run would stop at: folder, servers, weights."""
+    from megatron_hdpo.config import RecipeError
+    from megatron_hdpo.config.hub import model_paths
+    from megatron_hdpo.config.machine import folder_errors
+    from megatron_hdpo.model.architecture import read_architecture
+    from megatron_hdpo.weights.load import check_weights
+
+    if errors := list(folder_errors(recipe)):
+        raise RecipeError("\n".join(errors))
+    if _starts_servers(recipe):
+        try:
+            recipe.rollout.sglang.servers.check_interpreter(device)
+        except ValueError as error:
+            raise RecipeError(f"rollout.sglang.servers: {error}") from error
+    for path in model_paths(recipe).values():
+        check_weights(architecture if path == recipe.model.path else read_architecture(path), path)
+
+
+def _starts_servers(recipe: Recipe) -> bool:
+    rollout = recipe.rollout
+    return rollout.engine == "sglang" and rollout.sglang.placement != "given" and rollout.replay is None
+
+
+def _has_device(device: str) -> bool:
     import torch
 
+    return device == "cpu" or torch.cuda.is_available()
+
+
+def _unknown_here(recipe: Recipe, here: bool) -> Iterator[str]:
+    """Yield what this machine lacks for the recipe, so that it could not be checked."""
     from megatron_hdpo.config.check import resolved_device
     from megatron_hdpo.config.packages import unknown_packages
     from megatron_hdpo.model.config import transformer_engine_available
 
     device, sglang = resolved_device(recipe.device), recipe.rollout.sglang
-    if device == "cuda" and not torch.cuda.is_available():
+    if not _has_device(device):
         yield "device=cuda: this machine has no GPU"
+    if not here or not _has_device(device):
+        yield "model.path and output: the weights, the run folder and its disk"
     if device == "cuda" and recipe.model.spec != "torch" and not transformer_engine_available():
         yield f"model.spec={recipe.model.spec}: Transformer Engine is not installed here"
-    if recipe.rollout.engine == "sglang" and sglang.placement != "given":
+    if _starts_servers(recipe):
         try:
             sglang.servers.check_interpreter(device)
         except ValueError as error:

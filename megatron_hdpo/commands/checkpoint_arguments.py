@@ -8,15 +8,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_hdpo.commands.numbers import integer
+
 if TYPE_CHECKING:
     from megatron_hdpo.parallel.context import ParallelContext
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """Add the options that `opened_layout` and the readers of checkpoints need."""
-    parser.add_argument("--tensor", type=int, default=1, metavar="N", help="tensor-parallel ranks (default 1)")
-    parser.add_argument("--pipeline", type=int, default=1, metavar="N", help="pipeline stages (default 1)")
-    parser.add_argument("--expert", type=int, default=1, metavar="N", help="expert-parallel ranks (default 1)")
+    parser.add_argument("--tensor", type=integer(1), default=1, metavar="N", help="tensor-parallel ranks (default 1)")
+    parser.add_argument("--pipeline", type=integer(1), default=1, metavar="N", help="pipeline stages (default 1)")
+    parser.add_argument("--expert", type=integer(1), default=1, metavar="N", help="expert-parallel ranks (default 1)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="device of the model (default cpu)")
     parser.add_argument(
         "--config",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_hdpo.commands.numbers import integer
 from megatron_hdpo.types.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ class LocalModelError(UserError, ValueError):
 def add_device_and_seed(parser: argparse.ArgumentParser) -> None:
     """Add the options that `load_local_model` reads."""
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="of a model (default auto)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampling (default 0)")
+    parser.add_argument("--seed", type=integer(0), default=0, metavar="N", help="seed of the sampling (default 0)")
 
 
 @dataclass

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from megatron_hdpo.commands.base import Command
+from megatron_hdpo.commands.numbers import integer
 
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 _SIZES = {
@@ -24,7 +25,8 @@ def _add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
     parser.add_argument("--family", choices=FAMILIES, default="llama", help="architecture (default llama)")
     for name, (default, meaning) in _SIZES.items():
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{meaning} (default {default})")
+        kind = integer(0) if name == "seed" else integer(1, 2**16)
+        parser.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=f"{meaning} (default {default})")
 
 
 def _make(arguments: argparse.Namespace) -> None:
@@ -33,8 +35,21 @@ def _make(arguments: argparse.Namespace) -> None:
     from megatron_hdpo.model.tiny_model import make_tiny_model
 
     disable_progress_bar()
+    _check(arguments)
     sizes = {key.replace("-", "_"): getattr(arguments, key.replace("-", "_")) for key in _SIZES}
     print(make_tiny_model(arguments.out, family=arguments.family, **sizes))
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Raise UserError for sizes that no architecture has."""
+    from megatron_hdpo.model.config import ModelError
+
+    for part, whole in (("heads", "hidden"), ("kv_heads", "heads")):
+        if getattr(arguments, whole) % getattr(arguments, part):
+            names = f"--{part.replace('_', '-')} {getattr(arguments, part)}", f"--{whole} {getattr(arguments, whole)}"
+            raise ModelError(f"{names[0]} does not divide {names[1]}")
+    if arguments.experts_per_token > arguments.experts:
+        raise ModelError(f"--experts-per-token {arguments.experts_per_token} is above --experts {arguments.experts}")
 
 
 COMMAND = Command(

@@ -25,7 +25,9 @@ def opened_run(
     run has exported. stop_request: ends the run early when it is made.
     """
     from megatron_hdpo.config import check_sections, load_recipe
+    from megatron_hdpo.config.machine import check_ranks_of_torchrun
 
+    check_ranks_of_torchrun(os.environ)
     recipe = load_recipe(recipe_file, overrides)
     if not trains:
         checkpoint = recipe.checkpoint.model_copy(update={"export": False})

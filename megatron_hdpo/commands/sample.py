@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from megatron_hdpo.commands.base import Command
 from megatron_hdpo.commands.local_model import LocalModelError, add_device_and_seed, load_local_model
+from megatron_hdpo.commands.numbers import integer, real
 from megatron_hdpo.commands.opened_run import opened_run
 
 if TYPE_CHECKING:
@@ -29,14 +30,19 @@ def _add(parser: argparse.ArgumentParser) -> None:
         "target", type=Path, metavar="RECIPE_OR_MODEL", help="YAML file of a recipe, or Hugging Face folder"
     )
     parser.add_argument("rest", nargs="*", metavar="PROMPT_OR_KEY.PATH=VALUE", help="prompts; overrides of a recipe")
-    parser.add_argument("-n", "--samples", type=int, default=4, metavar="N", help="samples per prompt (default 4)")
-    parser.add_argument("--problems", type=int, default=4, metavar="N", help="problems of a recipe (default 4)")
+    parser.add_argument(
+        "-n", "--samples", type=integer(1), default=4, metavar="N", help="samples per prompt (default 4)"
+    )
+    parser.add_argument("--problems", type=integer(1), default=4, metavar="N", help="problems of a recipe (default 4)")
     parser.add_argument("--raw", action="store_true", help="use no chat template: the prompt as it stands")
     parser.add_argument(
-        "--temperature", type=float, metavar="X", help="0: the greedy answer (default 1, or as in an evaluation)"
+        "--temperature",
+        type=real(0, 1000),
+        metavar="X",
+        help="0: the greedy answer (default 1, or as in an evaluation)",
     )
     parser.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help="longest answer (default 512, or as in an evaluation)"
+        "--max-new-tokens", type=integer(1), metavar="N", help="longest answer (default 512, or as in an evaluation)"
     )
     add_device_and_seed(parser)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_hdpo.commands.base import Command
 from megatron_hdpo.commands.checkpoint_arguments import add_checkpoint, opened_layout
+from megatron_hdpo.commands.numbers import real
 
 _DESCRIPTION = """\
 With one folder: the checkpoint is loaded on the layout and read back. With
@@ -23,10 +24,18 @@ def _add(parser: argparse.ArgumentParser) -> None:
     add_checkpoint(parser)
     # The defaults of weights.verify.Tolerance, which this module does not import: the help needs no package.
     parser.add_argument(
-        "--max-difference", type=float, default=1e-3, metavar="X", help="largest of log-probs (default %(default)s)"
+        "--max-difference",
+        type=real(0, 1000),
+        default=1e-3,
+        metavar="X",
+        help="largest of log-probs (default %(default)s)",
     )
     parser.add_argument(
-        "--mean-difference", type=float, default=1e-4, metavar="X", help="mean of log-probs (default %(default)s)"
+        "--mean-difference",
+        type=real(0, 1000),
+        default=1e-4,
+        metavar="X",
+        help="mean of log-probs (default %(default)s)",
     )
     parser.add_argument("--scratch", type=Path, metavar="FOLDER", help="folder for an export, seen by all ranks")
 

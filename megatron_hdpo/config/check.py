@@ -22,6 +22,7 @@ from megatron_hdpo.rollout.sglang.servers.command import CPU_CACHE_TOKENS
 from megatron_hdpo.rollout.sglang.servers.config import REQUANTISED, SERVER_KEEPS_FREE
 from megatron_hdpo.teachers.config import ExternalTeacherConfig
 from megatron_hdpo.teachers.sizes import check_sizes
+from megatron_hdpo.tracking.metrics import check_name
 
 DEFAULT_IMPORTANCE_CAP = 2.0
 _PHASES_OF_SERVERS = ("start engine", "sync", "self-test", "rollout", "rollouts ahead", "evaluate", "sample")
@@ -39,6 +40,8 @@ def check_sections(recipe: Recipe, elsewhere: bool = False) -> None:
             *_engine_errors(recipe),
             *_patience_errors(recipe),
             *_export_errors(recipe),
+            *_path_errors(recipe),
+            *_name_errors(recipe),
             *package_errors(recipe, elsewhere),
         ]
     )
@@ -66,6 +69,7 @@ def check_recipe(recipe: Recipe, architecture: Architecture, world_size: int, el
             *_precision_errors(recipe, architecture, elsewhere),
             *_export_errors(recipe),
             *_path_errors(recipe),
+            *_name_errors(recipe),
             *package_errors(recipe, elsewhere),
         ]
     )
@@ -88,6 +92,18 @@ def _path_errors(recipe: Recipe) -> Iterator[str]:
     replay = recipe.rollout.replay
     if replay is not None and not replay.is_dir():
         yield f"rollout.replay: there is no folder {replay}: name the rollouts folder of a run"
+
+
+def _name_errors(recipe: Recipe) -> Iterator[str]:
+    """Yield the tasks whose names no metric can have; a run would find that after its first evaluation."""
+    for index, task in enumerate(recipe.data.evaluation):
+        try:
+            check_name(f"eval/{task.task_name}/pass@1")
+        except ValueError:
+            yield (
+                f"data.evaluation.{index}.name: {task.task_name!r} cannot be part of a metric's name: give a `name` of "
+                "letters, digits and . _ -"
+            )
 
 
 def _layout_errors(recipe: Recipe, architecture: Architecture, world_size: int) -> Iterator[str]:
@@ -204,7 +220,12 @@ def _patience_errors(recipe: Recipe) -> Iterator[str]:
 
 def _engine_errors(recipe: Recipe) -> Iterator[str]:
     rollout = recipe.rollout
+    if recipe.parallel.virtual_stages > 1 and recipe.parallel.pipeline == 1:
+        yield "parallel.virtual_stages: only the stages of a pipeline can be cut into parts: set parallel.pipeline > 1"
     if rollout.engine == "embedded":
+        words, longest = max(requested_lengths(recipe).items(), key=lambda item: item[1])
+        if longest > (room := rollout.embedded.max_batch_tokens):
+            yield f"rollout.embedded.max_batch_tokens: {room} cannot hold one sequence of {words}"
         for key in ("ahead", "stop_at_reward"):
             if getattr(rollout, key) not in (0, None):
                 yield f"rollout.{key}: needs rollout.engine=sglang, whose servers sample while the trainer works"

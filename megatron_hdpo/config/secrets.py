@@ -18,40 +18,40 @@ _VARIABLES = ("servers", "environment")
 
 def is_secret(path: Sequence[str]) -> bool:
     """Return whether the value at a key.path is a secret by its key, whatever the value."""
-    return tuple(path[-3:-1]) == _VARIABLES or bool(path and _SECRET_KEY.search(path[-1]))
+    return _is_variable(path) or bool(path and _SECRET_KEY.search(path[-1]))
 
 
 def redacted(tree: Any) -> Any:
     """Return a recipe's tree without its secrets, to be written or shown."""
-
-    def hidden(path: tuple[str, ...], text: str) -> str:
-        return MARK if is_secret(path) else without_passwords(text)
-
-    return _with_texts(tree, hidden)
+    return _with_texts(tree, _hidden)
 
 
 def restored(tree: Any, environment: Mapping[str, str]) -> tuple[Any, list[str]]:
     """Return the tree with the secrets that `redacted` has taken out, and an error for each that is not to be had."""
     errors: list[str] = []
 
-    def found(path: tuple[str, ...], text: str) -> str:
-        if text == MARK and tuple(path[-3:-1]) == _VARIABLES:
-            if path[-1] in environment:
-                return environment[path[-1]]
-            errors.append(f"{'.'.join(path)}: {MARK} stands for a secret: set the environment variable {path[-1]}")
-        elif MARK in text and redacted_anew(path, text):
-            errors.append(f"{'.'.join(path)}: {MARK} stands for a secret that was not written: give the value again")
+    def found(path: Sequence[str], text: str) -> str:
+        where, anything = ".".join(path), text.replace(MARK, "x")
+        if text == MARK and _is_variable(path):
+            if path[-1] not in environment:
+                errors.append(f"{where}: {MARK} stands for a secret: set the environment variable {path[-1]}")
+            return environment.get(path[-1], text)
+        if MARK in text and _hidden(path, anything) != anything:
+            errors.append(f"{where}: {MARK} stands for a secret that was not written: give the value again")
         return text
-
-    def redacted_anew(path: tuple[str, ...], text: str) -> bool:
-        return (
-            text == MARK if is_secret(path) else without_passwords(text.replace(MARK, "x")) != text.replace(MARK, "x")
-        )
 
     return _with_texts(tree, found), errors
 
 
-def _with_texts(tree: Any, changed: Callable[[tuple[str, ...], str], str], path: tuple[str, ...] = ()) -> Any:
+def _is_variable(path: Sequence[str]) -> bool:
+    return tuple(path[-3:-1]) == _VARIABLES
+
+
+def _hidden(path: Sequence[str], text: str) -> str:
+    return MARK if is_secret(path) else without_passwords(text)
+
+
+def _with_texts(tree: Any, changed: Callable[[Sequence[str], str], str], path: tuple[str, ...] = ()) -> Any:
     """Return the tree with `changed(path, text)` for each text."""
     if isinstance(tree, dict):
         return {key: _with_texts(value, changed, (*path, str(key))) for key, value in tree.items()}

@@ -45,6 +45,16 @@ class ProblemOrder:
         random.Random(f"{self.seed}/batch/{step}").shuffle(chosen)
         return chosen
 
+    def check_size(self, size: int) -> None:
+        """Raise DataError when a batch of `size` would hold a problem twice, as a task has fewer than its share."""
+        for task, share in self._shares.items():
+            if share * size > (known := len(self._by_task[task])) and not math.isclose(share * size, known):
+                raise DataError(
+                    f"task {task!r}: a step takes {share * size:.4g} of its {known} problems, and copies of a problem "
+                    f"would be sampled alike: lower rollout.prompts_per_step ({size}), or give it more problems or a "
+                    "smaller weight"
+                )
+
     def further(self, step: int, turn: int, size: int, leave_out: Collection[str]) -> list[Problem]:
         """Return up to `size` more problems, without those of the ids in `leave_out`, tasks by their shares.
 

@@ -21,6 +21,12 @@ def load_data(recipe: Recipe, tokenizer: TokenizerLike, rewards: RewardPool | No
     return load(recipe.data, tokenizer, rewards, privileged, hints=bool(recipe.objective.hint_shows))
 
 
+def check_enough(recipe: Recipe, data: LoadedData) -> None:
+    """Raise DataError when a step would sample a problem twice: its copies would be the same rollouts."""
+    if recipe.rollout.replay is None:
+        data.order.check_size(recipe.rollout.prompts_per_step)
+
+
 def check_same(data: LoadedData, context: ParallelContext) -> None:
     """Raise DataError on every rank when ranks hold different problems: files or caches of the nodes differ.
 

@@ -50,7 +50,7 @@ from megatron_hdpo.tracking.console import Console
 from megatron_hdpo.tracking.logging import configure_logging
 from megatron_hdpo.training.failed_rollouts import FailedRollouts
 from megatron_hdpo.training.learner import Learner
-from megatron_hdpo.training.load_data import check_same, fingerprint, load_data
+from megatron_hdpo.training.load_data import check_enough, check_same, fingerprint, load_data
 from megatron_hdpo.training.measurements import Measurements, build_measurements
 from megatron_hdpo.training.policy_sync import PolicySync
 from megatron_hdpo.training.record import RunRecord
@@ -193,6 +193,8 @@ def _build_run(
     tokenizer = load_tokenizer(recipe.model.path)
     rewards = RewardPool(recipe.data.tasks, recipe.reward)
     data = _load_data(recipe, context, console, tokenizer, rewards)
+    if resumes:
+        check_enough(recipe, data)
     checkpoints.data = fingerprint(data.train)
     policy = _build_policy(recipe, context, console, architecture)
     with console.phase("start engine") as phase:

@@ -28,16 +28,25 @@ def load_hf(model: nn.Module, architecture: Architecture, context: ParallelConte
     """
     bound = bind(model, architecture, context)
     with HfWeights(path) as weights, torch.no_grad():
-        optional = [_HEAD] if architecture.tied else []
-        lines = weights.mismatches(tensors(architecture), optional)
-        if lines:
-            raise WeightsError(
-                "\n".join([f"{path} does not hold the {architecture.family} of its config.json", *lines])
-            )
+        _check_names(weights, architecture)
         for slot, (parameter, shard) in bound.items():
             _fill(parameter, slot, shard, weights)
             if architecture.tied and slot.split == "vocabulary":
                 _check_tied_head(weights, shard)
+
+
+def check_weights(architecture: Architecture, path: str | Path) -> None:
+    """Raise WeightsError as `load_hf` would, from the headers of the files of a Hugging Face folder."""
+    with HfWeights(path) as weights:
+        _check_names(weights, architecture)
+
+
+def _check_names(weights: HfWeights, architecture: Architecture) -> None:
+    lines = weights.mismatches(tensors(architecture), [_HEAD] if architecture.tied else [])
+    if lines:
+        raise WeightsError(
+            "\n".join([f"{weights.path} does not hold the {architecture.family} of its config.json", *lines])
+        )
 
 
 def zero_padding(model: nn.Module, architecture: Architecture, context: ParallelContext) -> None:

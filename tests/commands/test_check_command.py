@@ -65,13 +65,73 @@ def test_check_refuses_an_output_that_is_a_file(
     assert ended.stderr[0] == f"RecipeError: output: {tmp_path / 'taken'} is a file: name a folder\n"
 
 
+def cut(model: Path) -> None:
+    (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:-1000])
+
+
+def empty(model: Path) -> None:
+    (model / "model.safetensors").write_bytes(b"")
+
+
+def other_shape(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"intermediate_size": 128}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (cut, "WeightsError: {model}/model.safetensors cannot be read ("),
+        (empty, "WeightsError: {model}/model.safetensors cannot be read ("),
+        (other_shape, "WeightsError: {model} does not hold the llama of its config.json\n"),
+    ],
+)
+def test_check_reads_the_headers_of_the_weights(
+    damage: Callable[[Path], None],
+    says: str,
+    tree: Tree,
+    write_recipe: Callable[[Tree], Path],
+    tmp_path: Path,
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tree["model"]["path"], model)
+    damage(model)
+    ended = run_command("check", write_recipe(tree), f"model.path={model}")
+    assert ended.codes == [2] and ended.stderr[0].startswith(says.replace("{model}", str(model)))
+    assert ended.stderr[0].count("\n") <= 10 and "Traceback" not in ended.stderr[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("health.min_free_disk_gb=1e9", "RecipeError: output: {folder} has "),
+        ("output={folder}/recipe.yaml/run", "RecipeError: output: {folder}/recipe.yaml is a file: name a folder\n"),
+        ("rollout.replay={folder}/recipe.yaml", "RecipeError: rollout.replay: there is no folder {folder}/recipe.yaml"),
+        ("rollout.engine=sglang", "RecipeError: rollout.sglang.servers: SGLang servers: "),
+        ("rollout.prompts_per_step=41", "DataError: task 'sums': a step takes 41 of its 40 problems, and copies of a "),
+        ("data.evaluation.0.name='held out'", "RecipeError: data.evaluation.0.name: 'held out' cannot be part of a "),
+        ("rollout.embedded.max_batch_tokens=39", "RecipeError: rollout.embedded.max_batch_tokens: 39 cannot hold one "),
+        (
+            "parallel.virtual_stages=2",
+            "RecipeError: parallel.virtual_stages: only the stages of a pipeline can be cut ",
+        ),
+    ],
+)
+def test_check_refuses_what_train_would(
+    override: str, says: str, tree: Tree, write_recipe: Callable[[Tree], Path], tmp_path: Path
+) -> None:
+    ended = run_command("check", write_recipe(tree), override.replace("{folder}", str(tmp_path)))
+    assert ended.codes == [2] and ended.stderr[0].startswith(says.replace("{folder}", str(tmp_path))), ended.text
+    assert ended.stderr[0].count("\n") == 1
+
+
 @pytest.fixture
 def shipped_7b(tiny_model: Path, tmp_path: Path) -> list[str]:
     """The arguments to check the shipped recipe of 7B: its model's shape, problems and a tokenizer that are here."""
     model = tmp_path / "7b"
     shutil.copytree(tiny_model, model, ignore=shutil.ignore_patterns("*.safetensors", "generation_config.json"))
     (model / "config.json").write_text(json.dumps(CONFIG_7B))
-    tasks = "[{kind: digit_sums, name: sums, lengths: [2], size: 4}]"
+    tasks = "[{kind: digit_sums, name: sums, lengths: [4], size: 256}]"
     data = [f"data.train={tasks}", "data.evaluation=[]", "data.prompts.chat=false"]
     return [str(RECIPE_7B), f"model.path={model}", f"output={tmp_path / 'run'}", *data]
 
@@ -109,7 +169,7 @@ def test_a_recipe_for_cuda_is_warned_about_here(shipped_7b: list[str]) -> None:
     ended = run_command("check", *shipped_7b, "device=cuda", "--ranks", 2)
     results_of(ended)
     warnings = [line for line in ended.stdout[0].splitlines() if line.startswith("warning: ")]
-    assert len(warnings) == 3 and all(line.endswith("check --for gpu") for line in warnings)
+    assert len(warnings) == 4 and all(line.endswith("check --for gpu") for line in warnings)
 
 
 def test_for_names_no_device_that_the_recipe_excludes(tree: Tree, write_recipe: Callable[[Tree], Path]) -> None:

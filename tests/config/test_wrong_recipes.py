@@ -24,7 +24,7 @@ data:
 objective:
   name: hdpo
 """
-LAUGHS = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n".join(
+LAUGHS = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in zip("abcdef", "bcdefg", strict=True)
 )
 METHODS = "grpo, hdpo, opd, vopd, akl, opsd, sdpo, srpo, rlsd, rlcsd, contrastive_opsd, paced"

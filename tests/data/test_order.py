@@ -100,3 +100,12 @@ def test_wrong_input_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
     assert issubclass(DataError, ValueError)
+
+
+def test_a_batch_that_would_repeat_a_problem_is_refused():
+    ProblemOrder(problems(a=4, b=12)).check_size(16)
+    ProblemOrder(problems(a=4, b=12), {"a": 1, "b": 3}).check_size(16)
+    with pytest.raises(DataError, match=r"task 'a': a step takes 4\.25 of its 4 problems"):
+        ProblemOrder(problems(a=4, b=12)).check_size(17)
+    with pytest.raises(DataError, match=r"'a': a step takes 8 of its 4 problems, .*prompts_per_step \(16\)"):
+        ProblemOrder(problems(a=4, b=12), {"a": 1, "b": 1}).check_size(16)

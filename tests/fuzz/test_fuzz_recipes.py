@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from megatron_hdpo.config import Recipe, RecipeError, check_sections, load_recipe, parse_recipe, save_recipe
 from megatron_hdpo.config.explain import all_keys, explain
 from megatron_hdpo.config.file import recipe_changes
+from megatron_hdpo.config.secrets import redacted
 
 GOOD: dict[str, Any] = {
     "output": "runs/fuzz",
@@ -59,7 +60,9 @@ def read(recipe: Recipe, folder: Path) -> None:
         assert str(error)
     save_recipe(recipe, folder / "saved.yaml")
     assert recipe_changes(folder / "saved.yaml", recipe) == []
-    assert load_recipe(folder / "saved.yaml", snapshots=False) == recipe
+    tree = recipe.model_dump(mode="json")
+    if redacted(tree) == tree:
+        assert load_recipe(folder / "saved.yaml", snapshots=False) == recipe
 
 
 @pytest.fixture(scope="module")

@@ -76,7 +76,11 @@ class ServerConfig(BaseModel):
         description="Further flags of `sglang.launch_server` without their dashes; true for a flag without a value. "
         "Those that would spoil the run are refused: docs/rollouts-on-sglang.md lists them.",
     )
-    environment: dict[str, str] = Field(default_factory=dict, description="Environment variables of the servers.")
+    environment: dict[str, str] = Field(
+        default_factory=dict,
+        description="Environment variables of the servers. Their values are in no file of the run, which has `***` in "
+        "their place; in a recipe `***` takes the value of the trainer's own variable.",
+    )
     start_timeout_s: float = Field(900.0, gt=0, description="Longest wait for a server to load and answer.")
     stop_timeout_s: float = Field(
         30.0,
