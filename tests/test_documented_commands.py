@@ -51,6 +51,7 @@ COVERED = {
     "make test": NotRun("starts the tests"),
     "make test-long": NotRun("starts the tests"),
     "make fast-test": NotRun("starts the tests"),
+    "make fuzz": NotRun("takes hours"),
     "make setup": Tested("install_environment"),
     "make dev-setup": Tested("install_environment"),
     "make sglang-env": NotRun("a step of `make test`, before the tests"),

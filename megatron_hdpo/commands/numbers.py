@@ -16,8 +16,8 @@ def integer(least: int, most: int = LARGEST) -> Callable[[str], int]:
         try:
             value = int(text)
         except ValueError:
-            value = None
-        if value is None or not least <= value <= most:
+            value = least - 1
+        if not least <= value <= most:
             raise argparse.ArgumentTypeError(f"must be an integer from {least} to {most}, not {text[:40]!r}")
         return value
 
