@@ -44,13 +44,16 @@ def _check(arguments: argparse.Namespace) -> None:
     recipe = _for_machine(load_recipe(arguments.recipe, arguments.overrides), arguments.machine)
     # Before the imports below, which take seconds: torch and Megatron.
     check_sections(recipe, elsewhere=arguments.machine != "here")
-    from megatron_hdpo.training.load_data import check_enough, load_data
+    from megatron_hdpo.checkpoint.store import latest_checkpoint, read_state
+    from megatron_hdpo.training.load_data import check_enough, check_replay, load_data
     from megatron_hdpo.training.run import load_tokenizer
 
     recipe, lines = _checked(recipe, arguments)
     print("\n".join(lines))
     data = load_data(recipe, load_tokenizer(recipe.model.path))
     check_enough(recipe, data)
+    latest = latest_checkpoint(recipe.output)
+    check_replay(recipe, 0 if latest is None else read_state(latest).step)
     print("\n".join(data.report.lines()))
     example = data.train[0]
     print(f"\nfirst prompt ({example.id}):\n{data.prompts.render_student(example)}")

@@ -11,6 +11,7 @@ from megatron_hdpo.data.prompts import TokenizerLike
 from megatron_hdpo.data.tasks import TaskConfig
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.rewards.pool import RewardPool
+from megatron_hdpo.sampling.saved import step_files
 from megatron_hdpo.types.errors import DataError
 from megatron_hdpo.types.problem import Problem
 
@@ -25,6 +26,19 @@ def check_enough(recipe: Recipe, data: LoadedData) -> None:
     """Raise DataError when a step would sample a problem twice: its copies would be the same rollouts."""
     if recipe.rollout.replay is None:
         data.order.check_size(recipe.rollout.prompts_per_step)
+
+
+def check_replay(recipe: Recipe, taken: int) -> None:
+    """Raise DataError when a step that is left has no saved rollouts. taken: steps that the run has taken."""
+    folder, steps = recipe.rollout.replay, recipe.train.steps
+    if folder is None:
+        return
+    for step in range(taken + 1, steps + 1):
+        if not step_files(folder, step):
+            raise DataError(
+                f"rollout.replay: {folder} has no rollouts of step {step}, and train.steps is {steps}: name the "
+                "rollouts folder of a run with at least as many steps"
+            )
 
 
 def check_same(data: LoadedData, context: ParallelContext) -> None:

@@ -11,13 +11,13 @@ from megatron_hdpo.config.recipe import Recipe
 from megatron_hdpo.health.selftest import SelfTestError, logprob_limit, run_self_test
 from megatron_hdpo.sampling.delivery import deliver_to_all
 from megatron_hdpo.sampling.failures import most_frequent
-from megatron_hdpo.sampling.saved import step_files
 from megatron_hdpo.teachers.build import build_teacher
 from megatron_hdpo.teachers.config import ExternalTeacherConfig
 from megatron_hdpo.teachers.external import check_same_vocabulary
 from megatron_hdpo.teachers.weight_copies import FrozenTeacher
 from megatron_hdpo.tracking.formats import amount
 from megatron_hdpo.tracking.metrics import METRICS_FILE, read_metrics
+from megatron_hdpo.training.load_data import check_replay
 from megatron_hdpo.training.run import Run, load_tokenizer
 from megatron_hdpo.training.warmup import warm_up
 from megatron_hdpo.types.errors import DataError
@@ -55,7 +55,7 @@ def _prepare(run: Run) -> None:
 
 
 def _begin(run: Run) -> None:
-    _check_replay(run)
+    check_replay(run.recipe, run.step)
     _warn_of_earlier_metrics(run)
     run.record.open(None)
     if run.recipe.warmup.kind == "sft":
@@ -86,7 +86,7 @@ def _resume(run: Run, latest: Path) -> None:
         run.step = run.saved_step = run.checkpoints.load(latest, run.policy).step
         _restore_teachers(run)
         run.learner.load_state_dict(run.checkpoints.load_learner_state(latest))
-    _check_replay(run)
+    check_replay(run.recipe, run.step)
     if changes:
         run.console.warn("the recipe has changed since this run was last started: " + "; ".join(changes))
     run.record.open(run.step)
@@ -163,19 +163,6 @@ def _check_tokenizers(run: Run) -> None:
     if isinstance(teacher, ExternalTeacherConfig):
         there, here = load_tokenizer(teacher.path, "teacher.path"), load_tokenizer(run.recipe.model.path)
         check_same_vocabulary(there.get_vocab(), here.get_vocab(), teacher.path)
-
-
-def _check_replay(run: Run) -> None:
-    """Raise DataError, before anything is trained, when a step of this run has no saved rollouts."""
-    folder = run.recipe.rollout.replay
-    if folder is None:
-        return
-    for step in range(run.step + 1, run.recipe.train.steps + 1):
-        if not step_files(folder, step):
-            raise DataError(
-                f"rollout.replay: {folder} has no rollouts of step {step}, and train.steps is "
-                f"{run.recipe.train.steps}: name the rollouts folder of a run with at least as many steps"
-            )
 
 
 def fp8_key(recipe: Recipe) -> str | None:

@@ -107,6 +107,10 @@ def test_check_reads_the_headers_of_the_weights(
         ("health.min_free_disk_gb=1e9", "RecipeError: output: {folder} has "),
         ("output={folder}/recipe.yaml/run", "RecipeError: output: {folder}/recipe.yaml is a file: name a folder\n"),
         ("rollout.replay={folder}/recipe.yaml", "RecipeError: rollout.replay: there is no folder {folder}/recipe.yaml"),
+        (
+            "rollout.replay={folder}",
+            "DataError: rollout.replay: {folder} has no rollouts of step 1, and train.steps is",
+        ),
         ("rollout.engine=sglang", "RecipeError: rollout.sglang.servers: SGLang servers: "),
         ("rollout.prompts_per_step=41", "DataError: task 'sums': a step takes 41 of its 40 problems, and copies of a "),
         ("data.evaluation.0.name='held out'", "RecipeError: data.evaluation.0.name: 'held out' cannot be part of a "),
