@@ -116,10 +116,11 @@ def test_lenient_answers(tmp_path, response, reward) -> None:
     ("change", "message"),
     [
         ({"answer": "E"}, r"rows.jsonl:1: the answer at 'answer' is 'E'; as label it must be one of A, B, C, D"),
-        ({"answer": None}, "the answer at 'answer' is 'None'"),
+        ({"answer": None}, "the answer at 'answer' is NoneType, not text or a number"),
         ({"choices": ["Neon"]}, "not 2 to 26 texts"),
         ({"choices": "Neon"}, "not 2 to 26 texts"),
-        ({"choices": ["Neon", None]}, "not all texts"),
+        ({"choices": ["Neon", None]}, "the choice at 'choices' is NoneType, not text"),
+        ({"choices": ["Neon", " "]}, "not all texts"),
         ({"choices": ["Neon", "neon ", "Argon", "Xenon"]}, "two of the choices are the same"),
         ({"question": ""}, "has no text at 'question'"),
     ],

@@ -11,6 +11,7 @@ from typing import Any, Literal, TextIO
 from pydantic import Field, field_validator
 
 from megatron_hdpo.data.tasks.files import FileTask
+from megatron_hdpo.data.tasks.strict_json import parse
 from megatron_hdpo.types.errors import DataError
 from megatron_hdpo.types.load_report import LoadReport
 
@@ -28,15 +29,17 @@ class JsonlTask(FileTask):
                 if not line.strip():
                     continue
                 try:
-                    row = json.loads(line)
+                    row = parse(line)
                     if number == 1 and isinstance(row, list):
                         raise DataError(
                             f"task {self.task_name!r}: {where}: is a JSON list; for a file that is one list of objects "
                             "write kind: json"
                         )
                     yield where, row
-                except json.JSONDecodeError as error:
-                    message = f"{where}: not JSON: {error.msg} at column {error.colno}"
+                except DataError:
+                    raise
+                except ValueError as error:
+                    message = f"{where}: not JSON: {_reason(error)}"
                     report.reject(self.task_name, self.on_bad_row, "not JSON", message)
 
 
@@ -49,11 +52,12 @@ class JsonTask(FileTask):
         """Yield the items of the list, counted from 1. Raises DataError for a file that holds anything else."""
         with _open(self.existing_path()) as file:
             try:
-                items = json.load(file)
-            except json.JSONDecodeError as error:
+                items = parse(file.read())
+            except ValueError as error:
+                line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
                 raise DataError(
-                    f"task {self.task_name!r}: {self.path}:{error.lineno} is not JSON: {error.msg} at column "
-                    f"{error.colno}; for one object per line write kind: jsonl"
+                    f"task {self.task_name!r}: {self.path}{line} is not JSON: {_reason(error)}; for one object per "
+                    "line write kind: jsonl"
                 ) from error
         if not isinstance(items, list):
             raise DataError(
@@ -126,21 +130,50 @@ class ParquetTask(FileTask):
     kind: Literal["parquet"]
 
     def rows(self, report: LoadReport) -> Iterator[tuple[str, Any]]:
-        """Yield all rows, counted from 1. Raises DataError for a missing file or one that is not Parquet."""
+        """Yield all rows, counted from 1. Raises DataError for a missing file or one that is not whole."""
+        number = 0
+        for batch in self._batches():
+            for row in self._rows_of(batch, number, report):
+                number += 1
+                if row is not None:
+                    yield f"{self.path}:{number}", row
+
+    def _rows_of(self, batch: Any, before: int, report: LoadReport) -> list[dict[str, Any] | None]:
+        """Return the rows of a batch, None for one that cannot be read. before: number of rows before the batch."""
+        try:
+            return list(batch.to_pylist())
+        except (ValueError, OverflowError):  # text that is not UTF-8, a date that Python does not know
+            return [self._row(batch.slice(index, 1), before + index + 1, report) for index in range(batch.num_rows)]
+
+    def _row(self, batch: Any, number: int, report: LoadReport) -> dict[str, Any] | None:
+        try:
+            return dict(batch.to_pylist()[0])
+        except (ValueError, OverflowError) as error:
+            message = f"{self.path}:{number}: cannot be read: {error}"
+            report.reject(self.task_name, self.on_bad_row, "not readable", message)
+            return None
+
+    def _batches(self) -> Iterator[Any]:
+        """Yield record batches. Raises DataError: pyarrow says of damage all that the operating system may say too."""
         import pyarrow
         import pyarrow.parquet
 
+        path = self.existing_path()
         try:
-            with pyarrow.parquet.ParquetFile(self.existing_path()) as file:
-                number = 0
-                for batch in file.iter_batches(batch_size=1024):
-                    for row in batch.to_pylist():
-                        number += 1
-                        yield f"{self.path}:{number}", row
-        except pyarrow.ArrowInvalid as error:
-            raise DataError(f"task {self.task_name!r}: {self.path} is not a readable Parquet file: {error}") from error
+            with pyarrow.parquet.ParquetFile(path) as file:
+                names = file.schema_arrow.names
+                if twice := next((name for name in names if names.count(name) > 1), None):
+                    raise ValueError(f"it has the column {twice!r} twice")
+                yield from file.iter_batches(batch_size=1024)
+        except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise DataError(f"task {self.task_name!r}: {path} is not a readable Parquet file: {reason}") from error
 
 
 def _open(path: Path, newline: str | None = None) -> TextIO:
     """Open a text file such that a byte that is not UTF-8 becomes a lone surrogate, which makes its row a bad one."""
     return path.open(encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+
+
+def _reason(error: ValueError) -> str:
+    return f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)

@@ -94,7 +94,7 @@ class FileTaskBase(TaskBase):
         raise NotImplementedError
 
     def _problems(self, report: LoadReport) -> Iterator[Problem]:
-        reader = RowReader(self.task_name, self._row_keys())
+        reader = RowReader(self.task_name, self._row_keys(), expressions=self.needs_parsed_gold)
         seen: dict[str, str] = {}
         kept = 0
         for where, row in self._ordered_rows(report):

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from megatron_hdpo.data.tasks.knights_logic import Statement, draw_statements, holds, in_words, violated
 from megatron_hdpo.data.tasks.row_source import RowSource
-from megatron_hdpo.data.tasks.rows import BadRow, check_text, ending_in_answer, lookup_or
+from megatron_hdpo.data.tasks.rows import BadRow, check_text, ending_in_answer, lookup_or, optional_text
 from megatron_hdpo.rewards.extraction import last_boxed, visible_text
 from megatron_hdpo.types.errors import DataError
 from megatron_hdpo.types.load_report import LoadReport
@@ -162,7 +162,7 @@ class KnightsKnavesTask(TaskBase):
             raise BadRow("bad roles", f"'roles' must say knight or knave for each of {len(names)} names, not {roles!r}")
         truth = [role == "knight" for role in roles]
         statements = _statements(lookup_or(row, "statements"), truth)
-        solution = lookup_or(row, "solution")
+        solution = optional_text(row, "solution", "solution")
         check_text(question, solution or "")
         index = where.rpartition(":")[2]
         return self._problem(
@@ -171,7 +171,7 @@ class KnightsKnavesTask(TaskBase):
             names=names,
             roles=truth,
             statements=statements,
-            solution=solution or None,
+            solution=solution,
             where=where,
         )
 

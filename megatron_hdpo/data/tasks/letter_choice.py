@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from megatron_hdpo.data.tasks.row_source import RowSource
-from megatron_hdpo.data.tasks.rows import BadRow, check_text, lookup_or, question_key
+from megatron_hdpo.data.tasks.rows import BadRow, check_text, lookup_or, optional_text, question_key, text_of
 from megatron_hdpo.rewards.exact import normalise
 from megatron_hdpo.rewards.extraction import AnswerFormat, extract_answer
 from megatron_hdpo.types.errors import DataError
@@ -99,16 +99,17 @@ class LetterChoiceTask(TaskBase):
             random.Random(f"{self.shuffle_choices}/{index}").shuffle(order)
         choices = [texts[i] for i in order]
         lines = "\n".join(f"{letter}. {text}" for letter, text in zip(ascii_uppercase, choices, strict=False))
-        level, solution = lookup_or(row, self.level_key), lookup_or(row, self.solution_key)
-        check_text(question, lines, str(solution))
+        level = optional_text(row, self.level_key, "level")
+        solution = optional_text(row, self.solution_key, "solution")
+        check_text(question, lines, solution or "", level or "")
         answer = ascii_uppercase[order.index(right)]
         return Problem(
             id=f"{self.task_name}/{index}",
             task=self.task_name,
             question=f"{question.strip()}\n\n{lines}",
             answer=answer,
-            solution=f"{str(solution).strip()}\n\\boxed{{{answer}}}" if solution else None,
-            level=None if level is None else str(level),
+            solution=f"{solution}\n\\boxed{{{answer}}}" if solution else None,
+            level=level,
             metadata={"source": where, "choices": choices, "right": texts[right]},
         )
 
@@ -121,15 +122,15 @@ class LetterChoiceTask(TaskBase):
         labels, texts = _labelled(value)
         if not 2 <= len(texts) <= len(ascii_uppercase) or len(labels) != len(texts):
             raise BadRow("bad choices", f"the choices at {self.choices_key!r} are {str(value)[:80]}: not 2 to 26 texts")
-        if not all(isinstance(text, str | int | float) and str(text).strip() for text in texts):
+        texts = [text_of(text, str(self.choices_key), "choice").strip() for text in texts]
+        if not all(texts):
             raise BadRow("bad choices", f"the choices at {self.choices_key!r} are not all texts: {str(value)[:80]}")
-        texts = [str(text).strip() for text in texts]
         if len({normalise(text) for text in texts}) < len(texts):
             raise BadRow("equal choices", f"two of the choices are the same: {str(texts)[:80]}")
         return [str(label).strip() for label in labels], texts
 
     def _right(self, row: Any, labels: Sequence[str], texts: Sequence[str]) -> int:
-        named = str(lookup_or(row, self.answer_key, "")).strip()
+        named = text_of(lookup_or(row, self.answer_key, ""), self.answer_key, "answer").strip()
         among = {"label": labels, "text": texts, "index": [str(i) for i in range(len(texts))]}[self.answer_is]
         if named not in among:
             raise BadRow(

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_hdpo.data.tasks.values import NoText, as_text, is_missing, stands_for_missing
 from megatron_hdpo.rewards.extraction import last_boxed
 from megatron_hdpo.types.problem import Problem
 
@@ -38,10 +39,13 @@ class RowKeys:
 
 
 class RowReader:
-    """Reader that makes problems of the rows of one task."""
+    """Reader that makes problems of the rows of one task.
 
-    def __init__(self, task: str, keys: RowKeys) -> None:
-        self.task, self.keys = task, keys
+    expressions: whether answers are mathematics, so that `None` or `inf` are texts of programs and no answers.
+    """
+
+    def __init__(self, task: str, keys: RowKeys, expressions: bool = True) -> None:
+        self.task, self.keys, self.expressions = task, keys, expressions
 
     def selected(self, row: Any, wanted: Mapping[str, Sequence[Any]]) -> bool:
         """Return whether the row's value at every key of `wanted` is one of the listed ones."""
@@ -50,16 +54,17 @@ class RowReader:
     def problem(self, row: Any, where: str) -> Problem:
         """Return the row as a problem; `where` (file:line) becomes part of its id. Raises BadRow."""
         question = self._text(row, self.keys.question, "question")
-        solution = self._optional(row, self.keys.solution)
+        solution = optional_text(row, self.keys.solution, "solution")
         answer = self._answer(row, solution)
-        check_text(question, answer, solution or "")
+        level = optional_text(row, self.keys.level, "level")
+        check_text(question, answer, solution or "", level or "")
         return Problem(
             id=f"{self.task}/{where.rpartition(':')[2]}",
             task=self.task,
             question=question,
             answer=answer,
             solution=ending_in_answer(solution, answer),
-            level=self._optional(row, self.keys.level),
+            level=level,
             metadata={"source": where},
         )
 
@@ -70,6 +75,8 @@ class RowReader:
                 raise BadRow("no box in solution", "has no \\boxed{} answer in its solution, and answer_key is null")
             return boxed.strip()
         text = self._text(row, self.keys.answer, "answer")
+        if self.expressions and stands_for_missing(text):
+            raise BadRow("no answer", f"the answer at {self.keys.answer!r} is {text!r}, which is no value")
         if self.keys.answer_pattern is None:
             return text
         matches = [match.group(1) for match in re.finditer(self.keys.answer_pattern, text)]
@@ -79,11 +86,10 @@ class RowReader:
 
     def _text(self, row: Any, key: str, what: str) -> str:
         value = self._required(row, key)
-        if isinstance(value, bool) or not isinstance(value, str | int | float):
-            raise BadRow(f"{what} is no text", f"the {what} at {key!r} is {type(value).__name__}, not text or a number")
-        if not str(value).strip():
+        text = text_of(value, key, what)
+        if not text.strip():
             raise BadRow(f"empty {what}", f"the {what} at {key!r} is empty")
-        return str(value).strip()
+        return text.strip()
 
     def _required(self, row: Any, key: str) -> Any:
         value = lookup(row, key)
@@ -92,9 +98,25 @@ class RowReader:
             raise BadRow("missing key", f"has no key {key!r} (it has: {has})")
         return value
 
-    def _optional(self, row: Any, key: str) -> str | None:
-        value = lookup(row, key)
-        return None if value is _MISSING or value is None or not str(value).strip() else str(value).strip()
+
+def optional_text(row: Any, key: str, what: str) -> str | None:
+    """Return a text that rows may lack: null, the NaN that pandas writes for null, and blanks are none.
+
+    Raises BadRow for a list or an object, and for a text such as `nan` or `None` that a program wrote for nothing.
+    """
+    value = lookup(row, key)
+    text = None if value is _MISSING or is_missing(value) else text_of(value, key, what).strip()
+    if text and stands_for_missing(text):
+        raise BadRow(f"no {what}", f"the {what} at {key!r} is {text!r}, which is no value: leave the key out, or null")
+    return text or None
+
+
+def text_of(value: Any, key: str, what: str) -> str:
+    """Return the value of a row as a text. Raises BadRow for what is neither a text nor a finite number."""
+    try:
+        return as_text(value)
+    except NoText as error:
+        raise BadRow(f"{what} is no text", f"the {what} at {key!r} is {error}") from error
 
 
 def check_text(*texts: str) -> None:
