@@ -45,12 +45,17 @@ def _check(arguments: argparse.Namespace) -> None:
     # Before the imports below, which take seconds: torch and Megatron.
     check_sections(recipe, elsewhere=arguments.machine != "here")
     from megatron_hdpo.checkpoint.store import latest_checkpoint, read_state
+    from megatron_hdpo.model.architecture import read_architecture
     from megatron_hdpo.training.load_data import check_enough, check_replay, load_data
-    from megatron_hdpo.training.run import load_tokenizer
+    from megatron_hdpo.training.tokenizer import check_tokens, load_tokenizer, stop_token_ids
 
     recipe, lines = _checked(recipe, arguments)
     print("\n".join(lines))
-    data = load_data(recipe, load_tokenizer(recipe.model.path))
+    path, tokenizer = recipe.model.path, load_tokenizer(recipe.model.path)
+    vocab_size = read_architecture(path).vocab_size
+    for warning in check_tokens(tokenizer, stop_token_ids(tokenizer, path), vocab_size, path):
+        print(f"warning: {warning}")
+    data = load_data(recipe, tokenizer, vocab_size=vocab_size)
     check_enough(recipe, data)
     latest = latest_checkpoint(recipe.output)
     check_replay(recipe, 0 if latest is None else read_state(latest).step)

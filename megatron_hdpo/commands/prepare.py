@@ -60,15 +60,16 @@ def _problems(recipe: Recipe) -> Iterator[str]:
 
     from megatron_hdpo.data.cache import UNUSED_DAYS, entries
     from megatron_hdpo.data.load import problem_folder
+    from megatron_hdpo.model.architecture import read_architecture
     from megatron_hdpo.training.load_data import load_data, load_warmup_data
-    from megatron_hdpo.training.run import load_tokenizer
+    from megatron_hdpo.training.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(recipe.model.path)
-    yield from _about(load_data(recipe, tokenizer))
+    tokenizer, vocab_size = load_tokenizer(recipe.model.path), read_architecture(recipe.model.path).vocab_size
+    yield from _about(load_data(recipe, tokenizer, vocab_size=vocab_size))
     for key in ("plain", "privileged") if recipe.warmup.kind == "sft" else ():
         if tasks := getattr(recipe.warmup, key):
             yield f"warmup.{key}:"
-            yield from _about(load_warmup_data(recipe, tasks, tokenizer))
+            yield from _about(load_warmup_data(recipe, tasks, tokenizer, vocab_size=vocab_size))
     folder = problem_folder(recipe.data)
     cached = entries(folder)
     yield (

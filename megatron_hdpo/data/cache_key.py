@@ -10,8 +10,8 @@ from pathlib import Path
 
 import megatron_hdpo
 from megatron_hdpo.data.checked import ProblemChecker
-from megatron_hdpo.data.prompts import TokenizerLike
 from megatron_hdpo.data.tasks import Task
+from megatron_hdpo.data.text_tokens import TokenizerLike
 from megatron_hdpo.types.task import TaskBase
 
 PACKAGES = ("megatron-hdpo", "math-verify", "latex2sympy2-extended", "sympy", "transformers", "tokenizers", "jinja2")
@@ -37,7 +37,7 @@ def task_key(task: Task, checker: ProblemChecker) -> str | None:
         task.model_dump_json(exclude={"weight"}),
         prompts,
         tokenizer,
-        str((checker.privileged, checker.hints)),
+        str((checker.privileged, checker.hints, checker.prompts.vocab_size)),
         rules_digest(),
     )
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_hdpo.data.prompts import Hint, NoTokenForText, PromptBuilder, PromptTooLong
+from megatron_hdpo.data.prompts import Hint, PromptBuilder, PromptTooLong
 from megatron_hdpo.data.tasks import Task
 from megatron_hdpo.data.tasks.files import FileTaskBase
 from megatron_hdpo.data.tasks.rows import question_key
+from megatron_hdpo.data.text_tokens import NoTokenForText
 from megatron_hdpo.rewards.gold import GoldVerdict
 from megatron_hdpo.types.load_report import LoadReport
 from megatron_hdpo.types.problem import Problem

@@ -17,9 +17,10 @@ from megatron_hdpo.data.cache_key import task_key
 from megatron_hdpo.data.checked import CheckedProblems, ProblemChecker, question_hashes
 from megatron_hdpo.data.config import DataConfig
 from megatron_hdpo.data.order import ProblemOrder
-from megatron_hdpo.data.prompts import PromptBuilder, TokenizerLike
+from megatron_hdpo.data.prompts import PromptBuilder
 from megatron_hdpo.data.tasks import Task
 from megatron_hdpo.data.tasks.rows import question_key
+from megatron_hdpo.data.text_tokens import TokenizerLike
 from megatron_hdpo.rewards.config import RewardConfig
 from megatron_hdpo.rewards.gold import GoldCache, check_golds
 from megatron_hdpo.rewards.pool import RewardPool
@@ -52,16 +53,17 @@ def load(
     pool: RewardPool | None = None,
     privileged: bool = True,
     hints: bool = False,
+    vocab_size: int | None = None,
 ) -> LoadedData:
     """Load and check all problems; those of files and datasets come from the cache once they have been checked.
 
     Any number of processes may load at the same time: one of them checks, the others wait for its result. pool: parses
     gold answers that are not in the cache; without one, a pool is started for that time only. privileged: prompts with
     the ground truth will be requested, so they must fit too. hints: prompts with hints will be requested, so their
-    problem must fit. Raises DataError for anything that cannot be used and may not be dropped, and when no problem is
-    left.
+    problem must fit. vocab_size: rows of the model's embedding, which the tokens of every prompt must have. Raises
+    DataError for anything that cannot be used and may not be dropped, and when no problem is left.
     """
-    prompts = PromptBuilder(tokenizer, config.prompts)
+    prompts = PromptBuilder(tokenizer, config.prompts, vocab_size)
     with ExitStack() as stack:
         if pool is None:
             pool = stack.enter_context(RewardPool([], RewardConfig(workers=os.cpu_count())))
@@ -72,7 +74,7 @@ def load(
         loaded = {
             task.task_name: _checked(task, checker, ProblemCache(problem_folder(config))) for task in config.tasks
         }
-    report = LoadReport()
+    report = LoadReport(notes=prompts.notes())
     for found, _ in loaded.values():
         report.merge(found.report)
     evaluation = [problem for task in config.evaluation for problem in loaded[task.task_name][0].problems]
@@ -139,4 +141,12 @@ def problem_folder(config: DataConfig) -> Path:
 
 def default_cache_dir() -> Path:
     """Return the user's cache folder (XDG base directory specification)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_hdpo"
+    if chosen := os.environ.get("XDG_CACHE_HOME"):
+        return Path(chosen) / "megatron_hdpo"
+    try:
+        return Path.home() / ".cache" / "megatron_hdpo"
+    except RuntimeError as error:  # a container's user id without an entry in passwd
+        raise DataError(
+            "data.cache_dir: this user has no home folder for the cache of problems: set data.cache_dir, HOME or "
+            "XDG_CACHE_HOME"
+        ) from error

@@ -6,16 +6,17 @@ in the same words) or the task's feedback on an attempt.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
 
 import jinja2
 import numpy as np
 
+from megatron_hdpo.data.chat_template import ChatTemplate
 from megatron_hdpo.data.prompt_config import PromptConfig
-from megatron_hdpo.data.templates import NothingToShow, environment
+from megatron_hdpo.data.templates import NothingToShow, environment, rendered
+from megatron_hdpo.data.text_tokens import ControlTexts, TextEncoder, TokenizerLike
+from megatron_hdpo.data.trial import check_size, trial
 from megatron_hdpo.types.errors import DataError
 from megatron_hdpo.types.problem import Problem
 
@@ -24,20 +25,8 @@ class PromptTooLong(DataError):
     """A prompt over max_prompt_tokens that cannot be shortened without cutting its problem."""
 
 
-class NoTokenForText(DataError):
-    """A prompt with characters that the tokenizer has no token for."""
-
-
-class TokenizerLike(Protocol):
-    """The part of a Hugging Face tokenizer that prompts need."""
-
-    eos_token_id: int | None
-    unk_token_id: int | None
-    all_special_tokens: Sequence[str]
-
-    def encode(self, text: str, *, add_special_tokens: bool = ...) -> list[int]: ...
-
-    def decode(self, token_ids: Any, *, skip_special_tokens: bool = ...) -> str: ...
+class NothingOfTheTruth(DataError):
+    """A problem that lacks what the privileged template shows."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +45,11 @@ class Hint:
 class PromptBuilder:
     """Renderer and encoder of prompts with one tokenizer. Stateless after construction.
 
-    Raises DataError when the tokenizer lacks a chat template that the recipe asks for, or a template cannot be
-    rendered.
+    vocab_size: rows of the model's embedding; None where no model is known. Raises DataError when the tokenizer lacks a
+    chat template that the recipe asks for, or a template cannot be rendered or loses the question.
     """
 
-    def __init__(self, tokenizer: TokenizerLike, config: PromptConfig) -> None:
+    def __init__(self, tokenizer: TokenizerLike, config: PromptConfig, vocab_size: int | None = None) -> None:
         if config.chat and not getattr(tokenizer, "chat_template", None):
             raise DataError("data.prompts.chat is true, but the tokenizer has no chat template; set it to false")
         self.tokenizer, self.config = tokenizer, config
@@ -68,9 +57,15 @@ class PromptBuilder:
         self._student = templates.from_string(config.student)
         self._privileged = templates.from_string(config.privileged)
         self._hint = templates.from_string(config.hint)
-        self._special_texts = [token for token in tokenizer.all_special_tokens if len(token) > 2]
+        self._encoder, self._control = TextEncoder(tokenizer, vocab_size), ControlTexts(tokenizer)
+        self._chat = ChatTemplate(tokenizer, config.system, config.chat_template_kwargs) if config.chat else None
         self._overhead = len(self._wrap("").encode()) + 2
-        self._try_templates()
+        with trial():
+            self._try_templates()
+
+    def notes(self) -> list[str]:
+        """Return what the user should know of the prompts."""
+        return self._chat.notes() if self._chat else []
 
     @property
     def markers(self) -> tuple[str, str]:
@@ -79,7 +74,7 @@ class PromptBuilder:
 
     def render_student(self, problem: Problem) -> str:
         """Return the text of the student's prompt, chat template included."""
-        return self._wrap(self._student.render(question=problem.question))
+        return self._wrap(self._render_question(problem))
 
     def render_privileged(self, problem: Problem, solution: str | None = None) -> str:
         """Return the text of the privileged prompt, chat template included; `solution` replaces the problem's own."""
@@ -122,11 +117,11 @@ class PromptBuilder:
         """Return the ids int32 [P] of the prompt with a hint.
 
         A hint that does not fit is cut, the problem never: first the attempt (`hint_keep` says which part stays), then
-        the feedback (its beginning stays), then the answer. Texts of special tokens are removed from the hint. Raises
+        the feedback (its beginning stays), then the answer. Texts of control tokens are removed from the hint. Raises
         PromptTooLong when not even the problem fits.
         """
         limit = self.config.privileged_limit
-        hint = Hint(*(self._without_special_tokens(text) for text in (hint.attempt, hint.answer, hint.feedback)))
+        hint = Hint(*(self._control.removed(text) for text in (hint.attempt, hint.answer, hint.feedback)))
         ids = self.encode(self.render_hinted(problem, hint))
         for part, keep in (("attempt", self.config.hint_keep), ("feedback", "beginning"), ("answer", "beginning")):
             while len(ids) > limit and (text := getattr(hint, part)):
@@ -144,7 +139,7 @@ class PromptBuilder:
 
         Byte-level tokenizers give at most one token per byte: what is short enough in bytes is not encoded.
         """
-        if self._most_tokens(self._student.render(question=problem.question)) > self.config.max_prompt_tokens:
+        if self._most_tokens(self._render_question(problem)) > self.config.max_prompt_tokens:
             self.student(problem)
         limit = self.config.privileged_limit
         if privileged and self._most_tokens(self._render_reference(problem, problem.solution)) > limit:
@@ -154,8 +149,13 @@ class PromptBuilder:
 
     @property
     def may_lack_tokens(self) -> bool:
-        """Return whether the tokenizer may have no token for some characters."""
-        return self.tokenizer.unk_token_id is not None
+        """Return whether some text may have no token, or one that the model does not have."""
+        return self._encoder.may_lack_tokens
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Return the number of rows of the model's embedding, where some tokens have none; else None."""
+        return self._encoder.vocab_size
 
     def encode(self, text: str) -> np.ndarray:
         """Return the ids int32 [P] of rendered text.
@@ -163,25 +163,26 @@ class PromptBuilder:
         A chat template has its own special tokens; raw text gets the tokenizer's, without an end of sequence. Raises
         DataError for text that the tokenizer has no tokens for.
         """
-        ids = list(self.tokenizer.encode(text, add_special_tokens=not self.config.chat))
-        if not self.config.chat and len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
-            ids.pop()
-        unknown = self.tokenizer.unk_token_id
-        if unknown is not None and unknown in ids and self.tokenizer.decode([unknown]) not in text:
-            raise NoTokenForText(f"the tokenizer has no token for some characters of this prompt: {text[:200]!r}")
-        return np.asarray(ids, dtype=np.int32)
+        ids = self._encoder.encode(text, add_special_tokens=not self.config.chat)
+        ends = not self.config.chat and len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id
+        return ids[:-1] if ends else ids
 
     def foreign_special_token(self, problem: Problem) -> str | None:
-        """Return a special token's text found in the problem, where it would end the message early; else None."""
-        texts = [problem.question, problem.answer, problem.solution or ""]
-        return next((token for token in self._special_texts if any(token in text for text in texts)), None)
+        """Return the text of a control token in the problem, which would end the message early; else None."""
+        texts = (problem.question, problem.answer, problem.solution or "")
+        return next(filter(None, map(self._control.first, texts)), None)
+
+    def _render_question(self, problem: Problem) -> str:
+        return rendered(self._student, f"{problem.id}: data.prompts.student", question=problem.question)
 
     def _render_reference(self, problem: Problem, solution: str | None, cut: bool = False) -> str:
         context = self.config.privileged_context
         shown = solution if context != "answer" else None
         show_answer = context != "solution" or not shown or cut
         try:
-            return self._privileged.render(
+            return rendered(
+                self._privileged,
+                f"{problem.id}: data.prompts.privileged",
                 question=problem.question,
                 solution=shown or None,
                 answer=problem.answer if show_answer else None,
@@ -189,13 +190,15 @@ class PromptBuilder:
                 reference_end=self.config.reference_end,
             )
         except NothingToShow as error:
-            raise DataError(
+            raise NothingOfTheTruth(
                 f"{problem.id}: data.prompts.privileged shows `solution` or `answer`, and this problem has none to "
                 "show; write {{ solution or answer }}, or put it inside {% if solution %}"
             ) from error
 
     def _render_hint(self, problem: Problem, hint: Hint) -> str:
-        return self._hint.render(
+        return rendered(
+            self._hint,
+            f"{problem.id}: data.prompts.hint",
             question=problem.question,
             attempt=hint.attempt,
             answer=hint.answer,
@@ -204,25 +207,27 @@ class PromptBuilder:
             reference_end=self.config.reference_end,
         )
 
-    def _without_special_tokens(self, text: str) -> str:
-        """Return the text without texts of special tokens.
-
-        A sibling may have spelled such a text with ordinary tokens; encoded again, it would become the special token.
-        """
-        while found := next((token for token in self._special_texts if token in text), None):
-            text = text.replace(found, "")
-        return text
-
     def _try_templates(self) -> None:
         """Raise DataError for templates that parse but fail when they are rendered, with a solution or without."""
+        question = "seventeen and twenty five"
         for solution in (None, "solution"):
-            try:
-                self.render_student(Problem("probe", "probe", "question", "answer", solution))
-                self.render_hinted(Problem("probe", "probe", "question", "answer"), Hint(solution or ""))
-                with suppress(DataError):  # a template may need what every problem of the run has
-                    self.render_privileged(Problem("probe", "probe", "question", "answer", solution))
-            except jinja2.TemplateError as error:
-                raise DataError(f"a prompt template cannot be rendered: {error}") from error
+            problem = Problem("a first try", "probe", question, "answer", solution)
+            prompts = {
+                "student": self.render_student(problem),
+                "hint": self.render_hinted(problem, Hint(solution or "")),
+            }
+            with suppress(NothingOfTheTruth):  # a template may need what every problem of the run has
+                prompts["privileged"] = self.render_privileged(problem)
+            for name, text in prompts.items():
+                self._check_prompt(name, question, text)
+
+    def _check_prompt(self, name: str, question: str, text: str) -> None:
+        try:
+            check_size(text)
+        except jinja2.TemplateError as error:
+            raise DataError(f"data.prompts.{name}: the template cannot be used: {error}") from error
+        if question not in text.casefold():
+            raise DataError(f"data.prompts.{name}: the question is missing in what the template makes: {text[:200]!r}")
 
     def _shortened(self, text: str, excess: int, keep: str) -> str:
         """Return the beginning or the end of a text, shorter by at least `excess` tokens.
@@ -241,10 +246,4 @@ class PromptBuilder:
         return len(text.encode()) + self._overhead
 
     def _wrap(self, text: str) -> str:
-        if not self.config.chat:
-            return text
-        messages = [{"role": "system", "content": self.config.system}] if self.config.system else []
-        messages.append({"role": "user", "content": text})
-        return self.tokenizer.apply_chat_template(  # type: ignore[attr-defined]
-            messages, tokenize=False, add_generation_prompt=True, **self.config.chat_template_kwargs
-        )
+        return self._chat.wrap(text) if self._chat else text

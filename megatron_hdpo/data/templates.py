@@ -9,6 +9,9 @@ import jinja2
 import jinja2.meta
 import jinja2.sandbox
 
+from megatron_hdpo.data.trial import TrialFailed, check_powers
+from megatron_hdpo.types.errors import DataError
+
 DEFAULT_STUDENT = """{{ question }}
 
 Reason step by step, and put your final answer within \\boxed{}."""
@@ -87,9 +90,27 @@ def read_template(template: str) -> str:
 def variables_of(template: str) -> frozenset[str]:
     """Return the variables that a template uses. Raises ValueError when it does not parse."""
     try:
-        return frozenset(jinja2.meta.find_undeclared_variables(environment().parse(template)))
+        tree = environment().parse(template)
+        check_powers(tree)
+        environment().from_string(template)  # some errors of a template show when it is compiled
+        return frozenset(jinja2.meta.find_undeclared_variables(tree))
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"the template does not parse: {error.message} (its line {error.lineno})") from error
+    except TrialFailed as error:
+        raise ValueError(f"the template cannot be used: {error}") from error
+    except (SyntaxError, RecursionError, MemoryError, OverflowError) as error:
+        raise ValueError(f"the template is nested too deep: {error}") from error
+
+
+def rendered(template: jinja2.Template, name: str, **values: Any) -> str:
+    """Return what a template makes of these values. Raises NothingToShow, and DataError for all else that fails."""
+    try:
+        return template.render(**values)
+    except NothingToShow:
+        raise
+    except Exception as error:  # a template is a program: it may raise whatever Python does
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DataError(f"{name}: the template cannot be rendered: {reason}") from error
 
 
 def check_template(template: str, variables: frozenset[str]) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from megatron_hdpo.config.recipe import Recipe
 from megatron_hdpo.data.load import LoadedData, load
-from megatron_hdpo.data.prompts import TokenizerLike
 from megatron_hdpo.data.tasks import TaskConfig
+from megatron_hdpo.data.text_tokens import TokenizerLike
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.rewards.pool import RewardPool
 from megatron_hdpo.sampling.saved import step_files
@@ -16,10 +16,12 @@ from megatron_hdpo.types.errors import DataError
 from megatron_hdpo.types.problem import Problem
 
 
-def load_data(recipe: Recipe, tokenizer: TokenizerLike, rewards: RewardPool | None = None) -> LoadedData:
+def load_data(
+    recipe: Recipe, tokenizer: TokenizerLike, rewards: RewardPool | None = None, vocab_size: int | None = None
+) -> LoadedData:
     """Load the problems to train and to evaluate on. Raises DataError; see `data.load.load`."""
     privileged = recipe.objective.needs_privileged or recipe.warmup.kind == "sft"
-    return load(recipe.data, tokenizer, rewards, privileged, hints=bool(recipe.objective.hint_shows))
+    return load(recipe.data, tokenizer, rewards, privileged, bool(recipe.objective.hint_shows), vocab_size)
 
 
 def check_enough(recipe: Recipe, data: LoadedData) -> None:
@@ -67,7 +69,12 @@ def fingerprint(problems: Sequence[Problem]) -> str:
 
 
 def load_warmup_data(
-    recipe: Recipe, tasks: Sequence[TaskConfig], tokenizer: TokenizerLike, rewards: RewardPool | None = None
+    recipe: Recipe,
+    tasks: Sequence[TaskConfig],
+    tokenizer: TokenizerLike,
+    rewards: RewardPool | None = None,
+    vocab_size: int | None = None,
 ) -> LoadedData:
     """Load the problems of the warm-up's own tasks, without those that are evaluated on. Raises DataError."""
-    return load(recipe.data.model_copy(update={"train": list(tasks)}), tokenizer, rewards)
+    data = recipe.data.model_copy(update={"train": list(tasks)})
+    return load(data, tokenizer, rewards, vocab_size=vocab_size)

@@ -10,22 +10,19 @@ import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol, cast
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, GenerationConfig
 
 from megatron_hdpo.checkpoint.store import CheckpointStore
 from megatron_hdpo.config import Recipe, RecipeError, check_recipe
 from megatron_hdpo.config.check import DEFAULT_IMPORTANCE_CAP, requested_lengths
 from megatron_hdpo.config.precision import begun_in, choose_precision, resolve
 from megatron_hdpo.data.load import LoadedData
-from megatron_hdpo.data.prompts import TokenizerLike
 from megatron_hdpo.health.check import check_health
 from megatron_hdpo.model.architecture import Architecture, read_architecture
 from megatron_hdpo.model.build import build_model, wrap_data_parallel
-from megatron_hdpo.model.config import ModelError, OptimizerConfig, choose_spec
+from megatron_hdpo.model.config import OptimizerConfig, choose_spec
 from megatron_hdpo.model.dtype_speed import Measure, measure_bfloat16
 from megatron_hdpo.model.optimizer import build_optimizer
 from megatron_hdpo.model.policy import Policy
@@ -54,14 +51,9 @@ from megatron_hdpo.training.load_data import check_enough, check_same, fingerpri
 from megatron_hdpo.training.measurements import Measurements, build_measurements
 from megatron_hdpo.training.policy_sync import PolicySync
 from megatron_hdpo.training.record import RunRecord
+from megatron_hdpo.training.tokenizer import Tokenizer, check_tokens, load_tokenizer, stop_token_ids
 from megatron_hdpo.types.learning import Objective
 from megatron_hdpo.weights.load import load_hf
-
-
-class Tokenizer(TokenizerLike, Protocol):
-    """What a run needs of a Hugging Face tokenizer."""
-
-    def get_vocab(self) -> dict[str, int]: ...
 
 
 @dataclass
@@ -191,8 +183,11 @@ def _build_run(
     if resumes and (latest := checkpoints.latest()) is not None:
         checkpoints.check(latest, architecture, recipe.model.dtype, choose_spec(recipe.model, context.device))
     tokenizer = load_tokenizer(recipe.model.path)
+    stop_ids = stop_token_ids(tokenizer, recipe.model.path)
+    for warning in check_tokens(tokenizer, stop_ids, architecture.vocab_size, recipe.model.path):
+        console.warn(warning)
     rewards = RewardPool(recipe.data.tasks, recipe.reward)
-    data = _load_data(recipe, context, console, tokenizer, rewards)
+    data = _load_data(recipe, context, console, tokenizer, rewards, architecture.vocab_size)
     if resumes:
         check_enough(recipe, data)
     checkpoints.data = fingerprint(data.train)
@@ -217,7 +212,7 @@ def _build_run(
         context=context,
         sampler=sampler,
         prompts=data.prompts,
-        stop_token_ids=stop_token_ids(tokenizer, recipe.model.path),
+        stop_token_ids=stop_ids,
         seed=recipe.seed,
         sampling_ranks=built.sampling_ranks,
         restore_weights=sync.restore,
@@ -267,28 +262,6 @@ def settle_precision(
     return resolve(recipe, choice.dtype)
 
 
-def load_tokenizer(path: str | Path, key: str = "model.path") -> Tokenizer:
-    """Return the tokenizer of a Hugging Face folder.
-
-    key: the recipe key that names the folder, for the message. Raises ModelError when transformers cannot load one.
-    """
-    try:
-        # transformers says that `decode` may return a list, which it does for several texts at once only.
-        return cast(Tokenizer, AutoTokenizer.from_pretrained(path))
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(f"{key}: {path} holds no tokenizer that transformers can load: {reason}") from error
-
-
-def stop_token_ids(tokenizer: Tokenizer, model_path: str | Path) -> tuple[int, ...]:
-    """Return the tokens that end a response: the tokenizer's end of sequence and those of generation_config.json."""
-    ids = {tokenizer.eos_token_id}
-    if (Path(model_path) / "generation_config.json").is_file():
-        configured = GenerationConfig.from_pretrained(model_path).eos_token_id
-        ids |= set(configured) if isinstance(configured, list) else {configured}
-    return tuple(sorted(i for i in ids if i is not None))
-
-
 def set_threads(recipe: Recipe, local_world_size: int) -> None:
     """Set the CPU threads of this rank: the recipe's number, else an equal share of the cores."""
     cores = len(usable_cores())
@@ -322,11 +295,16 @@ def _decode(tokenizer: Tokenizer, token_ids: np.ndarray) -> str:
 
 
 def _load_data(
-    recipe: Recipe, context: ParallelContext, console: Console, tokenizer: Tokenizer, rewards: RewardPool
+    recipe: Recipe,
+    context: ParallelContext,
+    console: Console,
+    tokenizer: Tokenizer,
+    rewards: RewardPool,
+    vocab_size: int,
 ) -> LoadedData:
     """Load the data on every rank: one rank checks it, the others wait for its cache, in no collective's time limit."""
     with console.phase("load data"):
-        data = load_data(recipe, tokenizer, rewards)
+        data = load_data(recipe, tokenizer, rewards, vocab_size)
         check_same(data, context)
     for line in data.report.lines():
         console.print(line)

@@ -18,7 +18,8 @@ from megatron_hdpo.teachers.weight_copies import FrozenTeacher
 from megatron_hdpo.tracking.formats import amount
 from megatron_hdpo.tracking.metrics import METRICS_FILE, read_metrics
 from megatron_hdpo.training.load_data import check_replay
-from megatron_hdpo.training.run import Run, load_tokenizer
+from megatron_hdpo.training.run import Run
+from megatron_hdpo.training.tokenizer import load_tokenizer
 from megatron_hdpo.training.warmup import warm_up
 from megatron_hdpo.types.errors import DataError
 from megatron_hdpo.types.rollouts import Group

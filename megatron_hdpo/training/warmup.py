@@ -46,7 +46,9 @@ def warm_up(run: Run, config: WarmupConfig) -> None:
 def _supervised_data(run: Run, tasks: Sequence[TaskConfig], privileged: bool) -> SupervisedData:
     problems: Sequence[Problem] = run.data.train
     if tasks:
-        problems = load_warmup_data(run.recipe, tasks, run.data.prompts.tokenizer, run.rewards).train
+        problems = load_warmup_data(
+            run.recipe, tasks, run.data.prompts.tokenizer, run.rewards, run.architecture.vocab_size
+        ).train
     key = f"warmup.{'privileged' if privileged else 'plain'}" if tasks else "warmup on data.train"
     try:
         data = SupervisedData(

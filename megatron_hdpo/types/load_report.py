@@ -12,12 +12,13 @@ class LoadReport:
     """Counts of dropped and kept problems.
 
     `counts[task][reason]`: dropped problems. `examples[task][reason]`: where the first of them was. `kept[task]`: the
-    others.
+    others. notes: what the user should know of the prompts.
     """
 
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     examples: dict[str, dict[str, str]] = field(default_factory=dict)
     kept: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def drop(self, task: str, reason: str, where: str) -> None:
         """Count one dropped problem of `task`; `where` says which."""
@@ -40,8 +41,8 @@ class LoadReport:
         self.kept.update(other.kept)
 
     def lines(self) -> list[str]:
-        """Return one line of text per task, and one per reason for which problems were dropped."""
-        lines = []
+        """Return one line of text per note and task, and one per reason for which problems were dropped."""
+        lines = [f"note: {note}" for note in self.notes]
         for task in sorted(self.kept.keys() | self.counts.keys()):
             lines.append(f"{task}: {self.kept.get(task, 0)} problems")
             for reason, count in sorted(self.counts.get(task, {}).items()):

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from tiny_tokenizers import byte_tokenizer, character_tokenizer
 
 from megatron_hdpo.data.config import DataConfig
-from megatron_hdpo.data.load import load
+from megatron_hdpo.data.load import default_cache_dir, load
 from megatron_hdpo.rewards.config import RewardConfig
 from megatron_hdpo.rewards.pool import RewardPool
 from megatron_hdpo.types.errors import DataError
@@ -147,3 +147,47 @@ def test_real_sets_load(tmp_path):
     data = load(DataConfig.model_validate(config), TOKENIZER)
     assert len(data.train) == 1319 and 495 < len(data.evaluation) <= 500
     assert data.report.counts.keys() <= {"math500"}
+
+
+def test_every_problem_is_encoded_and_not_the_first_ones_alone(tmp_path, pool):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"problem": f"{i}+{i}=", "answer": "1", "solution": "0"} for i in range(150)]
+    rows[130]["solution"] = "x"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = character_tokenizer("0123456789+=\n\\boxed{}#")
+    section = {
+        "train": [{"kind": "jsonl", "path": path}],
+        "prompts": {"chat": False, "student": "{{ question }}", "privileged": "{{ solution }}#{{ question }}"},
+        "cache_dir": tmp_path / "cache",
+    }
+    config = DataConfig.model_validate(section)
+    assert len(load(config, tokenizer, pool).train) == 150  # x is in "boxed"
+    rows[130]["solution"] = "y"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"rows\.jsonl:131: the tokenizer has no token"):
+        load(config, tokenizer, pool)
+
+
+def test_a_token_beyond_the_model_is_found_in_every_problem(tmp_path, pool):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"problem": f"question {i}", "answer": "1"} for i in range(150)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"problem": "a zebra", "answer": "1"}]))
+    tokenizer = byte_tokenizer()
+    size = len(tokenizer.get_vocab())
+    tokenizer.add_tokens(["zebra"])
+    config = DataConfig.model_validate({"train": [{"kind": "jsonl", "path": path}], "cache_dir": tmp_path / "cache"})
+    assert len(load(config, tokenizer, pool).train) == 151
+    with pytest.raises(DataError, match=rf"rows\.jsonl:151: token {size} \('zebra'\) .* beyond the model's vocabulary"):
+        load(config, tokenizer, pool, vocab_size=size)
+
+
+def test_a_user_without_a_home_folder(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(DataError, match=r"set data\.cache_dir, HOME or XDG_CACHE_HOME"):
+        default_cache_dir()
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert default_cache_dir() == Path("/somewhere/megatron_hdpo")

@@ -9,9 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from tiny_tokenizers import PROBLEM, byte_tokenizer, character_tokenizer
+from tiny_tokenizers import CHAT_TEMPLATE, PROBLEM, byte_tokenizer, character_tokenizer
+from tokenizers import AddedToken, Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
-from megatron_hdpo.data.prompts import PromptBuilder, PromptConfig, PromptTooLong
+from megatron_hdpo.data import trial
+from megatron_hdpo.data.prompts import Hint, PromptBuilder, PromptConfig, PromptTooLong
 from megatron_hdpo.types.errors import DataError
 
 BYTES = byte_tokenizer()
@@ -189,3 +192,160 @@ def test_chat_needs_a_chat_template():
 def test_templates_run_in_a_sandbox():
     with pytest.raises(DataError, match=r"cannot be rendered: access to attribute '__class__' .* is unsafe"):
         builder(student="{{ question.__class__.__mro__ }}")
+
+
+def with_template(source: object) -> object:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = source
+    return tokenizer
+
+
+PARTS = "{% for m in messages %}{{ m.role }}:{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
+NO_SYSTEM = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+REFUSES_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{{ messages[-1].content }}"
+)
+GENERATION = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% break %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("source", "config", "message"),
+    [
+        (PARTS, {}, "chat template leaves out the question .* it makes 'user:'"),
+        ("always the same", {}, "leaves out the question"),
+        (NO_SYSTEM, {"system": "Be brief."}, "leaves out the system message: leave data.prompts.system out"),
+        (REFUSES_SYSTEM, {"system": "Be brief."}, "System role not supported: it takes no system message"),
+        ("{{ messages[0].content", {}, r"does not parse: .* \(its line 1\)"),
+        ("{% for m in messages %}\n{% enfor %}", {}, r"does not parse: .* \(its line 2\)"),
+        ({"rag": CHAT_TEMPLATE, "tool": CHAT_TEMPLATE}, {}, "cannot be used: .*multiple chat templates"),
+        ("{{ messages[7].content }}", {}, "cannot be rendered: "),
+        ("{{ messages[0].content + 1 }}", {}, "cannot be rendered: "),
+        ("{{ 1 / 0 }}", {}, "cannot be rendered: division by zero"),
+        ("{% include 'x' %}", {}, "cannot be rendered: no loader"),
+        ("{{ messages[0].content * 10000 }}", {}, "makes .* characters of a question of a few words"),
+        ("{{ messages[0].content * 10 ** 9 }}", {}, r"computes a power \(\*\*\) in its line 1"),
+        ("{{ messages[0].content.center(10000000000) }}", {}, "cannot be rendered: MemoryError"),
+        (
+            CHAT_TEMPLATE,
+            {"chat_template_kwargs": {"enable_thinkin": False}},
+            "chat_template_kwargs: the .* template does not read enable_thinkin; it reads: enable_thinking",
+        ),
+        (
+            CHAT_TEMPLATE,
+            {"chat_template_kwargs": {"add_generation_prompt": False}},
+            "does not read add_generation_prompt",
+        ),
+        (CHAT_TEMPLATE, {"chat_template_kwargs": {"tokenize": True}}, "does not read tokenize"),
+    ],
+)
+def test_chat_templates_that_cannot_be_used(source, config, message):
+    with pytest.raises(DataError, match=message) as refused:
+        builder(with_template(source), **config)
+    assert "\n" not in str(refused.value)
+
+
+LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def test_templates_that_never_end_are_stopped(monkeypatch):
+    monkeypatch.setattr(trial, "_SECONDS", 0.1)
+    with pytest.raises(
+        DataError, match=r"chat template cannot be rendered: it takes more than 0\.1 s of processor time"
+    ):
+        builder(with_template(LOOPS + CHAT_TEMPLATE))
+    with pytest.raises(DataError, match=r"data\.prompts\.student: .* it takes more than 0\.1 s of processor time"):
+        builder(student=LOOPS + "{{ question }}")
+
+
+def test_tags_of_transformers_are_read():
+    assert "What is 2+2?" in builder(with_template(GENERATION)).render_student(PROBLEM)
+
+
+DATED = (
+    "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    "Today: {{ date_string }} {{ messages[-1].content }}"
+)
+
+
+def test_a_template_with_the_date_of_today_is_said():
+    (note,) = builder(with_template(DATED)).notes()
+    assert "today's date" in note and "date_string" in note
+    pinned = builder(with_template(DATED), chat_template_kwargs={"date_string": "1 May 2025"})
+    assert pinned.notes() == [] and "Today: 1 May 2025 What is 2+2?" in pinned.render_student(PROBLEM)
+    assert builder().notes() == []
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ question + 1 }}", "data.prompts.student: the template cannot be rendered: can only concatenate str"),
+        ("{{ question }}{{ 1/0 }}", "cannot be rendered: division by zero"),
+        ("{{ question }}{% include 'x' %}", "cannot be rendered: no loader"),
+        ("{{ question }}{{ range(1000000) | list }}", "cannot be rendered: Range too big"),
+        ("{{ question|round }}", "cannot be rendered: "),
+        ("{{ question * 100000 }}", "data.prompts.student: the template cannot be used: it makes 2,"),
+        ("{{ question.center(10000000000) }}", "cannot be rendered: MemoryError"),
+        ("{{ question[:3] }}", "data.prompts.student: the question is missing in what the template makes: '<|start|>"),
+        ("{% if question is number %}{{ question }}{% endif %}", "the question is missing"),
+    ],
+)
+def test_templates_that_fail_when_they_are_tried(template, message):
+    with pytest.raises(DataError) as refused:
+        builder(student=template)
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ question * 10 ** 9 }}", r"the template cannot be used: it computes a power \(\*\*\) in its line 1"),
+        ("{{ " + "(" * 5000 + "question" + ")" * 5000 + " }}", "nested too deep"),
+        ("{{ question | nofilter }}", "does not parse: No filter named 'nofilter'"),
+    ],
+)
+def test_templates_that_are_refused_before_anything_is_loaded(template, message):
+    with pytest.raises(ValidationError, match=message):
+        PromptConfig(student=template)
+
+
+def test_a_template_that_fails_for_one_problem_names_it():
+    prompts = builder(student="{{ question }}{{ 1 / (question|length - 1) }}")
+    with pytest.raises(DataError, match=r"t/1: data\.prompts\.student: the template cannot be rendered: division"):
+        prompts.student(dataclasses.replace(PROBLEM, question="q"))
+
+
+def test_control_tokens_are_found_also_where_they_are_not_flagged():
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([AddedToken("<tool_call>", special=False), AddedToken("   ", special=False), "[INST]", "frac"])
+    tokenizer.chat_template = "[INST] " + CHAT_TEMPLATE
+    prompts = builder(tokenizer)
+    for text in ("<tool_call>", "[INST]", "<|start|>"):
+        assert prompts.foreign_special_token(dataclasses.replace(PROBLEM, question=f"a {text} b")) == text
+    assert prompts.foreign_special_token(dataclasses.replace(PROBLEM, question="a   frac")) is None
+    hinted = prompts.render_hinted(PROBLEM, Hint("kept"))
+    cleaned = BYTES.decode(prompts.hinted(PROBLEM, Hint("ke<tool_<tool_call>call>pt")), skip_special_tokens=False)
+    assert cleaned.count("tool_call") == 0 and "kept" in cleaned and "kept" in hinted
+
+
+def test_tokens_beyond_the_model_are_refused():
+    rows = len(BYTES.get_vocab())
+    assert not PromptBuilder(BYTES, PromptConfig(), rows).may_lack_tokens
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["zebra"])
+    prompts = PromptBuilder(tokenizer, PromptConfig(), rows)
+    assert prompts.may_lack_tokens and len(prompts.student(PROBLEM))
+    with pytest.raises(
+        DataError, match=rf"token {rows} \('zebra'\) of this prompt is beyond the model's vocabulary of"
+    ):
+        prompts.student(dataclasses.replace(PROBLEM, question="a zebra"))
+
+
+def test_characters_that_a_tokenizer_leaves_out_are_refused():
+    backend = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate("abcdefg")}, merges=[]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    prompts = builder(tokenizer, chat=False, student="{{ question }}", privileged="{{ question }}{{ answer }}")
+    assert prompts.may_lack_tokens
+    assert len(prompts.student(dataclasses.replace(PROBLEM, question="abc"))) == 3
+    with pytest.raises(DataError, match="the tokenizer has no token for 'x' and leaves it out of the prompt 'axb'"):
+        prompts.student(dataclasses.replace(PROBLEM, question="axb"))

@@ -14,7 +14,7 @@ from megatron_hdpo.model.architecture import read_architecture
 from megatron_hdpo.model.tiny_model import make_tiny_model
 from megatron_hdpo.objectives.registry import ObjectiveConfig
 from megatron_hdpo.rewards.pool import RewardPool
-from megatron_hdpo.training.run import load_tokenizer
+from megatron_hdpo.training.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 METHODS = sorted((ROOT / "examples" / "methods").glob("*.yaml"))

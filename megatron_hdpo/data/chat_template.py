@@ -1,0 +1,151 @@
+"""The chat template of a tokenizer: a program of whoever published the model, so it is tried before it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.meta
+import jinja2.sandbox
+
+from megatron_hdpo.data.trial import check_powers, check_size, trial
+from megatron_hdpo.types.errors import DataError
+
+_OURS = frozenset({"messages", "add_generation_prompt"})
+"""Variables of a chat template that every prompt sets itself."""
+_CLOCK = "strftime_now"
+_PROBE = "What is the sum of seventeen and twenty five?"
+
+
+class ChatTemplateError(DataError):
+    """A chat template that cannot be used, or that loses what it is given."""
+
+
+class ChatTemplate:
+    """Messages as the text that a model expects.
+
+    system: text of the system message, None for none. variables: more variables of the template. Raises
+    ChatTemplateError for a template that does not parse, does not read such a variable, fails, or leaves out the
+    question or the system message.
+    """
+
+    def __init__(self, tokenizer: Any, system: str | None, variables: Mapping[str, Any]) -> None:
+        self.tokenizer, self.system, self.variables = tokenizer, system, dict(variables)
+        self._read = self._variables_read()
+        self._check_variables()
+        with trial():
+            self._check_nothing_is_lost()
+
+    def wrap(self, text: str) -> str:
+        """Return the text as the user's message, after the system message, up to where the answer begins."""
+        return self._rendered(text, self.system, self.variables)
+
+    def notes(self) -> list[str]:
+        """Return what the user should know of the template."""
+        return [self._note_of_date()] if self._depends_on_the_date() else []
+
+    def _rendered(self, text: str, system: str | None, variables: Mapping[str, Any]) -> str:
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": text})
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **variables
+            )
+        except Exception as error:  # a template may raise whatever Python does
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise ChatTemplateError(f"the tokenizer's chat template cannot be rendered: {reason}") from error
+        return str(rendered)
+
+    def _variables_read(self) -> frozenset[str]:
+        """Return the variables that the template reads and does not set."""
+        try:
+            tree = _environment().parse(self.tokenizer.get_chat_template())
+            check_powers(tree)
+        except jinja2.TemplateSyntaxError as error:
+            raise ChatTemplateError(
+                f"the tokenizer's chat template does not parse: {error.message} (its line {error.lineno})"
+            ) from error
+        except (ValueError, jinja2.TemplateError, RecursionError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ChatTemplateError(f"the tokenizer's chat template cannot be used: {reason}") from error
+        return frozenset(jinja2.meta.find_undeclared_variables(tree))
+
+    def _check_variables(self) -> None:
+        free = self._read - _OURS
+        if unknown := sorted(self.variables.keys() - free):
+            raise ChatTemplateError(
+                f"data.prompts.chat_template_kwargs: the tokenizer's chat template does not read {', '.join(unknown)}; "
+                f"it reads: {', '.join(sorted(free)) or 'no variables'}"
+            )
+
+    def _check_nothing_is_lost(self) -> None:
+        try:
+            text = check_size(self.wrap(_PROBE))
+        except ChatTemplateError as error:
+            raise self._without_system_or(error) from error
+        except jinja2.TemplateError as error:
+            raise ChatTemplateError(f"the tokenizer's chat template cannot be used: {error}") from error
+        if _PROBE not in text:
+            raise ChatTemplateError(
+                f"the tokenizer's chat template leaves out the question (of {_PROBE!r} it makes {text[:200]!r}): it "
+                "may want messages as lists of parts; set data.prompts.chat=false, or use another chat template"
+            )
+        if self.system and not _has_the_words_of(self.system, text):
+            raise ChatTemplateError(
+                "the tokenizer's chat template leaves out the system message: leave data.prompts.system out, and say "
+                "it in data.prompts.student"
+            )
+
+    def _without_system_or(self, error: ChatTemplateError) -> ChatTemplateError:
+        """Return a clearer error where the system message alone is the reason."""
+        if self.system:
+            try:
+                self._rendered(_PROBE, None, self.variables)
+            except ChatTemplateError:
+                return error
+            return ChatTemplateError(
+                f"{error}: it takes no system message; leave data.prompts.system out, and say it in "
+                "data.prompts.student"
+            )
+        return error
+
+    def _depends_on_the_date(self) -> bool:
+        if _CLOCK not in self._read:
+            return False
+        try:
+            self._rendered(_PROBE, self.system, self.variables | {_CLOCK: None})
+        except ChatTemplateError:  # it called the clock
+            return True
+        return False
+
+    def _note_of_date(self) -> str:
+        others = ", ".join(sorted(self._read - _OURS - {_CLOCK}))
+        return (
+            "the tokenizer's chat template puts today's date into every prompt, so a run that is resumed tomorrow has "
+            "other prompts: pin it by data.prompts.chat_template_kwargs, often {date_string: 1 January 2025} "
+            f"(variables that this template reads: {others or 'none'})"
+        )
+
+
+def _has_the_words_of(message: str, text: str) -> bool:
+    """Return whether all words of a message stand in a text in their order; templates may change the blanks between."""
+    return " ".join(message.split()) in " ".join(text.split())
+
+
+def _environment() -> jinja2.Environment:
+    """Return an environment that parses what transformers parses."""
+    return jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+
+
+class _Generation(jinja2.ext.Extension):
+    """The tag by which templates mark the assistant's text."""
+
+    tags = {"generation"}  # noqa: RUF012  # as jinja2 declares it
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
