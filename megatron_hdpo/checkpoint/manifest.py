@@ -73,7 +73,7 @@ def problems_of(folder: Path, full: bool, rank: int = 0, ranks: int = 1) -> list
     try:
         entries: dict[str, Entry] = json.loads((folder / MANIFEST).read_bytes())["files"]
         listed = {name: (int(entry["bytes"]), str(entry["blake2b"])) for name, entry in entries.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         return [f"{MANIFEST} cannot be read: {type(error).__name__}: {error}"]
     with ThreadPoolExecutor(_THREADS) as pool:
         mine = share_of(sorted(listed), rank, ranks)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
+from pydantic import TypeAdapter, ValidationError
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_hdpo.checkpoint.extra_state import load_model, without_absent_extra_states
@@ -435,8 +436,24 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
 def read_state(path: Path) -> RunState:
     """Read the description of the checkpoint at `path`; raises CheckpointError if it cannot be read."""
     try:
-        return RunState(**json.loads((path / _STATE).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(
-            f"{path / _STATE} cannot be read ({error}): delete {path} to resume an older one"
-        ) from error
+        content = _json_of(path / _STATE)
+        state = RunState(**content)
+        TypeAdapter(RunState).validate_json(json.dumps(content), strict=True)
+        if not isinstance(state.memory.get("teacher", {}), dict):
+            raise ValueError("memory.teacher is no object")
+        if path.name.removeprefix("step_").isdecimal() and state.step != int(path.name.removeprefix("step_")):
+            raise ValueError(f"step is {state.step}, which the name of the folder does not say")
+        return state
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        reason = str(error)
+    raise CheckpointError(f"{path / _STATE} cannot be read ({reason}): delete {path} to resume an older one")
+
+
+def _json_of(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text())
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__}, not an object")
+    return content

@@ -87,9 +87,17 @@ def _length(runs: Mapping[str, Records]) -> list[dict[str, str]]:
 
 
 def _recipe(folder: Path) -> dict[str, Any] | None:
-    """Return the keys of a run's recipe; None where the folder has none."""
+    """Return the keys of a run's recipe; None where the folder has none. Raises ReportError for a damaged one."""
     path = folder / RECIPE_FILE
-    return dict(leaves(yaml.safe_load(path.read_text(encoding="utf-8")))) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ReportError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ReportError(f"{path}: holds no recipe; restore it, or remove it to compare without recipes")
+    return dict(leaves(tree))
 
 
 def _differing(recipes: Mapping[str, Mapping[str, Any] | None]) -> list[dict[str, str]]:

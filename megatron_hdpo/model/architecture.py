@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_hdpo.model.config_values import ConfigValues
+from megatron_hdpo.model.rope_settings import rope_settings
 from megatron_hdpo.parallel.layout import ModelSizes
 from megatron_hdpo.types.errors import UserError
 
@@ -75,8 +76,6 @@ _FAMILIES: dict[str, Family] = {
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
 }
-# Constants of Llama 3's frequency scaling that are hard-coded in Megatron.
-_LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def read_architecture(model_path: str | Path) -> Architecture:
@@ -89,8 +88,10 @@ def read_architecture(model_path: str | Path) -> Architecture:
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArchitectureError(f"{path} is not JSON: {error}") from error
+    except OSError as error:
+        raise ArchitectureError(f"{path} cannot be read: {error.strerror}") from error
     if not isinstance(config, dict):
         raise ArchitectureError(f"{path} must hold an object, not {type(config).__name__}")
     try:
@@ -109,80 +110,65 @@ def parse_architecture(config: dict[str, Any], origin: str = "config.json") -> A
     def refuse(reason: str) -> ArchitectureError:
         return ArchitectureError(f"{origin}: {reason}")
 
-    names = config.get("architectures") or ["(none)"]
-    family = _FAMILIES.get(names[0])
+    values = ConfigValues(config, refuse)
+    name = (values.names("architectures") or ["(none)"])[0]
+    family = _FAMILIES.get(name)
     if family is None:
-        raise refuse(f"architectures={names[0]} is not supported; supported: {', '.join(_FAMILIES)}")
+        raise refuse(f"architectures={name} is not supported; supported: {', '.join(_FAMILIES)}")
     if config.get("hidden_act", "silu") != "silu":
         raise refuse(f"hidden_act={config['hidden_act']} is not supported; supported: silu")
-    if config.get("mlp_bias"):
+    if values.flag("mlp_bias"):
         raise refuse("mlp_bias=true is not supported")
-    if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or []):
+    if values.flag("use_sliding_window") or "sliding_attention" in values.names("layer_types"):
         raise refuse("sliding-window attention is not supported")
-    if family != "qwen2" and config.get("attention_bias"):
+    if family != "qwen2" and values.flag("attention_bias"):
         raise refuse("attention_bias=true is not supported: it would put a bias on the attention output too")
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    hidden, heads = values.size("hidden_size"), values.size("num_attention_heads")
+    kv_heads = values.size_or("num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise refuse(f"num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}")
+    if config.get("head_dim") is None and hidden % heads:
+        raise refuse(f"hidden_size={hidden} is no multiple of num_attention_heads={heads}, and head_dim is missing")
+    rope_theta, rope_scaling = rope_settings(values)
     return Architecture(
         family=family,
-        num_layers=config["num_hidden_layers"],
+        num_layers=values.size("num_hidden_layers"),
         hidden_size=hidden,
-        ffn_size=config["intermediate_size"],
+        ffn_size=values.size("intermediate_size"),
         num_heads=heads,
-        num_kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or hidden // heads,
-        vocab_size=config["vocab_size"],
-        max_positions=config["max_position_embeddings"],
-        norm_eps=config["rms_norm_eps"],
-        rope_theta=_rope_theta(config),
-        rope_scaling=_rope_scaling(config, refuse),
+        num_kv_heads=kv_heads,
+        head_dim=values.size_or("head_dim", hidden // heads),
+        vocab_size=values.size("vocab_size"),
+        max_positions=values.size("max_position_embeddings"),
+        norm_eps=values.positive("rms_norm_eps"),
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
         qkv_bias=family == "qwen2",
         qk_norm=family in ("qwen3", "qwen3_moe"),
-        tied=bool(config.get("tie_word_embeddings", False)),
-        **(_experts(config, refuse) if family == "qwen3_moe" else {}),
+        tied=values.flag("tie_word_embeddings"),
+        **(_experts(values) if family == "qwen3_moe" else {}),
     )
 
 
-def _experts(config: dict[str, Any], refuse: Callable[[str], ArchitectureError]) -> dict[str, Any]:
+def _experts(values: ConfigValues) -> dict[str, Any]:
     """Read the sizes of the experts; only models with experts in every layer, and no shared experts, are supported."""
-    if config.get("decoder_sparse_step", 1) != 1:
+    config, refuse = values.config, values.refuse
+    if values.size_or("decoder_sparse_step", 1) != 1:
         raise refuse(f"decoder_sparse_step={config['decoder_sparse_step']} is not supported: every layer needs experts")
     if config.get("mlp_only_layers"):
         raise refuse(f"mlp_only_layers={config['mlp_only_layers']} is not supported: every layer needs experts")
     if config.get("shared_expert_intermediate_size") or config.get("n_shared_experts"):
         raise refuse("shared experts are not supported")
     # transformers 4 writes num_experts, 5 writes num_local_experts; 5 reads both, 4 only the first.
-    count = config["num_experts"] if "num_experts" in config else config["num_local_experts"]
-    chosen, normalised = config["num_experts_per_tok"], bool(config.get("norm_topk_prob", False))
-    if not 0 < chosen <= count:
+    count = values.size("num_experts" if "num_experts" in config else "num_local_experts")
+    chosen, normalised = config["num_experts_per_tok"], values.flag("norm_topk_prob")
+    if isinstance(chosen, bool) or not isinstance(chosen, int) or not 0 < chosen <= count:
         raise refuse(f"num_experts_per_tok={chosen} is not between 1 and the {count} experts")
     if chosen == 1 and normalised:
         raise refuse("num_experts_per_tok=1 with norm_topk_prob=true is not supported: the router has no gradient then")
     return {
         "num_experts": count,
         "experts_per_token": chosen,
-        "expert_ffn_size": config["moe_intermediate_size"],
+        "expert_ffn_size": values.size("moe_intermediate_size"),
         "normalised_routing": normalised,
     }
-
-
-def _rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the RoPE settings: transformers 5 has all in rope_parameters, 4 has rope_theta beside rope_scaling."""
-    return config.get("rope_parameters") or config.get("rope_scaling") or {}
-
-
-def _rope_theta(config: dict[str, Any]) -> float:
-    theta = _rope_parameters(config).get("rope_theta", config.get("rope_theta"))
-    return float(10000.0 if theta is None else theta)
-
-
-def _rope_scaling(config: dict[str, Any], refuse: Callable[[str], ArchitectureError]) -> float | None:
-    rope = _rope_parameters(config)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise refuse(f"rope_type={kind} is not supported; supported: default, llama3")
-    for key, value in _LLAMA3_SCALING.items():
-        if rope.get(key) != value:
-            raise refuse(f"rope {key}={rope.get(key)} is not supported; Megatron-Core has {value} built in")
-    return float(rope["factor"])

@@ -13,6 +13,7 @@ import gzip
 import json
 import logging
 import re
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
@@ -27,6 +28,8 @@ Decode = Callable[[np.ndarray], str]
 _COMPRESSION = 1
 """The level of gzip. Most bytes are base64 of token ids and log-probs, which higher levels hardly make smaller."""
 
+_DTYPES = frozenset({"<i4", "<i8", "<f4", "<f8", "|u1", "<u2", "<u4"})
+"""Types of arrays in saved rollouts, as numpy writes them."""
 _NAME = re.compile(r"step_(\d+)(\.rank_\d+)?\.jsonl(\.gz)?")
 _log = logging.getLogger(__name__)
 
@@ -115,12 +118,13 @@ def read_share(files: Sequence[Path], share: int, shares: int) -> dict[int, Grou
         if lines % shares == share:
             try:
                 record = _record(line)
-                groups[record.get("group", lines)] = _decode_group(record)
+                groups[_whole(record, "group", lines)] = _decode_group(record)
+                told |= {_whole(record, "of", 0)} if "of" in record else set()  # older files do not say it
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from error
-            if "of" in record:  # older files do not say it
-                told.add(record["of"])
         lines += 1
+    if not lines:
+        raise ValueError(f"{files[0].parent}: the files of step {step_of(files[0])} hold no rollouts")
     if wrong := told - {lines}:
         raise ValueError(
             f"{files[0].parent}: step {step_of(files[0])} has {max(wrong)} groups, but its files {lines}: the file of "
@@ -139,6 +143,8 @@ def _lines(files: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
                         yield f"{path}:{number}", line
             except EOFError as error:
                 raise ValueError(f"{path}: the compressed file ends too early") from error
+            except (gzip.BadGzipFile, zlib.error) as error:
+                raise ValueError(f"{path}: the compressed file is damaged: {error}") from error
 
 
 def _encode_group(group: Group, place: Mapping[str, int], decode: Decode) -> dict[str, Any]:
@@ -218,6 +224,8 @@ def _pack(array: np.ndarray) -> dict[str, Any]:
 
 def _unpack(packed: dict[str, Any]) -> np.ndarray:
     data = base64.b64decode(packed["base64"], validate=True)
+    if packed["dtype"] not in _DTYPES:
+        raise ValueError(f"an array has the type {packed['dtype']!r}, which no rollouts have")
     array = np.frombuffer(data, dtype=np.dtype(packed["dtype"])).reshape(packed["shape"])
     return array.astype(array.dtype.newbyteorder("="))  # a copy: frombuffer's array cannot be written to
 
@@ -225,6 +233,8 @@ def _unpack(packed: dict[str, Any]) -> np.ndarray:
 def _record(line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(line)
+    except RecursionError as error:
+        raise ValueError("broken line: nested too deep") from error
     except ValueError as error:
         cut = "" if line.endswith(b"\n") else ", the file ends here (a writer that was stopped?)"
         raise ValueError(f"broken line{cut}: {error}") from error
@@ -238,12 +248,22 @@ def _decode_group(record: Mapping[str, Any]) -> Group:
         return _group(record)
     except KeyError as error:
         raise ValueError(f"key {error} is missing") from error
-    except TypeError as error:
+    except (TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"a value has the wrong type: {error}") from error
+
+
+def _whole(record: Mapping[str, Any], key: str, default: int) -> int:
+    value = record.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{key} is {str(value)[:40]!r}, not a whole number")
+    return value
 
 
 def _group(record: Mapping[str, Any]) -> Group:
     names = ("id", "task", "question", "answer", "solution", "level", "metadata")
+    texts = {name: record[name] for name in names[:4]}
+    if wrong := next((name for name, text in texts.items() if not isinstance(text, str)), None):
+        raise ValueError(f"{wrong} is {type(record[wrong]).__name__}, not text")
     replay = record["replay"]
     privileged_ids = replay["privileged_prompt_ids"]
     return Group(

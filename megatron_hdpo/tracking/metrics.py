@@ -21,6 +21,7 @@ from megatron_hdpo.types.errors import UserError
 METRICS_FILE = "metrics.jsonl"
 SUPERSEDED_FILE = "metrics.superseded.jsonl"
 
+_TOO_LARGE = 10**300
 _NAME = re.compile(r"[a-z0-9_]+(/[A-Za-z0-9_@.%+:=-]+)+")
 _log = logging.getLogger(__name__)
 
@@ -141,13 +142,22 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def _parse(line: bytes, file: Path, number: int) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MetricsFileError(f"{file}, line {number}: not JSON ({error}); remove or repair the line") from error
-    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+    if not isinstance(record, dict) or not _is_number(record.get("step"), int):
         raise MetricsFileError(
             f"{file}, line {number}: no JSON object with an integer `step`; remove or repair the line"
         )
+    if wrong := next((name for name, value in record.items() if not _is_number(value, int | float | None)), None):
+        raise MetricsFileError(
+            f"{file}, line {number}: {wrong} is {str(record[wrong])[:40]!r}, not a number; remove or repair the line"
+        )
     return record
+
+
+def _is_number(value: Any, kinds: Any) -> bool:
+    """Return whether a value of JSON has one of these types, is not true or false, and fits a float."""
+    return isinstance(value, kinds) and not isinstance(value, bool) and (value is None or abs(value) < _TOO_LARGE)
 
 
 def _keep_until(path: Path, resume_step: int | None) -> dict[str, Any] | None:

@@ -80,7 +80,7 @@ def _html(run: Path, records: Records, tables: list[SummaryTable], png: bytes) -
         last_step=records[-1]["step"],
         tables=tables,
         png=base64.b64encode(png).decode("ascii"),
-        recipe=recipe.read_text(encoding="utf-8") if recipe.exists() else None,
+        recipe=recipe.read_text(encoding="utf-8", errors="backslashreplace") if recipe.exists() else None,
         samples=samples,
         notes=notes,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -44,28 +45,32 @@ def pick_samples(folder: Path) -> tuple[list[SampleGroup], list[str]]:
     `answer`, `samples`, `privileged` (`text` and `reward` of each) and `privileged_prompt` are read, so that a report
     needs no engine. Without the folder there are no groups.
     """
-    groups, notes = [], []
-    for source, line in islice(_newest_lines(folder), _READ_LINES):
+    groups: list[SampleGroup] = []
+    notes: list[str] = []
+    for source, line in islice(_newest_lines(folder, notes), _READ_LINES):
         try:
             groups.append(_group(json.loads(line), source))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             notes.append(f"{source}: not a saved group of rollouts ({type(error).__name__}: {error})")
     groups.sort(key=_interest, reverse=True)
     return groups[:_SHOWN_GROUPS], notes[:_SHOWN_GROUPS]
 
 
-def _newest_lines(folder: Path) -> Iterator[tuple[str, str]]:
-    """Yield the lines of the newest step, each with its file and number."""
+def _newest_lines(folder: Path, notes: list[str]) -> Iterator[tuple[str, str]]:
+    """Yield the lines of the newest step, each with its file and number; damaged files are noted."""
     by_step: dict[int, list[Path]] = {}
     for path in sorted(folder.glob("step_*.jsonl*")):
         if match := _FILE.fullmatch(path.name):
             by_step.setdefault(int(match[1]), []).append(path)
     for path in by_step.get(max(by_step, default=0), []):
         opened = gzip.open if path.suffix == ".gz" else open
-        with opened(path, "rt", encoding="utf-8", errors="replace") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield f"{folder.name}/{path.name}, line {number}", line
+        try:
+            with opened(path, "rt", encoding="utf-8", errors="replace") as lines:
+                for number, line in enumerate(lines, start=1):
+                    if line.strip():
+                        yield f"{folder.name}/{path.name}, line {number}", line
+        except (OSError, EOFError, zlib.error) as error:
+            notes.append(f"{folder.name}/{path.name}: cannot be read to its end ({type(error).__name__}: {error})")
 
 
 def _group(line: Mapping[str, Any], source: str) -> SampleGroup:

@@ -12,6 +12,7 @@ import numpy as np
 from megatron_hdpo.model.policy import TrainingError
 from megatron_hdpo.sampling.failures import most_frequent
 from megatron_hdpo.sampling.refill import refilled, with_signal
+from megatron_hdpo.sampling.replay_check import check_replayed
 from megatron_hdpo.sampling.saved import read_share, step_files
 from megatron_hdpo.sampling.saver import RolloutSaver
 from megatron_hdpo.sampling.step_rollouts import StepRollouts, gather_counts, gather_outlines
@@ -90,6 +91,7 @@ def _replayed(folder: Path, run: Run) -> StepRollouts:
             raise DataError(f"{folder} has no rollouts of step {run.step + 1}")
         held = read_share(files, context.rank, context.world_size)
         for group in held.values():
+            check_replayed(group, run.architecture.vocab_size, str(files[0].parent))
             check_experts(group, _expert_sizes(run), folder)
     except (OSError, ValueError) as error:
         problem = str(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,6 +21,8 @@ INDEX_FILE = "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _IGNORED_SUFFIX = "rotary_emb.inv_freq"
 """Name of a buffer in old exports; it follows from the configuration."""
+_FUSED = re.compile(r"\.experts\.(gate_up_proj|down_proj)(\.weight)?$")
+"""Names by which transformers 5 may save all experts of a layer in one tensor."""
 
 
 class HfWeights:
@@ -78,6 +81,11 @@ class HfWeights:
             f"{name}: {self.shape(name)}, expected {shapes[name]}" for name in both if self.shape(name) != shapes[name]
         ]
         foreign = [f"{name}: {self.dtype(name)}" for name in both if self.dtype(name) not in DTYPES]
+        if fused := next((name for name in present if _FUSED.search(name)), None):
+            return [
+                f"the experts of a layer are fused into one tensor ({fused}), which is not supported: save the model "
+                "with one tensor per expert, in transformers by save_pretrained(..., save_original_format=True)"
+            ]
         return [
             *listed("missing", (name for name in shapes if name not in self._file_of)),
             *listed("unexpected", sorted(set(present) - shapes.keys() - set(optional))),
@@ -87,16 +95,21 @@ class HfWeights:
 
     def _files(self) -> dict[Path, list[str] | None]:
         """Return the shards with the names that the index gives them (None: all names inside)."""
-        index = self.path / INDEX_FILE
+        index, single = self.path / INDEX_FILE, self.path / SINGLE_FILE
         if not index.is_file():
-            if not (self.path / SINGLE_FILE).is_file():
+            if not single.is_file():
                 raise WeightsError(f"{self.path} holds neither {SINGLE_FILE} nor {INDEX_FILE}: no weights to read")
-            return {self.path / SINGLE_FILE: None}
+            return {single: None}
         files: dict[Path, list[str] | None] = {}
-        for name, file in json.loads(index.read_text())["weight_map"].items():
+        for name, file in _weight_map(index).items():
             names = files.setdefault(self.path / file, [])
             assert names is not None
             names.append(name)
+        if single.exists() and single not in files:
+            raise WeightsError(
+                f"{self.path} holds {SINGLE_FILE}, and {INDEX_FILE} names other files: programs read the one or the "
+                "other; remove the one that is not meant"
+            )
         return files
 
     def _open(self, file: Path, names: list[str] | None) -> None:
@@ -109,3 +122,23 @@ class HfWeights:
         if absent:
             raise WeightsError("\n".join([f"{self.path / INDEX_FILE}", *listed(f"not in {file.name}", absent)]))
         self._file_of.update(dict.fromkeys(inside if names is None else names, handle))
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Return the file of each tensor. Raises WeightsError for an index that does not say it."""
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(f"{index} is not JSON ({error}): download the checkpoint again") from error
+    except OSError as error:
+        raise WeightsError(f"{index} cannot be read: {error.strerror}") from error
+    files = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
+        raise WeightsError(f"{index} has no weight_map from tensors to files: download the checkpoint again")
+    if (outside := next((file for file in files.values() if _leaves_the_folder(file)), None)) is not None:
+        raise WeightsError(f"{index} names the file {outside!r}, which is not in this folder: it is not read")
+    return files
+
+
+def _leaves_the_folder(file: str) -> bool:
+    return not file or Path(file).is_absolute() or ".." in Path(file).parts

@@ -49,7 +49,7 @@ def test_rollouts_that_no_disk_took_are_counted_over_the_ranks_and_said() -> Non
 
 def replaying(context: Context, folder: Path) -> Any:
     rollout = SimpleNamespace(routing_replay=False)
-    architecture = SimpleNamespace(num_layers=2, experts_per_token=2)
+    architecture = SimpleNamespace(num_layers=2, experts_per_token=2, vocab_size=1_000_000)
     recipe = SimpleNamespace(rollout=rollout)
     return _replayed(folder, SimpleNamespace(context=context, step=0, recipe=recipe, architecture=architecture))  # type: ignore[arg-type]
 
