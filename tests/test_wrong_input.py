@@ -445,8 +445,8 @@ TABLE = [
     ),
     Wrong(
         "unparseable gold",
-        "DataError: {folder}/rows.jsonl:2: gold answer '\\\\frac{1}{' is not an expression that math-"
-        "verify can read; correct the row, or set on_bad_row: drop for task 'rows'",
+        "DataError: {folder}/rows.jsonl:2: gold answer '\\\\frac{1}{' is not an expression that can be "
+        "read as a whole; correct the row, or set on_bad_row: drop for task 'rows'",
         edit=rows(GOOD_ROW, '{"problem": "1+2=", "answer": "\\\\frac{1}{"}'),
     ),
     Wrong(

@@ -1,81 +1,100 @@
-"""Binary reward for mathematical answers, by math-verify.
+r"""Binary reward for mathematical answers.
 
-math-verify limits its own time by SIGALRM, which works only on main threads and is swallowed by broad `except` clauses.
-Its limits are switched off here; `rewards.pool` runs these functions in worker processes that it can kill.
+An answer in a box or a tag is one text. `spelling` writes it in one way, and it equals the gold answer when the texts
+are the same, or both are words and the same words (`words`), or the expressions of both are equal (`expressions`).
+What does not parse as a whole has no expression: no number is ever picked out of it. A gold answer must be words or
+parse as a whole. Only in the lenient format, a sentence that does not parse is searched for its last expression.
 
-Strings never replace expressions: math-verify's string fallback cuts `a + b + c` down to `a +`, which then equals `a +
-d`. A gold answer must parse to an expression, and a prediction that does not parse is wrong unless its text equals the
-gold answer's.
+Expressions that take too long to evaluate (`bounds`) are compared as text.
+
+The libraries that parse and compare have no limits of time here; `rewards.pool` runs these functions in worker
+processes that it can kill.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import sympy
-from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
-
-from megatron_hdpo.rewards.bounds import TooLargeError, check_size
+from megatron_hdpo.rewards.bounds import MOST_CHARACTERS, TooLargeError, check_size
+from megatron_hdpo.rewards.expressions import equal, has_value, parse_whole, search
 from megatron_hdpo.rewards.extraction import AnswerFormat, ExtractedAnswer, extract_answer, trim
+from megatron_hdpo.rewards.spelling import Spelling, spell
+from megatron_hdpo.rewards.words import is_words, words_of
 
-_TARGETS: Sequence[Any] = (LatexExtractionConfig(), ExprExtractionConfig())
-_MEANINGLESS = (sympy.zoo, sympy.nan)
+_ONE_CHARACTER = re.compile(r"\{(\w)\}")
 
 
 class GoldError(ValueError):
     """A gold answer that is no mathematical expression: an error of the data, not of a response."""
 
 
-@lru_cache(maxsize=4096)
-def parse_gold(answer: str) -> tuple[Any, ...]:
-    """Return the expressions of a gold answer.
+@dataclass(frozen=True)
+class Gold:
+    """A gold answer. words: for one that is compared as words. expression: None when nothing but its text equals it."""
 
-    Raises GoldError when math-verify finds none, or one without a value (1/0, which it also makes of clock times such
-    as `05:00`).
+    spelling: Spelling
+    words: tuple[str, ...] | None = None
+    expression: Any = None
+
+
+@lru_cache(maxsize=4096)
+def parse_gold(answer: str) -> Gold:
+    """Return a gold answer as it is compared.
+
+    Raises GoldError when it is neither words nor parses as a whole, and when it has no value (1/0, which the parser
+    also makes of clock times such as `05:00`).
     """
-    expressions = _parse(_boxed(trim(answer)))
-    if not expressions:
-        raise GoldError(f"gold answer {answer!r} is not an expression that math-verify can read")
-    if any(expression in _MEANINGLESS for expression in expressions):
-        raise GoldError(f"gold answer {answer!r} has no value: math-verify reads it as {expressions[0]}")
-    return tuple(expressions)
+    spelling = spell(answer)
+    if is_words(spelling.written):
+        return Gold(spelling, words=words_of(spelling.written))
+    try:
+        check_size(spelling.text)
+    except TooLargeError:
+        return Gold(spelling)
+    expression = parse_whole(spelling.text)
+    if expression is None:
+        raise GoldError(f"gold answer {answer!r} is not an expression that can be read as a whole")
+    if not has_value(expression):
+        raise GoldError(f"gold answer {answer!r} has no value: it is read as {expression}")
+    return Gold(spelling, expression=expression)
 
 
 def score_math(gold: str, response: str, answer_format: AnswerFormat = "boxed") -> float:
     """Return 1.0 when the final answer of `response` equals `gold` mathematically, else 0.0.
 
-    An answer that takes too long to evaluate (`bounds.py`) is wrong unless its text is the gold answer's.
-
-    Raises GoldError for a gold answer that cannot be parsed, and any error of math-verify when a comparison breaks
-    down: that is a failed check, not a wrong answer.
+    Raises GoldError for a gold answer that cannot be read, and any error of a comparison that breaks down: that is a
+    failed check, not a wrong answer.
     """
-    gold_expressions = list(parse_gold(gold))
+    right = parse_gold(gold)
     answer = extract_answer(response, answer_format)
-    if answer is None:
+    if answer is None or len(answer.text) > MOST_CHARACTERS:
         return 0.0
-    if answer.text == trim(gold):
-        return 1.0
+    return float(answer.text == trim(gold) or _equals(right, answer))
+
+
+def _equals(gold: Gold, found: ExtractedAnswer) -> bool:
+    answer = spell(found.text)
+    if gold.words is not None:
+        return words_of(answer.written) == gold.words
+    if gold.spelling.base and answer.base and gold.spelling.base != answer.base:
+        return False
+    if _without_braces(answer.text) == _without_braces(gold.spelling.text):
+        return True
+    if gold.expression is None:
+        return False
     try:
         check_size(answer.text)
     except TooLargeError:
-        return 0.0  # what the answer says is at fault, not the check: the gold answer's text is all that equals it
-    predictions = _parse_prediction(answer)
-    # The order matters: math-verify simplifies assignments and intervals on the prediction's side only.
-    return float(bool(predictions) and verify(gold_expressions, predictions, timeout_seconds=None, raise_on_error=True))
+        return False  # what the answer says is at fault, not the check
+    expression = parse_whole(answer.text)
+    if expression is None and found.source in ("phrase", "line"):
+        expression = search(found.text)
+    return expression is not None and equal(gold.expression, expression)
 
 
-def _parse_prediction(answer: ExtractedAnswer) -> list[Any]:
-    """Parse a delimited answer as a whole; of a sentence, let math-verify search the last expression."""
-    if answer.source in ("phrase", "line"):
-        return _parse(answer.text)
-    return _parse(_boxed(answer.text))
-
-
-def _parse(text: str) -> list[Any]:
-    return list(parse(text, _TARGETS, fallback_mode="no_fallback", parsing_timeout=None, raise_on_error=True))
-
-
-def _boxed(answer: str) -> str:
-    return "\\boxed{" + answer + "}"
+def _without_braces(text: str) -> str:
+    """Return the text without spaces and without braces around one character: `9^{9}` is `9^9`."""
+    return _ONE_CHARACTER.sub(r"\1", text).replace(" ", "")

@@ -57,8 +57,8 @@ def test_training_problems_that_are_evaluated_on_are_left_out(make):
 
 
 def test_gold_that_cannot_be_parsed_names_its_line(make):
-    rows = [("a", "1"), ("b", r"\frac{1}{2}"), ("c", "a + b + c")]
-    with pytest.raises(DataError, match=r"train\.jsonl:3: gold answer 'a \+ b \+ c' is not an expression.*on_bad_row"):
+    rows = [("a", "1"), ("b", r"\frac{1}{2}"), ("c", "7 @ 5")]
+    with pytest.raises(DataError, match=r"train\.jsonl:3: gold answer '7 @ 5' is not an expression.*on_bad_row"):
         make(rows)
     data = make(rows, task_keys={"on_bad_row": "drop"})
     assert [p.question for p in data.train] == ["a", "b"]
