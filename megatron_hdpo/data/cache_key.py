@@ -12,9 +12,10 @@ import megatron_hdpo
 from megatron_hdpo.data.checked import ProblemChecker
 from megatron_hdpo.data.tasks import Task
 from megatron_hdpo.data.text_tokens import TokenizerLike
+from megatron_hdpo.rewards.gold import JUDGES
 from megatron_hdpo.types.task import TaskBase
 
-PACKAGES = ("megatron-hdpo", "math-verify", "latex2sympy2-extended", "sympy", "transformers", "tokenizers", "jinja2")
+PACKAGES = ("megatron-hdpo", *JUDGES, "transformers", "tokenizers", "jinja2")
 """Packages whose version may change what is read, parsed or fits."""
 ROOMS = ("data", "rewards", "types")
 """Folders of this package whose code reads and checks problems."""

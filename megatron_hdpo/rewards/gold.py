@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,6 +17,9 @@ _logger = logging.getLogger(__name__)
 
 _PLAIN_NUMBER = re.compile(r"-?\d{1,300}(?:\.\d{1,300})?")
 _LONGEST_ANSWER = 4096
+
+JUDGES = ("math-verify", "latex2sympy2-extended", "sympy", "antlr4-python3-runtime")
+"""Packages that read and compare answers: another version may give another verdict."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +37,10 @@ GoldChecker = Callable[[Sequence[str]], Sequence[GoldVerdict]]
 
 
 class GoldCache:
-    """Verdicts in an SQLite file, by version of math-verify. A file that cannot be used only causes a warning."""
+    """Verdicts in an SQLite file, one for each state of the rules. A file that cannot be used only causes a warning."""
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / f"gold-math-verify-{version('math-verify')}.sqlite"
+        self._path = folder / f"gold-{rules_digest()}.sqlite"
 
     def read(self, answers: Iterable[str]) -> dict[str, GoldVerdict]:
         """Return the verdicts that the file has."""
@@ -63,6 +68,15 @@ class GoldCache:
         with closing(sqlite3.connect(self._path, timeout=30)) as connection, connection:
             connection.execute("CREATE TABLE IF NOT EXISTS gold (answer TEXT PRIMARY KEY, error TEXT)")
             yield connection
+
+
+@lru_cache(maxsize=1)
+def rules_digest() -> str:
+    """Return the digest of what decides on answers: the code of this room, and the versions of `JUDGES`."""
+    digest = hashlib.sha256(" ".join(f"{name}={version(name)}" for name in JUDGES).encode())
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:32]
 
 
 def check_golds(answers: Iterable[str], checker: GoldChecker, cache: GoldCache | None = None) -> dict[str, GoldVerdict]:
