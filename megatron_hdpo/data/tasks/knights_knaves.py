@@ -42,7 +42,9 @@ PHRASINGS = (
     '{name} adds: "{claim}."',
     "It is {name}'s word that {clause}.",
 )
-_ROLE = re.compile(r"([^\W\d_][\w'-]*)\s*(?:=|:|\bis\b(?:\s+an?\b)?)\s*(?:an?\s+)?(knight|knave)\b", re.IGNORECASE)
+_ROLE = re.compile(
+    r"(?<![\w'-])([^\W\d_][\w'-]*)\s*(?:=|:|\bis\b(?:\s+an?\b)?)\s*(?:an?\s+)?(knight|knave)\b", re.IGNORECASE
+)
 _TEXT_COMMAND = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
 _DRAWS_PER_PROBLEM = 20
 
