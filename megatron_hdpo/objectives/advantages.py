@@ -9,6 +9,8 @@ import numpy as np
 AdvantageKind = Literal["leave_one_out", "rloo", "group", "none"]
 
 _MIN_STD = 1e-6
+_EQUAL = 1e-12
+"""Relative difference of rewards that differ by rounding alone: a score of 0.1 + 0.2 and one of 0.3."""
 
 
 def advantages(rewards_G: np.ndarray, kind: AdvantageKind = "leave_one_out") -> np.ndarray:
@@ -16,14 +18,14 @@ def advantages(rewards_G: np.ndarray, kind: AdvantageKind = "leave_one_out") -> 
 
     leave_one_out: (R_i - mean of the others) / (std of the others + 1e-6), unscaled where that std is below 1e-6
     (HDPO's Algorithm 1 read as in its code base); rloo: without the std; group: (R - mean) / (std + 1e-6) with one
-    degree of freedom less (GRPO), 0 for a single rollout; none: the rewards. A group of one has advantage 0
-    for every kind but `none`.
+    degree of freedom less (GRPO), 0 for a single rollout; none: the rewards. A group of one, and a group of equal
+    rewards, has advantage 0 for every kind but `none`: in floating point the mean of three times 0.1 is not 0.1.
     """
     rewards = np.asarray(rewards_G, dtype=np.float64)
     size = len(rewards)
     if kind == "none":
         return rewards
-    if size <= 1:
+    if size <= 1 or rewards.max() - rewards.min() <= _EQUAL * abs(rewards).max():
         return np.zeros(size)
     if kind == "group":
         std = rewards.std(ddof=1)

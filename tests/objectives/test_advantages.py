@@ -44,6 +44,18 @@ def test_leave_one_out_is_the_default() -> None:
     np.testing.assert_array_equal(advantages(rewards), advantages(rewards, "leave_one_out"))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("reward", "size"), [(0.1, 3), (0.7, 3), (0.2, 7), (0.3, 12), (-0.1, 3), (1e-9, 3)])
+def test_equal_fractional_rewards_are_no_signal(reward: float, size: int, kind: str) -> None:
+    assert not advantages(np.full(size, reward), kind).any()
+    assert advantages(np.array([reward] * size + [2 * reward]), kind).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rewards_that_differ_by_rounding_are_equal(kind: str) -> None:
+    assert not advantages(np.array([0.3, 0.1 + 0.2, 0.3]), kind).any()
+
+
 @settings(deadline=None)
 @given(rewards_lists, st.sampled_from(KINDS))
 def test_definitions(rewards: list[float], kind: str) -> None:
