@@ -155,7 +155,10 @@ def _let_the_fork_server_end() -> None:
 
 
 def _limit_memory(limit_mib: int) -> None:
-    """Allow the address space that is mapped now, libraries and their thread stacks, and `limit_mib` more."""
+    """Allow the address space that is mapped now, libraries and their thread stacks, and `limit_mib` more.
+
+    A hard limit of the system (`ulimit -v`) stays: a process may not raise it, and less than it is what it allows.
+    """
     if sys.platform != "linux":
         return
     import resource
@@ -165,4 +168,6 @@ def _limit_memory(limit_mib: int) -> None:
     except OSError as error:
         LOGGER.warning("a reward worker has no memory limit: it cannot tell what it uses (%s)", error)
         return
-    resource.setrlimit(resource.RLIMIT_AS, (mapped + limit_mib * MIB, resource.RLIM_INFINITY))
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    wanted = mapped + limit_mib * MIB
+    resource.setrlimit(resource.RLIMIT_AS, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))

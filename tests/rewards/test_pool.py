@@ -105,6 +105,21 @@ def test_expressions_that_never_end_are_wrong(pool, answer):
     assert [j.reward for j in judgements] == [0.0, 1.0, 0.0]
 
 
+@pytest.mark.parametrize("room_mib", [64, 1 << 20])
+def test_a_hard_limit_of_the_system_stays(room_mib):
+    """`ulimit -v` sets both limits; only a privileged process could raise the hard one, and it should not."""
+    code = (
+        "import resource, sys; from pathlib import Path; from megatron_hdpo.rewards import worker\n"
+        "used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
+        "hard = used + int(sys.argv[1]) * worker.MIB\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (hard, hard))\n"
+        "worker._limit_memory(256)\n"
+        "soft, after = resource.getrlimit(resource.RLIMIT_AS)\n"
+        "assert after == hard and soft <= hard and soft <= used + 300 * worker.MIB, (soft, after, hard)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(room_mib)], check=True)
+
+
 def test_processor_time_is_limited_and_not_time_on_the_clock():
     """`sleep` stands for a machine so busy that a check waits for its turn."""
     config = RewardConfig(workers=1, time_limit_s=0.5, max_retries=0)
