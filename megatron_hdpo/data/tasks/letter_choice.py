@@ -2,7 +2,8 @@ r"""Questions with lettered choices, answered by a letter: science sets such as 
 
 The choices become part of the question, in the row's order or shuffled by a seed, so that the position of the right
 letter gives nothing away. An answer is right when the box (or, if lenient, its fallback) holds the right letter and
-nothing else, or that letter before its own choice: `\boxed{C}`, `(C)`, `C. Argon`.
+nothing else, or that letter before its own choice: `\boxed{C}`, `(C)`, `**C**`, `Option C`, `C. Argon`,
+`\textbf{(C)}\ Argon`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from megatron_hdpo.types.load_report import LoadReport
 from megatron_hdpo.types.problem import Problem
 from megatron_hdpo.types.task import BadRowPolicy, TaskBase
 
-_LETTER = re.compile(r"\(?([a-z])(?:[).:]+|(?=\s|$))\s*(.*)", re.IGNORECASE | re.DOTALL)
+_SPACE = re.compile(r"\\(?:[ ,;:!]|q?quad(?![A-Za-z]))|~")
+_LETTER = re.compile(r"(?:(?:option|choice|answer)\s+)?\(?([a-z])(?:[).:]+|(?=\s|$))\s*(.*)", re.IGNORECASE | re.DOTALL)
 
 
 class LetterChoiceTask(TaskBase):
@@ -66,10 +68,10 @@ class LetterChoiceTask(TaskBase):
     def score(self, problem: Problem, response: str) -> float:
         """Return 1.0 when the final answer is the right letter, alone or before its own choice, else 0.0."""
         answer = extract_answer(response, self.answer_format)
-        match = _LETTER.fullmatch(normalise(answer.text)) if answer else None
+        match = _LETTER.fullmatch(_plain(answer.text)) if answer else None
         if match is None or match.group(1).upper() != problem.answer:
             return 0.0
-        return float(match.group(2) in ("", normalise(problem.metadata["right"])))
+        return float(match.group(2).strip("* ") in ("", _plain(problem.metadata["right"])))
 
     def _problems(self, report: LoadReport) -> Iterator[Problem]:
         seen: dict[str, str] = {}
@@ -139,6 +141,11 @@ class LetterChoiceTask(TaskBase):
                 f"{', '.join(among)[:200]}",
             )
         return list(among).index(named)
+
+
+def _plain(text: str) -> str:
+    """Return the text as `normalise` does, without LaTeX spaces and without bold marks around the whole."""
+    return normalise(_SPACE.sub(" ", text).strip("* "))
 
 
 def _labelled(value: Any) -> tuple[list[Any], list[Any]]:
