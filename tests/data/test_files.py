@@ -147,7 +147,18 @@ def test_scorers():
     assert (math.needs_parsed_gold, exact.needs_parsed_gold) == (True, False)
 
 
+def test_a_list_of_one_text_is_that_text(tmp_path):
+    """Only what is compared by meaning: a list may be what an exact answer has to be."""
+    answers = ['["18"]', '[ "x + 1" ]', "[1, 2]"]
+    rows = write(tmp_path / "a.jsonl", [{"problem": f"Q{i}", "answer": a} for i, a in enumerate(answers)])
+    assert [problem.answer for problem in read(rows)] == ["18", "x + 1", "[1, 2]"]
+    assert [problem.answer for problem in read(rows, scorer="exact")] == answers
+
+
 BAD_ROWS = [
+    (GOOD | {"problem": "q", "answer": '["1", "2"]'}, "answer is a list", r"bad\.jsonl:2: has a list as its answer"),
+    (GOOD | {"problem": "q", "answer": "['1']"}, "answer is a list", r"bad\.jsonl:2: has a list as its answer"),
+    (GOOD | {"problem": "q", "answer": '["1"'}, "answer is a list", r"bad\.jsonl:2: has a list as its answer"),
     ("{not json", "not JSON", r"bad\.jsonl:2: not JSON: Expecting property name .* at column 2"),
     ("[1, 2]", "missing key", r"bad\.jsonl:2: has no key 'problem' \(it has: list\)"),
     ({"answer": "4"}, "missing key", r"bad\.jsonl:2: has no key 'problem' \(it has: answer\)"),

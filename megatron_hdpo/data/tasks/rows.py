@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from megatron_hdpo.rewards.extraction import last_boxed
 from megatron_hdpo.types.problem import Problem
 
 _MISSING = object()
+_LIST_OF_TEXTS = re.compile(r"\[\s*[\"']")
 _NOT_PART_OF_A_QUESTION = re.compile(r"\s|\$|\\[,;! ]|\\left|\\right")
 
 
@@ -41,7 +43,8 @@ class RowKeys:
 class RowReader:
     """Reader that makes problems of the rows of one task.
 
-    expressions: whether answers are mathematics, so that `None` or `inf` are texts of programs and no answers.
+    expressions: whether answers are mathematics, so that `None` or `inf` are texts of programs and no
+    answers, and a list of one text, `["18"]`, is that text.
     """
 
     def __init__(self, task: str, keys: RowKeys, expressions: bool = True) -> None:
@@ -56,6 +59,8 @@ class RowReader:
         question = self._text(row, self.keys.question, "question")
         solution = optional_text(row, self.keys.solution, "solution")
         answer = self._answer(row, solution)
+        if self.expressions:
+            answer = _unpacked(answer)
         level = optional_text(row, self.keys.level, "level")
         check_text(question, answer, solution or "", level or "")
         return Problem(
@@ -162,3 +167,21 @@ def ending_in_answer(solution: str | None, answer: str) -> str | None:
 def question_key(question: str) -> str:
     """Return a key that is equal for questions which differ only in case, spacing, dollar signs or LaTeX spacing."""
     return _NOT_PART_OF_A_QUESTION.sub("", unicodedata.normalize("NFKC", question)).casefold().rstrip(".")
+
+
+def _unpacked(answer: str) -> str:
+    """Return the only text of a list of texts; any other answer, an interval too, as it is. Raises BadRow.
+
+    A list of several answers does not say whether all of them or any of them is asked for.
+    """
+    if not _LIST_OF_TEXTS.match(answer):
+        return answer
+    try:
+        items = json.loads(answer)
+    except ValueError:
+        items = None
+    if isinstance(items, list) and len(items) == 1 and isinstance(items[0], str) and items[0].strip():
+        return items[0].strip()
+    raise BadRow(
+        "answer is a list", f"has a list as its answer, {answer[:80]!r}: write one answer, or one list of one text"
+    )
