@@ -72,6 +72,11 @@ Then = Callable[[RolloutRequest, SampledRollouts], Sequence[RolloutRequest]]
 Idle = Callable[["SamplingJob"], bool]
 
 
+def nothing_opened(prompt_ids: np.ndarray) -> str:
+    """Return "": the prompts of models without thoughts open none."""
+    return ""
+
+
 def rollout_seed(*parts: object) -> int:
     """Return a 63-bit seed from what identifies a request (run seed, step, problem, purpose).
 
@@ -84,9 +89,10 @@ def rollout_seed(*parts: object) -> int:
 class RolloutSampler:
     """Samples and judges the requests of one rank.
 
-    decode: token ids to text, without special tokens. max_retries: retries of a request that failed. stop: of the run;
-    sampling ends as soon as it is made. answers: samples, failures and judgements of all requests so far; a sign of
-    life while the number grows. failures: errors of generation and checking, retried ones too.
+    decode: token ids to text, without special tokens. opened_by: what a prompt's ids [P] begin of the response's text,
+    such as the mark of a thought; judges get it in front of the text. max_retries: retries of a request that failed.
+    stop: of the run; sampling ends as soon as it is made. answers: samples, failures and judgements of all requests so
+    far; a sign of life while the number grows. failures: errors of generation and checking, retried ones too.
     """
 
     def __init__(
@@ -96,7 +102,9 @@ class RolloutSampler:
         decode: Callable[[np.ndarray], str],
         max_retries: int = 2,
         stop: StopRequest | None = None,
+        opened_by: Callable[[np.ndarray], str] = nothing_opened,
     ) -> None:
+        self.opened_by = opened_by
         self.engine = engine
         self.rewards = rewards
         self.decode = decode
@@ -145,12 +153,14 @@ class RolloutSampler:
 class _Open:
     """State of a request that is not complete.
 
-    part: of the job. judged: outcomes in the order in which the samples came, so that a deterministic engine gives
-    groups in one order however long the checks take. missing: samples not sampled yet.
+    part: of the job. opened: text that the prompt begins of every response. judged: outcomes in the order in which the
+    samples came, so that a deterministic engine gives groups in one order however long the checks take. missing:
+    samples not sampled yet.
     """
 
     request: RolloutRequest
     part: _Part
+    opened: str
     missing: int
     judged: list[Sample | None] = field(default_factory=list)
     judging: int = 0
@@ -255,7 +265,7 @@ class SamplingJob:
         name, _, attempt = result.request_id.rpartition("#")
         entry = self._open[name]
         for completion in result.completions:
-            text = self.sampler.decode(completion.token_ids)
+            text = entry.opened + self.sampler.decode(completion.token_ids)
             future = self.sampler.rewards.submit(entry.request.problem, text)
             self._checks[future] = _Check(name, len(entry.judged), completion, text)
             entry.judged.append(None)
@@ -314,7 +324,9 @@ class SamplingJob:
         self._submit([(new, new.missing, 0) for new in following])
 
     def _opened(self, requests: Sequence[RolloutRequest], part: _Part) -> list[_Open]:
-        entries = [_Open(request, part, request.sampling.n) for request in requests]
+        entries = [
+            _Open(request, part, self.sampler.opened_by(request.prompt_ids), request.sampling.n) for request in requests
+        ]
         self._open |= {entry.name: entry for entry in entries}
         self.progress.extend(sum(entry.missing for entry in entries))
         return entries

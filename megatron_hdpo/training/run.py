@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from megatron_hdpo.checkpoint.store import CheckpointStore
@@ -39,6 +38,7 @@ from megatron_hdpo.rollout.engine import Engine
 from megatron_hdpo.rollout.sglang.servers.fleet import Report, no_report
 from megatron_hdpo.sampling.coordinator import RolloutCoordinator
 from megatron_hdpo.sampling.prefetch import PrefetchedRollouts
+from megatron_hdpo.sampling.response_text import ResponseText
 from megatron_hdpo.sampling.sampler import RolloutSampler
 from megatron_hdpo.sampling.saved import Decode
 from megatron_hdpo.sampling.saver import RolloutSaver
@@ -195,8 +195,8 @@ def _build_run(
     with console.phase("start engine") as phase:
         built = start_engine(recipe, policy, phase.note)
     sync = PolicySync(policy, built.sync)
-    decode = partial(_decode, tokenizer)
-    sampler = RolloutSampler(built.engine, rewards, decode, recipe.rollout.max_retries, stop_request)
+    text = ResponseText(tokenizer)
+    sampler = RolloutSampler(built.engine, rewards, text, recipe.rollout.max_retries, stop_request, text.opened_by)
     heartbeat.progress = partial(_progress, console, sampler)
     learner = Learner(
         policy=policy,
@@ -288,10 +288,6 @@ def _saver(recipe: Recipe, context: ParallelContext, decode: Decode) -> RolloutS
     if not rollout.save or rollout.replay is not None:
         return None
     return RolloutSaver(recipe.output / "rollouts", context.rank, decode, rollout.save_keep)
-
-
-def _decode(tokenizer: Tokenizer, token_ids: np.ndarray) -> str:
-    return tokenizer.decode(token_ids.tolist(), skip_special_tokens=True)
 
 
 def _load_data(

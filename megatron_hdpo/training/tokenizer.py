@@ -11,11 +11,12 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from megatron_hdpo.data.text_tokens import TokenizerLike
 from megatron_hdpo.model.config import ModelError
+from megatron_hdpo.sampling.response_text import Decoder
 
 _GENERATION = "generation_config.json"
 
 
-class Tokenizer(TokenizerLike, Protocol):
+class Tokenizer(TokenizerLike, Decoder, Protocol):
     """What a run needs of a Hugging Face tokenizer."""
 
     def convert_ids_to_tokens(self, ids: int) -> str: ...
