@@ -20,7 +20,7 @@ from math_verify.grader import should_treat_as_complex
 _NORMALIZATION = NormalizationConfig(
     basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none", equations=False
 )
-_NUMBERS_IN_A_ROW = re.compile(r"\d\s+\d")
+_NUMBERS_IN_A_ROW = re.compile(r"(?<![_\d])\d+\s+\d")
 _MEANINGLESS = (sympy.zoo, sympy.nan)
 _DIGITS = 50
 _NO_DIFFERENCE = sympy.Float("1e-30")
@@ -35,9 +35,9 @@ _SHOWN_ROUNDED = sympy.Float("0.01")
 
 def parse_whole(text: str) -> Any:
     """Return the expression of a text, None when the parser does not read the whole of it. Raises MemoryError."""
-    if not text or _NUMBERS_IN_A_ROW.search(text):
-        return None
     latex = normalize_latex(text, _NORMALIZATION)
+    if not latex or _NUMBERS_IN_A_ROW.search(latex):
+        return None
     try:
         expression = latex2sympy(
             latex, is_real=not should_treat_as_complex(latex), convert_degrees=False, normalization_config=None
