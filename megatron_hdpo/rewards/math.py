@@ -3,7 +3,7 @@ r"""Binary reward for mathematical answers.
 An answer in a box or a tag is one text. `spelling` writes it in one way, and it equals the gold answer when the texts
 are the same, or both are words and the same words (`words`), or the expressions of both are equal (`expressions`).
 What does not parse as a whole has no expression: no number is ever picked out of it. A gold answer must be words or
-parse as a whole. Only in the lenient format, a sentence that does not parse is searched for its last expression.
+parse as a whole. Only in the lenient format, a sentence is also searched for its last expression.
 
 Expressions that take too long to evaluate (`bounds`) are compared as text.
 
@@ -24,6 +24,7 @@ from megatron_hdpo.rewards.extraction import AnswerFormat, ExtractedAnswer, extr
 from megatron_hdpo.rewards.spelling import Spelling, spell
 from megatron_hdpo.rewards.words import is_words, words_of
 
+_LOOSE_SPACE = re.compile(r" (?!\w)|(?<!\w) ")
 _ONE_CHARACTER = re.compile(r"\{(\w)\}")
 
 
@@ -90,11 +91,17 @@ def _equals(gold: Gold, found: ExtractedAnswer) -> bool:
     except TooLargeError:
         return False  # what the answer says is at fault, not the check
     expression = parse_whole(answer.text)
-    if expression is None and found.source in ("phrase", "line"):
-        expression = search(found.text)
+    if expression is not None and equal(gold.expression, expression):
+        return True
+    return found.source in ("phrase", "line") and _holds(found.text, gold)
+
+
+def _holds(sentence: str, gold: Gold) -> bool:
+    """Return whether the last expression that a sentence holds is the gold answer."""
+    expression = search(sentence)
     return expression is not None and equal(gold.expression, expression)
 
 
 def _without_braces(text: str) -> str:
-    """Return the text without spaces and without braces around one character: `9^{9}` is `9^9`."""
-    return _ONE_CHARACTER.sub(r"\1", text).replace(" ", "")
+    """Return the text without braces around one character, `9^{9}` as `9^9`, and without spaces but between words."""
+    return _LOOSE_SPACE.sub("", _ONE_CHARACTER.sub(r"\1", text))

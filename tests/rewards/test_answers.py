@@ -18,6 +18,7 @@ TABLE = [
     ("5", r"4 \nosuchcommand 5", WRONG, "noise"),
     ("5", "[1 ~ 5]", WRONG, "noise"),
     ("5", "5 ?", WRONG, "noise"),
+    ("12", "1 2", WRONG, "two numbers in a row are no number"),
     ("5", "5 5", WRONG, "two numbers in a row are no number"),
     ("3", r"\log_2 8", RIGHT, "a subscript is no number in a row"),
     (r"\dfrac 3 8", "3/8", RIGHT, "nor are the numbers of a fraction"),
@@ -257,3 +258,21 @@ def test_text_around_a_box_changes_no_verdict(before: str, after: str, answer: s
 @settings(max_examples=100, deadline=None)
 def test_a_number_is_never_picked_out_of_noise(noise: str) -> None:
     assert score_math("777", rf"\boxed{{{noise} ? 777}}") == score_math("777", rf"\boxed{{777 @ {noise}}}") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("gold", "response", "reward"),
+    [
+        ("12", "So the answer is 12 apples.", RIGHT),
+        ("42", "The answer is not 42", WRONG),
+        ("42", "The answer is 42, since 40 + 3 = 43 is too many.", RIGHT),
+        ("1600", "#### 1,600 dollars", RIGHT),
+        ("(1,2)", "The answer is (1, 2).", RIGHT),
+        ("7", "3 + 4\n= 7", RIGHT),
+        ("5", "Tom has 5 apples left", RIGHT),
+        ("5", "<answer>5 @</answer>", WRONG),
+        ("5", "#### 6 @ 5", WRONG),
+    ],
+)
+def test_sentences_of_the_lenient_format(gold: str, response: str, reward: float) -> None:
+    assert score_math(gold, response, "lenient") == reward
