@@ -524,8 +524,8 @@ TABLE = [
     ),
     Wrong(
         "a privileged prompt with nothing to show",
-        "DataError: rows/1: data.prompts.privileged shows `solution` or `answer`, and this problem has none to show; "
-        "write {{ solution or answer }}, or put it inside {% if solution %}",
+        "NoGroundTruthError: rows/1: data.prompts.privileged shows `solution` or `answer`, and this problem has none "
+        "to show; write {{ solution or answer }}, or put it inside {% if solution %}",
         edit=rows(GOOD_ROW),
     ),
     Wrong(
@@ -541,7 +541,7 @@ TABLE = [
     ),
     Wrong(
         "output is a file",
-        "RecipeError: output: the folder {folder}/run cannot be written: Not a directory",
+        "RecipeError: output: {folder}/run is a file: name a folder",
         edit=files({"run": ""}),
     ),
     Wrong(

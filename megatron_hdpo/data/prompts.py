@@ -25,7 +25,7 @@ class PromptTooLong(DataError):
     """A prompt over max_prompt_tokens that cannot be shortened without cutting its problem."""
 
 
-class NothingOfTheTruth(DataError):
+class NoGroundTruthError(DataError):
     """A problem that lacks what the privileged template shows."""
 
 
@@ -190,7 +190,7 @@ class PromptBuilder:
                 reference_end=self.config.reference_end,
             )
         except NothingToShow as error:
-            raise NothingOfTheTruth(
+            raise NoGroundTruthError(
                 f"{problem.id}: data.prompts.privileged shows `solution` or `answer`, and this problem has none to "
                 "show; write {{ solution or answer }}, or put it inside {% if solution %}"
             ) from error
@@ -216,7 +216,7 @@ class PromptBuilder:
                 "student": self.render_student(problem),
                 "hint": self.render_hinted(problem, Hint(solution or "")),
             }
-            with suppress(NothingOfTheTruth):  # a template may need what every problem of the run has
+            with suppress(NoGroundTruthError):  # a template may need what every problem of the run has
                 prompts["privileged"] = self.render_privileged(problem)
             for name, text in prompts.items():
                 self._check_prompt(name, question, text)
