@@ -165,6 +165,12 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[list[Rank]]:
 
 
 @pytest.mark.parametrize("ranks", [Patience(3600.0, 3600.0)], indirect=True)
+@pytest.mark.fault(
+    "a rank is killed while others wait for it",
+    phase="all",
+    seen="at once: `has ended`, and what it said last",
+    lost="the steps since the last checkpoint",
+)
 def test_the_end_of_a_rank_is_seen_at_once(ranks: list[Rank]) -> None:
     processes = [rank.says() for rank in ranks]
     os.kill(processes[LATE], signal.SIGKILL)
@@ -176,6 +182,12 @@ def test_the_end_of_a_rank_is_seen_at_once(ranks: list[Rank]) -> None:
 
 
 @pytest.mark.parametrize("ranks", [Patience(3600.0, 3.0)], indirect=True)
+@pytest.mark.fault(
+    "a rank is stopped (SIGSTOP), or its machine is gone",
+    phase="all",
+    seen="after `parallel.timeout_minutes`: `has given no sign of life`",
+    lost="the steps since the last checkpoint",
+)
 def test_a_process_that_stands_still_is_given_up(ranks: list[Rank]) -> None:
     processes = [rank.says() for rank in ranks]
     os.kill(processes[LATE], signal.SIGSTOP)

@@ -70,6 +70,12 @@ def check_line(line: str, phase: str, kind: str) -> None:
         assert ("train" if phase == "optimizer" else phase) in line.partition(why)[2], line
 
 
+@pytest.mark.fault(
+    "a rank stands still amid a step, and the others wait in a collective",
+    phase="learning",
+    seen="after the deadline one line: rank, host, step, phase, line of code; also in torchrun's summary; exit code 2",
+    lost="the steps since the last checkpoint",
+)
 def test_a_rank_that_stands_still_while_others_train_is_named(tiny_model: Path, tmp_path: Path) -> None:
     line = stalled(tiny_model, tmp_path, "train", "spin", 2)
     check_line(line, "train", "spin")
