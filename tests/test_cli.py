@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
-from commands import run_command
+from commands import run_command, run_world
 from recipes import Tree
 
 import megatron_hdpo
@@ -58,12 +58,21 @@ def test_an_error_of_the_user_is_one_line(error: UserError) -> None:
     assert cli._for_the_user(ValueError("use another")) is None
 
 
-def test_an_error_of_ours_has_a_traceback(tree: Tree, write_recipe: Callable[[Tree], Path], tiny_model: Path) -> None:
+def train_with_a_defect(recipe: str) -> None:
+    from megatron_hdpo.training import run
+
+    def build_run(*args: Any, **kwargs: Any) -> Any:
+        raise KeyError("a defect")
+
+    run.build_run = build_run  # type: ignore[assignment]
+    cli.main(["train", recipe])
+
+
+def test_an_error_of_ours_has_a_traceback(tree: Tree, write_recipe: Callable[[Tree], Path]) -> None:
     """Only what the user can mend is said in one line; a bug must show where it is."""
-    broken = Path(tree["output"]).parent / "model"
-    shutil.copytree(tiny_model, broken)
-    (broken / "generation_config.json").write_text("[]")
-    path = write_recipe(tree | {"model": tree["model"] | {"path": str(broken)}})
-    ended = run_command("train", path)
-    assert ended.codes == [1] and "Traceback" in ended.stderr[0], ended.text
+    path = write_recipe(tree)
+    ended = run_world(1, train_with_a_defect, str(path))
+    assert ended.codes == [1] and "Traceback" in ended.stderr[0] and "KeyError: 'a defect'" in ended.stderr[0], (
+        ended.text
+    )
     assert yaml.safe_load(path.read_text())

@@ -49,7 +49,7 @@ def test_an_engine_has_no_more_samples_in_flight_than_files(
         one_engine([first.url, second.url], max_concurrency=64, gate=False, stream_interval=0) as (engine, _),
     ):
         assert engine._dispatcher.limit == 10
-    (line,) = caplog.messages
+    (line,) = [message for message in caplog.messages if "max_concurrency" in message]
     assert (
         "max_concurrency: 64 samples on each of 2 servers" in line and "10 are in flight" in line and "ulimit" in line
     )
