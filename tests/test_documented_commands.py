@@ -93,7 +93,7 @@ COVERED = {
     "tools/bench_rehearsal.py": MINUTES,
     "tools/bench_fp8_emulation.py": MINUTES,
     "tools/bench_rollout.py": MINUTES,
-    "tools/fault_table.py": Tested("fault_table.page("),
+    "tools/fault_table.py": Tested("fault_table.py"),
     "tools/bench_fleet.py": Tested("bench_fleet.measure("),
     "tools/bench_client.py": MINUTES,
     "tools/same_numbers.py": NotRun("compares two folders that hours of training have made"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import fault_table
@@ -11,14 +13,17 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_page_is_that_of_the_tests() -> None:
-    assert fault_table.PAGE.read_text(encoding="utf-8") == fault_table.page(ROOT), "run tools/fault_table.py"
+    """In an interpreter of its own: Python 3.11 may fail to parse while threads of other tests are alive."""
+    command = [sys.executable, str(ROOT / "tools" / "fault_table.py"), "--check"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
 
 
-def test_every_marked_test_has_one_row_in_one_part_of_the_page() -> None:
-    rows = [line for line in fault_table.page(ROOT).splitlines() if line.startswith("| ") and "/test_" in line]
-    found = list(fault_table.faults(ROOT))
-    assert sorted(rows) == sorted(fault.row for fault in found)
-    assert len({fault.test for fault in found}) == len(found) >= 60
+def test_the_page_has_one_row_for_each_mark() -> None:
+    rows = [line for line in fault_table.PAGE.read_text(encoding="utf-8").splitlines() if "](../tests/" in line]
+    others = [path.read_text(encoding="utf-8") for path in ROOT.glob("tests/**/*.py") if path != Path(__file__)]
+    marks = sum(text.count("@pytest.mark.fault(") for text in others)
+    assert len(set(rows)) == len(rows) == marks >= 60
 
 
 @pytest.mark.parametrize("words", ["phase='start'", "phase='start', seen='', lost='', sen=''"])
