@@ -24,7 +24,6 @@ PHASES = (
     "sync",
     "self-test",
     "rollout",
-    "score",
     "train",
     "optimizer",
     "save",
