@@ -22,8 +22,8 @@ _FAILED = "megatron_hdpo/failed"
 def leave(code: int) -> NoReturn:
     """End the process at once, with its child processes.
 
-    Other ranks may wait in a collective, and a normal exit would wait for them. Megatron's checkpoints keep a child
-    process that would hold our output open for a while, so children are killed as a normal exit would do.
+    Other ranks may wait in a collective, and a normal exit would wait for them. Child processes would hold our output
+    open for a while, so they are killed as a normal exit would do.
     """
     sys.stdout.flush()
     for child in multiprocessing.active_children():

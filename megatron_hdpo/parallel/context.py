@@ -48,7 +48,7 @@ class ParallelContext:
 
     @property
     def heartbeat(self) -> Heartbeat:
-        """What tells other ranks, and learns from them, what each one does."""
+        """Return the heartbeat, which tells other ranks what this one does, and learns what they do."""
         return self.meetings.heartbeat
 
     @property

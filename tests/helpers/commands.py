@@ -15,7 +15,6 @@ from typing import Any
 import torch.distributed as dist
 from distributed_helper import environment_of, forkserver
 
-KILLED = -9
 GRACE_SECONDS = 10.0
 """Seconds that the other ranks get to end once one has failed; torchrun kills them at once."""
 
