@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import recipe_gallery
 from pydantic import Field, TypeAdapter
+from syntax import syntax_tree
 from transformers import MistralConfig, MistralForCausalLM
 
 from megatron_hdpo.data.tasks import DigitSumsTask
@@ -138,7 +139,7 @@ def _texts(path: Path) -> list[str]:
     if path.suffix != ".py":
         return path.read_text().splitlines()
     texts = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(syntax_tree(path)):
         if isinstance(node, ast.JoinedStr):
             texts.append("".join(str(p.value) if isinstance(p, ast.Constant) else "..." for p in node.values))
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):

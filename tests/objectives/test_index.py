@@ -6,6 +6,8 @@ import ast
 import re
 from pathlib import Path
 
+from syntax import syntax_tree
+
 import megatron_hdpo.objectives as room
 from megatron_hdpo.objectives.registry import OBJECTIVES
 
@@ -19,7 +21,7 @@ def files_of(name: str) -> set[str]:
         name = left.pop()
         if name not in found:
             found.add(name)
-            nodes = ast.walk(ast.parse((FOLDER / name).read_text()))
+            nodes = ast.walk(syntax_tree(FOLDER / name))
             modules = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
             left += [f"{m.split('.')[2]}.py" for m in modules if m.startswith("megatron_hdpo.objectives.")]
     return found
@@ -32,7 +34,7 @@ def test_the_index_names_every_method_and_its_file() -> None:
 
 
 def test_the_index_imports_nothing() -> None:
-    assert len(ast.parse((FOLDER / "__init__.py").read_text()).body) == 1
+    assert len(syntax_tree(FOLDER / "__init__.py").body) == 1
 
 
 def test_opsd_is_understood_in_five_files() -> None:
