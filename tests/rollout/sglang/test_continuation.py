@@ -98,14 +98,17 @@ def test_a_continued_sample_stops_where_it_would_have(proxy: FaultProxy, weights
     lost="nothing",
 )
 def test_a_request_past_its_deadline_is_continued(proxy: FaultProxy, weights: Weights) -> None:
-    with one_engine([proxy.url], stream_interval=INTERVAL, request_timeout_s=5.0, max_tries=1) as (engine, push):
+    """On a busy machine requests that nobody delays may pass it, too, and are continued as well."""
+    with one_engine([proxy.url], stream_interval=INTERVAL, request_timeout_s=10.0, max_tries=1) as (engine, push):
         push.push(weights.stream(VERSION), VERSION)
         whole = one(engine, greedy())
+        engine.metrics()
+        before = len(proxy.asked["/generate"])
         proxy.faults["/generate"] = [streamed_until(3, stall)]
         check_equal(one(engine, greedy()), whole)
         assert engine.metrics()["servers/continued"] == 1
-        stalled = proxy.asked["/generate"][-2]["rid"]
-        assert [body["rid"] for body in proxy.asked["/abort_request"]] == [stalled]
+        stalled = proxy.asked["/generate"][before]["rid"]
+        assert [body["rid"] for body in proxy.asked["/abort_request"]].count(stalled) == 1
 
 
 def continued(
