@@ -46,7 +46,7 @@ from megatron_hdpo.weights.sharded_writer import write_sharded
 from megatron_hdpo.weights.stored import UnsafeFileError, read_sharded
 
 LOGGER = logging.getLogger(__name__)
-DAMAGED, REMOVED = ".damaged", ".removed"
+DAMAGED, PARTIAL, REMOVED = ".damaged", ".partial", ".removed"
 """Endings of folders that are no checkpoints any more."""
 _STATE = "run_state.json"
 _ORIGIN = "origin.txt"
@@ -190,6 +190,7 @@ class CheckpointStore:
             data=self.data,
         )
         sharded = self._sharded(policy, self.reshardable)
+        self._remove_unfinished()
         if problem := problem_of_room(self.root, sharded, self.context):
             raise NoRoomError(f"step {step} is not saved: {problem}")
         if weight := weight_that_is_not_finite(sharded["model"], self.context):
@@ -210,6 +211,12 @@ class CheckpointStore:
             self._remove_old()
         self.context.barrier("checkpoint saved")
         return final
+
+    def _remove_unfinished(self) -> None:
+        """Remove what a save that was cut off has left: a resumed run need not save at that step again."""
+        if self.context.is_leader:
+            for partial in self.root.glob("step_*" + PARTIAL):
+                shutil.rmtree(partial, ignore_errors=True)  # if it cannot be, the room says so
 
     def _remove_old(self) -> None:
         for old in sorted(self.root.glob("step_" + "[0-9]" * 8))[: -self.keep]:
@@ -300,7 +307,7 @@ class CheckpointStore:
         self.context.barrier("weights read")
 
     def _partial(self, final: Path) -> Path:
-        return final.with_name(final.name + ".partial")
+        return final.with_name(final.name + PARTIAL)
 
     def _sharded(self, policy: Policy, reshardable: bool, loading: bool = False) -> dict[str, Any]:
         assert policy.optimizer is not None and policy.schedule is not None
