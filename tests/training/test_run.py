@@ -368,7 +368,7 @@ def test_resumed_run_is_the_uninterrupted_one(
         assert _last_evaluation(resumed) == _last_evaluation(uninterrupted[1])
     assert not any("time/resume_s" in line for line in read_metrics(tree["output"]))
     for step in range(1, STEPS + 1):
-        assert _contents(rollouts_of(tree, step)) == _contents(rollouts_of(whole, step))
+        assert contents_of(rollouts_of(tree, step)) == contents_of(rollouts_of(whole, step))
     assert (tmp_path / "run/hf/model.safetensors").read_bytes() == (
         Path(whole["output"]) / "hf/model.safetensors"
     ).read_bytes()
@@ -400,7 +400,7 @@ def test_a_run_that_was_asked_to_end_goes_on_as_if_it_had_not(
     of_sync = {name for line in metrics_of(uninterrupted[0]) for name in line if name.startswith("sync/")}
     assert _without(metrics_of(tree), of_sync) == _without(metrics_of(uninterrupted[0]), of_sync)
     for step in range(1, STEPS + 1):
-        assert _contents(rollouts_of(tree, step)) == _contents(rollouts_of(uninterrupted[0], step))
+        assert contents_of(rollouts_of(tree, step)) == contents_of(rollouts_of(uninterrupted[0], step))
     whole = Path(uninterrupted[0]["output"])
     assert (tmp_path / "run/hf/model.safetensors").read_bytes() == (whole / "hf/model.safetensors").read_bytes()
 
@@ -472,7 +472,7 @@ def test_a_second_interrupt_ends_the_run_at_once(tiny_model: Path, tmp_path: Pat
     assert ended.stderr[0] == "ended at once by SIGINT: run the same command again to go on\n"
 
 
-def _contents(groups: list[Group]) -> list[Any]:
+def contents_of(groups: list[Group]) -> list[Any]:
     return [
         (
             g.problem.id,
