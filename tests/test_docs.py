@@ -18,7 +18,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from megatron_hdpo.data.tasks import DigitSumsTask
 from megatron_hdpo.model.architecture import ArchitectureError, Family, parse_architecture, read_architecture
 from megatron_hdpo.objectives.base import ObjectiveDeps
-from megatron_hdpo.objectives.registry import ObjectiveConfig
+from megatron_hdpo.objectives.registry import OBJECTIVES
 from megatron_hdpo.types.load_report import LoadReport
 from megatron_hdpo.types.problem import Problem
 from megatron_hdpo.types.rollouts import Completion, Group, Sample
@@ -93,7 +93,7 @@ def test_the_table_of_methods_has_every_method_and_keys_that_exist():
     table = (ROOT / "docs" / "methods.md").read_text().partition("## Teachers")[0]
     lines = [line for line in table.splitlines() if line.startswith("| `") and not line.startswith("| `name`")]
     rows = [line.split("`")[1] for line in lines]
-    configs = {config.model_fields["name"].default: config for config in get_args(get_args(ObjectiveConfig)[0])}
+    configs = {config.model_fields["name"].default: config for config in OBJECTIVES}
     assert set(rows) == set(configs)
     for name, line in zip(rows, lines, strict=True):
         for key in re.findall(r"`([\w.]+)`", line.split("|")[5]):
@@ -130,7 +130,7 @@ def test_every_source_of_the_methods_has_its_reference():
     cited = set(re.findall(r"\b\d{4}\.\d{5}\b", (ROOT / "docs" / "methods.md").read_text()))
     references = (ROOT / "docs" / "references.md").read_text()
     assert cited and not [number for number in cited if f"arXiv:{number}" not in references]
-    names = {config.model_fields["name"].default for config in get_args(get_args(ObjectiveConfig)[0])}
+    names = {config.model_fields["name"].default for config in OBJECTIVES}
     assert not [name for name in names if f"`{name}`" not in references]
 
 

@@ -13,6 +13,8 @@ from pydantic.fields import FieldInfo
 
 from megatron_hdpo.config.secrets import is_secret
 from megatron_hdpo.config.yaml_text import one_line
+from megatron_hdpo.types.open_union import ERROR, OpenUnion
+from megatron_hdpo.types.plugins import FORMS
 from megatron_hdpo.types.secrets import MARK, without_passwords
 
 
@@ -21,16 +23,24 @@ class SchemaNode:
     """A node of the recipe's schema: what is allowed at a key.
 
     models: the section classes; `discriminator` is the key whose value chooses one of them when there are several.
-    items: the annotation of a list's items, None for anything else.
+    items: the annotation of a list's items, None for anything else. open: says which classes of a user may stand here
+    besides `models`; None where none may.
     """
 
     models: tuple[type[BaseModel], ...] = ()
     discriminator: str | None = None
     items: Any = None
+    open: OpenUnion | None = None
 
     def tagged(self, tag: object) -> type[BaseModel] | None:
-        """Return the section class that a discriminator's value chooses; None when it chooses none."""
+        """Return the section class of this package that a discriminator's value chooses; None when it chooses none."""
         return next((model for model in self.models if tag in self.tags_of(model)), None)
+
+    def chosen(self, tag: object) -> type[BaseModel] | None:
+        """Return the section class that a discriminator's value chooses, a reference too. Raises PluginError."""
+        if self.open is None or not isinstance(tag, str):
+            return self.tagged(tag)
+        return self.tagged(tag) or self.open.section(tag)
 
     def tags_of(self, model: type[BaseModel]) -> tuple[Any, ...]:
         """Return the values of the discriminator that choose `model`."""
@@ -67,8 +77,11 @@ def _line(path: Sequence[str], node: SchemaNode, item: Any) -> str:
     if kind == "union_tag_not_found":
         return f"{where}.{node.discriminator}: required key is missing, one of {', '.join(node.tags)}"
     if kind == "union_tag_invalid":
-        tag = one_line(str(context["tag"]))
-        return f"{where}.{node.discriminator}: {tag} is not one of {', '.join(node.tags)}{_close(tag, node.tags)}"
+        tag, known = one_line(str(context["tag"])), node.open.names if node.open else node.tags
+        hint = _close(tag, known) or (f"; a class of your own is {FORMS}" if node.open else "")
+        return f"{where}.{node.discriminator}: {tag} is not one of {', '.join(known)}{hint}"
+    if kind == ERROR:
+        return f"{where}.{node.discriminator}: {one_line(item['msg'], 2000)}"
     if kind in ("model_type", "model_attributes_type"):
         return f"{where}: must be a section with keys of its own (given: {_shown(given, path)})"
     message = one_line(item["msg"].removeprefix("Value error, "), 2000)
@@ -92,7 +105,7 @@ def _locate(location: Sequence[int | str], root: type[BaseModel]) -> tuple[list[
     path: list[str] = []
     here = around = SchemaNode((root,))
     for part in location:
-        chosen = here.tagged(part)
+        chosen = here.chosen(part)
         if chosen is not None:
             here = SchemaNode((chosen,))
             continue
@@ -106,15 +119,22 @@ def _child(node: SchemaNode, key: int | str) -> SchemaNode:
         return SchemaNode() if node.items is None else schema_node(node.items)
     for model in node.models:
         if key in model.model_fields:
-            field = model.model_fields[key]
-            return schema_node(field.annotation, field.discriminator)
+            return node_of(model.model_fields[key])
     return SchemaNode()
 
 
-def schema_node(annotation: Any, discriminator: Any = None) -> SchemaNode:
-    """Return what a field with this annotation (and discriminator) allows."""
+def node_of(field: FieldInfo) -> SchemaNode:
+    """Return what a field of a section allows."""
+    return schema_node(field.annotation, field.discriminator, field.metadata)
+
+
+def schema_node(annotation: Any, discriminator: Any = None, notes: Sequence[Any] = ()) -> SchemaNode:
+    """Return what a field with this annotation (and discriminator, and pydantic's metadata) allows."""
     if get_origin(annotation) is Annotated:
         annotation, *notes = get_args(annotation)
+    if opened := next((note for note in notes if isinstance(note, OpenUnion)), None):
+        return SchemaNode(opened.built_in, opened.key, open=opened)
+    if notes:
         discriminator = next((n.discriminator for n in notes if isinstance(n, FieldInfo)), discriminator)
     members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
     models = tuple(m for m in members if isinstance(m, type) and issubclass(m, BaseModel))

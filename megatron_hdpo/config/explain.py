@@ -15,8 +15,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from megatron_hdpo.config.errors import SchemaNode, schema_node, suggestion
+from megatron_hdpo.config.errors import SchemaNode, node_of, schema_node, suggestion
 from megatron_hdpo.config.recipe import Recipe, RecipeError
+from megatron_hdpo.types.plugins import FORMS, PluginError, is_reference
 
 _BOUNDS = {"ge": ">= {}", "gt": "> {}", "le": "<= {}", "lt": "< {}", "min_length": "at least {} of them"}
 _NAMES = {bool: "true or false", int: "integer", float: "number", str: "text", Path: "path", Any: "any value"}
@@ -51,8 +52,9 @@ class Key:
 def explain(path: str | None = None) -> str:
     """Return the explanation of one key, of a section and its keys, or (without a path) of the top-level sections.
 
-    path: a key such as `rollout.temperature`; `objective.sdpo.distill` chooses one kind of a union, and list indices
-    may be left out. Raises RecipeError, with a suggestion, for a key that does not exist.
+    path: a key such as `rollout.temperature`; `objective.sdpo.distill` chooses one kind of a union,
+    `objective.path/to/file.py:Mine` a class of the user's own, and list indices may be left out. Raises RecipeError,
+    with a suggestion, for a key that does not exist, and for a class that cannot be loaded.
     """
     if path is None:
         lines = [f"The sections of a recipe; `{COMMAND} SECTION` lists the keys of one:", ""]
@@ -77,9 +79,18 @@ def _section_text(found: Sequence[Key]) -> Iterator[str]:
         yield ""
         for model in node.models:
             yield from (f"{tag}\n    {_summary(model)}" for tag in node.tags_of(model))
+        if node.open is not None:
+            yield from ["", *_own_classes(path, node)]
         return
     yield ""
     yield from _listed([key for parent in found for key in _children(parent)])
+
+
+def _own_classes(path: str, node: SchemaNode) -> Iterator[str]:
+    assert node.open is not None
+    if names := [name for name in node.open.names if name not in node.tags]:
+        yield f"from installed packages: {', '.join(names)}"
+    yield f"or a class of your own: {FORMS}; `{COMMAND} {path}.path/to/file.py:Name` lists its keys"
 
 
 def _listed(keys: Sequence[Key]) -> Iterator[str]:
@@ -108,7 +119,7 @@ def _children(parent: Key) -> list[Key]:
 
 
 def _key(parent: Key, model: type[BaseModel], name: str, info: FieldInfo) -> Key:
-    node = schema_node(info.annotation, info.discriminator)
+    node = node_of(info)
     many = node.items is not None
     if many:
         node = schema_node(node.items)
@@ -136,26 +147,58 @@ _ROOT = Key("", "", "section", None, SchemaNode((Recipe,)))
 
 def _find(path: str) -> list[Key]:
     """Return the keys at a path, one for each kind of the unions on the way. Raises RecipeError."""
-    here = [_ROOT]
-    parts = [part for part in re.split(r"[.\[\]]+", path.strip()) if part and not part.isdigit()]
-    if not parts:
+    here, parts = [_ROOT], _parts(path)
+    if is_reference(path):
+        here, parts = _own_class(path)
+    elif not parts:
         raise RecipeError(f"explain {path!r}: name a key, such as rollout.temperature, or none for all sections")
     for part in parts:
         if not here[0].is_section:
             raise RecipeError(f"{path}: {here[0].path} is a value, not a section; explain {here[0].path}")
         children = [child for key in here for child in _children(key)]
         below = [child for child in children if _name(child) == part]
-        chosen = [_of_kind(key, part) for key in here if key.node.tagged(part) is not None]
-        if not below and not chosen:
+        # Keys first: only for a word that is none, the installed packages are asked for their entry points.
+        found = below or [_of_kind(key, model, part) for key in here if (model := _kind(key.node, part)) is not None]
+        if not found:
             raise RecipeError(f"{path}: unknown key{_hint(part, here, children)}")
-        here = below or chosen
+        here = found
     return here
 
 
-def _of_kind(key: Key, tag: str) -> Key:
+def _parts(path: str) -> list[str]:
+    return [part for part in re.split(r"[.\[\]]+", path.strip()) if part and not part.isdigit()]
+
+
+def _own_class(path: str) -> tuple[list[Key], list[str]]:
+    """Return the section at a path such as `objective.lab/mine.py:Mine.size`, and the keys below it.
+
+    Raises RecipeError.
+    """
+    for key in all_keys():
+        section = re.escape(key.path).replace(r"\[\]", r"(?:\[?\.?\d*\]?)")
+        found = key.node.open and re.fullmatch(rf"{section}\.([^:]*:\w+)(?:\.(.*))?", path.strip())
+        if found:
+            try:
+                model = key.node.chosen(found[1])
+            except PluginError as error:
+                raise RecipeError(f"{path}: {error}") from error
+            assert model is not None
+            return [_of_kind(key, model, found[1])], _parts(found[2] or "")
+    sections = ", ".join(key.path.replace("[]", "") for key in all_keys() if key.node.open)
+    raise RecipeError(f"{path}: a class of your own stands below one of {sections}")
+
+
+def _kind(node: SchemaNode, tag: str) -> type[BaseModel] | None:
+    """Return the class of one kind of a union: of this package, or an entry point of another."""
+    named = node.open is not None and tag not in node.tags and tag in node.open.names
+    try:
+        return node.chosen(tag) if named else node.tagged(tag)
+    except PluginError as error:
+        raise RecipeError(str(error)) from error
+
+
+def _of_kind(key: Key, model: type[BaseModel], tag: str) -> Key:
     """Return the union as a section of one kind."""
-    model = key.node.tagged(tag)
-    assert model is not None
     node = SchemaNode((model,), key.node.discriminator)
     return Key(
         path=key.path,
@@ -273,6 +316,9 @@ def _tables(sections: Sequence[Key], seen: dict[tuple[type[BaseModel], ...], str
     if not first.is_section:
         return
     yield from ["", f"## {first.path}", "", _escaped(first.meaning)]
+    if first.node.open is not None:
+        own = f"Besides the kinds here, `{first.node.discriminator}` takes a class of your own: {FORMS}"
+        yield from ["", f"{own}, or an entry point of an installed package."]
     if len(first.node.models) > 1 and seen.setdefault(first.node.models, first.path) != first.path:
         yield from ["", f"The keys are those of `{seen[first.node.models]}`."]
         return

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_serializer
 
 from megatron_hdpo.types.learning import SurrogateConfig
+from megatron_hdpo.types.plugins import LoadedReference
 
 TeacherKind = Literal["policy", "frozen", "snapshot", "ema", "external"]
 OWN_TEACHERS: tuple[TeacherKind, ...] = ("policy", "frozen", "snapshot", "ema")
@@ -30,14 +31,28 @@ class RecipeContext:
 
 
 class ObjectiveSettings(BaseModel):
-    """Base of an objective's settings. Each method adds a `name`, a Literal."""
+    """Base of an objective's settings. Each method of this package narrows `name` to a Literal."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    _reference: LoadedReference | None = PrivateAttr(None)
+
+    name: str = Field("", description="The method: its name here, or a reference to a class of your own.")
 
     teachers: ClassVar[tuple[TeacherKind, ...]] = ()
     """Kinds of teacher that the method can learn from; () for a method without one."""
     privileged_prompts: ClassVar[bool] = False
     """Return whether prompts that show the answer are needed with all settings."""
+
+    @property
+    def reference(self) -> LoadedReference | None:
+        """Return the class that the recipe refers to; None for a method of this package."""
+        return self._reference
+
+    @field_serializer("name")
+    def _name_as_it_is(self, name: str) -> str:
+        """Write a reference where a class inherits the Literal of a method of this package."""
+        return name
 
     @property
     def needs_privileged(self) -> bool:

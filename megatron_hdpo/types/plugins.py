@@ -26,7 +26,7 @@ from typing import Any
 
 from megatron_hdpo.types.errors import UserError
 
-FORMS = "module:Name, path/to/file.py:Name"
+FORMS = "module:Name or path/to/file.py:Name"
 """The two forms of a reference that need no installed package, for messages."""
 _LONGEST_REASON = 500
 _ABSENT = object()
@@ -228,4 +228,4 @@ def _all_of(names: Sequence[str]) -> str:
 
 
 def _shown(text: str) -> str:
-    return text if text.isprintable() and len(text) <= 200 else f"{ascii(text[:200])}"
+    return text if text.isprintable() and len(text) <= 200 else ascii(text[:200])

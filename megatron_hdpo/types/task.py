@@ -1,7 +1,7 @@
 """Interface of a task: a configuration that lists its problems and scores responses to them.
 
-A new task is one class: derive it from `TaskBase`, give it a `kind`, `problems()` and `score()`, and name it in
-`data.tasks.TaskConfig`. Instances are pickled to the reward workers, which call `score` without ever calling
+A new task is one class: derive it from `TaskBase`, give it `problems()` and `score()`, and name it in a recipe
+(docs/adding-a-task.md). Instances are pickled to the reward workers, which call `score` without ever calling
 `problems`: keep imports of this folder light, and load what scoring needs lazily.
 """
 
@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_serializer
 
 from megatron_hdpo.types.load_report import LoadReport
+from megatron_hdpo.types.plugins import LoadedReference
 from megatron_hdpo.types.problem import Problem
 
 BadRowPolicy = Literal["error", "drop"]
@@ -41,13 +42,19 @@ class Task(Protocol):
 
 
 class TaskBase(BaseModel):
-    """Base class of the tasks, with the keys that all of them share."""
+    """Base class of the tasks, with the keys that all of them share.
+
+    Each task of this package narrows `kind` to a Literal.
+    """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    _reference: LoadedReference | None = PrivateAttr(None)
 
     packages: ClassVar[tuple[str, ...]] = ()
     """Packages beyond the core requirements that the task imports; a recipe is refused where one is not installed."""
 
+    kind: str = Field("", description="The task: its kind here, or a reference to a class of your own.")
     name: str | None = Field(None, description="Name of the task in logs and metrics; by default made from its source.")
     weight: float | None = Field(
         None, gt=0, description="Share of each batch relative to the other tasks; by default the number of problems."
@@ -58,6 +65,24 @@ class TaskBase(BaseModel):
     def task_name(self) -> str:
         """Return the configured name, else the default name."""
         return self.name or self.default_name()
+
+    @property
+    def reference(self) -> LoadedReference | None:
+        """Return the class that the recipe refers to; None for a task of this package."""
+        return self._reference
+
+    @field_serializer("kind")
+    def _kind_as_it_is(self, kind: str) -> str:
+        """Write a reference where a class inherits the Literal of a task of this package."""
+        return kind
+
+    def problems(self, report: LoadReport) -> list[Problem]:
+        """Return all problems, in the same order on every call. A task defines it. Raises DataError."""
+        raise NotImplementedError
+
+    def score(self, problem: Problem, response: str) -> float:
+        """Return the reward of a response, in [0, 1]. A task defines it."""
+        raise NotImplementedError
 
     def content(self) -> str | None:
         """Return a digest of the file or dataset that `problems` reads. Default: None, nothing is cached.
@@ -77,5 +102,5 @@ class TaskBase(BaseModel):
         return None
 
     def default_name(self) -> str:
-        """Return a name made from the source of the problems."""
-        raise NotImplementedError
+        """Return a name made from the source of the problems. Default: that of the class."""
+        return type(self).__name__
