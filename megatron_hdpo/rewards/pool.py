@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
@@ -15,6 +14,7 @@ from megatron_hdpo.rewards.gold import GoldVerdict
 from megatron_hdpo.rewards.killable import KillableWorkers
 from megatron_hdpo.types.errors import UserError
 from megatron_hdpo.types.problem import Problem
+from megatron_hdpo.types.shipped import dumps
 from megatron_hdpo.types.task import Task
 
 S = TypeVar("S")
@@ -52,7 +52,7 @@ class RewardPool:
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"tasks share a name: {', '.join(sorted(twice))}; give each its own `name`")
         self._workers = KillableWorkers(
-            self.config.worker_count, worker.start, (pickle.dumps(tasks), self.config.memory_limit_mib)
+            self.config.worker_count, worker.start, (dumps(tasks), self.config.memory_limit_mib)
         )
 
     def start(self) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-import pickle
 import signal
 import sys
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_hdpo.types.problem import Problem
+from megatron_hdpo.types.shipped import loads
 from megatron_hdpo.types.task import Task
 
 LOGGER = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def start(pickled_tasks: bytes, memory_limit_mib: int | None) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     try:
-        for task in pickle.loads(pickled_tasks):
+        for task in loads(pickled_tasks):
             task.prepare()
             _worker.tasks[task.task_name] = task
     except Exception as error:

@@ -14,14 +14,30 @@ from pathlib import Path
 import psutil
 import pytest
 from hostile_task import PROBLEM, HostileTask
+from pydantic import TypeAdapter
 
-from megatron_hdpo.data.tasks import JsonlTask
+from megatron_hdpo.data.tasks import JsonlTask, TaskConfig
 from megatron_hdpo.rewards.config import RewardConfig
 from megatron_hdpo.rewards.pool import RewardPool, RewardPoolError
 from megatron_hdpo.types.problem import Problem
 
 MATH = Problem(id="math/0", task="math", question="?", answer="1")
 TIME_LIMIT = 1.0
+OWN_TASK = """
+import os, sys
+from megatron_hdpo.types.task import TaskBase
+
+class Own(TaskBase):
+    share: float = 0.25
+
+    def problems(self, report):
+        return []
+
+    def score(self, problem, response):
+        if response == "die":
+            os._exit(1)
+        return float("torch" in sys.modules) if response == "torch" else self.share
+"""
 # Of multiprocessing.forkserver: methods of its one server under the names by which the library calls them.
 FORK_SERVER_FUNCTIONS = ("ensure_running", "get_inherited_fds", "connect_to_new_process", "set_forkserver_preload")
 
@@ -241,3 +257,16 @@ def test_no_worker_outlives_a_killed_parent(tmp_path):
     parent.stdout.close()
     _, alive = psutil.wait_procs(family, timeout=60)
     assert not [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_task_in_a_file_of_the_users_own_is_scored_by_the_code_that_was_read(tmp_path):
+    """In workers that find no such module, and in the successor of one that died after the file was edited."""
+    file = tmp_path / "own.py"
+    file.write_text(OWN_TASK)
+    task = TypeAdapter(TaskConfig).validate_python({"kind": f"{file}:Own", "share": 0.5})
+    problem = Problem(id="Own/0", task="Own", question="?", answer="1")
+    with RewardPool([task], RewardConfig(workers=1, max_retries=0)) as pool:
+        assert [j.reward for j in pool.judge([(problem, "right"), (problem, "torch")])] == [0.5, 0.0]
+        file.write_text(OWN_TASK.replace("self.share", "0.125"))
+        assert "exit code 1" in pool.submit(problem, "die").result(timeout=60).error
+        assert pool.submit(problem, "right").result(timeout=60).reward == 0.5
