@@ -78,7 +78,8 @@ class RunState:
     step: finished steps of reinforcement learning. memory: the values of `LearnerState`. reshardable: the optimizer's
     state fits any layout. dtype: precision of the model; None in checkpoints of older versions. spec: the layers of the
     model; older versions do not tell, and have been run with plain torch layers only. data: fingerprint of the problems
-    that were trained on, "" in checkpoints of older versions.
+    that were trained on, "" in checkpoints of older versions. code: sha256 of each file of the user's own that the
+    recipe refers to, by reference.
     """
 
     step: int
@@ -93,6 +94,7 @@ class RunState:
     dtype: str | None = None
     spec: SpecName = "torch"
     data: str = ""
+    code: dict[str, str] = field(default_factory=dict)
 
     @property
     def layout(self) -> dict[str, int]:
@@ -110,7 +112,8 @@ class CheckpointStore:
     """The checkpoints of a run, `<run>/checkpoints/step_<n>`.
 
     All methods except `latest`, `has_weights` and `check` are collective. full: verify every byte before a checkpoint
-    is read, not only sizes and small files. data: fingerprint of the problems that this run trains on.
+    is read, not only sizes and small files. data: fingerprint of the problems that this run trains on. code: as in
+    RunState.
     """
 
     def __init__(
@@ -129,6 +132,7 @@ class CheckpointStore:
         self.full = full
         self.keep_every = keep_every
         self.data = ""
+        self.code: dict[str, str] = {}
 
     def set_damaged_aside(self, warn: Callable[[str], object]) -> None:
         """Verify the newest checkpoint; rename it if it is damaged, and go on with the one before, until one is whole.
@@ -188,6 +192,7 @@ class CheckpointStore:
             dtype=_dtype_of(policy),
             spec=spec_of(policy.model),
             data=self.data,
+            code=self.code,
         )
         sharded = self._sharded(policy, self.reshardable)
         self._remove_unfinished()

@@ -19,7 +19,7 @@ _SHOW_CURSOR = "\x1b[?25h"
 def _add(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
     parser.add_argument(
-        "--accept-changes", action="store_true", help="resume although the problems to train on have changed"
+        "--accept-changes", action="store_true", help="resume although problems or code of your own have changed"
     )
 
 

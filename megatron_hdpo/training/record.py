@@ -14,6 +14,7 @@ from megatron_hdpo.tracking.console import Console
 from megatron_hdpo.tracking.evaluations import Evaluations, Measured
 from megatron_hdpo.tracking.metrics import read_metrics
 from megatron_hdpo.tracking.tracker import Tracker
+from megatron_hdpo.training.own_code import save_code
 
 
 class RunRecord:
@@ -39,6 +40,7 @@ class RunRecord:
         tracker.log_config(redacted(recipe.model_dump(mode="json")))
         if leader:
             save_recipe(recipe, recipe.output / "recipe.yaml")
+            save_code(recipe, recipe.output / "code")
             self._evaluations = Evaluations(read_metrics(recipe.output))
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:

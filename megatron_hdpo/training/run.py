@@ -49,6 +49,7 @@ from megatron_hdpo.training.failed_rollouts import FailedRollouts
 from megatron_hdpo.training.learner import Learner
 from megatron_hdpo.training.load_data import check_enough, check_same, fingerprint, load_data
 from megatron_hdpo.training.measurements import Measurements, build_measurements
+from megatron_hdpo.training.own_code import check_same_code
 from megatron_hdpo.training.policy_sync import PolicySync
 from megatron_hdpo.training.record import RunRecord
 from megatron_hdpo.training.tokenizer import Tokenizer, check_tokens, load_tokenizer, stop_token_ids
@@ -63,7 +64,8 @@ class Run:
     engine: samples the rollouts; `sync` sends weights to it. prefetched: rollouts of this step and the next ones.
     saver: writes them; None where the recipe does not ask for it. failed_rollouts: watches those that fail.
     checkpoints, record: what the run leaves in its folder. step: number of steps that have been taken. saved_step: the
-    last one with a checkpoint. accept_changes: whether a resumed run may train on other problems than before.
+    last one with a checkpoint. accept_changes: whether a resumed run may train on other problems, or by other code of
+    the user's own, than before.
     """
 
     recipe: Recipe
@@ -130,7 +132,6 @@ class Run:
 def build_run(
     recipe: Recipe,
     context: ParallelContext,
-    objective: Objective | None = None,
     resumes: bool = False,
     measure: Measure = measure_bfloat16,
     console: Console | None = None,
@@ -138,21 +139,19 @@ def build_run(
 ) -> Run:
     """Build a run from its recipe; the model holds the recipe's checkpoint, nothing is resumed yet. Collective.
 
-    objective: used instead of the recipe's, for experiments that recipes do not offer. resumes: a checkpoint in the
-    output folder will be loaded, and must fit. measure: compares bfloat16 with float32 on this CPU. console: of this
-    rank; default: one on standard output. stop_request: ends the run early when it is made. Raises RecipeError,
-    DataError, LayoutError, ... with what is wrong and where.
+    resumes: a checkpoint in the output folder will be loaded, and must fit. measure: compares bfloat16 with float32 on
+    this CPU. console: of this rank; default: one on standard output. stop_request: ends the run early when it is made.
+    Raises RecipeError, DataError, LayoutError, ... with what is wrong and where.
     """
     console = console or Console(enabled=context.is_leader, progress_s=recipe.tracking.progress_seconds)
     with console.phase("build"):
         stop_request = StopRequest() if stop_request is None else stop_request
-        return _build_run(recipe, context, objective, resumes, measure, console, stop_request)
+        return _build_run(recipe, context, resumes, measure, console, stop_request)
 
 
 def _build_run(
     recipe: Recipe,
     context: ParallelContext,
-    objective: Objective | None,
     resumes: bool,
     measure: Measure,
     console: Console,
@@ -175,6 +174,7 @@ def _build_run(
     if resumes:
         with console.phase("verify checkpoint"):
             checkpoints.set_damaged_aside(console.warn)
+    checkpoints.code = check_same_code(recipe, context)
     architecture = read_architecture(recipe.model.path)
     recipe = settle_precision(recipe, architecture, context, console, measure)
     for warning in check_recipe(recipe, architecture, context.world_size):
@@ -200,7 +200,7 @@ def _build_run(
     heartbeat.progress = partial(_progress, console, sampler)
     learner = Learner(
         policy=policy,
-        objective=objective or _build_objective(recipe, data),
+        objective=_build_objective(recipe, data),
         # The recipe's teacher may be the model after the warm-up: `start.prepare` sets it.
         teacher=PolicyTeacher(policy),
         console=console,

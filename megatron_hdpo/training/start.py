@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_hdpo.checkpoint.store import read_state
 from megatron_hdpo.config.file import recipe_changes
-from megatron_hdpo.config.recipe import Recipe
+from megatron_hdpo.config.recipe import Recipe, RecipeError
 from megatron_hdpo.health.selftest import SelfTestError, logprob_limit, run_self_test
 from megatron_hdpo.sampling.delivery import deliver_to_all
 from megatron_hdpo.sampling.failures import most_frequent
@@ -18,6 +18,7 @@ from megatron_hdpo.teachers.weight_copies import FrozenTeacher
 from megatron_hdpo.tracking.formats import amount
 from megatron_hdpo.tracking.metrics import METRICS_FILE, read_metrics
 from megatron_hdpo.training.load_data import check_replay
+from megatron_hdpo.training.own_code import changed_code
 from megatron_hdpo.training.run import Run
 from megatron_hdpo.training.tokenizer import load_tokenizer
 from megatron_hdpo.training.warmup import warm_up
@@ -82,6 +83,7 @@ def _resume(run: Run, latest: Path) -> None:
     """Resume from a checkpoint; the run folder is not changed before the checkpoint is known to fit the recipe."""
     _build_optimizer(run)
     changes = recipe_changes(run.recipe.output / "recipe.yaml", run.recipe)
+    _check_code(run, latest)
     _check_data(run, latest, changes)
     with run.console.phase("resume"):
         run.step = run.saved_step = run.checkpoints.load(latest, run.policy).step
@@ -106,6 +108,21 @@ def _check_data(run: Run, latest: Path, changes: Sequence[str]) -> None:
             "train into another output folder, or go on with these by --accept-changes"
         )
     run.console.warn(f"data.train: the run goes on with other problems ({difference})")
+
+
+def _check_code(run: Run, latest: Path) -> None:
+    """Raise RecipeError when a file of the user's own is not what it was; what a recipe adds or drops is no change."""
+    changed = changed_code(read_state(latest).code, run.checkpoints.code)
+    if not changed:
+        return
+    named = ", ".join(changed)
+    if not run.accept_changes:
+        raise RecipeError(
+            f"{named}: the code has changed since the run in {run.recipe.output} was last started; its copy is in "
+            f"{run.recipe.output / 'code'}: restore it, train into another output folder, or go on with the new code "
+            "by --accept-changes"
+        )
+    run.console.warn(f"{named}: the run goes on with changed code")
 
 
 def _build_optimizer(run: Run) -> None:

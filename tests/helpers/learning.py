@@ -17,9 +17,16 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 ROOT = Path(__file__).parents[2]
+_OWN = f"objective.name={Path(__file__).with_name('hdpo_variants.py')}"
+VARIANTS = {
+    "hdpo": [],
+    "warmed_up": ["objective.distill.coefficient=0"],
+    "grpo": ["objective.distill.coefficient=0"],
+    "shuffled_targets": [f"{_OWN}:ShuffledTargets"],
+    "wrong_reference": [f"{_OWN}:Failures"],
+}
+"""What a variant changes in the recipe of HDPO."""
 
 Metrics = Mapping[str, float]
 
@@ -101,8 +108,8 @@ def _run(study: Study, variant: str, seed: int, out: Path, overrides: Sequence[s
 
     torch.set_num_threads(1)
     common = [f"output={out}", f"seed={seed}", "evaluation.every=null", "rollout.save=false"]
-    recipe = load_recipe(study.recipe, [*common, *overrides])
-    run = build_run(recipe, start(ParallelConfig(), "cpu", seed), objective=_objective(variant, recipe))
+    recipe = load_recipe(study.recipe, [*common, *VARIANTS[variant], *overrides])
+    run = build_run(recipe, start(ParallelConfig(), "cpu", seed))
     if variant == "wrong_reference":
         run.coordinator.prompts = _WrongReference(run.data.prompts, run.data.train)
     train(run)
@@ -154,42 +161,3 @@ class _WrongReference:
 
     def privileged_prompt(self, problem):
         return self._prompts.privileged_prompt(replace(problem, solution=self._solutions[problem.id]))
-
-
-def _objective(variant: str, recipe):
-    from megatron_hdpo.objectives.base import ObjectiveDeps
-    from megatron_hdpo.objectives.hdpo import HDPO
-
-    class Failures(HDPO):
-        """The filter upside down: what is distilled are the privileged rollouts that failed."""
-
-        def keep_privileged(self, group):
-            group.privileged_samples = [
-                replace(s, reward=float(not self.filter.is_right(s))) for s in group.privileged_samples
-            ]
-            return super().keep_privileged(group)
-
-    class ShuffledTargets(HDPO):
-        """Right rollouts, but each token gets the target of another position of its response."""
-
-        def examples(self, groups: Sequence, scores: Mapping, totals: Mapping):
-            return [self._shuffled(example) for example in super().examples(groups, scores, totals)]
-
-        @staticmethod
-        def _shuffled(example):
-            if example.target is None:
-                return example
-            order = np.random.default_rng(len(example.response_ids)).permutation(len(example.response_ids))
-            target = replace(
-                example.target,
-                ids_TK=example.target.ids_TK[order],
-                logprobs_TK=example.target.logprobs_TK[order],
-            )
-            return replace(example, target=target)
-
-    kinds = {"shuffled_targets": ShuffledTargets, "wrong_reference": Failures}
-    config = recipe.objective
-    if variant in ("grpo", "warmed_up"):
-        distill = config.distill.model_copy(update={"coefficient": 0.0})
-        config = config.model_copy(update={"distill": distill})
-    return kinds.get(variant, HDPO)(config, ObjectiveDeps(recipe.rollout.temperature, leakage=recipe.data.leakage))
