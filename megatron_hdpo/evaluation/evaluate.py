@@ -75,7 +75,7 @@ def metrics_of(config: EvaluationConfig, responses: Responses) -> dict[str, floa
 def _sampled_metrics(config: EvaluationConfig, groups: Sequence[JudgedGroup]) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for task, members in _by_task(groups).items():
-        counts = [(len(g.samples), sum(s.reward >= config.success_threshold for s in g.samples)) for g in members]
+        counts = [(len(g.samples), sum(s.correctness >= config.success_threshold for s in g.samples)) for g in members]
         for k in config.k:
             enough = [(n, c) for n, c in counts if n >= k]
             if enough:
@@ -93,7 +93,7 @@ def _sampled_metrics(config: EvaluationConfig, groups: Sequence[JudgedGroup]) ->
 def _greedy_metrics(config: EvaluationConfig, groups: Sequence[JudgedGroup]) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for task, members in _by_task(groups).items():
-        judged = [g.samples[0].reward >= config.success_threshold for g in members if g.samples]
+        judged = [g.samples[0].correctness >= config.success_threshold for g in members if g.samples]
         if judged:
             metrics |= _with_interval(f"eval/{task}/greedy", [float(right) for right in judged])
     return metrics

@@ -148,9 +148,10 @@ class BaseObjective:
 def group_shares(groups: Sequence[JudgedGroup], success: float = 1.0) -> dict[str, float]:
     """Return the shares of solved, mixed and cliff groups among those with a judged sample; {} if there is none.
 
-    Solved: every reward is at least `success`; cliff: none is; mixed: the others, the only ones with an advantage.
+    Solved: the correctness of every sample is at least `success`; cliff: that of none is; mixed: the others, the only
+    ones with an advantage where the reward is the correctness.
     """
-    judged = [[s.reward >= success for s in group.samples] for group in groups if group.samples]
+    judged = [[s.correctness >= success for s in group.samples] for group in groups if group.samples]
     if not judged:
         return {}
     solved = sum(all(group) for group in judged) / len(judged)

@@ -50,8 +50,8 @@ class PrivilegedFilter:
         return group
 
     def is_right(self, sample: JudgedSample) -> bool:
-        """Return whether the reward of a sample reaches the success threshold."""
-        return sample.reward >= self.config.success_threshold
+        """Return whether the correctness of a sample reaches the success threshold."""
+        return sample.correctness >= self.config.success_threshold
 
     def _why_drop(self, sample: Sample, seen: set[bytes], kept: int) -> str | None:
         if not self.is_right(sample):

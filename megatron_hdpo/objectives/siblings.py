@@ -42,12 +42,12 @@ def others(group: Group, index: int) -> list[Sample]:
 
 def right_siblings(group: Group, index: int, config: SiblingConfig) -> list[Sample]:
     """Return the right siblings that have any text to show."""
-    return [s for s in others(group, index) if s.reward >= config.success_threshold and _shown(s, config)]
+    return [s for s in others(group, index) if s.correctness >= config.success_threshold and _shown(s, config)]
 
 
 def wrong_siblings(group: Group, index: int, config: PairConfig) -> list[Sample]:
     """Return the wrong siblings that have any text to show, and an answer in a box if the config needs one."""
-    wrong = [s for s in others(group, index) if s.reward < config.success_threshold and _shown(s, config)]
+    wrong = [s for s in others(group, index) if s.correctness < config.success_threshold and _shown(s, config)]
     return [s for s in wrong if not config.wrong_need_answer or _boxed_answer(s.text)]
 
 

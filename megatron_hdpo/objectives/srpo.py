@@ -95,7 +95,7 @@ class SRPO(GRPO):
 
     def is_distilled(self, group: Group, index: int) -> bool:
         """Return whether the sample is wrong, trained and has a demonstration."""
-        wrong = group.samples[index].reward < self.config.demonstration.success_threshold
+        wrong = group.samples[index].correctness < self.config.demonstration.success_threshold
         trained = self.is_trained(group, index)
         return wrong and trained and demonstration(group, index, self.config.demonstration) is not None
 

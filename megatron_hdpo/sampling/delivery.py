@@ -111,6 +111,8 @@ def _tokens(group: Group) -> tuple[Any, ...]:
             sample.text,
             sample.reward,
             sample.feedback,
+            sample.components,
+            sample.decided_by,
         )
         for sample in _samples(group)
     ]
@@ -137,11 +139,13 @@ def _sample(
     text: str,
     reward: float,
     feedback: str | None,
+    components: Mapping[str, float],
+    decided_by: str,
 ) -> Sample:
     completion = Completion(
         token_ids, _NO_LOGPROBS, finish_reason, _NO_VERSIONS, top_logprobs=None, routed_experts=routed_experts
     )
-    return Sample(completion, text, reward, feedback)
+    return Sample(completion, text, reward, feedback, components, decided_by)
 
 
 def to_bytes(value: Any) -> np.ndarray:

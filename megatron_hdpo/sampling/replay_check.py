@@ -34,8 +34,9 @@ def _reasons(group: Group, vocab_size: int) -> Iterator[str]:
 def _wrong_sample(sample: Sample, vocab_size: int) -> Iterator[str]:
     completion, tops = sample.completion, sample.completion.top_logprobs
     yield from _wrong_ids("response", completion.token_ids, vocab_size)
-    if not np.isfinite(sample.reward):
-        yield f"the reward is {sample.reward}"
+    for name, reward in {"reward": sample.reward, **sample.components}.items():
+        if not np.isfinite(reward):
+            yield f"the {name} is {reward}"
     yield from _wrong_logprobs("log-probs", completion.logprobs)
     if not np.issubdtype(completion.weight_versions.dtype, np.integer):
         yield "the versions of the weights are no whole numbers"

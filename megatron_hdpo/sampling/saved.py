@@ -177,10 +177,13 @@ def _encode_group(group: Group, place: Mapping[str, int], decode: Decode) -> dic
 
 def sample_record(sample: Sample, problem_id: str) -> dict[str, Any]:
     """Return the readable part of a judged sample. Raises ValueError on a reward that is not a finite number."""
-    if not np.isfinite(sample.reward):
-        raise ValueError(f"problem {problem_id}: reward {sample.reward} is not a finite number, so it is not saved")
+    for reward in (sample.reward, *sample.components.values()):
+        if not np.isfinite(reward):
+            raise ValueError(f"problem {problem_id}: reward {reward} is not a finite number, so it is not saved")
+    parts = {"components": dict(sample.components), "decided_by": sample.decided_by} if sample.components else {}
     return {
         "reward": float(sample.reward),
+        **parts,
         "finish_reason": sample.completion.finish_reason,
         "tokens": sample.length,
         "text": sample.text,
@@ -285,9 +288,18 @@ def _decode_samples(texts: list[dict[str, Any]], arrays: list[dict[str, Any]]) -
             text["text"],
             float(text["reward"]),
             text.get("feedback"),
+            *_components(text),
         )
         for text, packed in zip(texts, arrays, strict=True)
     ]
+
+
+def _components(text: Mapping[str, Any]) -> tuple[dict[str, float], str]:
+    """Return the values of the reward functions and the name of the one that decides; ({}, "") of older rollouts."""
+    components, decided_by = text.get("components", {}), text.get("decided_by", "")
+    if decided_by and decided_by not in components:
+        raise ValueError(f"decided_by is {str(decided_by)[:40]!r}, which is none of the components")
+    return {name: float(value) for name, value in components.items()}, decided_by
 
 
 def _decode_completion(packed: dict[str, Any], finish_reason: str) -> Completion:

@@ -94,15 +94,24 @@ class GenerationResult:
 
 @dataclass
 class Sample:
-    """Judged completion: its text, its reward and the task's feedback.
+    """Judged completion: its text, its reward and the feedback on it.
 
-    If generation or the check failed, there is no sample.
+    components: where the reward is a weighted sum, the value of each reward function by its name. decided_by: name of
+    the one that tells right from wrong; "": the reward itself does. If generation or the check failed, there is no
+    sample.
     """
 
     completion: Completion
     text: str
     reward: float
     feedback: str | None = None
+    components: Mapping[str, float] = field(default_factory=dict)
+    decided_by: str = ""
+
+    @property
+    def correctness(self) -> float:
+        """Return the value by which the response counts as right or wrong. Raises KeyError if it is not there."""
+        return self.components[self.decided_by] if self.decided_by else self.reward
 
     @property
     def length(self) -> int:
@@ -136,7 +145,7 @@ class SampleOutline(NamedTuple):
     """Summary of a sample, some fifty bytes, that every rank has.
 
     versions: the oldest and the newest weights that sampled a token of it. version_sum, logprob_sum: sums over its
-    tokens of the versions and of the log-probs.
+    tokens of the versions and of the log-probs. correctness, components: see `Sample`.
     """
 
     reward: float
@@ -145,6 +154,8 @@ class SampleOutline(NamedTuple):
     versions: tuple[int, int]
     version_sum: int
     logprob_sum: float
+    correctness: float
+    components: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -164,7 +175,11 @@ class JudgedSample(Protocol):
 
     @property
     def reward(self) -> float:
-        """Return the reward."""
+        """Return the reward, of which advantages are made."""
+
+    @property
+    def correctness(self) -> float:
+        """Return the value that success thresholds are compared with: the reward, if nothing else was asked for."""
 
     @property
     def length(self) -> int:
@@ -217,4 +232,6 @@ def _outline(sample: Sample) -> SampleOutline:
         versions=(int(versions.min()), int(versions.max())) if len(versions) else (0, 0),
         version_sum=int(versions.sum(dtype=np.int64)),
         logprob_sum=float(completion.logprobs.sum(dtype=np.float64)),
+        correctness=sample.correctness,
+        components=sample.components,
     )

@@ -47,7 +47,9 @@ def group_of(index: int) -> Group:
 
     def sample(top: bool) -> Sample:
         made = completion(rng, int(rng.integers(200, 900)), top)
-        return Sample(made, f"response {index} " * 50, float(rng.random()), None if top else f"feedback {index}")
+        components = {"task": float(top), "judge": float(rng.random())} if index % 2 else {}
+        feedback, decided_by = None if top else f"feedback {index}", "task" if components else ""
+        return Sample(made, f"response {index} " * 50, float(rng.random()), feedback, components, decided_by)
 
     cliff = index % 3 == 0
     return Group(

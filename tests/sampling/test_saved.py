@@ -52,9 +52,10 @@ def samples(draw) -> Sample:
         routed_experts=draw(st.none() | arrays.arrays(np.uint16, (length + 1, 2, 2))),
     )
     feedback = draw(st.none() | st.text(max_size=20))
-    return Sample(
-        completion, draw(st.text(max_size=20)), draw(st.floats(allow_nan=False, allow_infinity=False)), feedback
-    )
+    numbers = st.floats(allow_nan=False, allow_infinity=False)
+    components = draw(st.dictionaries(st.sampled_from(["task", "judge", "brevity"]), numbers))
+    decided_by = draw(st.sampled_from(["", *components]))
+    return Sample(completion, draw(st.text(max_size=20)), draw(numbers), feedback, components, decided_by)
 
 
 @st.composite
@@ -81,11 +82,8 @@ def assert_same_array(left: np.ndarray | None, right: np.ndarray | None) -> None
 
 
 def assert_same_sample(left: Sample, right: Sample) -> None:
-    assert (left.text, left.reward, left.completion.finish_reason) == (
-        right.text,
-        right.reward,
-        right.completion.finish_reason,
-    )
+    names = ("text", "reward", "feedback", "components", "decided_by", "correctness", "finish_reason")
+    assert [getattr(left, name) for name in names] == [getattr(right, name) for name in names]
     mine, its = left.completion, right.completion
     for name in ("token_ids", "logprobs", "weight_versions", "routed_experts"):
         assert_same_array(getattr(mine, name), getattr(its, name))

@@ -12,7 +12,7 @@ from megatron_hdpo.types.rollouts import GroupOutline, SampleOutline
 
 
 def group(samples: int, **dropped: int) -> GroupOutline:
-    sample = SampleOutline(1.0, 2, "stop", (0, 0), 0, -1.0)
+    sample = SampleOutline(1.0, 2, "stop", (0, 0), 0, -1.0, 1.0, {})
     return GroupOutline(Problem("task/1", "task", "q", "a"), 3, (sample,) * samples, dropped=dropped)
 
 
