@@ -25,10 +25,10 @@ from _rehearsal.device import NullGpu
 from megatron_hdpo.health.version_sets import SESSIONS_SINCE
 from megatron_hdpo.rollout import build
 from megatron_hdpo.rollout.sglang import engine
-from megatron_hdpo.rollout.sglang.loop_thread import LoopThread
 from megatron_hdpo.rollout.sglang.servers.command import ServerLaunch
 from megatron_hdpo.rollout.sglang.servers.config import ServerConfig
 from megatron_hdpo.rollout.sglang.weights.gate import Gate
+from megatron_hdpo.types.loop_thread import LoopThread
 
 _ACCEPTED = (
     *("/pause_generation", "/continue_generation", "/abort_request", "/begin_weight_update", "/end_weight_update"),

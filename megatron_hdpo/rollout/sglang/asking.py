@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_hdpo.rollout.sglang.answers import Asked
 from megatron_hdpo.rollout.sglang.api import ApiError
-from megatron_hdpo.rollout.sglang.loop_thread import to_its_end
 from megatron_hdpo.rollout.sglang.partial import as_finished, continuation, joined, shortened
 from megatron_hdpo.rollout.sglang.reading import RawAnswer, Reading
 from megatron_hdpo.rollout.sglang.replica import Replica
 from megatron_hdpo.rollout.sglang.stamps import problem_with_versions
+from megatron_hdpo.types.loop_thread import to_its_end
 from megatron_hdpo.types.rollouts import Completion, GenerationRequest
 
 if TYPE_CHECKING:

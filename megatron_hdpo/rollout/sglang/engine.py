@@ -28,7 +28,6 @@ from megatron_hdpo.rollout.sglang.beginnings import Beginnings
 from megatron_hdpo.rollout.sglang.config import SGLangConfig
 from megatron_hdpo.rollout.sglang.counts import Counts
 from megatron_hdpo.rollout.sglang.dispatcher import Dispatcher, ServersFail
-from megatron_hdpo.rollout.sglang.loop_thread import LoopThread
 from megatron_hdpo.rollout.sglang.parsers import Parsers
 from megatron_hdpo.rollout.sglang.replica import Replica, first_few, reasons
 from megatron_hdpo.rollout.sglang.servers.fleet import ServerFleet
@@ -37,6 +36,7 @@ from megatron_hdpo.rollout.sglang.sockets import room_for
 from megatron_hdpo.rollout.sglang.stamps import RunStamp
 from megatron_hdpo.rollout.sglang.usage import Usage
 from megatron_hdpo.rollout.sglang.watch import Watch
+from megatron_hdpo.types.loop_thread import LoopThread
 from megatron_hdpo.types.metrics import Metric
 from megatron_hdpo.types.rollouts import Completion, GenerationRequest, GenerationResult
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron_hdpo.rollout.sglang.api import ServerApi, ServerInfo
-from megatron_hdpo.rollout.sglang.breaker import Breaker
+from megatron_hdpo.types.breaker import Breaker
 
 State = Literal["stale", "serving", "down"]
 MOST_NAMED = 4

@@ -18,11 +18,11 @@ from torch.distributed import distributed_c10d
 
 from megatron_hdpo.rollout.sglang.config import SGLangConfig
 from megatron_hdpo.rollout.sglang.engine import SGLangEngine
-from megatron_hdpo.rollout.sglang.loop_thread import in_daemon_thread
 from megatron_hdpo.rollout.sglang.weights import transports
 from megatron_hdpo.rollout.sglang.weights.push import WeightPush, WeightPushError
 from megatron_hdpo.rollout.sglang.weights.transports import BroadcastTransport
 from megatron_hdpo.rollout.sglang.weights.update_group import UpdateGroup
+from megatron_hdpo.types.loop_thread import in_daemon_thread
 
 
 class Group:

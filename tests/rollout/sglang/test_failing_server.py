@@ -13,10 +13,10 @@ from one_engine import TOLERANCE, Weights, collect, completions, one_engine, req
 from server_tools import LiveServer, wait_until
 
 from megatron_hdpo.rollout.engine import EngineLostWeights
-from megatron_hdpo.rollout.sglang import breaker
 from megatron_hdpo.rollout.sglang.dispatcher import ServersFail
 from megatron_hdpo.rollout.sglang.engine import SGLangEngine
 from megatron_hdpo.rollout.sglang.weights.push import WeightPushError
+from megatron_hdpo.types import breaker
 from megatron_hdpo.types.rollouts import GenerationRequest
 
 VERSION, LIMIT = 1, 4

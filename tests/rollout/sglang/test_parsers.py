@@ -24,10 +24,10 @@ from server_tools import LiveServer
 from megatron_hdpo.rollout.engine import EngineLostWeights
 from megatron_hdpo.rollout.sglang import parsers as parsers_module
 from megatron_hdpo.rollout.sglang.answers import Asked
-from megatron_hdpo.rollout.sglang.loop_thread import LoopThread, to_its_end
 from megatron_hdpo.rollout.sglang.parsers import Parsers
 from megatron_hdpo.rollout.sglang.reading import RawAnswer, Reading, read_answer
 from megatron_hdpo.rollout.sglang.stamps import RunStamp
+from megatron_hdpo.types.loop_thread import LoopThread, to_its_end
 from megatron_hdpo.types.rollouts import SamplingParams
 
 VOCAB, TOKENS = 1000, 600

@@ -19,12 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_hdpo.rollout.sglang.api import ApiError
-from megatron_hdpo.rollout.sglang.loop_thread import in_daemon_thread
 from megatron_hdpo.rollout.sglang.replica import Replica
 from megatron_hdpo.rollout.sglang.weights.participants import Participants
 from megatron_hdpo.rollout.sglang.weights.payload import Bucket, flattened, request_text
 from megatron_hdpo.rollout.sglang.weights.update_group import UpdateGroup
 from megatron_hdpo.types.disk import give_user_mode
+from megatron_hdpo.types.loop_thread import in_daemon_thread
 
 LOGGER = logging.getLogger(__name__)
 ABANDON_S = 30.0

@@ -1,4 +1,4 @@
-"""Circuit breaker of one server: takes a server that fails its samples out of rotation, and tries it again later."""
+"""Circuit breaker of one server: takes a server that fails its samples out of use, and tries it again later."""
 
 from __future__ import annotations
 

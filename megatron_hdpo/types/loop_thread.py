@@ -24,7 +24,7 @@ class LoopThread:
         """Schedule a coroutine and return its Future at once. Raises RuntimeError once closed."""
         if self._closed:
             coroutine.close()
-            raise RuntimeError("the engine is closed")
+            raise RuntimeError(f"{self._thread.name} is closed")
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_hdpo.rollout.sglang.breaker import FAILURES, FIRST_PAUSE_S, LONGEST_PAUSE_S, Breaker
+from megatron_hdpo.types.breaker import FAILURES, FIRST_PAUSE_S, LONGEST_PAUSE_S, Breaker
 
 
 class Clock:
