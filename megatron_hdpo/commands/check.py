@@ -116,6 +116,7 @@ def _check_machine(recipe: Recipe, architecture: Architecture, device: str) -> N
     from megatron_hdpo.config.hub import model_paths
     from megatron_hdpo.config.machine import folder_errors
     from megatron_hdpo.model.architecture import read_architecture
+    from megatron_hdpo.rewards.pool import RewardPool
     from megatron_hdpo.weights.load import check_weights
 
     if errors := list(folder_errors(recipe)):
@@ -125,6 +126,9 @@ def _check_machine(recipe: Recipe, architecture: Architecture, device: str) -> N
             recipe.rollout.sglang.servers.check_interpreter(device)
         except ValueError as error:
             raise RecipeError(f"rollout.sglang.servers: {error}") from error
+    if recipe.rollout.replay is None:
+        with RewardPool(recipe.data.tasks, recipe.reward) as rewards:
+            rewards.check()
     for path in model_paths(recipe).values():
         check_weights(architecture if path == recipe.model.path else read_architecture(path), path)
 
@@ -145,6 +149,7 @@ def _unknown_here(recipe: Recipe, here: bool) -> Iterator[str]:
     from megatron_hdpo.config.check import resolved_device
     from megatron_hdpo.config.packages import unknown_packages
     from megatron_hdpo.model.config import transformer_engine_available
+    from megatron_hdpo.rewards.functions import HttpService
 
     device, sglang = resolved_device(recipe.device), recipe.rollout.sglang
     if not _has_device(device):
@@ -158,6 +163,8 @@ def _unknown_here(recipe: Recipe, here: bool) -> Iterator[str]:
             sglang.servers.check_interpreter(device)
         except ValueError as error:
             yield f"rollout.sglang.servers: {error}"
+    if not here and any(isinstance(function, HttpService) for function in recipe.reward.functions or ()):
+        yield "reward.functions: whether that machine reaches the services"
     yield from unknown_packages(recipe)
 
 

@@ -114,7 +114,8 @@ def _group_lines(groups: Iterable[Group]) -> Iterable[str]:
         yield f"=== {group.problem.id}: {group.problem.question}\nanswer: {group.problem.answer}"
         for number, sample in enumerate(group.samples, start=1):
             tokens = f"{sample.length} tokens, {sample.finish_reason}"
-            yield f"--- sample {number}: reward {sample.reward:g}, {tokens}\n{sample.text}"
+            parts = "".join(f", {name} {value:g}" for name, value in sample.components.items())
+            yield f"--- sample {number}: reward {sample.reward:g}{parts}, {tokens}\n{sample.text}"
         for reason, count in group.dropped.items():
             yield f"--- {count} samples dropped: {reason}"
 

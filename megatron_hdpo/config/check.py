@@ -17,6 +17,7 @@ from megatron_hdpo.model.config import transformer_engine_available
 from megatron_hdpo.model.fp8_rules import precision_errors, precision_warnings, size_errors
 from megatron_hdpo.objectives.settings import RecipeContext, surrogate_of
 from megatron_hdpo.parallel.layout import LayoutError, check_layout
+from megatron_hdpo.rewards.functions import HttpService
 from megatron_hdpo.rollout.sglang.servers.arguments import expert_parallel, speculates
 from megatron_hdpo.rollout.sglang.servers.command import CPU_CACHE_TOKENS
 from megatron_hdpo.rollout.sglang.servers.config import REQUANTISED, SERVER_KEEPS_FREE
@@ -212,10 +213,18 @@ def _patience_errors(recipe: Recipe) -> Iterator[str]:
         deadlines["servers.start_timeout_s"] = sglang.servers.start_timeout_s
     for (key, seconds), (waits, minutes) in product(deadlines.items(), patience.items()):
         if recipe.rollout.engine == "sglang" and seconds >= 60 * minutes:
-            yield (
-                f"parallel.{waits}: {minutes:g} is no longer than "
-                f"rollout.sglang.{key}={seconds:g} s, which a rank may wait without progress: raise it"
-            )
+            yield _impatient(waits, minutes, f"rollout.sglang.{key}", seconds)
+    for index, function in enumerate(recipe.reward.functions or ()):
+        for waits, minutes in patience.items():
+            if isinstance(function, HttpService) and function.deadline_s >= 60 * minutes:
+                yield _impatient(waits, minutes, f"reward.functions.{index}.deadline_s", function.deadline_s)
+
+
+def _impatient(waits: str, minutes: float, key: str, seconds: float) -> str:
+    return (
+        f"parallel.{waits}: {minutes:g} is no longer than {key}={seconds:g} s, which a rank may wait without progress: "
+        "raise it"
+    )
 
 
 def _engine_errors(recipe: Recipe) -> Iterator[str]:

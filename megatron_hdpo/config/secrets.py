@@ -1,6 +1,7 @@
 """Secrets of a recipe: used, but never written.
 
-Whatever writes or shows a recipe takes `redacted`, where `***` stands in place of a secret. In a recipe that is read,
+Whatever writes or shows a recipe takes `redacted`, where `***` stands in place of a secret: the value of a key that is
+named like one, a variable of the servers, a header of a reward service. In a recipe that is read,
 `***` for a variable of the servers means: the value of this process's own variable of that name.
 """
 
@@ -18,7 +19,7 @@ _VARIABLES = ("servers", "environment")
 
 def is_secret(path: Sequence[str]) -> bool:
     """Return whether the value at a key.path is a secret by its key, whatever the value."""
-    return _is_variable(path) or bool(path and _SECRET_KEY.search(path[-1]))
+    return _is_variable(path) or "headers" in path[-2:-1] or bool(path and _SECRET_KEY.search(path[-1]))
 
 
 def redacted(tree: Any) -> Any:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import os
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from megatron_hdpo.rewards.functions import FunctionConfig, check_functions
 
 
 class RewardConfig(BaseModel):
-    """Worker processes that score responses, and their limits."""
+    """Reward functions, and the worker processes that score responses with their limits."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
+    functions: list[FunctionConfig] | None = Field(
+        None,
+        description="The reward is the sum of their values times their weights. Default: the score of the task.",
+    )
     workers: int | None = Field(None, ge=1, description="Worker processes; by default half the cores, at most 16.")
     time_limit_s: float = Field(
         5.0,
@@ -26,6 +32,13 @@ class RewardConfig(BaseModel):
     memory_limit_mib: int | None = Field(
         2048, ge=64, description="Memory that a worker may take beyond its libraries (Linux); null for no limit."
     )
+
+    @field_validator("functions")
+    @classmethod
+    def _fit_together(cls, functions: list[FunctionConfig] | None) -> list[FunctionConfig] | None:
+        if functions is not None:
+            check_functions(functions)
+        return functions
 
     @property
     def worker_count(self) -> int:

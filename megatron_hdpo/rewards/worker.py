@@ -18,6 +18,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_hdpo.rewards.functions import WorkerFunction
 from megatron_hdpo.types.problem import Problem
 from megatron_hdpo.types.shipped import loads
 from megatron_hdpo.types.task import Task
@@ -38,21 +39,29 @@ class Outcome(NamedTuple):
 @dataclass
 class _Worker:
     tasks: dict[str, Task] = field(default_factory=dict)
+    functions: dict[str, WorkerFunction] = field(default_factory=dict)
     error: str | None = None
 
 
 _worker = _Worker()
 
 
-def start(pickled_tasks: bytes, memory_limit_mib: int | None) -> None:
-    """Prepare the process. A task that cannot be prepared is reported by every check; the worker does not die of it."""
+def start(pickled: bytes, memory_limit_mib: int | None) -> None:
+    """Prepare the process. What cannot be prepared is reported by every check; the worker does not die of it.
+
+    pickled: the tasks, and the reward functions that run in workers, by `dumps`.
+    """
     end_with_parent()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     try:
-        for task in loads(pickled_tasks):
+        tasks, functions = loads(pickled)
+        for task in tasks:
             task.prepare()
             _worker.tasks[task.task_name] = task
+        for function in functions:
+            function.prepare()
+            _worker.functions[function.function_name] = function
     except Exception as error:
         _worker.error = f"the reward worker cannot prepare its tasks: {type(error).__name__}: {error}"
     if memory_limit_mib is not None:
@@ -66,6 +75,12 @@ def judge(problem: Problem, response: str, limit_s: float) -> Outcome:
     """
     with _processor_time(limit_s):
         return guarded(lambda: _judge(problem, response))
+
+
+def evaluate(function: str, problem: Problem, response: str, limit_s: float) -> Outcome:
+    """Return an Outcome as `judge` does, of the reward function with this name; it has no feedback."""
+    with _processor_time(limit_s):
+        return guarded(lambda: _evaluate(function, problem, response))
 
 
 def check_gold(answer: str, limit_s: float) -> Outcome:
@@ -108,6 +123,15 @@ def _judge(problem: Problem, response: str) -> tuple[float, float, str | None]:
     if not (feedback is None or isinstance(feedback, str)):
         raise TypeError(f"task {problem.task!r} gave {type(feedback).__name__} as feedback: it must be text or None")
     return reward, time.perf_counter() - begin, feedback
+
+
+def _evaluate(name: str, problem: Problem, response: str) -> tuple[float, float, None]:
+    _task_names()
+    begin = time.perf_counter()
+    value = _worker.functions[name].score(problem, response)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"its value is {type(value).__name__}, not a number")
+    return float(value), time.perf_counter() - begin, None
 
 
 def _check_gold(answer: str) -> str | None:

@@ -9,11 +9,17 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from megatron_hdpo.types.errors import UserError
+
 LOGGER = logging.getLogger(__name__)
 MOST_KINDS = 100
 """Distinct errors that are told apart: errors that quote responses must not fill memory and logs."""
 _OTHERS = "errors of further kinds"
 _LONGEST = 300
+
+
+class RewardFailed(UserError, RuntimeError):
+    """A reward function has failed for a response, and the recipe wants the run to end then."""
 
 
 @dataclass(frozen=True)

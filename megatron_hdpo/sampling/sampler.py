@@ -15,11 +15,15 @@ from typing import Protocol
 import numpy as np
 
 from megatron_hdpo.parallel.stop_request import StopRequest
-from megatron_hdpo.rewards.pool import Judgement, RewardPool
+from megatron_hdpo.rewards.judgement import Judgement
+from megatron_hdpo.rewards.pool import RewardPool
 from megatron_hdpo.rollout.engine import Engine
-from megatron_hdpo.sampling.failures import Failures
+from megatron_hdpo.sampling.failures import Failures, RewardFailed
 from megatron_hdpo.types.problem import Problem
 from megatron_hdpo.types.rollouts import Completion, GenerationRequest, GenerationResult, Sample, SamplingParams
+
+_STOP_POLL_S = 0.5
+"""Longest time until a wait for checks notices that the run was asked to end."""
 
 
 class Progress(Protocol):
@@ -44,8 +48,8 @@ class _Uncounted:
 class RolloutRequest:
     """Request for `sampling.n` rollouts of a problem with a prompt.
 
-    key: unique in its call. prompt_ids: int [P]. stop_at: when a judged rollout has at least this reward, the sampling
-    of the others ends; None samples them all.
+    key: unique in its call. prompt_ids: int [P]. stop_at: when a judged rollout has at least this correctness, the
+    sampling of the others ends; None samples them all.
     """
 
     key: str
@@ -266,7 +270,7 @@ class SamplingJob:
         entry = self._open[name]
         for completion in result.completions:
             text = entry.opened + self.sampler.decode(completion.token_ids)
-            future = self.sampler.rewards.submit(entry.request.problem, text)
+            future = self.sampler.rewards.submit(entry.request.problem, text, len(completion.token_ids))
             self._checks[future] = _Check(name, len(entry.judged), completion, text)
             entry.judged.append(None)
             entry.judging += 1
@@ -292,26 +296,40 @@ class SamplingJob:
             self._submit([(entry, failed, failures + 1)])
 
     def _collect(self, timeout: float | None) -> None:
-        """Process the checks that have ended; with timeout None, wait for at least one."""
+        """Process the checks that have ended; with timeout None, wait for at least one.
+
+        Raises StopRequested while it waits: a check may take minutes. Raises RewardFailed for a failure that is to end
+        the run.
+        """
         if not self._checks:
             return
-        ended, _ = wait(self._checks, timeout, return_when=FIRST_COMPLETED)
+        ended, _ = wait(self._checks, _STOP_POLL_S if timeout is None else timeout, return_when=FIRST_COMPLETED)
+        while timeout is None and not ended:
+            self.sampler.stop.check()
+            ended, _ = wait(self._checks, _STOP_POLL_S, return_when=FIRST_COMPLETED)
         self.sampler.answers += len(ended)
         for future in ended:
             check, judgement = self._checks.pop(future), future.result()
             entry = self._open[check.name]
             entry.judging -= 1
             if judgement.reward is None:
-                entry.rollouts.drop("check_failed")
-                self.sampler.failures.add(f"check failed: {judgement.error}", entry.request.problem.id)
+                self._drop_unjudged(entry, judgement)
             else:
-                entry.judged[check.place] = Sample(check.completion, check.text, judgement.reward, judgement.feedback)
-                self._stop_early(entry, judgement.reward)
+                sample = _sample(check, judgement, judgement.reward)
+                entry.judged[check.place] = sample
+                self._stop_early(entry, sample.correctness)
             self._close_if_done(entry)
 
-    def _stop_early(self, entry: _Open, reward: float) -> None:
+    def _drop_unjudged(self, entry: _Open, judgement: Judgement) -> None:
+        problem = entry.request.problem.id
+        if judgement.ends_run:
+            raise RewardFailed(f"problem {problem}: {judgement.error} (reward.functions: on_failure=stop)")
+        entry.rollouts.drop(f"check_failed/{judgement.failed}" if judgement.failed else "check_failed")
+        self.sampler.failures.add(f"check failed: {judgement.error}", problem)
+
+    def _stop_early(self, entry: _Open, correctness: float) -> None:
         stop_at = entry.request.stop_at
-        if stop_at is not None and reward >= stop_at and entry.missing and not entry.stopped:
+        if stop_at is not None and correctness >= stop_at and entry.missing and not entry.stopped:
             entry.stopped = True
             self.sampler.engine.cancel(entry.ids)
 
@@ -330,6 +348,10 @@ class SamplingJob:
         self._open |= {entry.name: entry for entry in entries}
         self.progress.extend(sum(entry.missing for entry in entries))
         return entries
+
+
+def _sample(check: _Check, judgement: Judgement, reward: float) -> Sample:
+    return Sample(check.completion, check.text, reward, judgement.feedback, judgement.components, judgement.decided_by)
 
 
 def _attempt(request: RolloutRequest, request_id: str, n: int, seed: int) -> GenerationRequest:

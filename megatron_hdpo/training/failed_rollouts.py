@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from megatron_hdpo.model.policy import TrainingError
 from megatron_hdpo.types.rollouts import GroupOutline
 
 FAILED = ("generation_failed", "check_failed", "privileged_generation_failed", "privileged_check_failed")
-"""Reasons in `GroupOutline.dropped` that are failures, not choices."""
+"""Reasons in `GroupOutline.dropped` that are failures, not choices; student and privileged rollouts are counted apart.
+
+`check_failed/judge` is the failure of the reward function `judge`, and counts as `check_failed` too.
+"""
+
+
+def count_failures(groups: Sequence[GroupOutline]) -> Counter[str]:
+    """Return how many rollouts of these groups failed, by the reasons of FAILED."""
+    counts: Counter[str] = Counter()
+    for group in groups:
+        for reason, count in group.dropped.items():
+            counts[reason.partition("/")[0]] += count
+    return Counter({reason: counts[reason] for reason in FAILED})
 
 
 class FailedRollouts:
@@ -31,7 +44,7 @@ class FailedRollouts:
         too long: it would train on nothing to its last step.
         """
         sampled = sum(len(g.samples) + len(g.privileged_samples) for g in groups)
-        failed = sum(group.dropped.get(reason, 0) for group in groups for reason in FAILED)
+        failed = count_failures(groups).total()
         self._empty_steps = 0 if sampled else self._empty_steps + 1
         if self._empty_steps >= self.max_empty_steps:
             raise TrainingError(

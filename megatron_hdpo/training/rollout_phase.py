@@ -17,13 +17,12 @@ from megatron_hdpo.sampling.saved import read_share, step_files
 from megatron_hdpo.sampling.saver import RolloutSaver
 from megatron_hdpo.sampling.step_rollouts import StepRollouts, gather_counts, gather_outlines
 from megatron_hdpo.tracking.formats import amount
+from megatron_hdpo.training.failed_rollouts import count_failures
+from megatron_hdpo.training.reward_metrics import reward_metrics
 from megatron_hdpo.training.run import Run
 from megatron_hdpo.types.errors import DataError
 from megatron_hdpo.types.metrics import Metric, reduce_metrics
 from megatron_hdpo.types.rollouts import Group, GroupOutline
-
-FAILURES = ("generation_failed", "check_failed", "privileged_generation_failed", "privileged_check_failed")
-"""Reasons why a rollout is missing that are nobody's choice; student and privileged ones are counted apart."""
 
 
 def collect_step_rollouts(run: Run) -> tuple[StepRollouts, dict[str, float]]:
@@ -50,7 +49,8 @@ def collect_step_rollouts(run: Run) -> tuple[StepRollouts, dict[str, float]]:
             run.context.barrier("rollouts handed to be saved")  # a slow disk may make a rank wait
         run.measurements.performance.rollouts(rollouts.outlines)
     counts = gather_counts(rollouts, run.objective, run.context)
-    metrics = rollout_metrics(rollouts.outlines) | run.objective.metrics(rollouts.outlines, counts) | server_metrics
+    metrics = rollout_metrics(rollouts.outlines) | reward_metrics(rollouts.outlines)
+    metrics |= run.objective.metrics(rollouts.outlines, counts) | server_metrics
     if run.saver is not None:
         metrics["rollout/save_failed"] = float(not_saved(run.saver, run))
     if rollout.refill_rounds:
@@ -164,8 +164,7 @@ def rollout_metrics(groups: Sequence[GroupOutline]) -> dict[str, float]:
     """Return rewards and lengths of the student rollouts, and failures of all; a mean over nothing is left out."""
     samples = [sample for group in groups for sample in group.samples]
     metrics = {"rollout/samples": float(len(samples))}
-    for reason in FAILURES:
-        metrics[f"rollout/{reason}"] = float(sum(group.dropped.get(reason, 0) for group in groups))
+    metrics |= {f"rollout/{reason}": float(count) for reason, count in count_failures(groups).items()}
     if samples:
         metrics["rollout/reward_mean"] = float(np.mean([sample.reward for sample in samples]))
         metrics["rollout/response_tokens"] = float(np.mean([sample.length for sample in samples]))

@@ -187,6 +187,8 @@ def _build_run(
     for warning in check_tokens(tokenizer, stop_ids, architecture.vocab_size, recipe.model.path):
         console.warn(warning)
     rewards = RewardPool(recipe.data.tasks, recipe.reward)
+    if recipe.rollout.replay is None:
+        rewards.check()
     data = _load_data(recipe, context, console, tokenizer, rewards, architecture.vocab_size)
     if resumes:
         check_enough(recipe, data)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from fake_engine import Fails, FakeEngine
 
-from megatron_hdpo.rewards.pool import Judgement
+from megatron_hdpo.rewards.judgement import Judgement
 from megatron_hdpo.rollout.config import RolloutConfig
 from megatron_hdpo.sampling.coordinator import RolloutCoordinator
 from megatron_hdpo.sampling.sampler import RolloutSampler
@@ -85,7 +85,7 @@ class Judge:
     def __init__(self, fails: Callable[[str], bool] = lambda text: False) -> None:
         self.fails = fails
 
-    def submit(self, problem: Problem, response: str) -> Future[Judgement]:
+    def submit(self, problem: Problem, response: str, tokens: int = 0) -> Future[Judgement]:
         future: Future[Judgement] = Future()
         failed = self.fails(response)
         right = float(len(response) % 2)

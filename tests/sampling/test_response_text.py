@@ -9,8 +9,8 @@ import pytest
 from fake_engine import FakeEngine
 from tiny_tokenizers import byte_tokenizer
 
+from megatron_hdpo.rewards.judgement import Judgement
 from megatron_hdpo.rewards.math import score_math
-from megatron_hdpo.rewards.pool import Judgement
 from megatron_hdpo.sampling.response_text import ResponseText
 from megatron_hdpo.sampling.sampler import RolloutRequest, RolloutSampler
 from megatron_hdpo.types.problem import Problem
@@ -29,7 +29,7 @@ def tokenizer(marks_are_special: bool):
 class Scorer:
     """Judges by `score_math` in this process, without a pool."""
 
-    def submit(self, problem: Problem, response: str) -> Future[Judgement]:
+    def submit(self, problem: Problem, response: str, tokens: int = 0) -> Future[Judgement]:
         future: Future[Judgement] = Future()
         future.set_result(Judgement(score_math(problem.answer, response), None, 0.0))
         return future

@@ -164,9 +164,10 @@ def _signal_while_learning_step_2(*numbers: signal.Signals, rank: int = 0) -> No
 
 def _kill_the_judge() -> None:
     """Every check fails, as with a task whose package is missing."""
-    from megatron_hdpo.rewards.pool import Judgement, RewardPool
+    from megatron_hdpo.rewards.judgement import Judgement
+    from megatron_hdpo.rewards.pool import RewardPool
 
-    def submit(self: Any, problem: Any, response: str) -> Future[Judgement]:
+    def submit(self: Any, problem: Any, response: str, tokens: int = 0) -> Future[Judgement]:
         future: Future[Judgement] = Future()
         future.set_result(Judgement(None, "KeyError: 'no such judge'", 0.0))
         return future
