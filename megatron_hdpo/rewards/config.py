@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import os
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from megatron_hdpo.rewards.functions import FunctionConfig, check_functions
+from megatron_hdpo.rewards.functions import AnswerFormat, HttpService, OverlongPenalty, TaskScore, check_functions
+from megatron_hdpo.rewards.python_function import PythonFunction
+
+FunctionConfig = Annotated[
+    TaskScore | AnswerFormat | OverlongPenalty | PythonFunction | HttpService, Field(discriminator="kind")
+]
+"""Section of a reward function, by its kind."""
 
 
 class RewardConfig(BaseModel):

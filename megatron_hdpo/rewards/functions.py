@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Literal
 from urllib.parse import urljoin, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -166,12 +166,6 @@ class HttpService(RewardFunction):
         return None if self.health is None else urljoin(self.url, self.health)
 
 
-FunctionConfig = Annotated[
-    TaskScore | AnswerFormat | OverlongPenalty | HttpService,
-    Field(discriminator="kind"),
-]
-
-
 def deciding(functions: Sequence[RewardFunction]) -> RewardFunction:
     """Return the function that decides on success: the marked one, else the task's score, else the only one.
 
@@ -191,6 +185,8 @@ def check_functions(functions: Sequence[RewardFunction]) -> None:
     if not functions:
         raise ValueError("name at least one function, or leave the list out: the task's score is the default")
     names = [function.function_name for function in functions]
+    if wrong := next((name for name in names if not re.fullmatch(NAME, name)), None):
+        raise ValueError(f"{wrong!r} cannot be the name of a metric: give a `name` of a-z, 0-9 and _")
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"functions share a name: {', '.join(sorted(twice))}; give each its own `name`")
     deciding(functions)

@@ -92,6 +92,11 @@ def test_a_part_that_fails_fails_the_whole(pool: RewardPool, response: str, fail
     assert judgement.components == {} and not judgement.ends_run
 
 
+def test_a_length_that_nobody_knows_is_no_length_of_0(pool: RewardPool) -> None:
+    judgement = pool.submit(PROBLEM, "reward:1").result(timeout=60)
+    assert (judgement.reward, judgement.failed) == (None, "length")
+
+
 numbers = st.floats(-1e6, 1e6)
 
 
@@ -189,6 +194,79 @@ def test_who_decides_on_success(functions: list[dict[str, Any]], name: str) -> N
     assert read is not None and deciding(read).function_name == name
 
 
+OWN = """
+calls = 0
+
+
+def shortness(problem, response, longest=10):
+    if "raise" in response:
+        raise RuntimeError("no idea")
+    return max(0.0, 1 - len(response) / longest)
+
+
+class Tenths:
+    def __init__(self, digits: int) -> None:
+        self.digits = digits
+
+    def __call__(self, problem, response):
+        return len(problem.answer) / 10**self.digits
+
+
+def says_true(problem, response):
+    return True
+"""
+
+
+def test_functions_of_ones_own_run_in_the_workers(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    functions: list[dict[str, Any]] = [
+        {"kind": "task"},
+        {"kind": "python", "function": f"{tmp_path}/own.py:shortness", "arguments": {"longest": 16}, "weight": 2},
+        {"kind": "python", "function": f"{tmp_path}/own.py:Tenths", "arguments": {"digits": 1}, "name": "tenths"},
+    ]
+    with pool_of(*functions) as made:
+        made.check()
+        (tmp_path / "own.py").write_text("the file is edited while the run goes on")
+        right = made.submit(PROBLEM, "reward:1").result(timeout=60)
+        broken = made.submit(PROBLEM, "raise").result(timeout=60)
+    assert right.components == {"task": 1.0, "shortness": 0.5, "tenths": 0.1}
+    assert right.reward == pytest.approx(1 + 2 * 0.5 + 0.1)
+    assert (broken.reward, broken.failed) == (None, "task")
+
+
+def test_what_a_function_of_ones_own_returns_must_be_a_number(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    names = {"shortness": "reward function 'shortness': RuntimeError: no idea", "says_true": "bool, not a number"}
+    for name, error in names.items():
+        own = {"kind": "python", "function": f"{tmp_path}/own.py:{name}", "decides_success": True}
+        with pool_of(own) as made:
+            judgement = made.submit(PROBLEM, "raise").result(timeout=60)
+            assert (judgement.reward, judgement.failed) == (None, name) and error in (judgement.error or "")
+
+
+@pytest.mark.parametrize(
+    ("own", "error"),
+    [
+        ({"function": "own.py:nothing"}, "functions.0: function: own.py has no nothing"),
+        ({"function": "gone.py:shortness"}, "functions.0: function: there is no file gone.py"),
+        ({"function": "own.py:calls"}, "functions.0: function: own.py:calls is int, neither a function nor a class"),
+        (
+            {"function": "own.py:shortness", "arguments": {"longst": 3}},
+            "arguments: own.py:shortness: got an unexpected",
+        ),
+        ({"function": "own.py:Tenths"}, "arguments: own.py:Tenths: missing a required argument: 'digits'"),
+    ],
+)
+def test_a_wrong_function_of_ones_own_is_refused(
+    own: dict[str, Any], error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError) as raised:
+        parse_recipe(recipe({"kind": "python"} | own))
+    assert error in str(raised.value)
+
+
 @pytest.mark.parametrize(
     ("functions", "error"),
     [
@@ -201,7 +279,7 @@ def test_who_decides_on_success(functions: list[dict[str, Any]], name: str) -> N
         ([TASK | {"weight": float("nan")}], "reward.functions.0.weight"),
         ([TASK, FORMAT | {"pattern": "("}], "reward.functions.1.pattern: is no regular expression"),
         ([TASK, {"kind": "length", "max_tokens": 5, "buffer_tokens": 6}], "buffer_tokens: 6 is more than max_tokens 5"),
-        ([TASK, {"kind": "judge"}], "reward.functions.1.kind: judge is not one of task, format, length, http"),
+        ([TASK, {"kind": "judge"}], "reward.functions.1.kind: judge is not one of task, format, length, python, http"),
         ([TASK, JUDGE | {"url": "judge:8000"}], "reward.functions.1.url: must be an address such as http://host"),
         ([TASK, JUDGE | {"url": f"http://me:{SECRET}@judge/x"}], "must not hold a user or password"),
         ([TASK, JUDGE | {"url": "/score"}], "url: must be an address"),
