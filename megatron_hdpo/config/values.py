@@ -36,6 +36,7 @@ _REWARD = _Range(1e-6, 1, "rewards go from 0 to 1, so any other threshold is rea
 _DURATION = "nothing waits for longer than three years"
 _RANGES = {
     "success_threshold": _REWARD,
+    "cliff_threshold": _Range(0, 1 - 1e-6, "rewards go from 0 to 1, so every prompt would be a cliff"),
     "stop_at_reward": _REWARD,
     "temperature": _Range(1e-3, 1e3, "lower ones take the likeliest token, higher ones any, up to rounding"),
     "_s": _Range(-math.inf, 1e8, _DURATION),

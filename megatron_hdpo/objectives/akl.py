@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from megatron_hdpo.objectives.base import NO_TOTALS, ObjectiveDeps, group_shares
+from megatron_hdpo.objectives.base import NO_TOTALS, ObjectiveDeps
 from megatron_hdpo.objectives.distillation import Distillation, SamePromptDistillation, StudentDistillationConfig
 from megatron_hdpo.objectives.examples import SampleKey, is_masked, privileged_samples
 from megatron_hdpo.objectives.settings import RecipeContext
@@ -87,4 +87,4 @@ class TeacherTokens(Distillation):
 
     def metrics(self, groups: Sequence[JudgedGroup], counts: Mapping[str, float] = NO_TOTALS) -> dict[str, float]:
         """Return the shares of solved, mixed and cliff groups, and the number of privileged samples."""
-        return group_shares(groups) | {"privileged/kept": float(sum(len(group.privileged_samples) for group in groups))}
+        return self.shares(groups) | {"privileged/kept": float(sum(len(group.privileged_samples) for group in groups))}

@@ -91,6 +91,14 @@ class BaseObjective:
         own = (NLL, ENTROPY) if self.loss.distill is None else (DIVERGENCE, COVERED_MASS)
         return (*own, GRADIENT_NORM)
 
+    def is_cliff(self, group: JudgedGroup) -> bool:
+        """Return whether the group is a cliff, by the settings' threshold."""
+        return is_cliff(group, self.config.cliff_threshold)
+
+    def shares(self, groups: Sequence[JudgedGroup], success: float = 1.0) -> dict[str, float]:
+        """Return `group_shares` with the settings' cliffs."""
+        return group_shares(groups, success, self.config.cliff_threshold)
+
     def privileged_rollouts_for(self, group: Group, step: int) -> int:
         """Return the number of privileged samples that the group gets. Default: 0."""
         return 0
@@ -145,15 +153,28 @@ class BaseObjective:
         """Restore what `state_dict` returned. Default: do nothing."""
 
 
-def group_shares(groups: Sequence[JudgedGroup], success: float = 1.0) -> dict[str, float]:
+def is_cliff(group: JudgedGroup, threshold: float = 0.0) -> bool:
+    """Return whether no sample's correctness exceeds the threshold; a group without a judged sample is no cliff.
+
+    With threshold 0 and rewards that are not negative this is HDPO's definition, sum of rewards = 0 (arXiv 2603.23871,
+    Algorithm 1). Correctness is what the checker says: it knows neither penalties nor other reward functions.
+    """
+    return bool(group.samples) and all(sample.correctness <= threshold for sample in group.samples)
+
+
+def group_shares(
+    groups: Sequence[JudgedGroup], success: float = 1.0, cliff_threshold: float = 0.0
+) -> dict[str, float]:
     """Return the shares of solved, mixed and cliff groups among those with a judged sample; {} if there is none.
 
-    Solved: the correctness of every sample is at least `success`; cliff: that of none is; mixed: the others, the only
-    ones with an advantage where the reward is the correctness.
+    Cliff: as in `is_cliff`; solved: the correctness of every sample is at least `success`; mixed: the others. A group
+    that is both is a cliff.
     """
-    judged = [[s.correctness >= success for s in group.samples] for group in groups if group.samples]
+    judged = [group for group in groups if group.samples]
     if not judged:
         return {}
-    solved = sum(all(group) for group in judged) / len(judged)
-    cliffs = sum(not any(group) for group in judged) / len(judged)
-    return {"rollout/solved_rate": solved, "rollout/cliff_rate": cliffs, "rollout/mixed_rate": 1 - solved - cliffs}
+    cliff = [is_cliff(group, cliff_threshold) for group in judged]
+    solved = [all(s.correctness >= success for s in group.samples) for group in judged]
+    cliffs, wins = sum(cliff), sum(won and not lost for won, lost in zip(solved, cliff, strict=True))
+    counts = {"solved": wins, "cliff": cliffs, "mixed": len(judged) - cliffs - wins}
+    return {f"rollout/{name}_rate": count / len(judged) for name, count in counts.items()}

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from megatron_hdpo.objectives.base import NO_TOTALS, BaseObjective, group_shares
+from megatron_hdpo.objectives.base import NO_TOTALS, BaseObjective
 from megatron_hdpo.objectives.examples import (
     SampleKey,
     is_masked,
@@ -115,7 +115,7 @@ class Distillation(BaseObjective):
     def metrics(self, groups: Sequence[JudgedGroup], counts: Mapping[str, float] = NO_TOTALS) -> dict[str, float]:
         """Return the shares of solved, mixed and cliff groups, and of masked samples."""
         samples = sum(len(group.samples) for group in groups)
-        return group_shares(groups) | ({"distill/masked_share": 1 - counts["trained"] / samples} if samples else {})
+        return self.shares(groups) | ({"distill/masked_share": 1 - counts["trained"] / samples} if samples else {})
 
 
 class SamePromptDistillation(Distillation):

@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from megatron_hdpo.objectives.advantages import AdvantageKind, advantages
-from megatron_hdpo.objectives.base import NO_TOTALS, BaseObjective, group_shares
+from megatron_hdpo.objectives.base import NO_TOTALS, BaseObjective
 from megatron_hdpo.objectives.examples import SampleKey, is_masked, own_scoring, student_example, student_samples
 from megatron_hdpo.objectives.settings import ObjectiveSettings
 from megatron_hdpo.types.headline import (
@@ -55,7 +55,7 @@ class GRPOConfig(ObjectiveSettings):
     overlong: OverlongPolicy = Field(
         "keep",
         description="Responses cut at the length limit: train on them as they are, mask them out of the loss, or "
-        "subtract overlong_penalty from their reward before advantages are computed.",
+        "subtract overlong_penalty from their reward before advantages are computed (not on a cliff: it has none).",
     )
     overlong_penalty: float = Field(0.5, ge=0, description="Penalty of a cut response, for overlong=penalise.")
     aggregation: Literal["token", "sequence"] = Field(
@@ -136,7 +136,16 @@ class GRPO(BaseObjective):
         )
 
     def _advantages(self, group: JudgedGroup) -> np.ndarray:
-        return advantages(np.array([self._reward(sample) for sample in group.samples]), self.config.advantage)
+        """Return the advantages of the samples, float64 [G].
+
+        On a cliff they are 0, also where penalties differ, unless other reward functions than the one that decides
+        tell its samples apart.
+        """
+        cliff = self.is_cliff(group)
+        if cliff and all(sample.reward == sample.correctness for sample in group.samples):
+            return np.zeros(len(group.samples))
+        rewards = [sample.reward if cliff else self._reward(sample) for sample in group.samples]
+        return advantages(np.array(rewards), self.config.advantage)
 
     def _reward(self, sample: JudgedSample) -> float:
         cut = self.config.overlong == "penalise" and sample.finish_reason == "length"
@@ -150,4 +159,4 @@ class GRPO(BaseObjective):
 
     def metrics(self, groups: Sequence[JudgedGroup], counts: Mapping[str, float] = NO_TOTALS) -> dict[str, float]:
         """Return the shares of solved groups (all right), cliffs (all wrong) and mixed ones."""
-        return group_shares(groups)
+        return self.shares(groups)

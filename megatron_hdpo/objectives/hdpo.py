@@ -3,6 +3,10 @@
 arXiv 2603.23871, Algorithm 1 and Eq. 5: L = L_GRPO + lambda * (1/N_tok) sum JSD_k(teacher(. | x + y*, ȳ_<t), q(. | x,
 ȳ_<t)) over the tokens of privileged rollouts ȳ that are right. The gradient flows through q only. N_tok counts the
 tokens of those rollouts, so the weight of the term does not depend on how many there are.
+
+A prompt is a cliff where the sum of its rewards is 0 (`cliff_threshold`); a privileged rollout is right from
+`privileged.success_threshold` on, as in the paper. A cliff has no advantages, so no prompt has both losses, unless
+`reward.functions` has more than what decides.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from megatron_hdpo.objectives.base import NO_TOTALS, ObjectiveDeps, group_shares
+from megatron_hdpo.objectives.base import NO_TOTALS, ObjectiveDeps
 from megatron_hdpo.objectives.examples import distillation_example, privileged_samples, target_of, target_scorings
 from megatron_hdpo.objectives.grpo import GRPO, GRPOConfig
 from megatron_hdpo.objectives.privileged import PrivilegedFilter, PrivilegedRolloutConfig, privileged_metrics
@@ -47,9 +51,17 @@ class HDPOConfig(GRPOConfig):
     )
 
     def errors(self, context: RecipeContext) -> Iterator[str]:
-        """Yield why the divergence cannot be computed, or why the engine's log-probs are not the teacher's."""
+        """Yield why the divergence cannot be computed, or why the engine's log-probs are not the teacher's.
+
+        Also why a cliff could hold a right rollout.
+        """
         distill = self.distill
         yield from distill.errors(context.vocab_size)
+        if self.cliff_threshold >= self.privileged.success_threshold:
+            yield (
+                f"cliff_threshold: {self.cliff_threshold:g} is no less than privileged.success_threshold="
+                f"{self.privileged.success_threshold:g}: prompts with right rollouts would be cliffs"
+            )
         if self.logits_from != "rollout":
             return
         if distill.support != "teacher":
@@ -78,10 +90,6 @@ class HDPO(GRPO):
     def loss(self) -> LossSpec:
         """Return the surrogate, its penalty and the divergence."""
         return replace(super().loss, distill=self.config.distill)
-
-    def is_cliff(self, group: JudgedGroup) -> bool:
-        """Return whether every judged sample failed. A group without a judged sample is no cliff."""
-        return bool(group.samples) and all(not self.filter.is_right(sample) for sample in group.samples)
 
     def privileged_rollouts_for(self, group: Group, step: int) -> int:
         """Return the number of privileged samples: those of the config for a cliff, else 0."""
@@ -134,7 +142,7 @@ class HDPO(GRPO):
     def metrics(self, groups: Sequence[JudgedGroup], counts: Mapping[str, float] = NO_TOTALS) -> dict[str, float]:
         """Return the shares of solved, mixed and cliff groups, and of cliffs with a kept privileged sample."""
         cliffs = [group for group in groups if self.is_cliff(group)]
-        metrics = group_shares(groups, self.config.privileged.success_threshold)
+        metrics = self.shares(groups, self.config.privileged.success_threshold)
         metrics["privileged/cliff_prompts"] = float(len(cliffs))
         if cliffs:
             metrics["privileged/taught_prompts_rate"] = sum(bool(g.privileged_samples) for g in cliffs) / len(cliffs)

@@ -19,7 +19,7 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from megatron_hdpo.objectives.base import NO_TOTALS, BaseObjective, ObjectiveDeps, group_shares
+from megatron_hdpo.objectives.base import NO_TOTALS, BaseObjective, ObjectiveDeps
 from megatron_hdpo.objectives.distillation import SamePromptDistillation, StudentDistillationConfig
 from megatron_hdpo.objectives.examples import SampleKey, is_masked, own_scoring, student_example
 from megatron_hdpo.objectives.settings import OTHER_TEACHERS, ObjectiveSettings, RecipeContext, TeacherKind
@@ -178,4 +178,4 @@ class SampledDistillation(BaseObjective):
 
     def metrics(self, groups: Sequence[JudgedGroup], counts: Mapping[str, float] = NO_TOTALS) -> dict[str, float]:
         """Return the shares of solved, mixed and cliff groups, for the record: the method learns from no reward."""
-        return group_shares(groups)
+        return self.shares(groups)

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from megatron_hdpo.objectives.base import NO_TOTALS, ObjectiveDeps, group_shares
+from megatron_hdpo.objectives.base import NO_TOTALS, ObjectiveDeps
 from megatron_hdpo.objectives.distillation import Distillation, StudentDistillationConfig
 from megatron_hdpo.objectives.examples import (
     SampleKey,
@@ -187,7 +187,7 @@ class PACED(Distillation):
 
     def metrics(self, groups: Sequence[JudgedGroup], counts: Mapping[str, float] = NO_TOTALS) -> dict[str, float]:
         """Return the shares of solved, mixed and cliff groups, and how many privileged samples were kept or dropped."""
-        return group_shares(groups, self.config.privileged.success_threshold) | privileged_metrics(groups)
+        return self.shares(groups, self.config.privileged.success_threshold) | privileged_metrics(groups)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the pass rates by problem, each with the step that measured it."""

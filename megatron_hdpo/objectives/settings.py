@@ -44,6 +44,13 @@ class ObjectiveSettings(BaseModel):
     privileged_prompts: ClassVar[bool] = False
     """Return whether prompts that show the answer are needed with all settings."""
 
+    cliff_threshold: float = Field(
+        0.0,
+        ge=0,
+        description="A prompt is a cliff where no rollout's reward exceeds this, whatever is subtracted from rewards "
+        "afterwards: with 0, all rewards are 0. A cliff has no advantages.",
+    )
+
     @property
     def reference(self) -> LoadedReference | None:
         """Return the class that the recipe refers to; None for a method of this package."""

@@ -137,7 +137,8 @@ def test_a_mean_over_sequences() -> None:
         ([sample(1.0, cut=True), sample(0.0, cut=True)], "keep", True),
         ([sample(1.0, cut=True), sample(0.0, cut=True)], "mask", False),
         ([sample(1.0, cut=True), sample(0.0)], "mask", True),
-        ([sample(0.0, cut=True), sample(0.0)], "penalise", True),
+        ([sample(0.0, cut=True), sample(0.0)], "penalise", False),
+        ([sample(0.5, cut=True), sample(0.5)], "penalise", True),
         ([sample(1.0, 0), sample(0.0, 0)], "keep", False),
     ],
 )

@@ -12,6 +12,7 @@ from rollout_groups import group, sample, top
 from megatron_hdpo.data.leakage import LeakageConfig
 from megatron_hdpo.objectives.base import ObjectiveDeps
 from megatron_hdpo.objectives.hdpo import HDPO, HDPOConfig
+from megatron_hdpo.objectives.settings import RecipeContext
 from megatron_hdpo.types.learning import Score
 
 CLIFF, SOLVED, MIXED = [0.0] * 3, [1.0] * 3, [1.0, 0.0, 0.0]
@@ -26,13 +27,20 @@ def hdpo(updates_per_step: int = 1, leakage: LeakageConfig | None = None, marker
 def test_cliffs_get_a_second_try() -> None:
     groups = [group(MIXED), group(CLIFF), group(SOLVED), group([]), group(CLIFF), group([0.5, 0.9])]
     objective = hdpo(privileged={"rollouts": 5})
-    assert [objective.privileged_rollouts_for(group, 0) for group in groups] == [0, 5, 0, 0, 5, 5]
+    assert [objective.privileged_rollouts_for(group, 0) for group in groups] == [0, 5, 0, 0, 5, 0]
 
 
-def test_the_success_threshold_says_what_a_cliff_is() -> None:
-    groups = [group([0.5, 0.2]), group([0.4, 0.2])]
-    objective = hdpo(privileged={"success_threshold": 0.5})
-    assert [bool(objective.privileged_rollouts_for(group, 0)) for group in groups] == [False, True]
+def test_the_cliff_threshold_says_what_a_cliff_is() -> None:
+    groups = [group([0.5, 0.0, 0.0, 0.2]), group([0.2, 0.2]), group([0.0, 0.1]), group([0.0, 0.0])]
+    for settings, taught in (({}, [0, 0, 0, 8]), ({"cliff_threshold": 0.2}, [0, 8, 8, 8])):
+        objective = hdpo(privileged={"success_threshold": 0.5}, **settings)
+        assert [objective.privileged_rollouts_for(group, 0) for group in groups] == taught
+
+
+def test_a_cliff_that_may_hold_right_rollouts_is_refused() -> None:
+    config = HDPOConfig.model_validate({"cliff_threshold": 0.5, "privileged": {"success_threshold": 0.5}})
+    (error,) = config.errors(RecipeContext(vocab_size=100, teacher="policy", temperature=1.0))
+    assert error.startswith("cliff_threshold: 0.5 is no less than privileged.success_threshold=0.5")
 
 
 def test_without_a_weight_there_is_no_second_try() -> None:
