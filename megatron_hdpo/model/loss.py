@@ -201,7 +201,7 @@ def _distill_weights(own_N: Tensor, inputs: LossInputs, cap: float | None) -> Te
 def _sums(terms: _Terms, losses: Losses, inputs: LossInputs, normalisers: TokenCounts) -> dict[str, Tensor]:
     """Compute the sums (and MAXIMA) over all tokens of a micro-batch."""
     assert losses.logprobs_T is not None
-    sums = _surrogate_sums(terms, losses, inputs)
+    sums = _surrogate_sums(terms, losses, inputs) | _entropy_sums(losses, inputs)
     if terms.penalty_N is not None and normalisers.surrogate:
         there = _penalised(inputs)
         log_ratio = torch.where(there, losses.logprobs_T - inputs.reference_N, 0.0)
@@ -217,7 +217,7 @@ def _surrogate_sums(terms: _Terms, losses: Losses, inputs: LossInputs) -> dict[s
     The mismatch is ln r with r = trainer / engine, k3 = r - 1 - ln r. The trainer's probability is the one before the
     step's first update, so that updates of this step do not count as mismatch.
     """
-    assert losses.logprobs_T is not None and losses.entropy_T is not None
+    assert losses.logprobs_T is not None
     counted, mismatch = inputs.surrogate_weights_N != 0, terms.old_N - terms.rollout_N
     log_ratio = torch.where(counted, mismatch, 0.0)
     return {
@@ -225,11 +225,18 @@ def _surrogate_sums(terms: _Terms, losses: Losses, inputs: LossInputs) -> dict[s
         "surrogate_tokens": counted.sum(),
         "nll": -torch.where(counted, losses.logprobs_T, 0.0).sum(),
         "clipped": (terms.clipped_N & counted).sum(),
-        "entropy": torch.where(counted, losses.entropy_T, 0.0).sum(),
         "mismatch_k3": (log_ratio.exp() - 1 - log_ratio).sum(),
         "mismatch_abs": log_ratio.abs().sum(),
         "mismatch_max": _maximum(torch.where(counted, mismatch, -torch.inf)),  # of the log-ratio
     }
+
+
+def _entropy_sums(losses: Losses, inputs: LossInputs) -> dict[str, Tensor]:
+    """Compute the entropy, and the number, of the tokens of the student's own rollouts that have a weight in a loss."""
+    assert losses.entropy_T is not None
+    weighted = (inputs.surrogate_weights_N != 0) | (inputs.distill_weights_N != 0)
+    counted = weighted & (inputs.own_N != 0)
+    return {"entropy": torch.where(counted, losses.entropy_T, 0.0).sum(), "own_tokens": counted.sum()}
 
 
 def _maximum(values_N: Tensor) -> Tensor:
@@ -237,12 +244,18 @@ def _maximum(values_N: Tensor) -> Tensor:
 
 
 def _distill_sums(divergence_N: Tensor, losses: Losses, inputs: LossInputs) -> dict[str, Tensor]:
-    """Compute sums over the tokens with a target: divergence, and how much of the target the student covers."""
+    """Compute sums over the tokens with a target: divergence, and how much of the target the student covers.
+
+    divergence_N: multiplied by the tokens' weights, as in the loss.
+    """
     # Losses with a divergence have these too.
+    assert losses.divergence_T is not None and losses.entropy_T is not None
     assert losses.covered_mass_T is not None and losses.teacher_top_T is not None
     targeted = inputs.distill_weights_N != 0
     return {
-        "divergence": divergence_N.sum(),
+        "distill_loss": divergence_N.sum(),
+        "divergence": torch.where(targeted, losses.divergence_T, 0.0).sum(),
+        "distill_entropy": torch.where(targeted, losses.entropy_T, 0.0).sum(),
         "distill_tokens": targeted.sum(),
         "covered_mass": torch.where(targeted, losses.covered_mass_T, 0.0).sum(),
         "student_mass_at_top1": torch.where(targeted, losses.teacher_top_T, 0.0).sum(),

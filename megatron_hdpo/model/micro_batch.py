@@ -69,7 +69,8 @@ class LossInputs:
     """Loss inputs of a micro-batch's N response tokens, float32 [N] each.
 
     old_N, rollout_N: log-probs of the ratio's denominators; NaN stands for the policy's own log-prob. reference_N: NaN
-    for no penalty. moved: whether any response has denominators of its own. target: the teacher's distribution at the
+    for no penalty. own_N: 1 for tokens of the student's own rollouts, else 0. moved: whether any response has
+    denominators of its own. target: the teacher's distribution at the
     tokens that have one (its `rows`, on the host, index the N tokens); None if no token has one.
     """
 
@@ -79,6 +80,7 @@ class LossInputs:
     rollout_N: Tensor
     distill_weights_N: Tensor
     reference_N: Tensor
+    own_N: Tensor
     moved: bool
     target: TopK | Hidden | None
 
@@ -91,6 +93,7 @@ class LossInputs:
             rollout_N=take(self.rollout_N),
             distill_weights_N=take(self.distill_weights_N),
             reference_N=take(self.reference_N),
+            own_N=take(self.own_N),
             moved=self.moved,
             target=None,
         )
@@ -211,8 +214,9 @@ def loss_inputs(
         tokens(lambda e: e.rollout_logprobs_T, np.nan),
         tokens(lambda e: e.distill_weights_T, 0.0),
         tokens(lambda e: e.reference_logprobs_T, np.nan),
+        tokens(lambda e: np.full(len(e.response_ids), e.own_rollout), 0.0),
     ]
-    advantages, surrogate_weights, old, rollout, distill_weights, reference = join_to_device(
+    advantages, surrogate_weights, old, rollout, distill_weights, reference, own = join_to_device(
         arrays, torch.float32, device
     )
     return LossInputs(
@@ -222,6 +226,7 @@ def loss_inputs(
         rollout_N=rollout,
         distill_weights_N=distill_weights,
         reference_N=reference,
+        own_N=own,
         moved=any(e.old_logprobs_T is not None for e in examples),
         target=_target(examples, device, teacher_head, places),
     )

@@ -12,11 +12,12 @@ from torch import Tensor
 from megatron_hdpo.model.loss import MAXIMA, TokenCounts
 from megatron_hdpo.parallel.context import ParallelContext
 from megatron_hdpo.types.learning import LossSpec
-from megatron_hdpo.types.metrics import Metric
+from megatron_hdpo.types.metrics import Metric, mean_over
 
 _SUMS = (
-    "surrogate", "surrogate_tokens", "nll", "clipped", "entropy", "mismatch_k3", "mismatch_abs",
-    "divergence", "distill_tokens", "covered_mass", "student_mass_at_top1", "reference_kl", "reference_tokens",
+    "surrogate", "surrogate_tokens", "nll", "clipped", "mismatch_k3", "mismatch_abs", "entropy", "own_tokens",
+    "distill_loss", "divergence", "distill_tokens", "distill_entropy", "covered_mass", "student_mass_at_top1",
+    "reference_kl", "reference_tokens",
 )  # fmt: skip
 _LARGEST_LOG = 700.0  # exp of a larger number overflows
 
@@ -80,14 +81,18 @@ def step_metrics(
     if normalisers.surrogate:
         metrics["train/surrogate_loss"] = total["surrogate"] / normalisers.surrogate
     if count := total["surrogate_tokens"]:
-        metrics["train/clip_fraction"] = total["clipped"] / count
-        for name in ("nll", "entropy", "mismatch_k3", "mismatch_abs"):
-            metrics[f"train/{name}"] = total[name] / count
+        metrics["train/clip_fraction"] = mean_over(total["clipped"], count)
+        for name in ("nll", "mismatch_k3", "mismatch_abs"):
+            metrics[f"train/{name}"] = mean_over(total[name], count)
         metrics["train/mismatch_max"] = Metric(math.exp(min(total["mismatch_max"], _LARGEST_LOG)), "max")
+    if count := total["own_tokens"]:
+        metrics["train/entropy"] = mean_over(total["entropy"], count)
+        metrics["train/entropy_tokens"] = Metric(count, "sum")
     if count := total["reference_tokens"]:
-        metrics["train/reference_kl"] = total["reference_kl"] / count
+        metrics["train/reference_kl"] = mean_over(total["reference_kl"], count)
     if (count := total["distill_tokens"]) and spec.distill is not None:
-        metrics["distill/divergence"] = total["divergence"] / normalisers.distill
-        metrics["distill/covered_mass"] = total["covered_mass"] / count
-        metrics["distill/student_mass_at_top1"] = total["student_mass_at_top1"] / count
+        metrics["distill/loss"] = total["distill_loss"] / normalisers.distill
+        metrics["distill/entropy"] = mean_over(total["distill_entropy"], count)
+        for name in ("divergence", "covered_mass", "student_mass_at_top1"):
+            metrics[f"distill/{name}"] = mean_over(total[name], count)
     return metrics

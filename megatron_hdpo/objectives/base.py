@@ -162,9 +162,7 @@ def is_cliff(group: JudgedGroup, threshold: float = 0.0) -> bool:
     return bool(group.samples) and all(sample.correctness <= threshold for sample in group.samples)
 
 
-def group_shares(
-    groups: Sequence[JudgedGroup], success: float = 1.0, cliff_threshold: float = 0.0
-) -> dict[str, float]:
+def group_shares(groups: Sequence[JudgedGroup], success: float = 1.0, cliff_threshold: float = 0.0) -> dict[str, float]:
     """Return the shares of solved, mixed and cliff groups among those with a judged sample; {} if there is none.
 
     Cliff: as in `is_cliff`; solved: the correctness of every sample is at least `success`; mixed: the others. A group

@@ -23,7 +23,15 @@ from megatron_hdpo.objectives.examples import (
     target_scorings,
 )
 from megatron_hdpo.objectives.settings import ANY_TEACHER, ObjectiveSettings, RecipeContext, TeacherKind
-from megatron_hdpo.types.headline import CLIFF_RATE, COVERED_MASS, DIVERGENCE, GRADIENT_NORM, SOLVED_RATE, Headline
+from megatron_hdpo.types.headline import (
+    CLIFF_RATE,
+    COVERED_MASS,
+    DISTILLED_ENTROPY,
+    DIVERGENCE,
+    GRADIENT_NORM,
+    SOLVED_RATE,
+    Headline,
+)
 from megatron_hdpo.types.learning import (
     DivergenceConfig,
     Example,
@@ -105,8 +113,8 @@ class Distillation(BaseObjective):
 
     @property
     def headlines(self) -> Sequence[Headline]:
-        """Return the divergence, the share of cliffs, and how much of the teacher is seen."""
-        return (DIVERGENCE, CLIFF_RATE, COVERED_MASS, GRADIENT_NORM, SOLVED_RATE)
+        """Return the divergence, the entropy, the share of cliffs, and how much of the teacher is seen."""
+        return (DIVERGENCE, DISTILLED_ENTROPY, CLIFF_RATE, COVERED_MASS, GRADIENT_NORM, SOLVED_RATE)
 
     def counts(self, groups: Sequence[Group]) -> dict[str, float]:
         """Return the number of distilled samples."""

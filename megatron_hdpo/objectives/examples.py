@@ -128,7 +128,7 @@ def student_example(
 
 
 def distillation_example(group: Group, sample: Sample, target: TopKArrays | HiddenOnHost) -> Example:
-    """Return the distillation example of a sample: the student's prompt, the same response ids, the target.
+    """Return the distillation example of a privileged sample: the student's prompt, the same response ids, the target.
 
     Raises ValueError if the target does not have one row per response token.
     """
@@ -144,6 +144,7 @@ def distillation_example(group: Group, sample: Sample, target: TopKArrays | Hidd
         distill_weights_T=np.ones(length, dtype=np.float32),
         distill_count=float(length),
         target=target,
+        own_rollout=False,
     )
 
 
@@ -168,4 +169,5 @@ def sample_distillation(
         old_logprobs_T=None if old is None else old.logprobs_T,
         rollout_logprobs_T=sample.completion.logprobs,
         routed_experts=experts_of(key, sample),
+        own_rollout=key[1] == "student",
     )

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from megatron_hdpo.types.headline import (
     CLIFF_RATE,
     COVERED_MASS,
+    DISTILLED_ENTROPY,
     DISTILLED_TOKENS,
     DIVERGENCE,
     ENTROPY,
@@ -27,6 +28,7 @@ HEADLINES = (
     COVERED_MASS,
     GRADIENT_NORM,
     ENTROPY,
+    DISTILLED_ENTROPY,
     Headline("ranks/slowest_ratio", "slowest", "Slowest rank's forward and backward, over the median", ".2f"),
     Headline("ranks/wait_share", "wait", "Share of forward and backward that ranks wait for the slowest", ".1%"),
 )

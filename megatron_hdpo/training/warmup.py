@@ -80,5 +80,10 @@ def _example(example: SupervisedExample) -> Example:
     """Return a worked solution as an example with advantage 1 at each token."""
     ones = np.ones(len(example.response_ids), dtype=np.float32)
     return Example(
-        example.prompt_ids, example.response_ids, advantages_T=ones, surrogate_weights_T=ones, surrogate_count=len(ones)
+        example.prompt_ids,
+        example.response_ids,
+        advantages_T=ones,
+        surrogate_weights_T=ones,
+        surrogate_count=len(ones),
+        own_rollout=False,
     )

@@ -99,7 +99,8 @@ class Example:
     distill_count: what this response adds to the two normalisers, also if its weights are zero (tokens for a token
     mean, 1 for a mean over sequences whose weights are 1/T). reference_logprobs_T: of the reference policy, for the KL
     penalty. routed_experts: `Completion.routed_experts` if the engine sampled this response after this prompt; the
-    tokens then go to these experts. None: the router chooses.
+    tokens then go to these experts. None: the router chooses. own_rollout: whether the student sampled this response
+    after this prompt; `train/entropy` is over such responses.
     """
 
     prompt_ids: np.ndarray
@@ -114,6 +115,7 @@ class Example:
     target: TopKArrays | HiddenOnHost | None = None
     reference_logprobs_T: np.ndarray | None = None
     routed_experts: np.ndarray | None = None
+    own_rollout: bool = True
 
     @property
     def num_tokens(self) -> int:

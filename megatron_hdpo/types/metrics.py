@@ -9,18 +9,27 @@ Reduction = Literal["mean", "sum", "max", "min"]
 
 
 class Metric(float):
-    """A number of which updates or ranks give the sum, the largest or the smallest. A plain float is averaged."""
+    """A number of which updates or ranks give the sum, the largest, the smallest or the mean by weight.
+
+    A plain float is averaged with weight 1.
+    """
 
     reduction: Reduction
+    weight: float
 
-    def __new__(cls, value: float, reduction: Reduction) -> Metric:
-        """Return the number with its reduction."""
+    def __new__(cls, value: float, reduction: Reduction, weight: float = 1.0) -> Metric:
+        """Return the number with its reduction; weight: in a mean, such as the number of tokens that it is over."""
         metric = super().__new__(cls, value)
-        metric.reduction = reduction
+        metric.reduction, metric.weight = reduction, weight
         return metric
 
-    def __getnewargs__(self) -> tuple[float, Reduction]:  # type: ignore[override]  # float's own takes one argument
-        return float(self), self.reduction
+    def __getnewargs__(self) -> tuple[float, Reduction, float]:  # type: ignore[override]  # float's own takes one
+        return float(self), self.reduction, self.weight
+
+
+def mean_over(total: float, count: float) -> Metric:
+    """Return total / count, which updates of a step join to the mean over all that they counted."""
+    return Metric(total / count, "mean", count)
 
 
 def reduce_metrics(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -41,4 +50,7 @@ def _reduced(values: Sequence[float]) -> float:
         case "sum":
             return float(sum(map(float, values)))
         case _:
-            return sum(values) / len(values)
+            weights = [getattr(value, "weight", 1.0) for value in values]
+            if len(set(weights)) == 1:
+                return sum(values) / len(values)
+            return sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)

@@ -64,7 +64,9 @@ def reference_step(path: Path, examples: Sequence[Example], spec: LossSpec) -> R
     for example in examples:
         logits = response_logits(model, example.prompt_ids, example.response_ids)
         for t in range(len(example.response_ids)):
-            surrogate = _surrogate(example, t, torch.log_softmax(logits[t] / spec.temperature, -1), spec, sums)
+            logprobs_V = torch.log_softmax(logits[t] / spec.temperature, -1)
+            surrogate = _surrogate(example, t, logprobs_V, spec, sums)
+            _entropy(example, t, logprobs_V.detach(), spec, sums)
             if surrogate_count:
                 loss = loss + surrogate / surrogate_count
             if spec.distill is not None and example.target is not None:
@@ -106,7 +108,27 @@ def assert_same_tensors(actual: dict[str, np.ndarray], expected: dict[str, np.nd
     assert off[worst] < tolerance, f"{worst} is off by {off[worst]:.1e}; all: {off}"
 
 
-_SUMS = ("surrogate", "tokens", "nll", "entropy", "clipped", "k3", "abs", "jsd", "targets", "covered", "top1")
+_SUMS = (
+    "surrogate", "tokens", "nll", "clipped", "k3", "abs", "entropy", "own", "taught_entropy",
+    "jsd", "weighted_jsd", "targets", "covered", "top1",
+)  # fmt: skip
+
+
+def _taught(example: Example) -> bool:
+    """Whether any token of an example has a weight in the divergence."""
+    return example.distill_weights_T is not None and bool(np.any(example.distill_weights_T))
+
+
+def _entropy(example: Example, t: int, logprobs_V: Tensor, spec: LossSpec, sums: dict[str, float]) -> None:
+    """Of tokens that have a weight in a loss: all such of own rollouts, and those with a target."""
+    entropy = -float((logprobs_V.exp() * logprobs_V).sum())
+    taught = example.distill_weights_T is not None and example.distill_weights_T[t] != 0
+    runs = np.any(example.surrogate_weights_T * example.advantages_T) or _taught(example)
+    if example.own_rollout and runs and (example.surrogate_weights_T[t] != 0 or taught):
+        sums["entropy"] += entropy
+        sums["own"] += 1
+    if taught and spec.distill is not None:
+        sums["taught_entropy"] += entropy
 
 
 def _surrogate(example: Example, t: int, logprobs_V: Tensor, spec: LossSpec, sums: dict[str, float]) -> Tensor:
@@ -129,7 +151,6 @@ def _surrogate(example: Example, t: int, logprobs_V: Tensor, spec: LossSpec, sum
         log_ratio = float(old - rollout)
         sums["tokens"] += 1
         sums["nll"] -= float(own.detach())
-        sums["entropy"] -= float((logprobs_V.exp() * logprobs_V).sum().detach())
         sums["clipped"] += float(clipped > unclipped)
         sums["k3"] += np.exp(log_ratio) - 1 - log_ratio
         sums["abs"] += abs(log_ratio)
@@ -150,7 +171,8 @@ def _distillation(example: Example, t: int, q_V: Tensor, spec: LossSpec, sums: d
     student_leg = (q_V * (q_V / m_V).log()).sum()
     value = beta * teacher_leg + (1 - beta) * student_leg
     if weight:
-        sums["jsd"] += weight * float(value.detach())
+        sums["jsd"] += float(value.detach())
+        sums["weighted_jsd"] += weight * float(value.detach())
         sums["targets"] += 1
         sums["covered"] += float(torch.minimum(p_V, q_V).sum().detach())
         sums["top1"] += float(q_V[ids[masses.argmax()]].detach())
@@ -162,11 +184,15 @@ def _metrics(sums: dict[str, float], surrogate_count: float, distill_count: floa
     if surrogate_count:
         metrics["train/surrogate_loss"] = sums["surrogate"] / surrogate_count
     if sums["tokens"]:
-        names = {"nll": "nll", "entropy": "entropy", "clip_fraction": "clipped"}
+        names = {"nll": "nll", "clip_fraction": "clipped"}
         names |= {"mismatch_k3": "k3", "mismatch_abs": "abs"}
         metrics |= {f"train/{name}": sums[key] / sums["tokens"] for name, key in names.items()}
+    if sums["own"]:
+        metrics |= {"train/entropy": sums["entropy"] / sums["own"], "train/entropy_tokens": sums["own"]}
     if sums["targets"]:
-        metrics["distill/divergence"] = sums["jsd"] / distill_count
+        metrics["distill/loss"] = sums["weighted_jsd"] / distill_count
+        metrics["distill/divergence"] = sums["jsd"] / sums["targets"]
+        metrics["distill/entropy"] = sums["taught_entropy"] / sums["targets"]
         metrics["distill/covered_mass"] = sums["covered"] / sums["targets"]
         metrics["distill/student_mass_at_top1"] = sums["top1"] / sums["targets"]
     return metrics

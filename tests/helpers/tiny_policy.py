@@ -158,7 +158,8 @@ ONE_PER_MICRO_BATCH, SEVERAL, ALL_IN_ONE = 16, 40, 1000
 
 def make_examples(seed: int = 0) -> list[Example]:
     """Ten examples that use every field: signs, ratios outside and inside the clip, missing log-probs, fractional and
-    zero weights, targets alone and beside a surrogate, counts unlike the number of tokens, inert ones."""
+    zero weights, targets alone and beside a surrogate, counts unlike the number of tokens, inert ones, and one that the
+    student did not sample."""
     rng = np.random.default_rng(seed)
     return [_example(rng, index, *lengths) for index, lengths in enumerate(_LENGTHS)]
 
@@ -184,6 +185,7 @@ def _example(rng: np.random.Generator, index: int, prompt: int, length: int) -> 
         else (np.ones(length, dtype=np.float32) if has_target else None),
         distill_count=float(length) if has_target else 0.0,
         target=_target(rng, length) if has_target else None,
+        own_rollout=index != 5,
     )
 
 

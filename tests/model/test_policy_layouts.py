@@ -132,8 +132,10 @@ def test_tokens_without_gradient_count(layout: str, outcome: Get, reference) -> 
     result, expected = outcome(layout, first_model(layout), "one_replica_is_inert"), reference(first_model(layout))
     halved = {name: gradient / 2 for name, gradient in expected.gradients.items()}
     assert_same_tensors(result.tensors, halved, TOLERANCE)
-    for name in ("train/surrogate_loss", "distill/divergence"):
+    for name in ("train/surrogate_loss", "distill/loss"):
         assert result.metrics[name] == pytest.approx(expected.metrics[name] / 2, rel=1e-5)
+    for name in ("distill/divergence", "distill/entropy", "train/entropy"):  # of the tokens that have a gradient
+        assert result.metrics[name] == pytest.approx(expected.metrics[name], rel=1e-5)
 
 
 @pytest.mark.parametrize("layout", EVERY_CASE)

@@ -17,7 +17,7 @@ from megatron_hdpo.types.learning import DivergenceConfig, LossSpec, SurrogateCo
 STEPS = Steps(count=4, updates=1, samples=8, prompt=5, privileged=9, cliff_rate=0.25, solved_rate=0.25)
 OF_THE_TRAINER = {"train/grad_norm", "train/lr", "distill/tokens"}
 OF_A_SURROGATE = {"train/surrogate_loss", "train/nll", "train/entropy", "train/clip_fraction"}
-OF_A_DIVERGENCE = {"distill/divergence", "distill/covered_mass"}
+OF_A_DIVERGENCE = {"distill/divergence", "distill/covered_mass", "distill/entropy"}
 CONFIGS = [*(config() for config in OBJECTIVES), OPDConfig(estimator="top_k"), OPDConfig(estimator="full")]
 
 

@@ -1,5 +1,7 @@
 """Gradients of every parameter for each method of privileged context, on one rank and on TP 2 x DP 2.
 
+Metrics per token of some of them too.
+
 The references are the methods' definitions on the logits of `transformers` in float64, one sequence and one token at a
 time, with autograd; nothing of the package is in them but the record types. Contexts are known without asking the
 objective: where a method draws a sibling, these groups leave it no choice.
@@ -425,3 +427,80 @@ def test_gradients(found, name: str) -> None:
     assert max(float(np.abs(values).max()) for values in expected.values()) > 1e-6
     for layout in LAYOUTS:
         assert_same_gradients(found.results[layout][name].gradients, expected)
+
+
+# Metrics per token: (own tokens that run, distilled tokens with their divergence before any weight), by definition.
+
+
+def distilled_by_demonstration(group: Group, i: int, sample: Sample) -> bool:
+    return sample.reward == 0.0 and demonstration(group, i) is not None
+
+
+def plain_jsd(models: Models, group: Group, i: int, ids: np.ndarray) -> list[float]:
+    before = models.before(group.prompt_ids, ids)
+    taught = models.teacher(PROMPTS.hinted(group.problem, demonstration(group, i)), ids)
+    supports = [z_V.topk(K).indices for z_V in before]
+    return [
+        float(jsd(buckets(logp(p_V), s), buckets(logp(q_V), s), 0.5))
+        for p_V, q_V, s in zip(taught, models.student(group.prompt_ids, ids), supports, strict=True)
+    ]
+
+
+def forward_kls(models: Models, group: Group, ids: np.ndarray, clip: float = math.inf) -> list[float]:
+    taught = models.teacher(PROMPTS.privileged_prompt(group.problem), ids)
+    supports = [z_V.topk(K).indices for z_V in taught]
+    return [
+        float(clipped_forward_kl(buckets(logp(p_V), s), buckets(logp(q_V), s), clip))
+        for p_V, q_V, s in zip(taught, models.student(group.prompt_ids, ids), supports, strict=True)
+    ]
+
+
+def entropies(models: Models, group: Group, ids: np.ndarray, temperature: float) -> list[float]:
+    logprobs_TV = torch.log_softmax(models.student(group.prompt_ids, ids) / temperature, -1)
+    return (-(logprobs_TV.exp() * logprobs_TV).sum(-1)).tolist()
+
+
+def opsd_tokens(models: Models) -> tuple[list[float], list[float], list[float]]:
+    own = [h for group, _, _, ids in samples_of(groups()) for h in entropies(models, group, ids, 1.0)]
+    return own, own, [d for group, _, _, ids in samples_of(groups()) for d in forward_kls(models, group, ids, 0.05)]
+
+
+def sdpo_tokens(models: Models) -> tuple[list[float], list[float], list[float]]:
+    shown = [(group, i, ids) for group, i, _, ids in samples_of(groups()) if demonstration(group, i)]
+    own = [h for group, _, ids in shown for h in entropies(models, group, ids, 0.9)]
+    return own, own, [d for group, i, ids in shown for d in plain_jsd(models, group, i, ids)]
+
+
+def srpo_tokens(models: Models) -> tuple[list[float], list[float], list[float]]:
+    own, taught, divergences = [], [], []
+    for group, i, sample, ids in samples_of(groups()):
+        entropy, distilled = entropies(models, group, ids, 0.9), distilled_by_demonstration(group, i, sample)
+        if distilled or len({s.reward for s in group.samples}) == 2:
+            own += entropy
+        if distilled:
+            taught += entropy
+            divergences += plain_jsd(models, group, i, ids)
+    return own, taught, divergences
+
+
+def paced_first_tokens(models: Models) -> tuple[list[float], list[float], list[float]]:
+    taught = [(g, s) for g in groups_with_teachers_rollouts() for s in g.privileged_samples if s.reward == 1.0]
+    rollouts = [(group, sample.completion.token_ids) for group, sample in taught]
+    entropy = [h for group, ids in rollouts for h in entropies(models, group, ids, 1.0)]
+    return [], entropy, [d for group, ids in rollouts for d in forward_kls(models, group, ids)]
+
+
+TOKENS = {"opsd": opsd_tokens, "sdpo": sdpo_tokens, "srpo": srpo_tokens, "paced_first": paced_first_tokens}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", TOKENS)
+@torch.no_grad()
+def test_entropy_and_divergence_are_means_over_tokens(found, name: str, layout: str) -> None:
+    own, taught, divergences = TOKENS[name](Models(found.paths))
+    metrics = found.results[layout][name].metrics
+    assert metrics["distill/tokens"] == len(taught) == len(divergences) > 0
+    assert metrics["distill/entropy"] == pytest.approx(np.mean(taught), rel=1e-5)
+    assert metrics["distill/divergence"] == pytest.approx(np.mean(divergences), rel=1e-4)
+    assert metrics.get("train/entropy_tokens", 0) == len(own)
+    assert metrics.get("train/entropy") == (pytest.approx(np.mean(own), rel=1e-5) if own else None)
