@@ -30,9 +30,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     with opened_run(arguments.recipe, arguments.overrides) as run:
         # Here: `opened_run` says first what takes seconds to import.
-        from megatron_hdpo.evaluation.evaluate import metrics_of, sample_responses
+        from megatron_hdpo.evaluation.evaluate import metrics_of, remarks, sample_responses
         from megatron_hdpo.evaluation.files import evaluation_table, write_evaluation
         from megatron_hdpo.sampling.delivery import deliver_to_leader
+        from megatron_hdpo.sampling.failures import most_frequent
 
         config, problems = run.recipe.evaluation, run.data.evaluation
         if run.recipe.rollout.replay is not None:
@@ -43,6 +44,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             run.sync(0)
         with run.console.phase("evaluate", total=0, unit="sample") as phase:
             responses = sample_responses(config, problems, run.coordinator, phase)
+        cause = most_frequent(run.context.gather_objects(run.coordinator.sampler.failures.take()))
+        for line in remarks(config, responses, cause):
+            run.console.warn(line)
         metrics = metrics_of(config, responses)
         run.console.table("Evaluation", evaluation_table(metrics, responses))
         sampled, greedy = (deliver_to_leader(part, run.context) for part in (responses.sampled, responses.greedy))

@@ -105,6 +105,12 @@ def _name_errors(recipe: Recipe) -> Iterator[str]:
                 f"data.evaluation.{index}.name: {task.task_name!r} cannot be part of a metric's name: give a `name` of "
                 "letters, digits and . _ -"
             )
+    names = [task.task_name for task in recipe.data.evaluation]
+    for name in sorted(recipe.evaluation.task_samples.keys() - set(names)):
+        yield (
+            f"evaluation.task_samples.{name}: data.evaluation has no task of this name (it has: "
+            f"{', '.join(names) or 'none'})"
+        )
 
 
 def _layout_errors(recipe: Recipe, architecture: Architecture, world_size: int) -> Iterator[str]:

@@ -19,7 +19,7 @@ from megatron_hdpo.types.problem import Problem
 
 GROUP_ROWS = 50_000
 _ABOUT = b"megatron_hdpo.about"
-_TEXTS = ("id", "task", "question", "answer", "solution", "level")
+_TEXTS = ("id", "task", "question", "answer", "solution", "level", "source")
 _SCHEMA = pyarrow.schema(
     [
         *((name, pyarrow.large_string()) for name in _TEXTS),

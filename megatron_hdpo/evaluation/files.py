@@ -57,7 +57,8 @@ def evaluation_table(metrics: Mapping[str, float], responses: Responses) -> list
 
     The number of samples that failed to be generated or judged has a column where it is not 0.
     """
-    rates = dict.fromkeys(name.rpartition("/")[2].removesuffix("_low") for name in metrics if name.endswith("_low"))
+    names = [name for name in metrics if name.endswith("_low") and "/accuracy/" not in name]
+    rates = dict.fromkeys(name.rpartition("/")[2].removesuffix("_low") for name in names)
     dropped: dict[str, int] = {}
     for group in (*responses.sampled.outlines, *responses.greedy.outlines):
         name = group.problem.task
@@ -66,17 +67,22 @@ def evaluation_table(metrics: Mapping[str, float], responses: Responses) -> list
         {
             "set": name,
             **{key: f"{metrics[f'eval/{name}/{key}']:.0f}" for key in ("problems", "samples")},
-            **{rate: rate_text(metrics, f"eval/{name}/{rate}") for rate in rates},
+            **{rate: rate_text(metrics, f"eval/{name}/{rate}", f"eval/{name}/problems") for rate in rates},
             **({"samples dropped": str(count)} if any(dropped.values()) else {}),
         }
         for name, count in dropped.items()
     ]
 
 
-def rate_text(metrics: Mapping[str, float], name: str) -> str:
-    """Return a rate with its interval, `0.417 (0.245 to 0.612)`; "-" where it was not measured."""
+def rate_text(metrics: Mapping[str, float], name: str, problems: str = "") -> str:
+    """Return a rate with its interval, `0.417 (0.245 to 0.612)`; "-" where it was not measured.
+
+    problems: metric with the number of problems; a rate over fewer of them says so.
+    """
     if metrics.get(name) is None:
         return "-"
     low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
     interval = "" if low is None or high is None else f" ({low:.3f} to {high:.3f})"
-    return f"{metrics[name]:.3f}{interval}"
+    count, every = metrics.get(f"{name}_problems"), metrics.get(problems)
+    fewer = f", {count:.0f} problems" if count is not None and every is not None and count < every else ""
+    return f"{metrics[name]:.3f}{interval}{fewer}"

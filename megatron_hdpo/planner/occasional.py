@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 
 from megatron_hdpo.config import Recipe
@@ -56,10 +57,15 @@ def _problems(task: Task) -> int | None:
 def _evaluation(plan: Plan, recipe: Recipe, problems: int, every: int) -> Occasion:
     """Return an evaluation: its samples, and after them a greedy response per problem."""
     config = recipe.evaluation
-    passes = [config.samples, *([1] if config.greedy else [])]
+    passes = [(problems, 1)] if config.greedy else []
+    by_samples = Counter[int]()  # tasks with equal numbers of samples are sampled together
+    for task in recipe.data.evaluation:
+        by_samples[config.samples_of(task.task_name)] += _problems(task) or 0
+    passes += [(count, samples) for samples, count in by_samples.items()]
     longest = config.max_new_tokens or plan.workload.longest_response
-    seconds = sum(_sampled_s(plan, problems, samples, longest) for samples in passes)
-    return Occasion(f"evaluation of {problems:,} problems x {sum(passes)}", every, seconds)
+    seconds = sum(_sampled_s(plan, count, samples, longest) for count, samples in passes)
+    mean = sum(count * samples for count, samples in passes) / problems
+    return Occasion(f"evaluation of {problems:,} problems x {mean:.4g}", every, seconds)
 
 
 def _sampled_s(plan: Plan, problems: int, samples: int, longest: int) -> float:

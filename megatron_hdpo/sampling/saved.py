@@ -156,6 +156,7 @@ def _encode_group(group: Group, place: Mapping[str, int], decode: Decode) -> dic
         "id": problem.id,
         "task": problem.task,
         "level": problem.level,
+        "source": problem.source,
         "question": problem.question,
         "answer": problem.answer,
         "solution": problem.solution,
@@ -270,7 +271,7 @@ def _group(record: Mapping[str, Any]) -> Group:
     replay = record["replay"]
     privileged_ids = replay["privileged_prompt_ids"]
     return Group(
-        problem=Problem(**{name: record[name] for name in names}),
+        problem=Problem(**{name: record[name] for name in names}, source=record.get("source")),
         prompt_ids=_unpack(replay["prompt_ids"]),
         samples=_decode_samples(record["samples"], replay["samples"]),
         privileged_prompt_ids=None if privileged_ids is None else _unpack(privileged_ids),

@@ -76,6 +76,8 @@ STEP_SECONDS = "time/step_s"
 
 _PASS_AT = re.compile(r"eval/(?:(?P<set>.+)/)?pass@(?P<k>\d+)")
 _GREEDY = re.compile(r"eval/(?P<set>.+)/greedy")
+_ACCURACY = re.compile(r"eval/(?P<set>.+)/accuracy/(?P<part>(?:level|source)-.+?)")
+_OF_A_RATE = ("_low", "_high", "_problems")
 _PHASE = re.compile(r"time/(?P<phase>.+)_s")
 
 
@@ -91,6 +93,12 @@ def parse_share(name: str) -> tuple[str, str] | None:
         return parsed[0], f"pass@{parsed[1]}"
     match = _GREEDY.fullmatch(name)
     return None if match is None else (match["set"], "greedy")
+
+
+def parse_accuracy(name: str) -> tuple[str, str] | None:
+    """Return ("gsm", "level-2") for `eval/gsm/accuracy/level-2`; None for any other metric, and for its interval."""
+    match = None if name.endswith(_OF_A_RATE) else _ACCURACY.fullmatch(name)
+    return None if match is None else (match["set"], match["part"])
 
 
 def parse_phase(name: str) -> str | None:

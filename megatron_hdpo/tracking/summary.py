@@ -13,6 +13,7 @@ from megatron_hdpo.tracking.names import (
     SERVER_USE,
     SERVERS,
     STEP_SECONDS,
+    parse_accuracy,
     parse_pass_at,
     parse_phase,
     step_seconds,
@@ -30,13 +31,14 @@ class SummaryTable:
 
 
 def summarise(records: Records) -> list[SummaryTable]:
-    """Return tables of evaluation before and after, training, seconds per phase and SGLang servers, without empty ones.
+    """Return tables of evaluation, training, seconds per phase and SGLang servers, without empty ones.
 
     records: the steps of `read_metrics`. A metric that is absent or null in a step does not count in its mean.
     """
     with_servers = [record for record in records if record.get(SERVERS)]
     tables = [
         SummaryTable("Evaluation", _evaluation(records)),
+        SummaryTable("Accuracy by level and source", _accuracy(records)),
         SummaryTable("Training", _training(records)),
         SummaryTable("Time per phase (seconds)", _time(records)),
         SummaryTable("Servers", _server_use(with_servers)),
@@ -66,24 +68,32 @@ def phases(records: Records) -> list[tuple[str, str]]:
 
 
 def _evaluation(records: Records) -> list[dict[str, str]]:
-    rows = []
-    for name, dataset, k in evaluations(records):
-        steps, values = series(records, name)
-        if not steps:
-            continue
-        once = len(steps) == 1
-        intervals = _intervals(records, name)
-        rows.append(
-            {
-                "set": dataset or "held-out",
-                "metric": f"pass@{k}",
-                "before": f"{values[0]:.3f}{intervals.get(steps[0], '')}",
-                "after": "-" if once else f"{values[-1]:.3f}{intervals.get(steps[-1], '')}",
-                "change": "-" if once else f"{values[-1] - values[0]:+.3f}",
-                "steps": str(steps[0]) if once else f"{steps[0]} to {steps[-1]}",
-            }
-        )
-    return rows
+    found = [(name, dataset or "held-out", f"pass@{k}") for name, dataset, k in evaluations(records)]
+    return [row for item in found if (row := _course(records, *item))]
+
+
+def _accuracy(records: Records) -> list[dict[str, str]]:
+    names = dict.fromkeys(name for record in records for name in record)  # in the order in which they were measured
+    found = [(name, *parsed) for name in names if (parsed := parse_accuracy(name)) is not None]
+    return [row for item in found if (row := _course(records, *item))]
+
+
+def _course(records: Records, name: str, dataset: str, metric: str) -> dict[str, str]:
+    """Return the row of a rate: before, after, and the largest value with the first step that had it; {} if absent."""
+    steps, values = series(records, name)
+    if not steps:
+        return {}
+    once, intervals = len(steps) == 1, _intervals(records, name)
+    best = values.index(max(values))
+    return {
+        "set": dataset,
+        "metric": metric,
+        "before": f"{values[0]:.3f}{intervals.get(steps[0], '')}",
+        "after": "-" if once else f"{values[-1]:.3f}{intervals.get(steps[-1], '')}",
+        "change": "-" if once else f"{values[-1] - values[0]:+.3f}",
+        "best": "-" if once else f"{values[best]:.3f}{intervals.get(steps[best], '')} at step {steps[best]}",
+        "steps": str(steps[0]) if once else f"{steps[0]} to {steps[-1]}",
+    }
 
 
 def _intervals(records: Records, name: str) -> dict[int, str]:

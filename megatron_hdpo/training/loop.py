@@ -8,10 +8,12 @@ up for both.
 from __future__ import annotations
 
 from contextlib import ExitStack, suppress
+from functools import partial
 
 from megatron_hdpo.checkpoint.store import NoRoomError
-from megatron_hdpo.evaluation.evaluate import evaluate
+from megatron_hdpo.evaluation.evaluate import Responses, evaluate, remarks
 from megatron_hdpo.parallel.stop_request import StopRequested
+from megatron_hdpo.sampling.failures import most_frequent
 from megatron_hdpo.tracking.names import STEP_SECONDS
 from megatron_hdpo.tracking.performance import over_longer_step
 from megatron_hdpo.training.mismatch import check_mismatch
@@ -187,4 +189,13 @@ def evaluate_now(run: Run) -> dict[str, float]:
         return {}
     with run.prefetched.paused(), run.console.phase("evaluate", total=0, unit="sample") as phase:
         phase.note(run.whose_samples)
-        return evaluate(config, problems, run.coordinator, phase)
+        return evaluate(config, problems, run.coordinator, phase, partial(_say_what_is_missing, run))
+
+
+def _say_what_is_missing(run: Run, responses: Responses) -> None:
+    """Warn of samples of an evaluation that failed. Collective."""
+    cause = "see the logs of the ranks"
+    if not run.recipe.rollout.ahead:  # else errors of steps that are sampled ahead are among them
+        cause = most_frequent(run.context.gather_objects(run.coordinator.sampler.failures.take()))
+    for line in remarks(run.recipe.evaluation, responses, cause):
+        run.console.warn(line)

@@ -15,7 +15,8 @@ class Problem:
     question: what the model is asked, plain text without any prompt template.
     answer: the gold final answer, parsed once at load.
     solution: a worked solution that ends in the answer, when the source has one.
-    level: difficulty as the source states it, for per-level metrics.
+    level: difficulty as the row states it, for the accuracy by level (evaluation).
+    source: where the row says that it comes from (a competition, a subject), for the accuracy by source.
     metadata: whatever the task's scorer needs; must be picklable.
     """
 
@@ -25,4 +26,5 @@ class Problem:
     answer: str
     solution: str | None = None
     level: str | None = None
+    source: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict, compare=False)

@@ -638,6 +638,17 @@ TABLE = [
         overrides=["evaluation.k=[0]"],
     ),
     Wrong(
+        "samples of a task that is not evaluated on",
+        "evaluation.task_samples.aime: data.evaluation has no task of this name (it has: none)",
+        overrides=["evaluation.task_samples={aime: 12}"],
+    ),
+    Wrong(
+        "a threshold that makes every prompt a cliff",
+        "{override}: objective.cliff_threshold: must be between 0 and 0.999999: rewards go from 0 to 1, so every "
+        "prompt would be a cliff (given: 1)",
+        overrides=["objective.cliff_threshold=1"],
+    ),
+    Wrong(
         "a template that does not parse",
         "{override}: data.prompts.student: the template does not parse: unexpected end of template, "
         "expected 'end of print statement'. (its line 1) (given: '{{ question')",

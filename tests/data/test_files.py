@@ -115,6 +115,12 @@ def test_filter_limit_and_shuffle(rows_file):
     assert shuffled[:3] == [p.id for p in read(rows_file, shuffle_seed=1, limit=3)]
 
 
+def test_a_source_is_read_where_a_key_names_it(tmp_path):
+    path = write(tmp_path / "a.jsonl", [GOOD | {"subject": "Algebra"}, GOOD | {"problem": "b"}])
+    assert [problem.source for problem in read(path)] == [None, None]
+    assert [problem.source for problem in read(path, source_key="subject")] == ["Algebra", None]
+
+
 def test_nested_keys_patterns_and_answers_from_solutions(tmp_path):
     row = {"prompt": [{"content": "Q"}], "reward_model": {"ground_truth": "1 + 1 #### 1\nno #### 2 "}}
     keys = {"question_key": "prompt.0.content", "answer_key": "reward_model.ground_truth"}

@@ -37,5 +37,13 @@ def test_samples_that_failed_have_a_column() -> None:
     assert [row["samples dropped"] for row in evaluation_table(METRICS, responses)] == ["3", "0"]
 
 
+def test_a_rate_over_fewer_problems_says_so() -> None:
+    metrics = METRICS | {"eval/a/problems": 4.0, "eval/a/pass@1_problems": 3.0, "eval/a/accuracy/level-1_low": 0.5}
+    (row,) = evaluation_table(metrics, Responses(on_every_rank([group("a")])))
+    assert row == {"set": "a", "problems": "4", "samples": "3", "pass@1": "0.500 (0.250 to 0.750), 3 problems"}
+    whole = metrics | {"eval/a/pass@1_problems": 4.0}
+    assert evaluation_table(whole, Responses(on_every_rank([group("a")])))[0]["pass@1"] == "0.500 (0.250 to 0.750)"
+
+
 def test_a_rate_without_interval() -> None:
     assert rate_text({"x": 0.5}, "x") == "0.500"

@@ -43,6 +43,17 @@ def test_an_evaluation_takes_the_time_of_its_samples() -> None:
     assert _seconds(made[0]) < _seconds(made[1]) < 2 * _seconds(made[0])
 
 
+def test_tasks_with_few_samples_take_less_time() -> None:
+    lines = []
+    for few in ("{}", "{few: 1}"):
+        tasks = [f"{{kind: digit_sums, name: {name}, lengths: [2], size: 2048}}" for name in ("many", "few")]
+        recipe = _recipe(f"data.evaluation=[{', '.join(tasks)}]", f"evaluation.task_samples={few}")
+        lines.append(occasions(_plan(recipe), recipe)[0])
+    assert lines[0].startswith("evaluation of 4,096 problems x 9: ")
+    assert lines[1].startswith("evaluation of 4,096 problems x 5.5: ")
+    assert _seconds(lines[1]) < _seconds(lines[0])
+
+
 def test_a_checkpoint_takes_the_time_of_its_bytes() -> None:
     recipe = _recipe("evaluation.every=null")
     (line,) = occasions(_plan(recipe), recipe)

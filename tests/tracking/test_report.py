@@ -84,9 +84,10 @@ def test_tables_say_before_after_first_last_mean(run):
             "before": "0.250",
             "after": "0.500",
             "change": "+0.250",
+            "best": "0.500 at step 3",
             "steps": "0 to 3",
         },
-        {"set": "gsm", "metric": "pass@4", "before": "0.500", "after": "-", "change": "-", "steps": "0"},
+        {"set": "gsm", "metric": "pass@4", "before": "0.500", "after": "-", "change": "-", "best": "-", "steps": "0"},
     ]
     rows = {row.pop("metric"): row for row in training.rows}
     assert rows["Mean reward"] == {"first": "0.200", "last": "0.300", "mean": "0.300", "steps": "3"}
@@ -104,6 +105,27 @@ def test_evaluation_shows_intervals_where_a_step_has_them(tmp_path):
     write_run(tmp_path, {0: first, 2: {"eval/gsm/pass@1": 0.5}})
     (row,) = summarise(read_metrics(tmp_path))[0].rows
     assert (row["before"], row["after"], row["change"]) == ("0.250 (0.125 to 0.500)", "0.500", "+0.250")
+
+
+def test_the_best_evaluation_is_shown_with_its_first_step(tmp_path):
+    values = {0: 0.25, 1: 0.625, 2: 0.5, 3: 0.625, 4: 0.5}
+    records = {step: {"eval/gsm/pass@1": value} for step, value in values.items()}
+    records[1] |= {"eval/gsm/pass@1_low": 0.5, "eval/gsm/pass@1_high": 0.75, "eval/gsm/pass@1_problems": 64}
+    write_run(tmp_path, records)
+    (row,) = summarise(read_metrics(tmp_path))[0].rows
+    assert row["best"] == "0.625 (0.500 to 0.750) at step 1"
+
+
+def test_accuracy_by_level_has_a_table(tmp_path):
+    name = "eval/gsm/accuracy/level"
+    of_one = {f"{name}-1": 0.5, f"{name}-1_low": 0.25, f"{name}-1_high": 0.75, f"{name}-1_problems": 4}
+    write_run(tmp_path, {0: of_one | {f"{name}-10": 0.25}, 2: {f"{name}-1": 0.75, f"{name}-10": 0.0}})
+    (table,) = summarise(read_metrics(tmp_path))
+    assert table.title == "Accuracy by level and source"
+    assert [(row["set"], row["metric"], row["after"], row["best"]) for row in table.rows] == [
+        ("gsm", "level-1", "0.750", "0.750 at step 2"),
+        ("gsm", "level-10", "0.000", "0.250 at step 0"),
+    ]
 
 
 def test_servers_are_shown_over_the_steps(tmp_path):

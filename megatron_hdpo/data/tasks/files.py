@@ -38,6 +38,9 @@ class FileTaskBase(TaskBase):
     )
     solution_key: str = Field("solution", description="Key of the worked solution; rows may lack it.")
     level_key: str = Field("level", description="Key of the difficulty; rows may lack it.")
+    source_key: str | None = Field(
+        None, description="Key of where a row comes from, such as subject; rows may lack it. null: not read."
+    )
     filter: dict[str, list[Any]] = Field(
         default_factory=dict, description="Use only rows whose value at each of these keys is one of the listed ones."
     )
@@ -114,7 +117,14 @@ class FileTaskBase(TaskBase):
             yield problem
 
     def _row_keys(self) -> RowKeys:
-        return RowKeys(self.question_key, self.answer_key, self.solution_key, self.level_key, self.answer_pattern)
+        return RowKeys(
+            question=self.question_key,
+            answer=self.answer_key,
+            solution=self.solution_key,
+            level=self.level_key,
+            source=self.source_key,
+            answer_pattern=self.answer_pattern,
+        )
 
     def _ordered_rows(self, report: LoadReport) -> Iterator[tuple[str, Any]]:
         if self.shuffle_seed is None:

@@ -48,6 +48,9 @@ class LetterChoiceTask(TaskBase):
     )
     solution_key: str = Field("solution", description="Key of a worked solution; rows may lack it.")
     level_key: str = Field("level", description="Key of the difficulty; rows may lack it.")
+    source_key: str | None = Field(
+        None, description="Key of where a row comes from, such as subject; rows may lack it. null: not read."
+    )
     shuffle_choices: int | None = Field(None, description="Seed that orders each question's choices; null keeps them.")
     answer_format: AnswerFormat = Field("boxed", description="Whether only a box counts as an answer.")
     on_bad_row: BadRowPolicy = Field("error", description="Stop at a row that cannot be used, or drop and count it.")
@@ -103,7 +106,8 @@ class LetterChoiceTask(TaskBase):
         lines = "\n".join(f"{letter}. {text}" for letter, text in zip(ascii_uppercase, choices, strict=False))
         level = optional_text(row, self.level_key, "level")
         solution = optional_text(row, self.solution_key, "solution")
-        check_text(question, lines, solution or "", level or "")
+        source = optional_text(row, self.source_key, "source") if self.source_key else None
+        check_text(question, lines, solution or "", level or "", source or "")
         answer = ascii_uppercase[order.index(right)]
         return Problem(
             id=f"{self.task_name}/{index}",
@@ -112,6 +116,7 @@ class LetterChoiceTask(TaskBase):
             answer=answer,
             solution=f"{solution}\n\\boxed{{{answer}}}" if solution else None,
             level=level,
+            source=source,
             metadata={"source": where, "choices": choices, "right": texts[right]},
         )
 

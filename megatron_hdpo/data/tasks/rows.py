@@ -37,6 +37,7 @@ class RowKeys:
     answer: str | None
     solution: str
     level: str
+    source: str | None = None
     answer_pattern: str | None = None
 
 
@@ -62,7 +63,8 @@ class RowReader:
         if self.expressions:
             answer = _unpacked(answer)
         level = optional_text(row, self.keys.level, "level")
-        check_text(question, answer, solution or "", level or "")
+        source = optional_text(row, self.keys.source, "source") if self.keys.source else None
+        check_text(question, answer, solution or "", level or "", source or "")
         return Problem(
             id=f"{self.task}/{where.rpartition(':')[2]}",
             task=self.task,
@@ -70,6 +72,7 @@ class RowReader:
             answer=answer,
             solution=ending_in_answer(solution, answer),
             level=level,
+            source=source,
             metadata={"source": where},
         )
 
