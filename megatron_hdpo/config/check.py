@@ -371,6 +371,7 @@ def _warnings(recipe: Recipe) -> Iterator[str]:
             "rollout.top_p/top_k truncate the distribution, log-probs are those of the whole: importance ratios are "
             f"biased, by the mass that was kept; objective.surrogate.importance_cap={DEFAULT_IMPORTANCE_CAP} is used"
         )
+    yield from _hint_warnings(recipe)
     servers = recipe.rollout.sglang
     quantised = recipe.rollout.engine == "sglang" and servers.placement != "given" and servers.servers.quantization
     if quantised:
@@ -407,6 +408,19 @@ def _warnings(recipe: Recipe) -> Iterator[str]:
         )
     if recipe.rollout.samples_per_prompt == 1:
         yield "rollout.samples_per_prompt=1: a group of one has advantage 0, so the surrogate learns nothing"
+
+
+def _hint_warnings(recipe: Recipe) -> Iterator[str]:
+    """Yield that the room for a sibling's response in the teacher's prompt is less than the longest response."""
+    prompts, response = recipe.data.prompts, recipe.rollout.max_new_tokens
+    room = prompts.privileged_limit - prompts.max_prompt_tokens
+    if "attempt" in recipe.objective.hint_shows and room < response:
+        yield (
+            f"data.prompts.max_privileged_tokens: {prompts.privileged_limit} tokens hold a prompt of "
+            f"{prompts.max_prompt_tokens} and {room} of a sibling's response, which may have rollout.max_new_tokens="
+            f"{response}: of longer ones only the {prompts.hint_keep} is shown (hint/cut_share); set "
+            f"{prompts.max_prompt_tokens + response} or more, and some for the template's words"
+        )
 
 
 def _ahead_warnings(recipe: Recipe) -> Iterator[str]:

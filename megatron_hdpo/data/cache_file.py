@@ -35,7 +35,7 @@ class NotStorable(ValueError):
 
 def write_problems(checked: CheckedProblems, file: Path) -> None:
     """Write problems, question hashes and report. Raises NotStorable for problems that would not come back equal."""
-    report = {"counts": checked.report.counts, "examples": checked.report.examples}
+    report = {name: getattr(checked.report, name) for name in ("counts", "examples", "cut")}
     schema = _SCHEMA.with_metadata({_ABOUT: orjson.dumps({"report": report, "certain": checked.certain})})
     with pyarrow.parquet.ParquetWriter(file, schema, compression="zstd") as writer:
         for start in range(0, len(checked.problems), GROUP_ROWS):

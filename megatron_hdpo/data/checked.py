@@ -78,7 +78,7 @@ class ProblemChecker:
             report.drop(problem.task, "special token in its text", f"{problem.id} contains {token}")
             return False
         try:
-            self.prompts.check_length(problem, self.privileged, self.hints)
+            whole = self.prompts.check_length(problem, self.privileged, self.hints)
             if index < ENCODED_AT_LOAD or self.prompts.may_lack_tokens:
                 self._encode(problem)
         except PromptTooLong as error:
@@ -89,6 +89,8 @@ class ProblemChecker:
                 raise
             report.reject(task.task_name, task.on_bad_row, "no token", f"{problem.metadata['source']}: {error}")
             return False
+        if not whole:
+            report.cut[problem.task] = report.cut.get(problem.task, 0) + 1
         return True
 
     def _encode(self, problem: Problem) -> None:

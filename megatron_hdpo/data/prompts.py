@@ -42,6 +42,14 @@ class Hint:
     feedback: str = ""
 
 
+@dataclass(frozen=True)
+class HintedPrompt:
+    """Prompt with a hint. ids: int32 [P]. lost: tokens of the whole prompt that did not fit; 0 if nothing was cut."""
+
+    ids: np.ndarray
+    lost: int = 0
+
+
 class PromptBuilder:
     """Renderer and encoder of prompts with one tokenizer. Stateless after construction.
 
@@ -114,7 +122,11 @@ class PromptBuilder:
         return ids
 
     def hinted(self, problem: Problem, hint: Hint) -> np.ndarray:
-        """Return the ids int32 [P] of the prompt with a hint.
+        """Return the ids int32 [P] of `hinted_prompt`."""
+        return self.hinted_prompt(problem, hint).ids
+
+    def hinted_prompt(self, problem: Problem, hint: Hint) -> HintedPrompt:
+        """Return the prompt with a hint, and how much of the hint did not fit.
 
         A hint that does not fit is cut, the problem never: first the attempt (`hint_keep` says which part stays), then
         the feedback (its beginning stays), then the answer. Texts of control tokens are removed from the hint. Raises
@@ -123,6 +135,7 @@ class PromptBuilder:
         limit = self.config.privileged_limit
         hint = Hint(*(self._control.removed(text) for text in (hint.attempt, hint.answer, hint.feedback)))
         ids = self.encode(self.render_hinted(problem, hint))
+        whole = len(ids)
         for part, keep in (("attempt", self.config.hint_keep), ("feedback", "beginning"), ("answer", "beginning")):
             while len(ids) > limit and (text := getattr(hint, part)):
                 hint = replace(hint, **{part: self._shortened(text, len(ids) - limit, keep)})
@@ -132,20 +145,24 @@ class PromptBuilder:
                 f"{problem.id}: the prompt for hints has {len(ids)} tokens without any hint, the limit is {limit}; "
                 "raise max_privileged_tokens"
             )
-        return ids
+        return HintedPrompt(ids, whole - len(ids))
 
-    def check_length(self, problem: Problem, privileged: bool, hints: bool = False) -> None:
-        """Raise PromptTooLong where `student`, with `privileged` also `privileged`, or with `hints` `hinted` would.
+    def check_length(self, problem: Problem, privileged: bool, hints: bool = False) -> bool:
+        """Raise PromptTooLong where a prompt that is asked for would; return whether no solution has to be cut.
 
+        Asked for are `student`, with `privileged` also `privileged_prompt`, with `hints` also `hinted`.
         Byte-level tokenizers give at most one token per byte: what is short enough in bytes is not encoded.
         """
         if self._most_tokens(self._render_question(problem)) > self.config.max_prompt_tokens:
             self.student(problem)
-        limit = self.config.privileged_limit
-        if privileged and self._most_tokens(self._render_reference(problem, problem.solution)) > limit:
-            self.privileged_prompt(problem)
+        limit, whole = self.config.privileged_limit, True
+        if privileged and self._most_tokens(text := self._render_reference(problem, problem.solution)) > limit:
+            whole = len(self.encode(self._wrap(text))) <= limit
+            if not whole:
+                self.privileged_prompt(problem)
         if hints and self._most_tokens(self._render_hint(problem, Hint())) > limit:
             self.hinted(problem, Hint())
+        return whole
 
     @property
     def may_lack_tokens(self) -> bool:

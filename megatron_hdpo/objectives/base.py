@@ -10,11 +10,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatron_hdpo.data.leakage import LeakageConfig
-from megatron_hdpo.data.prompts import Hint
+from megatron_hdpo.data.prompts import Hint, HintedPrompt
 from megatron_hdpo.objectives.examples import SampleKey, student_samples
 from megatron_hdpo.objectives.settings import ObjectiveSettings
 from megatron_hdpo.types.headline import COVERED_MASS, DIVERGENCE, ENTROPY, GRADIENT_NORM, NLL, Headline
 from megatron_hdpo.types.learning import LossSpec, Score, Scoring, ScoringKey
+from megatron_hdpo.types.metrics import Metric
 from megatron_hdpo.types.problem import Problem
 from megatron_hdpo.types.rollouts import Group, JudgedGroup, Sample
 
@@ -31,8 +32,8 @@ class PrivilegedPrompts(Protocol):
     def privileged_prompt(self, problem: Problem) -> np.ndarray:
         """Return the prompt that shows the ground truth."""
 
-    def hinted(self, problem: Problem, hint: Hint) -> np.ndarray:
-        """Return the prompt that shows a hint."""
+    def hinted_prompt(self, problem: Problem, hint: Hint) -> HintedPrompt:
+        """Return the prompt that shows a hint, and how much of it was cut."""
 
 
 class NoPrompts:
@@ -44,9 +45,24 @@ class NoPrompts:
         """Raise ValueError."""
         raise ValueError(f"problem {problem.id}: this objective needs prompts; pass ObjectiveDeps(prompts=...)")
 
-    def hinted(self, problem: Problem, hint: Hint) -> np.ndarray:
+    def hinted_prompt(self, problem: Problem, hint: Hint) -> HintedPrompt:
         """Raise ValueError."""
-        return self.privileged_prompt(problem)
+        return HintedPrompt(self.privileged_prompt(problem))
+
+
+@dataclass
+class HintCounts:
+    """Hints of a step that this replica's teacher reads. lost_tokens: those that were cut off."""
+
+    shown: int = 0
+    cut: int = 0
+    lost_tokens: int = 0
+
+    def add(self, prompt: HintedPrompt) -> None:
+        """Count a prompt."""
+        self.shown += 1
+        self.cut += prompt.lost > 0
+        self.lost_tokens += prompt.lost
 
 
 @dataclass(frozen=True)
@@ -79,6 +95,7 @@ class BaseObjective:
         self.temperature = deps.temperature
         self.updates_per_step = deps.updates_per_step
         self.prompts = deps.prompts
+        self.hint_counts = HintCounts()
 
     @property
     def loss(self) -> LossSpec:
@@ -106,6 +123,16 @@ class BaseObjective:
     def begin_step(self, step: int, groups: Sequence[JudgedGroup]) -> None:
         """Store the step."""
         self.step = step
+        self.hint_counts = HintCounts()
+
+    def hinted(self, problem: Problem, hint: Hint) -> np.ndarray:
+        """Return the ids, int32 [P], of the prompt that shows a hint; `scorings` calls it once per hint.
+
+        What does not fit is cut off the hint, and counted in the totals.
+        """
+        prompt = self.prompts.hinted_prompt(problem, hint)
+        self.hint_counts.add(prompt)
+        return prompt.ids
 
     def keep_privileged(self, group: Group) -> Group:
         """Return the group with the privileged samples that are used. Default: all."""
@@ -130,12 +157,22 @@ class BaseObjective:
         return []
 
     def totals(self, groups: Sequence[Group], scores: Mapping[ScoringKey, Score]) -> dict[str, float]:
-        """Return this replica's part of the sums over the step. Default: none."""
-        return {}
+        """Return this replica's part of the sums over the step. Default: the hints, where the method shows any."""
+        if not self.config.hint_shows:
+            return {}
+        return {f"hint/{name}": float(count) for name, count in vars(self.hint_counts).items()}
 
     def totals_metrics(self, totals: Mapping[str, float]) -> dict[str, float]:
-        """Return metrics made of the totals over all replicas. Default: none."""
-        return {}
+        """Return metrics made of the totals over all replicas.
+
+        Default: the share of hints that were cut to fit, and the number of tokens that they lost.
+        """
+        if not (shown := totals.get("hint/shown")):
+            return {}
+        return {
+            "hint/cut_share": totals["hint/cut"] / shown,
+            "hint/lost_tokens": Metric(totals["hint/lost_tokens"], "sum"),
+        }
 
     def counts(self, groups: Sequence[Group]) -> dict[str, float]:
         """Return what `metrics` needs of texts and tokens, as sums over these groups. Default: none."""

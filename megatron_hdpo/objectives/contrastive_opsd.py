@@ -78,7 +78,7 @@ class ContrastiveOPSD(Distillation):
         """Yield the teacher's top k after the right sibling, and its log-probs of these tokens after the wrong one."""
         ids, distill = sample.completion.token_ids, self.config.distill
         hints = pair_hints(group, key[2], self.config.siblings, self.step)
-        first, second = (self.prompts.hinted(group.problem, hint) for hint in hints)
+        first, second = (self.hinted(group.problem, hint) for hint in hints)
         right = (*key, "right")
         yield Scoring(right, first, ids, "teacher", top_k=distill.top_k, temperature=distill.temperature)
         yield Scoring((*key, "wrong"), second, ids, "teacher", temperature=distill.temperature, at=right)
@@ -107,7 +107,7 @@ class ContrastiveOPSD(Distillation):
     def totals(self, groups: Sequence[Group], scores: Mapping[ScoringKey, Score]) -> dict[str, float]:
         """Return the sum of the tokens' weights and their number, for the metrics alone."""
         weights = [self._guided(key, scores)[1] for key, *_ in self.trained(groups)]
-        return {
+        return super().totals(groups, scores) | {
             "contrast/weight": float(sum(weights_T.sum() for weights_T in weights)),
             "contrast/tokens": float(sum(map(len, weights))),
         }
@@ -115,7 +115,9 @@ class ContrastiveOPSD(Distillation):
     def totals_metrics(self, totals: Mapping[str, float]) -> dict[str, float]:
         """Return the mean weight of the tokens."""
         tokens = totals["contrast/tokens"]
-        return {"contrast/mean_weight": totals["contrast/weight"] / tokens} if tokens else {}
+        return super().totals_metrics(totals) | (
+            {"contrast/mean_weight": totals["contrast/weight"] / tokens} if tokens else {}
+        )
 
     def _guided(self, key: SampleKey, scores: Mapping[ScoringKey, Score]) -> tuple[TopKArrays, np.ndarray]:
         """Return the guided target, and m, float64 [T]."""

@@ -90,7 +90,7 @@ class RLCSD(GRPO):
             scorings += self._sample_scorings(key, group, sample)
             hints = pair_hints(group, key[2], self.config.siblings, self.step, self.config.negatives)
             for k, hint in enumerate(hints):
-                name, context = f"wrong{k - 1}" if k else "right", self.prompts.hinted(group.problem, hint)
+                name, context = f"wrong{k - 1}" if k else "right", self.hinted(group.problem, hint)
                 ids = sample.completion.token_ids
                 scorings.append(Scoring((*key, name), context, ids, "teacher", temperature=self.temperature))
         return scorings
@@ -100,7 +100,8 @@ class RLCSD(GRPO):
 
         A move stops at 0 where it would change the sign of the advantage.
         """
-        sums = dict.fromkeys(("rlcsd/rollouts", "rlcsd/plain", "rlcsd/moved", "rlcsd/held"), 0.0)
+        sums = super().totals(groups, scores)
+        sums |= dict.fromkeys(("rlcsd/rollouts", "rlcsd/plain", "rlcsd/moved", "rlcsd/held"), 0.0)
         for key, group, _ in self.trained(groups):
             value = float(self._advantages(group)[key[2]])
             move_T = self._move(key, value, scores)
@@ -115,7 +116,7 @@ class RLCSD(GRPO):
         """Return the share of the tokens that move, and of those the share that stops at 0."""
         moved = totals["rlcsd/moved"]
         tokens = moved + totals["rlcsd/plain"]
-        shares = {"rlcsd/moved_share": moved / tokens} if tokens else {}
+        shares = super().totals_metrics(totals) | ({"rlcsd/moved_share": moved / tokens} if tokens else {})
         return shares | ({"rlcsd/held_share": totals["rlcsd/held"] / moved} if moved else {})
 
     def examples(

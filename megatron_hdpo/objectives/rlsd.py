@@ -102,8 +102,7 @@ class RLSD(GRPO):
         pair = self.config.siblings
         hints = pair_hints(group, index, pair, self.step) if has_pair(group, index, pair) else []
         return {
-            name: self.prompts.hinted(group.problem, hint)
-            for name, hint in zip(("right", "wrong"), hints, strict=bool(hints))
+            name: self.hinted(group.problem, hint) for name, hint in zip(("right", "wrong"), hints, strict=bool(hints))
         }
 
     def examples(
@@ -129,7 +128,8 @@ class RLSD(GRPO):
 
         For the metrics alone.
         """
-        sums = dict.fromkeys(("rlsd/tokens", "rlsd/factor", "rlsd/clipped"), 0.0)
+        sums = super().totals(groups, scores)
+        sums |= dict.fromkeys(("rlsd/tokens", "rlsd/factor", "rlsd/clipped"), 0.0)
         clip, values = self.config.modulation_clip, [self._advantages(group) for group in groups]
         for key, _, _ in student_samples(groups):
             weights_T = self._weights(key, float(values[key[0]][key[2]]), scores)
@@ -143,7 +143,7 @@ class RLSD(GRPO):
         """Return the mean of the clipped factors, the share of tokens whose factor is clipped, and lambda."""
         tokens = totals["rlsd/tokens"]
         means = {f"rlsd/{name}": totals[f"rlsd/{name}"] / tokens for name in ("factor", "clipped")} if tokens else {}
-        return means | {"rlsd/mix": self.config.mix_at(self.step)}
+        return super().totals_metrics(totals) | means | {"rlsd/mix": self.config.mix_at(self.step)}
 
     def _factor(self, key: SampleKey, value: float, length: int, scores: Mapping[ScoringKey, Score]) -> np.ndarray:
         """Return the factor of the advantage, float64 [T]; 1 without evidence."""

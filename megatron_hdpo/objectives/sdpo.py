@@ -64,7 +64,7 @@ class SDPO(Distillation):
     def teacher_context(self, group: Group, index: int) -> np.ndarray | None:
         """Return the prompt that shows the demonstration, int32 [P]; None without one."""
         hint = self._hint(group, index)
-        return None if hint is None else self.prompts.hinted(group.problem, hint)
+        return None if hint is None else self.hinted(group.problem, hint)
 
     @property
     def headlines(self) -> Sequence[Headline]:

@@ -109,14 +109,14 @@ class SRPO(GRPO):
         for key, group, sample in self._distilled(groups):
             hint = demonstration(group, key[2], self.config.demonstration)
             assert hint is not None
-            context = self.prompts.hinted(group.problem, hint)
+            context = self.hinted(group.problem, hint)
             scorings += target_scorings(key, group.prompt_ids, context, sample, self.config.distill)
         return scorings
 
     def totals(self, groups: Sequence[Group], scores: Mapping[ScoringKey, Score]) -> dict[str, float]:
         """Return the sum of the weights of distilled tokens, and their number."""
         weights = [self._raw_weights(key, scores) for key, *_ in self._distilled(groups)]
-        return {
+        return super().totals(groups, scores) | {
             "srpo/weight": float(sum(weights_T.sum() for weights_T in weights)),
             "srpo/tokens": float(sum(map(len, weights))),
         }

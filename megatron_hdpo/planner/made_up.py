@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megatron_hdpo.data.prompts import Hint
+from megatron_hdpo.data.prompts import Hint, HintedPrompt
 from megatron_hdpo.types.learning import Score, Scoring, ScoringKey
 from megatron_hdpo.types.problem import Problem
 from megatron_hdpo.types.rollouts import TopKArrays
@@ -25,9 +25,9 @@ class PromptsOfLength:
         """Return the privileged prompt, int32 [P]."""
         return np.ones(self.tokens, dtype=np.int32)
 
-    def hinted(self, problem: Problem, hint: Hint) -> np.ndarray:
-        """Return the prompt with a hint, int32 [P]."""
-        return self.privileged_prompt(problem)
+    def hinted_prompt(self, problem: Problem, hint: Hint) -> HintedPrompt:
+        """Return the prompt with a hint."""
+        return HintedPrompt(self.privileged_prompt(problem))
 
 
 def random_score(scoring: Scoring, top_k_of: Mapping[ScoringKey, int], rng: np.random.Generator) -> Score:

@@ -28,6 +28,8 @@ from megatron_hdpo.types.learning import (
 from megatron_hdpo.types.metrics import reduce_metrics
 from megatron_hdpo.types.rollouts import Group, GroupOutline
 
+MOST_HINTS_CUT = 0.05
+"""Share of a step's hints that may be cut to fit without a warning."""
 _PHASES = {"policy": "score", "teacher": "teacher", "reference": "reference"}
 Answers = dict[ScoringKey, Score]
 Heads = dict[ModelRole, Tensor]
@@ -58,6 +60,7 @@ class Learner:
         self.max_skipped_updates = max_skipped_updates
         self.work = FlopCounter()
         self._skipped_in_a_row = 0
+        self._said_of_hints = False
 
     def learn(self, rollouts: StepRollouts, step: int) -> dict[str, float]:
         """Update the policy on the groups of a step and return the step's metrics.
@@ -67,6 +70,7 @@ class Learner:
         """
         self.objective.begin_step(step, rollouts.outlines)
         examples, teacher_head, metrics = self._plan(self._share(rollouts))
+        self._watch_hints(metrics, step)
         self.work.trained(self.policy.architecture, examples)
         updates = []
         with self.console.phase("train", total=self._tokens(examples), unit="token") as phase:
@@ -112,6 +116,17 @@ class Learner:
                 f"{self._skipped_in_a_row} updates in a row had a gradient that is not finite (norm "
                 f"{metrics['train/grad_norm']}) and were skipped. Lower optimizer.lr or "
                 "objective.distill.coefficient, or look for the first such step in metrics.jsonl"
+            )
+
+    def _watch_hints(self, metrics: Mapping[str, float], step: int) -> None:
+        """Warn at the first step with many hints that did not fit."""
+        share = metrics.get("hint/cut_share", 0.0)
+        if share > MOST_HINTS_CUT and not self._said_of_hints:
+            self._said_of_hints = True
+            self.console.warn(
+                f"step {step + 1}: {share:.0%} of the hints were too long and were cut, by "
+                f"{metrics['hint/lost_tokens']:,.0f} tokens together: the teacher reads the rest. Raise "
+                "data.prompts.max_privileged_tokens; hint/cut_share tells of later steps"
             )
 
     def _share(self, rollouts: StepRollouts) -> list[Group]:

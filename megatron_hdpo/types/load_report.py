@@ -12,12 +12,14 @@ class LoadReport:
     """Counts of dropped and kept problems.
 
     `counts[task][reason]`: dropped problems. `examples[task][reason]`: where the first of them was. `kept[task]`: the
-    others. notes: what the user should know of the prompts.
+    others. `cut[task]`: problems whose worked solution does not fit its prompt. notes: what the user should know of the
+    prompts.
     """
 
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     examples: dict[str, dict[str, str]] = field(default_factory=dict)
     kept: dict[str, int] = field(default_factory=dict)
+    cut: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def drop(self, task: str, reason: str, where: str) -> None:
@@ -39,12 +41,18 @@ class LoadReport:
         for task, examples in other.examples.items():
             self.examples.setdefault(task, {}).update(examples)
         self.kept.update(other.kept)
+        self.cut.update(other.cut)
 
     def lines(self) -> list[str]:
         """Return one line of text per note and task, and one per reason for which problems were dropped."""
         lines = [f"note: {note}" for note in self.notes]
         for task in sorted(self.kept.keys() | self.counts.keys()):
             lines.append(f"{task}: {self.kept.get(task, 0)} problems")
+            if cut := self.cut.get(task):
+                lines.append(
+                    f"{task}: {cut} solutions do not fit data.prompts.max_privileged_tokens: their ends are cut off, "
+                    "and the answer is shown in addition"
+                )
             for reason, count in sorted(self.counts.get(task, {}).items()):
                 lines.append(f"{task}: {count} left out, {reason} (first: {self.examples[task][reason]})")
         return lines

@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from tiny_tokenizers import PROBLEM, byte_tokenizer
 
+from megatron_hdpo.data.checked import ProblemChecker
 from megatron_hdpo.data.prompts import Hint, PromptBuilder, PromptConfig, PromptTooLong
+from megatron_hdpo.types.load_report import LoadReport
+from megatron_hdpo.types.problem import Problem
 
 BYTES = byte_tokenizer()
 TEXTS = st.text(alphabet="ab \N{EURO SIGN}\n<|end>", max_size=300)
@@ -66,9 +69,10 @@ def test_what_does_not_fit_is_cut_and_the_problem_kept(attempt, answer, feedback
     hint = Hint(attempt, answer, feedback)
     ids = prompts.hinted(PROBLEM, hint)
     text = BYTES.decode(ids)
+    whole = builder(max_privileged_tokens=10_000)
+    assert prompts.hinted_prompt(PROBLEM, hint).lost == len(whole.hinted(PROBLEM, hint)) - len(ids) >= 0
     assert len(ids) <= limit and "What is 2+2?" in text and text.endswith("<|start|>assistant\n")
     assert text.count("<|end|>") == 1  # special tokens that a hint spells out are not in the prompt
-    whole = builder(max_privileged_tokens=10_000)
     if len(whole.hinted(PROBLEM, hint)) <= limit:
         assert text == text_of(whole, hint)
 
@@ -84,6 +88,36 @@ def test_the_attempt_is_cut_before_the_feedback_and_that_before_the_answer() -> 
     bare = len(builder().hinted(PROBLEM, Hint()))
     text = text_of(builder(max_privileged_tokens=bare + 120), Hint("x" * 300, "4", "early " + "y" * 300 + " late"))
     assert "xx" not in text and "early" in text and "late" not in text
+
+
+def test_a_long_sibling_is_not_cut_silently() -> None:
+    """18,000 tokens in the room of 2,048."""
+    prompt = builder().hinted_prompt(PROBLEM, Hint("so " * 6000 + "it is 4", "4"))
+    assert len(prompt.ids) <= 2048 and prompt.lost > 16_000 - len(builder().hinted(PROBLEM, Hint()))
+
+
+@given(st.lists(st.integers(0, 400), min_size=1, max_size=8), st.integers(0, 300))
+@settings(deadline=None, max_examples=30)
+def test_solutions_that_are_cut_are_counted_at_load(lengths: list[int], room: int) -> None:
+    limit = len(builder(max_privileged_tokens=9999).privileged_prompt(PROBLEM)) + room
+    prompts, whole = builder(max_privileged_tokens=limit), builder(max_privileged_tokens=9999)
+    made = [dataclasses.replace(PROBLEM, id=f"t/{i}", solution="x" * n or None) for i, n in enumerate(lengths)]
+
+    class Task:
+        task_name = PROBLEM.task
+
+        def problems(self, report: LoadReport) -> list[Problem]:
+            return made
+
+    report = ProblemChecker(prompts, dict).check(Task()).report  # type: ignore[arg-type]
+    cut = sum(len(whole.privileged_prompt(problem)) > limit for problem in made)
+    assert report.cut == ({PROBLEM.task: cut} if cut else {})
+    said = [line for line in report.lines() if "do not fit data.prompts.max_privileged_tokens" in line]
+    assert len(said) == bool(cut)
+    other = LoadReport()
+    other.merge(report)
+    assert other.cut == report.cut
+    assert not ProblemChecker(prompts, dict, privileged=False).check(Task()).report.cut  # type: ignore[arg-type]
 
 
 def test_a_problem_that_does_not_fit_is_refused_and_the_quick_check_agrees() -> None:

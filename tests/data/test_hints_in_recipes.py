@@ -65,6 +65,31 @@ def test_the_template_must_use_what_the_method_shows(refused, objective: dict[st
         assert reason == (expected if missing else "")
 
 
+@pytest.mark.parametrize(("limit", "said"), [(None, True), (29, True), (30, False), (100, False)])
+@pytest.mark.parametrize("objective", [{"name": "sdpo", "distill": TOP}, {"name": "rlsd", "evidence": "contrast"}])
+def test_check_says_when_the_longest_sibling_cannot_fit(
+    model: Path, tmp_path: Path, objective: dict[str, Any], limit: int | None, said: bool
+) -> None:
+    tree = small_recipe(model, tmp_path / "run") | {"objective": objective, "teacher": {"kind": "frozen"}}
+    tree["data"]["prompts"] |= {"max_prompt_tokens": 10, "max_privileged_tokens": limit}
+    tree["rollout"] |= {"max_new_tokens": 20}
+    if limit is None:
+        tree["data"]["prompts"]["max_prompt_tokens"], tree["rollout"]["max_new_tokens"] = 20, 21
+    lines = check_recipe(parse_recipe(tree), read_architecture(model), 1)
+    found = [line for line in lines if line.startswith("data.prompts.max_privileged_tokens")]
+    assert len(found) == said
+    if limit == 29:
+        assert "29 tokens hold a prompt of 10 and 19 of a sibling's response" in found[0]
+        assert "rollout.max_new_tokens=20: of longer ones only the end is shown" in found[0]
+    assert not [line for line in _warnings_of(tree, model, {"name": "grpo"}) if "max_privileged" in line]
+
+
+def _warnings_of(tree: dict[str, Any], model: Path, objective: dict[str, Any]) -> list[str]:
+    return check_recipe(
+        parse_recipe(tree | {"objective": objective, "teacher": {"kind": "policy"}}), read_architecture(model), 1
+    )
+
+
 @pytest.mark.parametrize(
     ("objective", "rollout", "reason"),
     [

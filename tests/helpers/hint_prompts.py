@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_hdpo.data.prompts import Hint
+from megatron_hdpo.data.prompts import Hint, HintedPrompt
 from megatron_hdpo.types.learning import Score, Scoring, ScoringKey
 from megatron_hdpo.types.problem import Problem
 from megatron_hdpo.types.rollouts import TopKArrays
@@ -24,7 +24,10 @@ def ids_of(text: str, length: int = 6) -> np.ndarray:
 
 
 class StubPrompts:
-    """Ids that differ wherever problem or hint do, and a record of the hints that were shown."""
+    """Ids that differ wherever problem or hint do, and a record of the hints that were shown.
+
+    An attempt of more than 20 characters counts as cut, one token per further character.
+    """
 
     def __init__(self, markers: Sequence[str] = ()) -> None:
         self.markers = markers
@@ -36,6 +39,9 @@ class StubPrompts:
     def hinted(self, problem: Problem, hint: Hint) -> np.ndarray:
         self.shown.append(hint)
         return ids_of(f"{problem.id} {hint}", length=5)
+
+    def hinted_prompt(self, problem: Problem, hint: Hint) -> HintedPrompt:
+        return HintedPrompt(self.hinted(problem, hint), max(0, len(hint.attempt) - 20))
 
 
 def answers(scorings: Sequence[Scoring], vocab: int = 40) -> dict[ScoringKey, Score]:
