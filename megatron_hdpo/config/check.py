@@ -178,6 +178,12 @@ def _objective_errors(recipe: Recipe) -> Iterator[str]:
     if missing := objective.hint_shows - recipe.data.prompts.hint_shows:
         names = " and ".join(sorted(missing))
         yield f"data.prompts.hint: the template does not use {names}, which {objective.name} shows to its teacher"
+    makes_none = not objective.needs_privileged and not objective.hint_shows and recipe.warmup.kind == "none"
+    if recipe.data.prompts.privileged_chat_template_kwargs and makes_none:
+        yield (
+            f"data.prompts.privileged_chat_template_kwargs: objective {objective.name} makes no privileged prompt; "
+            "leave it out"
+        )
 
 
 def _method_errors(recipe: Recipe, architecture: Architecture) -> Iterator[str]:

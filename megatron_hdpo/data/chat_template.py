@@ -26,13 +26,15 @@ class ChatTemplateError(DataError):
 class ChatTemplate:
     """Messages as the text that a model expects.
 
-    system: text of the system message, None for none. variables: more variables of the template. Raises
-    ChatTemplateError for a template that does not parse, does not read such a variable, fails, or leaves out the
-    question or the system message.
+    system: text of the system message, None for none. variables: more variables of the template. key: of the recipe
+    that names them, for messages. Raises ChatTemplateError for a template that does not parse, does not read such a
+    variable, fails, or leaves out the question or the system message.
     """
 
-    def __init__(self, tokenizer: Any, system: str | None, variables: Mapping[str, Any]) -> None:
-        self.tokenizer, self.system, self.variables = tokenizer, system, dict(variables)
+    def __init__(
+        self, tokenizer: Any, system: str | None, variables: Mapping[str, Any], key: str = "chat_template_kwargs"
+    ) -> None:
+        self.tokenizer, self.system, self.variables, self._key = tokenizer, system, dict(variables), key
         self._read = self._variables_read()
         self._check_variables()
         with trial():
@@ -76,8 +78,8 @@ class ChatTemplate:
         free = self._read - _OURS
         if unknown := sorted(self.variables.keys() - free):
             raise ChatTemplateError(
-                f"data.prompts.chat_template_kwargs: the tokenizer's chat template does not read {', '.join(unknown)}; "
-                f"it reads: {', '.join(sorted(free)) or 'no variables'}"
+                f"data.prompts.{self._key}: the tokenizer's chat template does not read {', '.join(unknown)}; it "
+                f"reads: {', '.join(sorted(free)) or 'no variables'}"
             )
 
     def _check_nothing_is_lost(self) -> None:

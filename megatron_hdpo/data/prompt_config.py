@@ -32,6 +32,11 @@ class PromptConfig(BaseModel):
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="Extra variables of the chat template, for example enable_thinking: false."
     )
+    privileged_chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="The same for privileged prompts and those with hints, which a teacher reads, over "
+        "chat_template_kwargs: enable_thinking: true for the teacher of a student that does not think.",
+    )
     system: str | None = Field(
         None, description="System message, or the path of a file with it (.txt, .md, ...); for chat only."
     )
@@ -94,9 +99,12 @@ class PromptConfig(BaseModel):
         return template
 
     @model_validator(mode="after")
-    def _system_is_shown(self) -> PromptConfig:
+    def _chat_has_what_it_needs(self) -> PromptConfig:
         if self.system and not self.chat:
             raise ValueError("system: raw prompts have no system message; set chat: true, or leave system out")
+        for key in ("chat_template_kwargs", "privileged_chat_template_kwargs"):
+            if getattr(self, key) and not self.chat:
+                raise ValueError(f"{key}: raw prompts have no chat template; set chat: true, or leave {key} out")
         return self
 
     @property

@@ -67,13 +67,18 @@ class PromptBuilder:
         self._hint = templates.from_string(config.hint)
         self._encoder, self._control = TextEncoder(tokenizer, vocab_size), ControlTexts(tokenizer)
         self._chat = ChatTemplate(tokenizer, config.system, config.chat_template_kwargs) if config.chat else None
-        self._overhead = len(self._wrap("").encode()) + 2
+        self._teachers_chat = self._chat
+        if config.chat and config.privileged_chat_template_kwargs:
+            variables = config.chat_template_kwargs | config.privileged_chat_template_kwargs
+            self._teachers_chat = ChatTemplate(tokenizer, config.system, variables, "privileged_chat_template_kwargs")
+        self._overhead = max(len(wrap("").encode()) for wrap in (self._wrap, self._wrap_for_teacher)) + 2
         with trial():
             self._try_templates()
 
     def notes(self) -> list[str]:
         """Return what the user should know of the prompts."""
-        return self._chat.notes() if self._chat else []
+        chats = [chat for chat in (self._chat, self._teachers_chat) if chat is not None]
+        return list(dict.fromkeys(note for chat in chats for note in chat.notes()))
 
     @property
     def markers(self) -> tuple[str, str]:
@@ -86,11 +91,12 @@ class PromptBuilder:
 
     def render_privileged(self, problem: Problem, solution: str | None = None) -> str:
         """Return the text of the privileged prompt, chat template included; `solution` replaces the problem's own."""
-        return self._wrap(self._render_reference(problem, problem.solution if solution is None else solution))
+        text = self._render_reference(problem, problem.solution if solution is None else solution)
+        return self._wrap_for_teacher(text)
 
     def render_hinted(self, problem: Problem, hint: Hint) -> str:
         """Return the text of the prompt with a hint, chat template included."""
-        return self._wrap(self._render_hint(problem, hint))
+        return self._wrap_for_teacher(self._render_hint(problem, hint))
 
     def student(self, problem: Problem) -> np.ndarray:
         """Return the ids int32 [P] of the student's prompt.
@@ -113,7 +119,7 @@ class PromptBuilder:
         limit, solution = self.config.privileged_limit, problem.solution
         while len(ids) > limit and solution:
             solution = self._shortened(solution, len(ids) - limit, "beginning")
-            ids = self.encode(self._wrap(self._render_reference(problem, solution, cut=True)))
+            ids = self.encode(self._wrap_for_teacher(self._render_reference(problem, solution, cut=True)))
         if len(ids) > limit:
             raise PromptTooLong(
                 f"{problem.id}: the privileged prompt has {len(ids)} tokens without any solution, "
@@ -157,7 +163,7 @@ class PromptBuilder:
             self.student(problem)
         limit, whole = self.config.privileged_limit, True
         if privileged and self._most_tokens(text := self._render_reference(problem, problem.solution)) > limit:
-            whole = len(self.encode(self._wrap(text))) <= limit
+            whole = len(self.encode(self._wrap_for_teacher(text))) <= limit
             if not whole:
                 self.privileged_prompt(problem)
         if hints and self._most_tokens(self._render_hint(problem, Hint())) > limit:
@@ -264,3 +270,6 @@ class PromptBuilder:
 
     def _wrap(self, text: str) -> str:
         return self._chat.wrap(text) if self._chat else text
+
+    def _wrap_for_teacher(self, text: str) -> str:
+        return self._teachers_chat.wrap(text) if self._teachers_chat else text

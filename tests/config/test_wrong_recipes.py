@@ -638,6 +638,11 @@ TABLE = [
         overrides=["evaluation.k=[0]"],
     ),
     Wrong(
+        "variables for privileged prompts that nobody reads",
+        "data.prompts.privileged_chat_template_kwargs: objective grpo makes no privileged prompt; leave it out",
+        overrides=["objective={name: grpo}", "data.prompts.privileged_chat_template_kwargs={enable_thinking: true}"],
+    ),
+    Wrong(
         "samples of a task that is not evaluated on",
         "evaluation.task_samples.aime: data.evaluation has no task of this name (it has: none)",
         overrides=["evaluation.task_samples={aime: 12}"],

@@ -37,6 +37,41 @@ def test_chat_template_variables_are_passed_on():
     assert builder(chat_template_kwargs={"enable_thinking": False}).render_student(PROBLEM).endswith("<think></think>")
 
 
+THINKS = "{% if enable_thinking %}<think>\n{% else %}<think></think>{% endif %}"
+FOR_TWO = CHAT_TEMPLATE.partition("{% if enable_thinking")[0] + "{{ date_string }}" + THINKS
+
+
+def test_a_teacher_may_think_where_the_student_does_not():
+    """OPSD: the student's template arguments count for its own prompts alone; a pinned date holds for both."""
+    prompts = builder(
+        with_template(FOR_TWO),
+        chat_template_kwargs={"enable_thinking": False, "date_string": "May"},
+        privileged_chat_template_kwargs={"enable_thinking": True},
+    )
+    taught = [prompts.render_privileged(PROBLEM), prompts.render_hinted(PROBLEM, Hint("it is 4"))]
+    assert prompts.render_student(PROBLEM).endswith("assistant\nMay<think></think>")
+    assert all(text.endswith("assistant\nMay<think>\n") for text in taught)
+    ids = [prompts.privileged_prompt(PROBLEM), prompts.hinted(PROBLEM, Hint("it is 4"))]
+    assert [BYTES.decode(each) for each in ids] == taught
+    assert BYTES.decode(prompts.student(PROBLEM)) == prompts.render_student(PROBLEM)
+    cut = builder(
+        with_template(FOR_TWO), privileged_chat_template_kwargs={"enable_thinking": True}, max_privileged_tokens=500
+    )
+    long = dataclasses.replace(PROBLEM, solution="so " * 500)
+    assert BYTES.decode(cut.privileged_prompt(long)).endswith("<think>\n") and not cut.check_length(long, True)
+
+
+def test_both_sets_of_variables_are_checked_against_the_template():
+    for key in ("chat_template_kwargs", "privileged_chat_template_kwargs"):
+        with pytest.raises(DataError, match=f"^data.prompts.{key}: the .* template does not read enable_thinkin; it"):
+            builder(**{key: {"enable_thinkin": False}})
+        with pytest.raises(ValidationError, match=f"{key}: raw prompts have no chat template"):
+            PromptConfig(chat=False, **{key: {"enable_thinking": False}})
+    with pytest.raises(DataError, match="leaves out the question"):
+        gone = "{% if enable_thinking %}{{ messages[0].role }}{% else %}" + CHAT_TEMPLATE + "{% endif %}"
+        builder(with_template(gone), privileged_chat_template_kwargs={"enable_thinking": True})
+
+
 def test_raw_prompts_are_the_template_alone():
     prompts = builder(byte_tokenizer(chat=False), chat=False, student="{{ question }}=")
     assert prompts.render_student(PROBLEM) == "What is 2+2?="
