@@ -173,7 +173,9 @@ def _objective_errors(recipe: Recipe) -> Iterator[str]:
     objective, kind = recipe.objective, recipe.teacher.kind
     if not objective.teachers and kind != "policy":
         yield f"teacher.kind: {kind}, but objective {objective.name} has no teacher"
-    if objective.teachers and kind not in objective.teachers:
+    if objective.teachers and "teacher" not in recipe.model_fields_set:  # the method has no default either
+        yield f"teacher: objective {objective.name} needs one: set teacher.kind to {' or '.join(objective.teachers)}"
+    elif objective.teachers and kind not in objective.teachers:
         yield f"teacher.kind: {kind}, but objective {objective.name} learns from {' or '.join(objective.teachers)}"
     if missing := objective.hint_shows - recipe.data.prompts.hint_shows:
         names = " and ".join(sorted(missing))

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from megatron_hdpo.checkpoint.config import CheckpointConfig
 from megatron_hdpo.config.errors import error_lines
@@ -87,6 +87,9 @@ class WarmupConfig(BaseModel):
     )
 
 
+_TEACHER: TypeAdapter[TeacherConfig] = TypeAdapter(TeacherConfig)
+
+
 class Recipe(BaseModel):
     """All settings of a run."""
 
@@ -106,7 +109,10 @@ class Recipe(BaseModel):
     reward: RewardConfig = Field(default_factory=RewardConfig)
     objective: ObjectiveConfig = Field(description="The method, chosen by its name.")
     teacher: TeacherConfig = Field(
-        default_factory=lambda: PolicyTeacherConfig(), description="The model that scores for a distillation objective."
+        default_factory=lambda: PolicyTeacherConfig(),
+        description="The model that scores for a distillation objective. Without this section it is the one of the "
+        "method's paper: frozen for opsd, contrastive_opsd and paced; ema (decay 0.95) for sdpo and srpo; snapshot "
+        "(every 10) for rlsd and rlcsd; policy for hdpo; opd, vopd and akl need the section.",
     )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
@@ -117,6 +123,13 @@ class Recipe(BaseModel):
     profile: ProfileConfig = Field(default_factory=ProfileConfig)
     self_test: SelfTestConfig = Field(default_factory=SelfTestConfig)
     health: HealthConfig = Field(default_factory=HealthConfig)
+
+    @model_validator(mode="after")
+    def _teacher_of_the_method(self) -> Recipe:
+        """Fill in the teacher of the method's paper, so that it stands in the saved recipe too."""
+        if "teacher" not in self.model_fields_set and self.objective.default_teacher is not None:
+            self.teacher = _TEACHER.validate_python(dict(self.objective.default_teacher))
+        return self
 
 
 def parse_recipe(

@@ -14,7 +14,7 @@ Rollouts without a right and a wrong sibling are masked.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -22,7 +22,7 @@ from pydantic import Field
 from megatron_hdpo.objectives.base import NO_TOTALS
 from megatron_hdpo.objectives.distillation import Distillation, StudentDistillationConfig
 from megatron_hdpo.objectives.examples import SampleKey, sample_distillation
-from megatron_hdpo.objectives.settings import RecipeContext
+from megatron_hdpo.objectives.settings import FROZEN, RecipeContext, TeacherSection
 from megatron_hdpo.objectives.siblings import PairConfig, has_pair, pair_hints
 from megatron_hdpo.types.headline import Headline
 from megatron_hdpo.types.learning import DivergenceConfig, Example, Score, Scoring, ScoringKey
@@ -36,6 +36,8 @@ _WEIGHT = Headline("contrast/mean_weight", "weight", "Mean weight of a token")
 
 class ContrastiveOPSDConfig(StudentDistillationConfig):
     """OPSD towards a right sibling and away from a wrong one."""
+
+    default_teacher: ClassVar[TeacherSection | None] = FROZEN
 
     name: Literal["contrastive_opsd"] = "contrastive_opsd"
     siblings: PairConfig = Field(default_factory=PairConfig, description="Which siblings serve as hints.")

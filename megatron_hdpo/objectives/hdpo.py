@@ -21,7 +21,7 @@ from megatron_hdpo.objectives.base import NO_TOTALS, ObjectiveDeps
 from megatron_hdpo.objectives.examples import distillation_example, privileged_samples, target_of, target_scorings
 from megatron_hdpo.objectives.grpo import GRPO, GRPOConfig
 from megatron_hdpo.objectives.privileged import PrivilegedFilter, PrivilegedRolloutConfig, privileged_metrics
-from megatron_hdpo.objectives.settings import OWN_TEACHERS, RecipeContext, TeacherKind
+from megatron_hdpo.objectives.settings import OWN_TEACHERS, POLICY, RecipeContext, TeacherKind, TeacherSection
 from megatron_hdpo.types.headline import CLIFF_RATE, DISTILLED_TOKENS, DIVERGENCE, PRIVILEGED_SUCCESS, Headline
 from megatron_hdpo.types.learning import DivergenceConfig, Example, LossSpec, Score, Scoring, ScoringKey
 from megatron_hdpo.types.rollouts import Group, JudgedGroup
@@ -39,6 +39,7 @@ class HDPOConfig(GRPOConfig):
     """Hybrid distillation policy optimisation: GRPO plus privileged self-distillation on cliff prompts."""
 
     teachers: ClassVar[tuple[TeacherKind, ...]] = OWN_TEACHERS
+    default_teacher: ClassVar[TeacherSection | None] = POLICY
     privileged_prompts: ClassVar[bool] = True
 
     name: Literal["hdpo"] = "hdpo"  # type: ignore[assignment]

@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import Field
 
 from megatron_hdpo.objectives.distillation import Distillation, StudentDistillationConfig
+from megatron_hdpo.objectives.settings import FROZEN, TeacherSection
 from megatron_hdpo.types.learning import DivergenceConfig
 from megatron_hdpo.types.rollouts import Group
 
@@ -23,6 +24,7 @@ class OPSDConfig(StudentDistillationConfig):
     """On-policy self-distillation."""
 
     privileged_prompts: ClassVar[bool] = True
+    default_teacher: ClassVar[TeacherSection | None] = FROZEN
 
     name: Literal["opsd"] = "opsd"
     distill: DivergenceConfig = Field(

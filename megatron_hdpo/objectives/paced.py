@@ -30,7 +30,7 @@ from megatron_hdpo.objectives.examples import (
     target_scorings,
 )
 from megatron_hdpo.objectives.privileged import PrivilegedFilter, PrivilegedRolloutConfig, privileged_metrics
-from megatron_hdpo.objectives.settings import RecipeContext
+from megatron_hdpo.objectives.settings import FROZEN, RecipeContext, TeacherSection
 from megatron_hdpo.types.divergences import DivergenceKind
 from megatron_hdpo.types.headline import Headline
 from megatron_hdpo.types.learning import DivergenceConfig, Example, LossSpec, Score, Scoring, ScoringKey
@@ -43,6 +43,7 @@ class PACEDConfig(StudentDistillationConfig):
     """Distillation weighted by pass rates, in two stages."""
 
     privileged_prompts: ClassVar[bool] = True
+    default_teacher: ClassVar[TeacherSection | None] = FROZEN
 
     name: Literal["paced"] = "paced"
     distill: DivergenceConfig = Field(

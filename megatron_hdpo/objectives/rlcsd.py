@@ -27,7 +27,7 @@ from megatron_hdpo.objectives.advantages import AdvantageKind
 from megatron_hdpo.objectives.base import NO_TOTALS
 from megatron_hdpo.objectives.examples import SampleKey
 from megatron_hdpo.objectives.grpo import GRPO, GRPOConfig
-from megatron_hdpo.objectives.settings import OWN_TEACHERS, RecipeContext, TeacherKind
+from megatron_hdpo.objectives.settings import OWN_TEACHERS, SNAPSHOT, RecipeContext, TeacherKind, TeacherSection
 from megatron_hdpo.objectives.siblings import PairConfig, has_pair, pair_hints
 from megatron_hdpo.types.headline import Headline
 from megatron_hdpo.types.learning import Example, Score, Scoring, ScoringKey, SurrogateConfig
@@ -40,6 +40,7 @@ class RLCSDConfig(GRPOConfig):
     """GRPO with contrastive self-distillation."""
 
     teachers: ClassVar[tuple[TeacherKind, ...]] = OWN_TEACHERS
+    default_teacher: ClassVar[TeacherSection | None] = SNAPSHOT
 
     name: Literal["rlcsd"] = "rlcsd"  # type: ignore[assignment]
     advantage: AdvantageKind = Field("group", description="Baseline and scale of the advantages.")

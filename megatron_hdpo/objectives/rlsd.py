@@ -26,7 +26,7 @@ from megatron_hdpo.objectives.advantages import AdvantageKind
 from megatron_hdpo.objectives.base import NO_TOTALS
 from megatron_hdpo.objectives.examples import SampleKey, own_scoring, student_samples
 from megatron_hdpo.objectives.grpo import GRPO, GRPOConfig
-from megatron_hdpo.objectives.settings import OWN_TEACHERS, TeacherKind
+from megatron_hdpo.objectives.settings import OWN_TEACHERS, SNAPSHOT, TeacherKind, TeacherSection
 from megatron_hdpo.objectives.siblings import PairConfig, has_pair, pair_hints
 from megatron_hdpo.types.headline import Headline
 from megatron_hdpo.types.learning import Example, Score, Scoring, ScoringKey
@@ -42,6 +42,7 @@ class RLSDConfig(GRPOConfig):
     """GRPO with advantages scaled by a teacher that reads a hint."""
 
     teachers: ClassVar[tuple[TeacherKind, ...]] = OWN_TEACHERS
+    default_teacher: ClassVar[TeacherSection | None] = SNAPSHOT
 
     name: Literal["rlsd"] = "rlsd"  # type: ignore[assignment]
     advantage: AdvantageKind = Field("group", description="Baseline and scale of the advantages.")

@@ -27,7 +27,7 @@ from megatron_hdpo.objectives.demonstrations import (
     sdpo_divergence,
 )
 from megatron_hdpo.objectives.distillation import Distillation, StudentDistillationConfig
-from megatron_hdpo.objectives.settings import OWN_TEACHERS, TeacherKind
+from megatron_hdpo.objectives.settings import EMA, OWN_TEACHERS, TeacherKind, TeacherSection
 from megatron_hdpo.types.headline import Headline
 from megatron_hdpo.types.learning import DivergenceConfig
 from megatron_hdpo.types.rollouts import Group, JudgedGroup
@@ -39,6 +39,7 @@ class SDPOConfig(StudentDistillationConfig):
     """Self-distillation policy optimisation."""
 
     teachers: ClassVar[tuple[TeacherKind, ...]] = OWN_TEACHERS
+    default_teacher: ClassVar[TeacherSection | None] = EMA
 
     name: Literal["sdpo"] = "sdpo"
     demonstration: DemonstrationConfig = Field(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_serializer
 
@@ -16,6 +17,13 @@ OWN_TEACHERS: tuple[TeacherKind, ...] = ("policy", "frozen", "snapshot", "ema")
 """Teachers made of the policy's own weights, current or past: what self-distillation needs."""
 OTHER_TEACHERS: tuple[TeacherKind, ...] = ("frozen", "snapshot", "ema", "external")
 """All teachers except the policy itself, which agrees with the student after the same prompt."""
+TeacherSection = Mapping[str, Any]
+"""The section `teacher` of a recipe."""
+POLICY: TeacherSection = MappingProxyType({"kind": "policy"})
+FROZEN: TeacherSection = MappingProxyType({"kind": "frozen"})
+SNAPSHOT: TeacherSection = MappingProxyType({"kind": "snapshot", "every": 10})
+EMA: TeacherSection = MappingProxyType({"kind": "ema", "decay": 0.95})
+"""Teachers of the papers."""
 ANY_TEACHER: tuple[TeacherKind, ...] = (*OWN_TEACHERS, "external")
 
 
@@ -41,6 +49,8 @@ class ObjectiveSettings(BaseModel):
 
     teachers: ClassVar[tuple[TeacherKind, ...]] = ()
     """Kinds of teacher that the method can learn from; () for a method without one."""
+    default_teacher: ClassVar[TeacherSection | None] = None
+    """The teacher of the method's paper, for recipes without the section. None: a recipe must have it."""
     privileged_prompts: ClassVar[bool] = False
     """Return whether prompts that show the answer are needed with all settings."""
 

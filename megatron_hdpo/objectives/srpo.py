@@ -37,7 +37,7 @@ from megatron_hdpo.objectives.examples import (
     target_scorings,
 )
 from megatron_hdpo.objectives.grpo import GRPO, GRPOConfig
-from megatron_hdpo.objectives.settings import OWN_TEACHERS, RecipeContext, TeacherKind
+from megatron_hdpo.objectives.settings import EMA, OWN_TEACHERS, RecipeContext, TeacherKind, TeacherSection
 from megatron_hdpo.types.headline import DIVERGENCE, Headline
 from megatron_hdpo.types.learning import (
     DivergenceConfig,
@@ -57,6 +57,7 @@ class SRPOConfig(GRPOConfig):
     """GRPO with failures routed to self-distillation."""
 
     teachers: ClassVar[tuple[TeacherKind, ...]] = OWN_TEACHERS
+    default_teacher: ClassVar[TeacherSection | None] = EMA
 
     name: Literal["srpo"] = "srpo"  # type: ignore[assignment]
     advantage: AdvantageKind = Field("rloo", description="Baseline and scale of the advantages.")

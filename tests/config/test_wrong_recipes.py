@@ -643,6 +643,11 @@ TABLE = [
         overrides=["objective={name: grpo}", "data.prompts.privileged_chat_template_kwargs={enable_thinking: true}"],
     ),
     Wrong(
+        "a method that needs a teacher, without one",
+        "teacher: objective akl needs one: set teacher.kind to policy or frozen or snapshot or ema or external",
+        overrides=["objective={name: akl, tokens: teacher}"],
+    ),
+    Wrong(
         "samples of a task that is not evaluated on",
         "evaluation.task_samples.aime: data.evaluation has no task of this name (it has: none)",
         overrides=["evaluation.task_samples={aime: 12}"],

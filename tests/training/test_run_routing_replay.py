@@ -43,6 +43,7 @@ def train(model: Path, output: Path, ranks: int = 1, parallel: Any = None, **rol
     the student's rollouts, which needs no right answers."""
     tree: Tree = small_recipe(model, output)
     tree["objective"] = {"name": "opsd", "distill": {"top_k": 8, "importance_cap": 2.0}}
+    tree["teacher"] = {"kind": "policy"}
     tree["train"] |= {"steps": 1, "updates_per_step": 2}
     tree["rollout"] |= {"embedded": {"dtype": "bfloat16"}} | rollout
     tree["self_test"] = {"prompts": 8, "max_new_tokens": 8}
