@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_hdpo.weights.errors import WeightsError, listed
+from megatron_hdpo.weights.fused import Part, parts_of
 from megatron_hdpo.weights.mapping import HfTensor
 
 SINGLE_FILE = "model.safetensors"
@@ -21,14 +21,13 @@ INDEX_FILE = "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _IGNORED_SUFFIX = "rotary_emb.inv_freq"
 """Name of a buffer in old exports; it follows from the configuration."""
-_FUSED = re.compile(r"\.experts\.(gate_up_proj|down_proj)(\.weight)?$")
-"""Names by which transformers 5 may save all experts of a layer in one tensor."""
 
 
 class HfWeights:
     """The tensors of one Hugging Face folder, a single file or shards with an index; use it as a context manager.
 
-    Files are memory-mapped: only the slices that are used are read. Entering raises WeightsError on a folder without
+    Experts that are stored in one tensor for the whole layer have the names and shapes of single experts here. Files
+    are memory-mapped: only the slices that are used are read. Entering raises WeightsError on a folder without
     safetensors, a shard that is missing or damaged, and an index that names a tensor which its shard lacks.
     """
 
@@ -36,11 +35,13 @@ class HfWeights:
         self.path = Path(path)
         self._stack = ExitStack()
         self._file_of: dict[str, Any] = {}
+        self._parts: dict[str, Part] = {}
 
     def __enter__(self) -> HfWeights:
         try:
             for file, names in self._files().items():
                 self._open(file, names)
+            self._split_experts()
         except BaseException:
             self._stack.close()
             raise
@@ -54,19 +55,23 @@ class HfWeights:
     @property
     def names(self) -> list[str]:
         """Names of all tensors, without buffers that follow from the configuration."""
-        return [name for name in self._file_of if not name.endswith(_IGNORED_SUFFIX)]
+        split = {part.stored for part in self._parts.values()}
+        stored = (name for name in self._file_of if not name.endswith(_IGNORED_SUFFIX) and name not in split)
+        return [*stored, *self._parts]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the full shape of a tensor."""
-        return tuple(self._file_of[name].get_slice(name).get_shape())
+        return self._parts[name].shape if name in self._parts else tuple(self._stored(name).get_shape())
 
     def dtype(self, name: str) -> str:
         """Return the file's name for a tensor's type, such as BF16."""
-        return self._file_of[name].get_slice(name).get_dtype()
+        return self._stored(name).get_dtype()
 
     def read(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
         """Read rows (dim 0) or columns (dim 1) start:stop of a tensor to the CPU, in the file's type."""
-        view = self._file_of[name].get_slice(name)
+        view = self._stored(name)
+        if name in self._parts:
+            return view[self._parts[name].index(dim, start, stop)]
         return view[start:stop] if dim == 0 else view[:, start:stop]
 
     def mismatches(self, expected: Iterable[HfTensor], optional: Iterable[str] = ()) -> list[str]:
@@ -75,20 +80,17 @@ class HfWeights:
         optional: names that may be there without being expected.
         """
         shapes = {tensor.name: tensor.shape for tensor in expected}
-        present = self.names
-        both = [name for name in shapes if name in self._file_of]
+        present = set(self.names)
+        both = [name for name in shapes if name in present]
         wrong = [
-            f"{name}: {self.shape(name)}, expected {shapes[name]}" for name in both if self.shape(name) != shapes[name]
+            f"{name}: {self.shape(name)}, expected {shapes[name]}{self._origin(name)}"
+            for name in both
+            if self.shape(name) != shapes[name]
         ]
         foreign = [f"{name}: {self.dtype(name)}" for name in both if self.dtype(name) not in DTYPES]
-        if fused := next((name for name in present if _FUSED.search(name)), None):
-            return [
-                f"the experts of a layer are fused into one tensor ({fused}), which is not supported: save the model "
-                "with one tensor per expert, in transformers by save_pretrained(..., save_original_format=True)"
-            ]
         return [
-            *listed("missing", (name for name in shapes if name not in self._file_of)),
-            *listed("unexpected", sorted(set(present) - shapes.keys() - set(optional))),
+            *listed("missing", (name for name in shapes if name not in present)),
+            *listed("unexpected", sorted(present - shapes.keys() - set(optional))),
             *listed("of a wrong shape", wrong),
             *listed(f"of a type that is not one of {', '.join(DTYPES)} (quantised?)", foreign),
         ]
@@ -111,6 +113,28 @@ class HfWeights:
                 "other; remove the one that is not meant"
             )
         return files
+
+    def _stored(self, name: str) -> Any:
+        """Return the slices of the stored tensor that is, or holds, a tensor."""
+        stored = self._parts[name].stored if name in self._parts else name
+        return self._file_of[stored].get_slice(stored)
+
+    def _origin(self, name: str) -> str:
+        """Return where a tensor lies, for a message; nothing for one that is stored by itself."""
+        if name not in self._parts:
+            return ""
+        stored = self._parts[name].stored
+        return f" (a part of {stored}, which is {tuple(self._file_of[stored].get_slice(stored).get_shape())})"
+
+    def _split_experts(self) -> None:
+        """Add the tensors of single experts. Raises WeightsError for an expert that is there in both forms."""
+        for stored in self._file_of:
+            self._parts |= parts_of(stored, self.shape(stored))
+        if twice := next((name for name in self._parts if name in self._file_of), None):
+            raise WeightsError(
+                f"{self.path} holds {twice} by itself and in {self._parts[twice].stored}: remove the one that is not "
+                "meant"
+            )
 
     def _open(self, file: Path, names: list[str] | None) -> None:
         try:

@@ -45,15 +45,6 @@ def test_an_index_may_name_the_single_file_and_folders_inside(tmp_path: Path) ->
     assert names_in(tmp_path) == ["a", "b"]
 
 
-@pytest.mark.parametrize("name", ["gate_up_proj", "down_proj", "down_proj.weight"])
-def test_fused_experts_are_refused_with_the_reason(tmp_path: Path, name: str) -> None:
-    fused = f"model.layers.0.mlp.experts.{name}"
-    write(tmp_path, SINGLE_FILE, fused)
-    with HfWeights(tmp_path) as weights:
-        (line,) = weights.mismatches([HfTensor("model.layers.0.mlp.experts.0.down_proj.weight", (2, 2))])
-    assert f"fused into one tensor ({fused})" in line and "one tensor per expert" in line
-
-
 def test_experts_of_their_own_are_not_taken_for_fused_ones(tmp_path: Path) -> None:
     own = "model.layers.0.mlp.experts.0.down_proj.weight"
     write(tmp_path, SINGLE_FILE, own)
