@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -15,8 +15,10 @@ from megatron_hdpo.model.network import hidden_rows
 from megatron_hdpo.model.packing import PackedSequences, RowLayout, pack
 from megatron_hdpo.parallel.context import ParallelContext
 
+ROWS = 256
+"""Positions whose log-probs over the whole vocabulary are in memory at once."""
 
-@torch.no_grad()
+
 def packed_logprobs(
     model: nn.Module, architecture: Architecture, context: ParallelContext, sequences: Sequence[np.ndarray]
 ) -> list[Tensor]:
@@ -25,18 +27,41 @@ def packed_logprobs(
     The sequences go through the model as one packed row. Collective within a replica, and over the ranks that share
     its experts; the replica's first rank gets the result, the others an empty list.
     """
+    parts: list[list[Tensor]] = [[] for _ in sequences]
+    for number, _, logprobs_RV in packed_logprob_rows(model, architecture, context, sequences):
+        parts[number].append(logprobs_RV)
+    return [torch.cat(own) for own in parts] if context.is_replica_leader else []
+
+
+@torch.no_grad()
+def packed_logprob_rows(
+    model: nn.Module,
+    architecture: Architecture,
+    context: ParallelContext,
+    sequences: Sequence[np.ndarray],
+    rows: int = ROWS,
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield (sequence, first position, log-probs) as `packed_logprobs`, of at most `rows` positions at a time.
+
+    log-probs: fp32 [<= rows, vocabulary], on the CPU. Collective like `packed_logprobs`: each rank must iterate to the
+    end, also those that get nothing.
+    """
     multiple, cp = context.layout.tensor if context.layout.sequence else 1, context.groups.cp
     packed = pack(sequences, context.device, RowLayout(multiple, cp.size(), cp.rank()))
     with context.megatron_calls():
         hidden = _forward(model, architecture, context, packed)
-        logits_MV = _gather_logits(model, hidden, context, packed) if context.is_last_stage else None
-    logits_MV = _to_first_stage(logits_MV, architecture, context, packed.num_tokens)
-    if logits_MV is None:
-        return []
-    logprobs_MV = torch.log_softmax(logits_MV[:, : architecture.vocab_size].float().cpu(), dim=-1)
-    return [
-        logprobs_MV[start : start + len(sequence)] for start, sequence in zip(packed.starts, sequences, strict=True)
-    ]
+        hidden_MH = _whole_rows(model, hidden, context, packed) if context.is_last_stage else None
+    del hidden
+    for number, sequence in enumerate(sequences):
+        for first in range(0, len(sequence), rows):
+            count = min(rows, len(sequence) - first)
+            logits_RV = None
+            if hidden_MH is not None:
+                start = packed.starts[number] + first
+                logits_RV = _logits(model, hidden_MH[start : start + count], context)
+            logits_RV = _to_first_stage(logits_RV, architecture, context, count)
+            if logits_RV is not None:
+                yield number, first, torch.log_softmax(logits_RV[:, : architecture.vocab_size].float().cpu(), dim=-1)
 
 
 def _forward(model: nn.Module, architecture: Architecture, context: ParallelContext, packed: PackedSequences) -> Tensor:
@@ -61,16 +86,22 @@ def _forward(model: nn.Module, architecture: Architecture, context: ParallelCont
     return hidden
 
 
-def _gather_logits(model: nn.Module, hidden: Tensor, context: ParallelContext, packed: PackedSequences) -> Tensor:
-    """Gather the logits [rows of all context-parallel ranks, padded vocabulary] on every rank of the last stage."""
-    bare, tp, cp = unwrap(model), context.groups.tp, context.groups.cp
+def _whole_rows(model: nn.Module, hidden: Tensor, context: ParallelContext, packed: PackedSequences) -> Tensor:
+    """Gather the input of the head [rows of all context-parallel ranks, H] on every rank of the last stage."""
     own_rows_M = torch.from_numpy(packed.own_rows_M).to(context.device)
-    hidden_MH = hidden_rows(bare, hidden, torch.arange(len(own_rows_M), device=context.device), context.groups)
-    own_MV = torch.cat(_gathered(torch.nn.functional.linear(hidden_MH, bare.head_weight()), tp), dim=-1)
-    logits_MV = own_MV.new_empty(packed.num_tokens, own_MV.shape[1])
-    for rows_M, part_MV in zip(_gathered(own_rows_M, cp), _gathered(own_MV, cp), strict=True):
-        logits_MV[rows_M] = part_MV
-    return logits_MV
+    indices_M = torch.arange(len(own_rows_M), device=context.device)
+    own_MH = hidden_rows(unwrap(model), hidden, indices_M, context.groups)
+    whole_MH = own_MH.new_empty(packed.num_tokens, own_MH.shape[1])
+    cp = context.groups.cp
+    for rows_M, part_MH in zip(_gathered(own_rows_M, cp), _gathered(own_MH, cp), strict=True):
+        whole_MH[rows_M] = part_MH
+    return whole_MH
+
+
+def _logits(model: nn.Module, hidden_RH: Tensor, context: ParallelContext) -> Tensor:
+    """Return the logits [R, padded vocabulary] of rows of the head's input. Collective over tensor-parallel ranks."""
+    own_RV = torch.nn.functional.linear(hidden_RH, unwrap(model).head_weight())
+    return torch.cat(_gathered(own_RV, context.groups.tp), dim=-1)
 
 
 def _gathered(values: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
@@ -80,16 +111,16 @@ def _gathered(values: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
 
 
 def _to_first_stage(
-    logits_MV: Tensor | None, architecture: Architecture, context: ParallelContext, rows: int
+    logits_RV: Tensor | None, architecture: Architecture, context: ParallelContext, rows: int
 ) -> Tensor | None:
     """Send the last stage's logits to the replica's first rank; the others get None."""
     pp = context.groups.pp
     if context.groups.tp.rank() != 0 or context.groups.cp.rank() != 0:
         return None
     if pp.size() == 1:
-        return logits_MV
-    if logits_MV is not None:
-        dist.send(logits_MV.float(), group=pp, group_dst=0)
+        return logits_RV
+    if logits_RV is not None:
+        dist.send(logits_RV.float(), group=pp, group_dst=0)
     if not context.is_first_stage:
         return None
     shape = (rows, architecture.padded_vocab_size(context.layout.tensor))

@@ -22,13 +22,14 @@ def test_a_converted_checkpoint_is_proven_on_another_layout(folder: Path) -> Non
     assert ended.stdout == [f"{folder / 'megatron'}: megatron, llama, from huggingface\n"]
     ended = run_command("verify-conversion", folder / "hf", folder / "megatron", "--tensor", 2, ranks=2)
     results_of(ended)
-    assert ended.stdout[0].count("passed") == 5 and "FAILED" not in ended.stdout[0] and not ended.stdout[1]
+    assert ended.stdout[0].count("passed") == 6 and "FAILED" not in ended.stdout[0] and not ended.stdout[1]
 
 
 def test_a_failed_check_ends_with_1(folder: Path) -> None:
-    ended = run_command("verify-conversion", folder / "hf", "--max-difference", 0)
+    ended = run_command("verify-conversion", folder / "hf", "--max-difference", 0, "--longest", 50)
     assert ended.codes == [1]
-    assert "FAILED" in ended.stdout[0] and "prompt 0 (3 tokens)" in ended.stdout[0]
+    assert "text 2 (50 tokens)" in ended.stdout[0] and "text 3" not in ended.stdout[0]
+    assert "FAILED" in ended.stdout[0] and "text 0 (3 tokens)" in ended.stdout[0]
 
 
 @pytest.mark.parametrize(

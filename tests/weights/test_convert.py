@@ -17,12 +17,13 @@ from megatron_hdpo.model.config import OptimizerConfig
 from megatron_hdpo.model.optimizer import build_optimizer
 from megatron_hdpo.model.policy import Policy
 from megatron_hdpo.parallel.context import ParallelContext
+from megatron_hdpo.weights.checks import Check
 from megatron_hdpo.weights.convert import convert, inspect, open_model
 from megatron_hdpo.weights.errors import WeightsError
 from megatron_hdpo.weights.load import load_hf
 from megatron_hdpo.weights.megatron_files import load_megatron
 from megatron_hdpo.weights.stream import stream_hf
-from megatron_hdpo.weights.verify import Check, verify
+from megatron_hdpo.weights.verify import verify
 
 CASES = ("qwen2_tied", "qwen3")
 CHANGED = "model.layers.2.self_attn.k_proj.weight"
