@@ -35,7 +35,8 @@ class NotStorable(ValueError):
 
 def write_problems(checked: CheckedProblems, file: Path) -> None:
     """Write problems, question hashes and report. Raises NotStorable for problems that would not come back equal."""
-    report = {name: getattr(checked.report, name) for name in ("counts", "examples", "cut")}
+    names = ("counts", "examples", "cut", "escaped", "first_escaped")
+    report = {name: getattr(checked.report, name) for name in names}
     schema = _SCHEMA.with_metadata({_ABOUT: orjson.dumps({"report": report, "certain": checked.certain})})
     with pyarrow.parquet.ParquetWriter(file, schema, compression="zstd") as writer:
         for start in range(0, len(checked.problems), GROUP_ROWS):

@@ -1,4 +1,4 @@
-"""The problems of one task that can be used: gold answers that parse, no special tokens, prompts that fit."""
+"""The problems of one task that can be used: gold answers that parse, texts that can be encoded, prompts that fit."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_hdpo.data.plain_text import NotEncodable
 from megatron_hdpo.data.prompts import Hint, PromptBuilder, PromptTooLong
 from megatron_hdpo.data.tasks import Task
 from megatron_hdpo.data.tasks.files import FileTaskBase
@@ -74,13 +75,17 @@ class ProblemChecker:
         return kept, all(verdict.certain for verdict in verdicts.values())
 
     def _fits(self, task: Task, problem: Problem, index: int, report: LoadReport) -> bool:
-        if token := self.prompts.foreign_special_token(problem):
-            report.drop(problem.task, "special token in its text", f"{problem.id} contains {token}")
-            return False
+        token = self.prompts.control_token(problem)
         try:
+            if not self.prompts.can_encode(problem):
+                raise NotEncodable("the tokenizer cannot read it as ordinary characters")
             whole = self.prompts.check_length(problem, self.privileged, self.hints)
-            if index < ENCODED_AT_LOAD or self.prompts.may_lack_tokens:
+            if index < ENCODED_AT_LOAD or self.prompts.may_lack_tokens or token:
                 self._encode(problem)
+        except NotEncodable as error:
+            found = token or "a code point that Unicode keeps for programs"
+            report.drop(problem.task, "special token in its text", f"{problem.id} contains {found}: {error}")
+            return False
         except PromptTooLong as error:
             report.drop(problem.task, "prompt too long", str(error))
             return False
@@ -91,6 +96,8 @@ class ProblemChecker:
             return False
         if not whole:
             report.cut[problem.task] = report.cut.get(problem.task, 0) + 1
+        if token:
+            report.escape(problem.task, f"{problem.id} contains {token}")
         return True
 
     def _encode(self, problem: Problem) -> None:

@@ -13,9 +13,11 @@ import jinja2
 import numpy as np
 
 from megatron_hdpo.data.chat_template import ChatTemplate
+from megatron_hdpo.data.control_texts import ControlTexts
+from megatron_hdpo.data.plain_text import PlainText, unmarked, without_marks_of_its_own
 from megatron_hdpo.data.prompt_config import PromptConfig
 from megatron_hdpo.data.templates import NothingToShow, environment, rendered
-from megatron_hdpo.data.text_tokens import ControlTexts, TextEncoder, TokenizerLike
+from megatron_hdpo.data.text_tokens import TextEncoder, TokenizerLike
 from megatron_hdpo.data.trial import check_size, trial
 from megatron_hdpo.types.errors import DataError
 from megatron_hdpo.types.problem import Problem
@@ -65,7 +67,9 @@ class PromptBuilder:
         self._student = templates.from_string(config.student)
         self._privileged = templates.from_string(config.privileged)
         self._hint = templates.from_string(config.hint)
-        self._encoder, self._control = TextEncoder(tokenizer, vocab_size), ControlTexts(tokenizer)
+        self._control = ControlTexts(tokenizer)
+        self._plain = PlainText(tokenizer, self._control)
+        self._encoder = TextEncoder(tokenizer, self._plain, vocab_size)
         self._chat = ChatTemplate(tokenizer, config.system, config.chat_template_kwargs) if config.chat else None
         self._teachers_chat = self._chat
         if config.chat and config.privileged_chat_template_kwargs:
@@ -87,23 +91,22 @@ class PromptBuilder:
 
     def render_student(self, problem: Problem) -> str:
         """Return the text of the student's prompt, chat template included."""
-        return self._wrap(self._render_question(problem))
+        return unmarked(self._student_text(problem))
 
     def render_privileged(self, problem: Problem, solution: str | None = None) -> str:
         """Return the text of the privileged prompt, chat template included; `solution` replaces the problem's own."""
-        text = self._render_reference(problem, problem.solution if solution is None else solution)
-        return self._wrap_for_teacher(text)
+        return unmarked(self._privileged_text(problem, problem.solution if solution is None else solution))
 
     def render_hinted(self, problem: Problem, hint: Hint) -> str:
         """Return the text of the prompt with a hint, chat template included."""
-        return self._wrap_for_teacher(self._render_hint(problem, hint))
+        return unmarked(self._hinted_text(problem, hint))
 
     def student(self, problem: Problem) -> np.ndarray:
         """Return the ids int32 [P] of the student's prompt.
 
         Raises PromptTooLong beyond max_prompt_tokens, DataError for text that the tokenizer cannot express.
         """
-        ids = self.encode(self.render_student(problem))
+        ids = self._encoded(self._student_text(problem))
         if len(ids) > self.config.max_prompt_tokens:
             limit = self.config.max_prompt_tokens
             raise PromptTooLong(f"{problem.id}: the prompt has {len(ids)} tokens, max_prompt_tokens is {limit}")
@@ -115,11 +118,11 @@ class PromptBuilder:
         A solution that does not fit is cut at its end, and the answer is then shown in addition. Raises PromptTooLong
         when even the answer alone does not fit.
         """
-        ids = self.encode(self.render_privileged(problem))
+        ids = self._encoded(self._privileged_text(problem, problem.solution))
         limit, solution = self.config.privileged_limit, problem.solution
         while len(ids) > limit and solution:
             solution = self._shortened(solution, len(ids) - limit, "beginning")
-            ids = self.encode(self._wrap_for_teacher(self._render_reference(problem, solution, cut=True)))
+            ids = self._encoded(self._privileged_text(problem, solution, cut=True))
         if len(ids) > limit:
             raise PromptTooLong(
                 f"{problem.id}: the privileged prompt has {len(ids)} tokens without any solution, "
@@ -135,17 +138,18 @@ class PromptBuilder:
         """Return the prompt with a hint, and how much of the hint did not fit.
 
         A hint that does not fit is cut, the problem never: first the attempt (`hint_keep` says which part stays), then
-        the feedback (its beginning stays), then the answer. Texts of control tokens are removed from the hint. Raises
-        PromptTooLong when not even the problem fits.
+        the feedback (its beginning stays), then the answer. Texts of control tokens in it are ordinary characters; a
+        tokenizer that cannot read them so gets the hint without them. Raises PromptTooLong when not even the problem
+        fits.
         """
         limit = self.config.privileged_limit
-        hint = Hint(*(self._control.removed(text) for text in (hint.attempt, hint.answer, hint.feedback)))
-        ids = self.encode(self.render_hinted(problem, hint))
+        hint = Hint(*map(self._encodable, (hint.attempt, hint.answer, hint.feedback)))
+        ids = self._encoded(self._hinted_text(problem, hint))
         whole = len(ids)
         for part, keep in (("attempt", self.config.hint_keep), ("feedback", "beginning"), ("answer", "beginning")):
             while len(ids) > limit and (text := getattr(hint, part)):
                 hint = replace(hint, **{part: self._shortened(text, len(ids) - limit, keep)})
-                ids = self.encode(self.render_hinted(problem, hint))
+                ids = self._encoded(self._hinted_text(problem, hint))
         if len(ids) > limit:
             raise PromptTooLong(
                 f"{problem.id}: the prompt for hints has {len(ids)} tokens without any hint, the limit is {limit}; "
@@ -163,7 +167,7 @@ class PromptBuilder:
             self.student(problem)
         limit, whole = self.config.privileged_limit, True
         if privileged and self._most_tokens(text := self._render_reference(problem, problem.solution)) > limit:
-            whole = len(self.encode(self._wrap_for_teacher(text))) <= limit
+            whole = len(self._encoded(self._wrap_for_teacher(text))) <= limit
             if not whole:
                 self.privileged_prompt(problem)
         if hints and self._most_tokens(self._render_hint(problem, Hint())) > limit:
@@ -180,8 +184,12 @@ class PromptBuilder:
         """Return the number of rows of the model's embedding, where some tokens have none; else None."""
         return self._encoder.vocab_size
 
-    def encode(self, text: str) -> np.ndarray:
-        """Return the ids int32 [P] of rendered text.
+    def data_ids(self, text: str) -> list[int]:
+        """Return the ids of a text of data alone, such as a solution, without any control token."""
+        return self._plain.ids_of_data(text)
+
+    def _encoded(self, text: str) -> np.ndarray:
+        """Return the ids int32 [P] of rendered text, in which control tokens of data are marked.
 
         A chat template has its own special tokens; raw text gets the tokenizer's, without an end of sequence. Raises
         DataError for text that the tokenizer has no tokens for.
@@ -190,13 +198,31 @@ class PromptBuilder:
         ends = not self.config.chat and len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id
         return ids[:-1] if ends else ids
 
-    def foreign_special_token(self, problem: Problem) -> str | None:
-        """Return the text of a control token in the problem, which would end the message early; else None."""
-        texts = (problem.question, problem.answer, problem.solution or "")
-        return next(filter(None, map(self._control.first, texts)), None)
+    def control_token(self, problem: Problem) -> str | None:
+        """Return the text of a control token in the problem, None without one."""
+        return next(filter(None, map(self._control.first, _texts(problem))), None)
+
+    def can_encode(self, problem: Problem) -> bool:
+        """Return whether the problem's texts can be read without any control token, which would end the message."""
+        return all(map(self._plain.can_encode, _texts(problem)))
+
+    def _student_text(self, problem: Problem) -> str:
+        return self._wrap(self._render_question(problem))
+
+    def _privileged_text(self, problem: Problem, solution: str | None, cut: bool = False) -> str:
+        return self._wrap_for_teacher(self._render_reference(problem, solution, cut))
+
+    def _hinted_text(self, problem: Problem, hint: Hint) -> str:
+        return self._wrap_for_teacher(self._render_hint(problem, hint))
+
+    def _encodable(self, text: str) -> str:
+        text = without_marks_of_its_own(text)
+        return text if self._plain.can_encode(text) else self._control.removed(text)
 
     def _render_question(self, problem: Problem) -> str:
-        return rendered(self._student, f"{problem.id}: data.prompts.student", question=problem.question)
+        return rendered(
+            self._student, f"{problem.id}: data.prompts.student", question=self._plain.marked(problem.question)
+        )
 
     def _render_reference(self, problem: Problem, solution: str | None, cut: bool = False) -> str:
         context = self.config.privileged_context
@@ -206,9 +232,9 @@ class PromptBuilder:
             return rendered(
                 self._privileged,
                 f"{problem.id}: data.prompts.privileged",
-                question=problem.question,
-                solution=shown or None,
-                answer=problem.answer if show_answer else None,
+                question=self._plain.marked(problem.question),
+                solution=self._plain.marked(shown) if shown else None,
+                answer=self._plain.marked(problem.answer) if show_answer else None,
                 reference_begin=self.config.reference_begin,
                 reference_end=self.config.reference_end,
             )
@@ -222,10 +248,10 @@ class PromptBuilder:
         return rendered(
             self._hint,
             f"{problem.id}: data.prompts.hint",
-            question=problem.question,
-            attempt=hint.attempt,
-            answer=hint.answer,
-            feedback=hint.feedback,
+            question=self._plain.marked(problem.question),
+            attempt=self._plain.marked(hint.attempt),
+            answer=self._plain.marked(hint.answer),
+            feedback=self._plain.marked(hint.feedback),
             reference_begin=self.config.reference_begin,
             reference_end=self.config.reference_end,
         )
@@ -257,7 +283,7 @@ class PromptBuilder:
 
         A text of no more than `excess` + 4 tokens becomes empty.
         """
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        ids = self.data_ids(text)
         size = max(0, len(ids) - excess - 4)
         kept = self.tokenizer.decode(
             ids[:size] if keep == "beginning" else ids[len(ids) - size :], skip_special_tokens=True
@@ -273,3 +299,7 @@ class PromptBuilder:
 
     def _wrap_for_teacher(self, text: str) -> str:
         return self._teachers_chat.wrap(text) if self._teachers_chat else text
+
+
+def _texts(problem: Problem) -> tuple[str, str, str]:
+    return problem.question, problem.answer, problem.solution or ""

@@ -73,7 +73,7 @@ def response_ids(solution: str, prompts: PromptBuilder) -> np.ndarray:
     eos = prompts.tokenizer.eos_token_id
     if eos is None:
         raise DataError("the tokenizer has no end-of-sequence token, so responses cannot be taught to end")
-    ids = prompts.tokenizer.encode(solution, add_special_tokens=False)
+    ids = prompts.data_ids(solution)
     unknown = prompts.tokenizer.unk_token_id
     if unknown is not None and unknown in ids and prompts.tokenizer.decode([unknown]) not in solution:
         raise DataError(f"the tokenizer has no token for some characters of this solution: {solution[:200]!r}")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
+from megatron_hdpo.data.plain_text import PlainText, unmarked
 from megatron_hdpo.types.errors import DataError
 
-_SHORTEST_CONTROL_TEXT = 3
 _FOREIGN = "\N{SNOWMAN} \N{HIRAGANA LETTER A} \N{GREEK SMALL LETTER OMEGA} \N{GRINNING FACE}"
 """Characters that only a tokenizer with a token for every byte has all of."""
 
@@ -36,11 +35,12 @@ class TokenizerLike(Protocol):
 class TextEncoder:
     """Encoder of text that names what the tokenizer or the model cannot express.
 
-    vocab_size: rows of the model's embedding; None where no model is known, and where every token has a row.
+    plain: reads control tokens in marked data as ordinary characters. vocab_size: rows of the model's embedding; None
+    where no model is known, and where every token has a row.
     """
 
-    def __init__(self, tokenizer: TokenizerLike, vocab_size: int | None = None) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: TokenizerLike, plain: PlainText, vocab_size: int | None = None) -> None:
+        self.tokenizer, self.plain = tokenizer, plain
         known = tokenizer.decode(tokenizer.encode(_FOREIGN, add_special_tokens=False))
         self._drops = tokenizer.unk_token_id is None and any(char not in known for char in _FOREIGN.split())
         beyond = vocab_size is not None and max(tokenizer.get_vocab().values(), default=0) >= vocab_size
@@ -48,8 +48,8 @@ class TextEncoder:
         self.may_lack_tokens = tokenizer.unk_token_id is not None or self._drops or beyond
 
     def encode(self, text: str, add_special_tokens: bool) -> np.ndarray:
-        """Return the ids int32 [P] of a text. Raises NoTokenForText."""
-        ids = list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        """Return the ids int32 [P] of a text. Raises NoTokenForText, and NotEncodable for a control token in data."""
+        ids, text = self.plain.ids(text, add_special_tokens), unmarked(text)
         unknown = self.tokenizer.unk_token_id
         if unknown is not None and unknown in ids and self.tokenizer.decode([unknown]) not in text:
             raise NoTokenForText(f"the tokenizer has no token for some characters of this prompt: {text[:200]!r}")
@@ -69,38 +69,3 @@ class TextEncoder:
         """Return a character of the text for which the tokenizer gives no token at all."""
         chars = (char for char in dict.fromkeys(text) if not char.isspace())
         return next((char for char in chars if not self.tokenizer.encode(char, add_special_tokens=False)), None)
-
-
-class ControlTexts:
-    """Texts of the tokens that control a conversation, which must not come from data.
-
-    These are special tokens, and added ones that the chat template uses or that look like a tag: Llama 3's
-    <|start_header_id|> is no special token of its tokenizer's map, and Qwen's <tool_call> is not flagged as special.
-    """
-
-    def __init__(self, tokenizer: TokenizerLike) -> None:
-        texts = sorted(_control_texts(tokenizer), key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, texts))) if texts else None
-
-    def first(self, text: str) -> str | None:
-        """Return the first of them in a text, None if it has none."""
-        found = self._pattern.search(text) if self._pattern else None
-        return found[0] if found else None
-
-    def removed(self, text: str) -> str:
-        """Return a text without them, also without those that appear when another is removed."""
-        while self._pattern and self._pattern.search(text):
-            text = self._pattern.sub("", text)
-        return text
-
-
-def _control_texts(tokenizer: TokenizerLike) -> set[str]:
-    decoder: Mapping[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
-    template = getattr(tokenizer, "chat_template", None) or ""
-    source = template if isinstance(template, str) else "\n".join(map(str, dict(template).values()))
-    texts = set(tokenizer.all_special_tokens)
-    for token in decoder.values():
-        text = str(token)
-        if token.special or text in source or (text.startswith("<") and text.endswith(">")):
-            texts.add(text)
-    return {text for text in texts if len(text) >= _SHORTEST_CONTROL_TEXT and text.strip()}

@@ -12,14 +12,17 @@ class LoadReport:
     """Counts of dropped and kept problems.
 
     `counts[task][reason]`: dropped problems. `examples[task][reason]`: where the first of them was. `kept[task]`: the
-    others. `cut[task]`: problems whose worked solution does not fit its prompt. notes: what the user should know of the
-    prompts.
+    others. `cut[task]`: problems whose worked solution does not fit its prompt. `escaped[task]`: those whose text
+    spells a control token, which is encoded as ordinary characters, and `first_escaped[task]` the first. notes: what
+    the user should know of the prompts.
     """
 
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     examples: dict[str, dict[str, str]] = field(default_factory=dict)
     kept: dict[str, int] = field(default_factory=dict)
     cut: dict[str, int] = field(default_factory=dict)
+    escaped: dict[str, int] = field(default_factory=dict)
+    first_escaped: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def drop(self, task: str, reason: str, where: str) -> None:
@@ -27,6 +30,11 @@ class LoadReport:
         reasons = self.counts.setdefault(task, {})
         reasons[reason] = reasons.get(reason, 0) + 1
         self.examples.setdefault(task, {}).setdefault(reason, where)
+
+    def escape(self, task: str, where: str) -> None:
+        """Count one problem of `task` that spells a control token; `where` says which."""
+        self.escaped[task] = self.escaped.get(task, 0) + 1
+        self.first_escaped.setdefault(task, where)
 
     def reject(self, task: str, policy: str, reason: str, message: str) -> None:
         """Raise DataError for a bad row under the policy `error`; count it as dropped under `drop`."""
@@ -42,9 +50,11 @@ class LoadReport:
             self.examples.setdefault(task, {}).update(examples)
         self.kept.update(other.kept)
         self.cut.update(other.cut)
+        self.escaped.update(other.escaped)
+        self.first_escaped.update(other.first_escaped)
 
     def lines(self) -> list[str]:
-        """Return one line of text per note and task, and one per reason for which problems were dropped."""
+        """Return one line of text per note and task, and one per reason for which problems were dropped or escaped."""
         lines = [f"note: {note}" for note in self.notes]
         for task in sorted(self.kept.keys() | self.counts.keys()):
             lines.append(f"{task}: {self.kept.get(task, 0)} problems")
@@ -55,4 +65,9 @@ class LoadReport:
                 )
             for reason, count in sorted(self.counts.get(task, {}).items()):
                 lines.append(f"{task}: {count} left out, {reason} (first: {self.examples[task][reason]})")
+            if task in self.escaped:
+                lines.append(
+                    f"{task}: {self.escaped[task]} with the text of a control token, encoded as ordinary characters "
+                    f"(first: {self.first_escaped[task]})"
+                )
         return lines

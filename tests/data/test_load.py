@@ -69,8 +69,8 @@ def test_gold_that_cannot_be_parsed_names_its_line(make):
 def test_problems_without_room_are_left_out_and_counted(make):
     rows = [("a", "1"), ("b" * 500, "2"), ("what is <|end|>?", "3")]
     data = make(rows, prompts={"max_prompt_tokens": 200, "max_privileged_tokens": 1000})
-    assert [p.question for p in data.train] == ["a"]
-    assert data.report.counts["train"] == {"prompt too long": 1, "special token in its text": 1}
+    assert [p.question for p in data.train] == ["a", "what is <|end|>?"]
+    assert data.report.counts["train"] == {"prompt too long": 1} and data.report.escaped == {"train": 1}
     with pytest.raises(DataError, match=r"'train' has no problem left .*3 left out, prompt too long .*tokens"):
         make([(q, a) for q, a in rows if "end" not in q] + [("c", "4")], prompts={"max_prompt_tokens": 10})
 

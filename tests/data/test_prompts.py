@@ -157,9 +157,9 @@ def test_text_that_the_tokenizer_does_not_know_is_an_error():
 
 
 def test_a_special_token_in_a_question_is_found():
-    assert builder().foreign_special_token(PROBLEM) is None
+    assert builder().control_token(PROBLEM) is None
     problem = dataclasses.replace(PROBLEM, question="What does <|end|> do?")
-    assert builder().foreign_special_token(problem) == "<|end|>"
+    assert builder().control_token(problem) == "<|end|>"
 
 
 def test_templates_come_from_files(tmp_path):
@@ -356,11 +356,11 @@ def test_control_tokens_are_found_also_where_they_are_not_flagged():
     tokenizer.chat_template = "[INST] " + CHAT_TEMPLATE
     prompts = builder(tokenizer)
     for text in ("<tool_call>", "[INST]", "<|start|>"):
-        assert prompts.foreign_special_token(dataclasses.replace(PROBLEM, question=f"a {text} b")) == text
-    assert prompts.foreign_special_token(dataclasses.replace(PROBLEM, question="a   frac")) is None
-    hinted = prompts.render_hinted(PROBLEM, Hint("kept"))
-    cleaned = BYTES.decode(prompts.hinted(PROBLEM, Hint("ke<tool_<tool_call>call>pt")), skip_special_tokens=False)
-    assert cleaned.count("tool_call") == 0 and "kept" in cleaned and "kept" in hinted
+        assert prompts.control_token(dataclasses.replace(PROBLEM, question=f"a {text} b")) == text
+    assert prompts.control_token(dataclasses.replace(PROBLEM, question="a   frac")) is None
+    ids = prompts.hinted(PROBLEM, Hint("ke<tool_<tool_call>call>pt"))
+    assert "ke<tool_<tool_call>call>pt" in tokenizer.decode(ids)
+    assert tokenizer.convert_tokens_to_ids("<tool_call>") not in ids
 
 
 def test_tokens_beyond_the_model_are_refused():
