@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from megatron_hdpo.rewards.extraction import AnswerFormat, extract_answer, trim
+from megatron_hdpo.rewards.around import bare
+from megatron_hdpo.rewards.extraction import AnswerFormat, extract_answer
 
 _TEXT_COMMAND = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}")
 
@@ -13,11 +14,10 @@ _TEXT_COMMAND = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}")
 def normalise(answer: str) -> str:
     r"""Return the text in NFKC and lower case.
 
-    Without `\text{}` around words, `$` around the whole, extra spaces and a final full stop.
+    Without `\text{}` around words, what stands around the whole (`around`), extra spaces and a final full stop.
     """
     text = _TEXT_COMMAND.sub(r"\1", unicodedata.normalize("NFKC", answer))
-    text = trim(text).strip("$")
-    return " ".join(text.casefold().split())
+    return " ".join(bare(text).casefold().split())
 
 
 def score_exact(gold: str, response: str, answer_format: AnswerFormat = "boxed") -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import sympy
@@ -22,11 +22,15 @@ _NORMALIZATION = NormalizationConfig(
 )
 _NUMBERS_IN_A_ROW = re.compile(r"(?<![_\d])\d+\s+\d")
 _MEANINGLESS = (sympy.zoo, sympy.nan)
+_PER_CENT = sympy.UnevaluatedExpr(sympy.Rational(1, 100))
+"""The per-cent sign, as the parser writes it."""
 _DIGITS = 50
 _NO_DIFFERENCE = sympy.Float("1e-30")
 """Relative difference of two exact numbers that is one of rounding: they are evaluated to 50 digits."""
 _OF_DECIMALS = sympy.Float("1e-9")
 """Relative difference of two decimals, such as 0.3 and what a computer makes of 0.1 + 0.2."""
+_OF_FLOATS = sympy.Float("1e-14")
+"""Relative error of the parser's decimals, which have 15 digits."""
 _ROUNDED_RELATIVE, _ROUNDED = sympy.Float("1.5e-6"), sympy.Float("6e-7")
 """Differences between an exact number and a decimal that rounds it: in the sixth digit and in the sixth decimal."""
 _SHOWN_ROUNDED = sympy.Float("0.01")
@@ -35,6 +39,11 @@ _SHOWN_ROUNDED = sympy.Float("0.01")
 
 def parse_whole(text: str) -> Any:
     """Return the expression of a text, None when the parser does not read the whole of it. Raises MemoryError."""
+    if (
+        text.endswith("\\%") and text.count("%") == 1 and "=" not in text
+    ):  # the parser reads it behind plain numbers only
+        number = parse_whole(text.removesuffix("\\%").rstrip())
+        return sympy.Mul(number, _PER_CENT) if isinstance(number, sympy.Expr) else None
     latex = normalize_latex(text, _NORMALIZATION)
     if not latex or _NUMBERS_IN_A_ROW.search(latex):
         return None
@@ -69,8 +78,14 @@ def has_value(expression: Any) -> bool:
 def equal(gold: Any, answer: Any) -> bool:
     """Return whether an answer equals the gold one. Raises any error of math-verify: then the check has failed.
 
-    The letter i is a symbol first, as it may count something, and then the imaginary unit.
+    The letter i is a symbol first, as it may count something, and then the imaginary unit. A percentage equals its
+    value and, where the other side is none, the number of per cent.
     """
+    readings = product(_of_percentages(gold, answer), _of_percentages(answer, gold))
+    return any(_equal(*reading) for reading in readings)
+
+
+def _equal(gold: Any, answer: Any) -> bool:
     if _accepted(gold, answer):
         return True
     imaginary = _with_imaginary_unit(gold), _with_imaginary_unit(answer)
@@ -78,6 +93,8 @@ def equal(gold: Any, answer: Any) -> bool:
 
 
 def _accepted(gold: Any, answer: Any) -> bool:
+    if _same_decimal(gold, answer):  # math-verify looks at six decimals, of 10^-7 too
+        return True
     # The order matters: math-verify simplifies assignments and intervals on the answer's side only.
     accepted = verify(
         [gold], [answer], timeout_seconds=None, raise_on_error=True, allow_set_relation_comp=isinstance(gold, sympy.Set)
@@ -85,9 +102,20 @@ def _accepted(gold: Any, answer: Any) -> bool:
     return bool(accepted) and _holds(answer) and not _differ(_value(gold), _value(answer))
 
 
+def _of_percentages(expression: Any, other: Any) -> list[Any]:
+    """Return an expression as its percentages are read."""
+    if not expression.has(_PER_CENT):
+        return [expression]
+    factors = [sympy.Rational(1, 100)] if other.has(_PER_CENT) else [sympy.Rational(1, 100), sympy.Integer(1)]
+    return [expression.xreplace({_PER_CENT: factor}) for factor in factors]
+
+
 def _with_imaginary_unit(expression: Any) -> Any:
     letters = [symbol for symbol in expression.free_symbols if symbol.name == "i"]
-    return expression.subs(letters[0], sympy.I) if letters else expression
+    try:
+        return expression.subs(letters[0], sympy.I) if letters else expression
+    except TypeError:  # `x > 3 - i` compares what has no order: there it is a letter
+        return expression
 
 
 def _union_of_cases(expression: Any) -> Any:
@@ -153,12 +181,20 @@ def _elements(collection: Any, other: Any) -> list[Any]:
 
 
 def _is_number(expression: Any) -> bool:
-    """Return whether an expression is a finite number; percentages are not, they also equal the number of per cent."""
+    """Return whether an expression is a finite number."""
     return (
         isinstance(expression, sympy.Expr)
         and bool(expression.is_number)
-        and not expression.has(sympy.UnevaluatedExpr, sympy.oo, -sympy.oo, *_MEANINGLESS)
+        and not expression.has(sympy.oo, -sympy.oo, *_MEANINGLESS)
     )
+
+
+def _same_decimal(a: Any, b: Any) -> bool:
+    """Return whether two numbers, at least one of them a decimal, agree in all digits that the parser keeps."""
+    if not (_is_number(a) and _is_number(b) and (a.has(sympy.Float) or b.has(sympy.Float))):
+        return False
+    x, y = sympy.N(a, _DIGITS), sympy.N(b, _DIGITS)
+    return bool(sympy.Abs(x - y) <= _OF_FLOATS * max(sympy.Abs(x), sympy.Abs(y)))
 
 
 def _close(a: Any, b: Any, rounded: Any = _ROUNDED_RELATIVE) -> bool:
@@ -171,5 +207,6 @@ def _close(a: Any, b: Any, rounded: Any = _ROUNDED_RELATIVE) -> bool:
     if decimals == 0:
         return bool(difference <= _NO_DIFFERENCE * size) or ((not x or not y) and bool(size < 1e-60))
     if decimals == 2:
-        return bool(difference <= _OF_DECIMALS * size)
-    return bool(difference <= rounded * size) and (rounded is not _ROUNDED_RELATIVE or bool(difference <= _ROUNDED))
+        rounded = min(rounded, _OF_DECIMALS) if rounded is _ROUNDED_RELATIVE else rounded
+    within = bool(difference <= rounded * size)
+    return within and (rounded is _SHOWN_ROUNDED or bool(difference <= max(_ROUNDED, _OF_FLOATS * size)))

@@ -58,13 +58,18 @@ def last_boxed(text: str) -> str | None:
 
     Braces written as `\{` and `\}` are text, not structure.
     """
-    begin, depth = max((match.end() for match in _BOX.finditer(text)), default=-1), 1
-    if begin < 0:
-        return None
+    begin = max((match.end() for match in _BOX.finditer(text)), default=-1)
+    end = closing_brace(text, begin) if begin >= 0 else None
+    return None if end is None else text[begin:end]
+
+
+def closing_brace(text: str, begin: int) -> int | None:
+    """Return the place of the brace that closes the one before `begin`, None where nothing closes it."""
+    depth = 1
     for match in _ESCAPED_OR_BRACE.finditer(text, begin):
         depth += {"{": 1, "}": -1}.get(match.group(), 0)
         if depth == 0:
-            return text[begin : match.start()]
+            return match.start()
     return None
 
 

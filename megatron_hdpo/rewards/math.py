@@ -80,7 +80,7 @@ def _equals(gold: Gold, found: ExtractedAnswer) -> bool:
     answer = spell(found.text)
     if gold.words is not None:
         return words_of(answer.written) == gold.words
-    if gold.spelling.base and answer.base and gold.spelling.base != answer.base:
+    if _both_differ(gold.spelling.base, answer.base) or _both_differ(gold.spelling.unit, answer.unit):
         return False
     if _without_braces(answer.text) == _without_braces(gold.spelling.text):
         return True
@@ -94,6 +94,10 @@ def _equals(gold: Gold, found: ExtractedAnswer) -> bool:
     if expression is not None and equal(gold.expression, expression):
         return True
     return found.source in ("phrase", "line") and _holds(found.text, gold)
+
+
+def _both_differ(a: str | None, b: str | None) -> bool:
+    return a is not None and b is not None and a != b
 
 
 def _holds(sentence: str, gold: Gold) -> bool:

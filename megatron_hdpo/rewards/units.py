@@ -3,6 +3,9 @@ r"""Units at the end of an answer, which a gold answer may lack: `18 dollars`, `
 What is upright (`\text{m}`) after a value is a unit. What is not is one when it is one of the abbreviations below, or
 consists of words of three letters or more behind a space. One letter is never a unit: `2s` and `5 m` are products.
 Words that change the value stay: `5 \text{ million}` is 5000000, and `5 halves` is no 5.
+
+Units are left out, but two that are both known and differ (`5 m` and `5 cm`) make two answers. Values are not
+converted; powers of a unit and what is counted (`5 apples`) are not compared.
 """
 
 from __future__ import annotations
@@ -22,6 +25,34 @@ _CHANGES_THE_VALUE = re.compile(
 _ABBREVIATED = (
     "[ckm]?m/(?:s|h|hr|sec|min)|ft/s|mi/h|m/s|[cdkm]m|[km]g|m[lL]|lbs?|oz|ft|yd|mi|in|hrs?|yrs?|mins?|secs?|mph|kph|kmh"
 )
+_NAMES_OF_UNITS = (
+    "mm millimeter millimetre",
+    "cm centimeter centimetre",
+    "m meter metre",
+    "km kilometer kilometre",
+    "in inch inche",
+    "ft foot feet",
+    "yd yard",
+    "mi mile",
+    "mg milligram",
+    "g gram",
+    "kg kilogram",
+    "lb pound",
+    "oz ounce",
+    "ml milliliter millilitre",
+    "l liter litre",
+    "gallon",
+    "sec second",
+    "min minute",
+    "h hr hour",
+    "day",
+    "week",
+    "month",
+    "yr year",
+    "dollar",
+    "cent",
+)
+_UNIT_OF_NAME = {name: names.split()[0] for names in _NAMES_OF_UNITS for name in names.split()}
 _POWER = r"(?:\s*\^\s*(?:\{\s*-?\d\s*\}|\d))?"
 _UPRIGHT = re.compile(r"\\text\s*\{([^{}]*)\}" + _POWER + r"\s*$")
 _SHORT = re.compile(rf"(?:(?<=[\d)}}])|(?<=\s))(?:{_ABBREVIATED}){_POWER}\s*$")
@@ -38,6 +69,16 @@ def without_units(text: str) -> str:
     for pattern in (_UPRIGHT, _SHORT, _WORDS):
         text = _without(pattern, text)
     return _with_powers_of_ten(text)
+
+
+def unit_of(text: str) -> str | None:
+    """Return the unit at the end of a text, by one name for all its spellings; None for one that is not known."""
+    for pattern in (_UPRIGHT, _SHORT, _WORDS):
+        if found := pattern.search(text):
+            name = re.sub(r"\\text|\^.*|[^A-Za-z ]", "", found[0]).lower().strip()
+            name = name.removeprefix("square ").removeprefix("cubic ")
+            return _UNIT_OF_NAME.get(name) or _UNIT_OF_NAME.get(name.removesuffix("s"))
+    return None
 
 
 def _without(pattern: re.Pattern[str], text: str) -> str:

@@ -89,6 +89,29 @@ def test_chain_sum_solutions_show_every_step():
         assert answer == rf"\boxed{{{problem.answer}}}"
 
 
+@pytest.mark.parametrize(
+    "written",
+    [
+        "{}",
+        "${}$",
+        r"\({}\)",
+        r"\text{{{}}}",
+        "**{}**",
+        r"\mathbf{{{}}}",
+        "{}.",
+        "x = {}",
+        "$x = {}$",
+        r"\text{{${}$}}",
+    ],
+)
+def test_scorers_that_compare_texts_read_what_stands_around_a_number(written):
+    sums = task(kind="reasoning_gym", dataset="chain_sum", size=2)
+    for problem in sums.problems(LoadReport()):
+        wrong = str(int(problem.answer) + 1)
+        for answer, reward in ((problem.answer, 1.0), (wrong, 0.0)):
+            assert sums.score(problem, rf"\boxed{{{written.format(answer)}}}") == reward
+
+
 def test_gsm_symbolic_solutions_hold_true_equations_only():
     made = problems(kind="reasoning_gym", dataset="gsm_symbolic", size=300)
     equations = [

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from megatron_hdpo.data.tasks.solutions import SOLUTION_BUILDERS
+from megatron_hdpo.rewards.around import plain
 from megatron_hdpo.rewards.extraction import AnswerFormat, extract_answer
 from megatron_hdpo.types.errors import DataError
 from megatron_hdpo.types.load_report import LoadReport
@@ -69,12 +70,16 @@ class ReasoningGymTask(TaskBase):
         self._score_function()
 
     def score(self, problem: Problem, response: str) -> float:
-        """Return the set's own score of the extracted answer, 0.0 without one."""
+        """Return the set's own score of the extracted answer, as written or as plain text; 0.0 without one.
+
+        The scorers compare texts: to them, `$263$` is not 263.
+        """
         answer = extract_answer(response, self.answer_format)
         if answer is None:
             return 0.0
         entry = {"question": problem.question, "answer": problem.answer, "metadata": problem.metadata}
-        score = float(self._score_function()(answer.text, entry))
+        texts = dict.fromkeys((answer.text, plain(answer.text)))
+        score = max(float(self._score_function()(text, entry)) for text in texts if text)
         return float(score >= self.success_threshold) if self.binary else score
 
     def _score_function(self) -> Any:
