@@ -96,6 +96,8 @@ COVERED = {
     "tools/fault_table.py": Tested("fault_table.py"),
     "tools/bench_fleet.py": Tested("bench_fleet.measure("),
     "tools/bench_client.py": MINUTES,
+    "tools/bench_rewards.py": Tested("bench_rewards.main("),
+    "tools/compare_rewards.py": Tested("compare_rewards.main("),
     "tools/same_numbers.py": NotRun("compares two folders that hours of training have made"),
     "examples/compare/compare.py": Tested("compare.py"),
     "examples/cluster/one_node.sh": Tested("one_node.sh"),
