@@ -7,13 +7,22 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from megatron_hdpo.rewards.functions import AnswerFormat, HttpService, OverlongPenalty, TaskScore, check_functions
-from megatron_hdpo.rewards.python_function import PythonFunction
+from megatron_hdpo.rewards.functions import (
+    AnswerFormat,
+    HttpService,
+    OverlongPenalty,
+    RewardFunction,
+    TaskScore,
+    check_functions,
+)
+from megatron_hdpo.rewards.own_function import GROUP, own_function
+from megatron_hdpo.types.open_union import OpenUnion
 
-FunctionConfig = Annotated[
-    TaskScore | AnswerFormat | OverlongPenalty | PythonFunction | HttpService, Field(discriminator="kind")
-]
-"""Section of a reward function, by its kind."""
+FUNCTIONS: tuple[type[RewardFunction], ...] = (TaskScore, AnswerFormat, OverlongPenalty, HttpService)
+"""The reward functions of this package."""
+
+FunctionConfig = Annotated[RewardFunction, OpenUnion(FUNCTIONS, "kind", GROUP, own_function)]
+"""Section of a reward function: one of FUNCTIONS, chosen by its kind, or one that the kind refers to."""
 
 
 class RewardConfig(BaseModel):

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from typing import Literal
 from urllib.parse import urljoin, urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_serializer, field_validator, model_validator
 
 from megatron_hdpo.rewards.extraction import extract_answer, visible_text
+from megatron_hdpo.types.plugins import LoadedReference
 from megatron_hdpo.types.problem import Problem
 
 NAME = r"[a-z][a-z0-9_]*"
@@ -21,13 +22,18 @@ _SCHEMES = ("http", "https")
 
 
 class RewardFunction(BaseModel):
-    """Base class of the reward functions, with the keys that all of them share."""
+    """Base class of the reward functions, with the keys that all of them share.
+
+    Each function of this package narrows `kind` to a Literal.
+    """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    kind: str
+    _reference: LoadedReference | None = PrivateAttr(None)
+
+    kind: str = Field("", description="The function: its kind here, or a reference to one of your own.")
     name: str | None = Field(
-        None, pattern=rf"^{NAME}$", description="Name in metrics and saved rollouts; by default the kind."
+        None, pattern=rf"^{NAME}$", description="Name in metrics and saved rollouts; by default made from the kind."
     )
     weight: float = Field(1.0, description="Factor of its value in the reward; 0: only measured, or only decides.")
     decides_success: bool = Field(
@@ -43,8 +49,21 @@ class RewardFunction(BaseModel):
 
     @property
     def function_name(self) -> str:
-        """Return the name, unique within a recipe."""
-        return self.name or self.kind
+        """Return the name, unique within a recipe; by default the kind, of a reference its last part in lower case."""
+        return self.name or self.kind.rpartition(":")[2].lower().strip("_")
+
+    @property
+    def reference(self) -> LoadedReference | None:
+        """Return what the recipe refers to; None for a function of this package."""
+        return self._reference
+
+    @field_serializer("kind")
+    def _kind_as_it_is(self, kind: str) -> str:
+        """Write a reference where a class inherits the Literal of a function of this package."""
+        return kind
+
+    def check(self) -> None:
+        """Raise ValueError when the keys of this section do not fit what it refers to. Default: they do."""
 
 
 class TaskScore(RewardFunction):
@@ -54,7 +73,10 @@ class TaskScore(RewardFunction):
 
 
 class WorkerFunction(RewardFunction):
-    """Base class of the functions that run in reward workers, with their limits of time and memory."""
+    """Base class of the functions that run in reward workers, with their limits of time and memory.
+
+    A class of one's own extends it: further keys are its fields, and `score` gives the value.
+    """
 
     def prepare(self) -> None:
         """Load what `score` needs, before the first call and outside its time limit. Default: do nothing."""
@@ -181,7 +203,7 @@ def deciding(functions: Sequence[RewardFunction]) -> RewardFunction:
 
 
 def check_functions(functions: Sequence[RewardFunction]) -> None:
-    """Raise ValueError when there are no functions, when two share a name, or when none of them decides on success."""
+    """Raise ValueError when there are no functions, two share a name, one does not fit, or none decides on success."""
     if not functions:
         raise ValueError("name at least one function, or leave the list out: the task's score is the default")
     names = [function.function_name for function in functions]
@@ -189,4 +211,6 @@ def check_functions(functions: Sequence[RewardFunction]) -> None:
         raise ValueError(f"{wrong!r} cannot be the name of a metric: give a `name` of a-z, 0-9 and _")
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"functions share a name: {', '.join(sorted(twice))}; give each its own `name`")
+    for function in functions:
+        function.check()
     deciding(functions)

@@ -195,6 +195,10 @@ def test_who_decides_on_success(functions: list[dict[str, Any]], name: str) -> N
 
 
 OWN = """
+from pydantic import Field
+
+from megatron_hdpo.rewards.functions import WorkerFunction
+
 calls = 0
 
 
@@ -204,12 +208,15 @@ def shortness(problem, response, longest=10):
     return max(0.0, 1 - len(response) / longest)
 
 
-class Tenths:
-    def __init__(self, digits: int) -> None:
-        self.digits = digits
+class Tenths(WorkerFunction):
+    digits: int = Field(ge=1)
 
-    def __call__(self, problem, response):
+    def score(self, problem, response):
         return len(problem.answer) / 10**self.digits
+
+
+class Abstract(WorkerFunction):
+    pass
 
 
 def says_true(problem, response):
@@ -221,15 +228,15 @@ def test_functions_of_ones_own_run_in_the_workers(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(OWN)
     functions: list[dict[str, Any]] = [
         {"kind": "task"},
-        {"kind": "python", "function": f"{tmp_path}/own.py:shortness", "arguments": {"longest": 16}, "weight": 2},
-        {"kind": "python", "function": f"{tmp_path}/own.py:Tenths", "arguments": {"digits": 1}, "name": "tenths"},
+        {"kind": f"{tmp_path}/own.py:shortness", "arguments": {"longest": 16}, "weight": 2},
+        {"kind": f"{tmp_path}/own.py:Tenths", "digits": 1, "name": "part"},
     ]
     with pool_of(*functions) as made:
         made.check()
         (tmp_path / "own.py").write_text("the file is edited while the run goes on")
         right = made.submit(PROBLEM, "reward:1").result(timeout=60)
         broken = made.submit(PROBLEM, "raise").result(timeout=60)
-    assert right.components == {"task": 1.0, "shortness": 0.5, "tenths": 0.1}
+    assert right.components == {"task": 1.0, "shortness": 0.5, "part": 0.1}
     assert right.reward == pytest.approx(1 + 2 * 0.5 + 0.1)
     assert (broken.reward, broken.failed) == (None, "task")
 
@@ -238,7 +245,7 @@ def test_what_a_function_of_ones_own_returns_must_be_a_number(tmp_path: Path) ->
     (tmp_path / "own.py").write_text(OWN)
     names = {"shortness": "reward function 'shortness': RuntimeError: no idea", "says_true": "bool, not a number"}
     for name, error in names.items():
-        own = {"kind": "python", "function": f"{tmp_path}/own.py:{name}", "decides_success": True}
+        own = {"kind": f"{tmp_path}/own.py:{name}", "decides_success": True}
         with pool_of(own) as made:
             judgement = made.submit(PROBLEM, "raise").result(timeout=60)
             assert (judgement.reward, judgement.failed) == (None, name) and error in (judgement.error or "")
@@ -247,14 +254,14 @@ def test_what_a_function_of_ones_own_returns_must_be_a_number(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("own", "error"),
     [
-        ({"function": "own.py:nothing"}, "functions.0: function: own.py has no nothing"),
-        ({"function": "gone.py:shortness"}, "functions.0: function: there is no file gone.py"),
-        ({"function": "own.py:calls"}, "functions.0: function: own.py:calls is int, neither a function nor a class"),
-        (
-            {"function": "own.py:shortness", "arguments": {"longst": 3}},
-            "arguments: own.py:shortness: got an unexpected",
-        ),
-        ({"function": "own.py:Tenths"}, "arguments: own.py:Tenths: missing a required argument: 'digits'"),
+        ({"kind": "own.py:nothing"}, "functions.0.kind: own.py has no nothing"),
+        ({"kind": "gone.py:shortness"}, "functions.0.kind: there is no file gone.py"),
+        ({"kind": "own.py:calls"}, "functions.0.kind: own.py:calls is no reward function: it must be a Python"),
+        ({"kind": "own.py:Abstract"}, "functions.0.kind: own.py:Abstract is no reward function yet: it has no score"),
+        ({"kind": "own.py:shortness", "arguments": {"longst": 3}}, "own.py:shortness: got an unexpected keyword"),
+        ({"kind": "own.py:shortness", "longest": 3}, "functions.0.longest: unknown key"),
+        ({"kind": "own.py:Tenths"}, "functions.0.digits: required key is missing"),
+        ({"kind": "own.py:Tenths", "digits": 0}, "functions.0.digits: Input should be greater than or equal to 1"),
     ],
 )
 def test_a_wrong_function_of_ones_own_is_refused(
@@ -263,7 +270,7 @@ def test_a_wrong_function_of_ones_own_is_refused(
     (tmp_path / "own.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RecipeError) as raised:
-        parse_recipe(recipe({"kind": "python"} | own))
+        parse_recipe(recipe(own))
     assert error in str(raised.value)
 
 
@@ -279,7 +286,7 @@ def test_a_wrong_function_of_ones_own_is_refused(
         ([TASK | {"weight": float("nan")}], "reward.functions.0.weight"),
         ([TASK, FORMAT | {"pattern": "("}], "reward.functions.1.pattern: is no regular expression"),
         ([TASK, {"kind": "length", "max_tokens": 5, "buffer_tokens": 6}], "buffer_tokens: 6 is more than max_tokens 5"),
-        ([TASK, {"kind": "judge"}], "reward.functions.1.kind: judge is not one of task, format, length, python, http"),
+        ([TASK, {"kind": "judge"}], "reward.functions.1.kind: judge is not one of task, format, length, http"),
         ([TASK, JUDGE | {"url": "judge:8000"}], "reward.functions.1.url: must be an address such as http://host"),
         ([TASK, JUDGE | {"url": f"http://me:{SECRET}@judge/x"}], "must not hold a user or password"),
         ([TASK, JUDGE | {"url": "/score"}], "url: must be an address"),

@@ -58,7 +58,7 @@ def recipe(tiny_model: Path, brevity: str, tmp_path: Path) -> Tree:
     (text,) = re.findall(r"```yaml\n(reward:.*?)```", PAGE, re.DOTALL)
     functions = yaml.safe_load(text.replace("http://127.0.0.1:8000", brevity))["reward"]["functions"]
     tree = small_recipe(tiny_model, tmp_path / "run")
-    functions[1]["function"] = f"{tmp_path}/{functions[1]['function']}"
+    functions[1]["kind"] = f"{tmp_path}/{functions[1]['kind']}"
     functions[2] |= {"api_key": SECRET, "headers": {"X-Team": SECRET}}
     tree["reward"]["functions"] = functions
     tree["tracking"] = {"tensorboard": False}
