@@ -58,7 +58,7 @@ def test_a_bonus_changes_no_choice(values: tuple[list[Values], list[Values]]) ->
         made(config, ObjectiveDeps())
         for made, config in ((HDPO, HDPOConfig()), (PACED, PACEDConfig()), (SRPO, SRPOConfig()))
     )
-    assert hdpo.is_cliff(summed) == hdpo.is_cliff(alone) == all(task < 1 for task, _ in students)
+    assert hdpo.is_cliff(summed) == hdpo.is_cliff(alone) == all(task == 0 for task, _ in students)
     assert hdpo.is_cliff(outline_of(summed)) == hdpo.is_cliff(alone)
     for threshold in (0.5, 1.0):
         assert group_shares([outline_of(summed)], threshold) == group_shares([alone], threshold)
