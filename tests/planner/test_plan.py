@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,7 +31,6 @@ from megatron_hdpo.costs.parameters import (
     visited_values,
 )
 from megatron_hdpo.costs.workload import MODEL_ROLES, RolloutSetup, StudentScoring, TrainerMemory, Workload
-from megatron_hdpo.objectives.registry import OBJECTIVES
 from megatron_hdpo.objectives.rlcsd import RLCSDConfig
 from megatron_hdpo.objectives.rlsd import RLSDConfig
 from megatron_hdpo.objectives.settings import ObjectiveSettings
@@ -497,17 +495,6 @@ def test_recipes_that_are_not_planned_yet_say_so(tree: Tree, key: str, value: Tr
     tree = tree | {"model": tree["model"] | {"dtype": "bfloat16"}}
     with pytest.raises(PlanError, match=says):
         workload_of(parse_recipe(tree | {key: tree.get(key, {}) | value}), Guesses())
-
-
-def test_the_objective_of_the_docs_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Right rollouts are trained on: all of solved groups, half of mixed ones."""
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "adding-an-objective.md").read_text(), re.DOTALL)
-    written: dict = {}
-    exec(compile(code, "adding-an-objective.md", "exec", dont_inherit=True), written)
-    monkeypatch.setitem(OBJECTIVES, written["RejectionConfig"], written["Rejection"])
-    work = work_of(written["RejectionConfig"](), _steps(samples=16))
-    assert work == {"student_scorings": (), "trained_share": 0.125 + 0.625 / 2, "distilled": False, "full": False,
-                    "top_k": 0}  # fmt: skip
 
 
 def test_an_objective_that_is_not_registered_is_an_error() -> None:
