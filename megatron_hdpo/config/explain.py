@@ -129,6 +129,8 @@ def _key(parent: Key, model: type[BaseModel], name: str, info: FieldInfo) -> Key
     value = getattr(parent.value, name) if isinstance(parent.value, model) else own
     if name == parent.node.discriminator:
         meaning = f"Chooses the kind. {tags[0]}: {_summary(model)}" if tags else _summary(model)
+        if parent.kinds and is_reference(parent.kinds[-1]):
+            value = PydanticUndefined  # the reference itself, which has no default
     else:
         meaning = info.description or " ".join(_summary(model) for model in node.models[:1])
     return Key(

@@ -346,6 +346,7 @@ def test_explain_shows_the_keys_of_a_class() -> None:
     assert "Every rollout" not in text and "Settings of mine." in text
     assert "objective.strength: integer, >= 1 (default: 2)\n    How strong." in text
     assert "default: 0.5" in explain("objective.lab/mine.py:Mine.part.share")
+    assert "objective.name: text (required)" in text
     for section in ("data.train", "data.train.0", "data.train[0]", "data.evaluation", "warmup.plain"):
         assert ".size: integer, >= 1 (default: 4)" in explain(f"{section}.tasks.py:Twos")
     for path, says in {

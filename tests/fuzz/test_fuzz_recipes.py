@@ -26,6 +26,7 @@ GOOD: dict[str, Any] = {
 TEXT = yaml.safe_dump(GOOD)
 KEYS = sorted({key.path.replace("[]", ".0") for key in all_keys()})
 CHOICES = ["grpo", "hdpo", "opd", "paced", "akl", "srpo", "rlsd", "frozen", "ema", "external", "jsonl", "csv", "sglang"]
+CHOICES += ["math:sqrt", "megatron_hdpo.objectives.grpo:GRPO", "no/file.py:Mine", "a:b", ":", "..:x", ".py:x"]
 NUMBERS = [0, -1, 1, 2**31, 2**63, -(2**64), 10**400, 1e-300, 1e300, float("inf"), float("nan"), 0.5]
 WORDS = ["inf", "1e400", "/", "/dev/null", "~", "a" * 300, "x.jinja", "\ud800", "\0", "{{ question }}", "{{ question"]
 PIECES = [
