@@ -72,9 +72,16 @@ def test_they_are_dropped_and_counted_by_name() -> None:
     assert f"{refused} of 24 rollouts failed" in warnings[0]
 
 
-def test_privileged_failures_count_in_the_share() -> None:
-    group = outline_of(Group(PROBLEM, REQUEST.prompt_ids, [], dropped={"privileged_check_failed/judge": 3, "wrong": 2}))
-    assert reward_metrics([group]) == {"reward/judge/failed": 1.0}
+def test_the_share_is_of_all_rollouts_that_were_judged() -> None:
+    group = outline_of(
+        Group(
+            PROBLEM,
+            REQUEST.prompt_ids,
+            [],
+            dropped={"privileged_check_failed/judge": 3, "wrong": 2, "generation_failed": 7},
+        )
+    )
+    assert reward_metrics([group]) == {"reward/judge/failed": 3 / 5}
     assert count_failures([group])["privileged_check_failed"] == 3
 
 
