@@ -64,6 +64,20 @@ class HintCounts:
         self.cut += prompt.lost > 0
         self.lost_tokens += prompt.lost
 
+    def totals(self) -> dict[str, float]:
+        """Return the counts by names that add up over replicas; {} if no hint was shown."""
+        return {f"hint/{name}": float(count) for name, count in vars(self).items()} if self.shown else {}
+
+
+def hint_metrics(totals: Mapping[str, float]) -> dict[str, float]:
+    """Return the share of hints that were cut to fit, and the tokens that they lost; totals: over all replicas."""
+    if not (shown := totals.get("hint/shown")):
+        return {}
+    return {
+        "hint/cut_share": totals["hint/cut"] / shown,
+        "hint/lost_tokens": Metric(totals["hint/lost_tokens"], "sum"),
+    }
+
 
 @dataclass(frozen=True)
 class ObjectiveDeps:
@@ -128,7 +142,7 @@ class BaseObjective:
     def hinted(self, problem: Problem, hint: Hint) -> np.ndarray:
         """Return the ids, int32 [P], of the prompt that shows a hint; `scorings` calls it once per hint.
 
-        What does not fit is cut off the hint, and counted in the totals.
+        What does not fit is cut off the hint, and counted in `hint_counts`.
         """
         prompt = self.prompts.hinted_prompt(problem, hint)
         self.hint_counts.add(prompt)
@@ -157,22 +171,12 @@ class BaseObjective:
         return []
 
     def totals(self, groups: Sequence[Group], scores: Mapping[ScoringKey, Score]) -> dict[str, float]:
-        """Return this replica's part of the sums over the step. Default: the hints, where the method shows any."""
-        if not self.config.hint_shows:
-            return {}
-        return {f"hint/{name}": float(count) for name, count in vars(self.hint_counts).items()}
+        """Return this replica's part of the sums over the step. Default: none."""
+        return {}
 
     def totals_metrics(self, totals: Mapping[str, float]) -> dict[str, float]:
-        """Return metrics made of the totals over all replicas.
-
-        Default: the share of hints that were cut to fit, and the number of tokens that they lost.
-        """
-        if not (shown := totals.get("hint/shown")):
-            return {}
-        return {
-            "hint/cut_share": totals["hint/cut"] / shown,
-            "hint/lost_tokens": Metric(totals["hint/lost_tokens"], "sum"),
-        }
+        """Return metrics made of the totals over all replicas. Default: none."""
+        return {}
 
     def counts(self, groups: Sequence[Group]) -> dict[str, float]:
         """Return what `metrics` needs of texts and tokens, as sums over these groups. Default: none."""

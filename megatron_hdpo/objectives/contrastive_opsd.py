@@ -109,7 +109,7 @@ class ContrastiveOPSD(Distillation):
     def totals(self, groups: Sequence[Group], scores: Mapping[ScoringKey, Score]) -> dict[str, float]:
         """Return the sum of the tokens' weights and their number, for the metrics alone."""
         weights = [self._guided(key, scores)[1] for key, *_ in self.trained(groups)]
-        return super().totals(groups, scores) | {
+        return {
             "contrast/weight": float(sum(weights_T.sum() for weights_T in weights)),
             "contrast/tokens": float(sum(map(len, weights))),
         }
@@ -117,9 +117,7 @@ class ContrastiveOPSD(Distillation):
     def totals_metrics(self, totals: Mapping[str, float]) -> dict[str, float]:
         """Return the mean weight of the tokens."""
         tokens = totals["contrast/tokens"]
-        return super().totals_metrics(totals) | (
-            {"contrast/mean_weight": totals["contrast/weight"] / tokens} if tokens else {}
-        )
+        return {"contrast/mean_weight": totals["contrast/weight"] / tokens} if tokens else {}
 
     def _guided(self, key: SampleKey, scores: Mapping[ScoringKey, Score]) -> tuple[TopKArrays, np.ndarray]:
         """Return the guided target, and m, float64 [T]."""

@@ -101,8 +101,7 @@ class RLCSD(GRPO):
 
         A move stops at 0 where it would change the sign of the advantage.
         """
-        sums = super().totals(groups, scores)
-        sums |= dict.fromkeys(("rlcsd/rollouts", "rlcsd/plain", "rlcsd/moved", "rlcsd/held"), 0.0)
+        sums = dict.fromkeys(("rlcsd/rollouts", "rlcsd/plain", "rlcsd/moved", "rlcsd/held"), 0.0)
         for key, group, _ in self.trained(groups):
             value = float(self._advantages(group)[key[2]])
             move_T = self._move(key, value, scores)
@@ -117,7 +116,7 @@ class RLCSD(GRPO):
         """Return the share of the tokens that move, and of those the share that stops at 0."""
         moved = totals["rlcsd/moved"]
         tokens = moved + totals["rlcsd/plain"]
-        shares = super().totals_metrics(totals) | ({"rlcsd/moved_share": moved / tokens} if tokens else {})
+        shares = {"rlcsd/moved_share": moved / tokens} if tokens else {}
         return shares | ({"rlcsd/held_share": totals["rlcsd/held"] / moved} if moved else {})
 
     def examples(

@@ -129,8 +129,7 @@ class RLSD(GRPO):
 
         For the metrics alone.
         """
-        sums = super().totals(groups, scores)
-        sums |= dict.fromkeys(("rlsd/tokens", "rlsd/factor", "rlsd/clipped"), 0.0)
+        sums = dict.fromkeys(("rlsd/tokens", "rlsd/factor", "rlsd/clipped"), 0.0)
         clip, values = self.config.modulation_clip, [self._advantages(group) for group in groups]
         for key, _, _ in student_samples(groups):
             weights_T = self._weights(key, float(values[key[0]][key[2]]), scores)
@@ -144,7 +143,7 @@ class RLSD(GRPO):
         """Return the mean of the clipped factors, the share of tokens whose factor is clipped, and lambda."""
         tokens = totals["rlsd/tokens"]
         means = {f"rlsd/{name}": totals[f"rlsd/{name}"] / tokens for name in ("factor", "clipped")} if tokens else {}
-        return super().totals_metrics(totals) | means | {"rlsd/mix": self.config.mix_at(self.step)}
+        return means | {"rlsd/mix": self.config.mix_at(self.step)}
 
     def _factor(self, key: SampleKey, value: float, length: int, scores: Mapping[ScoringKey, Score]) -> np.ndarray:
         """Return the factor of the advantage, float64 [T]; 1 without evidence."""

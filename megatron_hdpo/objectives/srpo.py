@@ -117,7 +117,7 @@ class SRPO(GRPO):
     def totals(self, groups: Sequence[Group], scores: Mapping[ScoringKey, Score]) -> dict[str, float]:
         """Return the sum of the weights of distilled tokens, and their number."""
         weights = [self._raw_weights(key, scores) for key, *_ in self._distilled(groups)]
-        return super().totals(groups, scores) | {
+        return {
             "srpo/weight": float(sum(weights_T.sum() for weights_T in weights)),
             "srpo/tokens": float(sum(map(len, weights))),
         }

@@ -11,6 +11,7 @@ from megatron_hdpo.costs.flops import FORWARD, FORWARD_AND_BACKWARD, forward_flo
 from megatron_hdpo.model.packing import split_by_cost
 from megatron_hdpo.model.policy import Policy, TrainingError, share_examples
 from megatron_hdpo.model.scoring import ScoringContext, by_dependency
+from megatron_hdpo.objectives.base import HintCounts, hint_metrics
 from megatron_hdpo.sampling.delivery import deliver_to_replicas
 from megatron_hdpo.sampling.step_rollouts import StepRollouts, gather_signals
 from megatron_hdpo.teachers.teacher import PolicyTeacher, Teacher
@@ -154,13 +155,18 @@ class Learner:
         made = self.objective.examples(groups, scores, totals) if context.is_last_stage else None
         examples = share_examples(made, context)
         needed = any(isinstance(example.target, HiddenOnHost) for example in examples)
-        return examples, heads.get("teacher") if needed else None, self.objective.totals_metrics(totals)
+        metrics = self.objective.totals_metrics(totals) | hint_metrics(totals)
+        return examples, heads.get("teacher") if needed else None, metrics
 
     def _totals(self, groups: Sequence[Group], scores: Mapping[ScoringKey, Score]) -> dict[str, float]:
-        """Return the objective's sums over all replicas; one rank of each replica contributes."""
+        """Return the objective's sums and counts of hints over all replicas; one rank of each replica contributes."""
         context = self.policy.context
         contributes = context.is_last_stage and context.groups.tp.rank() == context.groups.cp.rank() == 0
-        parts = context.gather_objects(self.objective.totals(groups, scores) if contributes else {})
+        own: dict[str, float] = {}
+        if contributes:
+            hints = getattr(self.objective, "hint_counts", HintCounts())  # an objective may have another base class
+            own = self.objective.totals(groups, scores) | hints.totals()
+        parts = context.gather_objects(own)
         return {name: sum(part.get(name, 0.0) for part in parts) for part in parts for name in part}
 
     def _scores(self, scorings: Sequence[Scoring]) -> tuple[Answers, Heads]:

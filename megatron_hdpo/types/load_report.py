@@ -56,7 +56,7 @@ class LoadReport:
     def lines(self) -> list[str]:
         """Return one line of text per note and task, and one per reason for which problems were dropped or escaped."""
         lines = [f"note: {note}" for note in self.notes]
-        for task in sorted(self.kept.keys() | self.counts.keys()):
+        for task in sorted(self.kept.keys() | self.counts.keys() | self.cut.keys()):
             lines.append(f"{task}: {self.kept.get(task, 0)} problems")
             if cut := self.cut.get(task):
                 lines.append(

@@ -8,9 +8,8 @@ import pytest
 from hint_prompts import SUPPORT, StubPrompts, answers
 from rollout_groups import group, sample
 
-from megatron_hdpo.objectives.base import ObjectiveDeps
+from megatron_hdpo.objectives.base import ObjectiveDeps, hint_metrics
 from megatron_hdpo.objectives.contrastive_opsd import ContrastiveOPSDConfig
-from megatron_hdpo.objectives.opsd import OPSDConfig
 from megatron_hdpo.objectives.registry import build_objective
 from megatron_hdpo.objectives.rlcsd import RLCSDConfig
 from megatron_hdpo.objectives.rlsd import RLSDConfig
@@ -44,7 +43,8 @@ def totals_of(config: Any, part: list[Group]) -> tuple[dict[str, float], StubPro
     objective = build_objective(config, ObjectiveDeps(1.0, 1, prompts))
     objective.begin_step(0, part)
     scores = answers(objective.scorings(part))
-    return objective.totals(part, scores), prompts, objective
+    assert objective.totals(part, scores).keys().isdisjoint({"hint/shown", "hint/cut"})
+    return objective.hint_counts.totals(), prompts, objective  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -54,7 +54,7 @@ def test_every_method_counts_what_it_showed(name: str) -> None:
     totals = {key: sum(part[key] for part, *_ in parts) for key in parts[0][0]}
     cut = [length - 20 for length in shown if length > 20]
     assert (totals["hint/shown"], totals["hint/cut"], totals["hint/lost_tokens"]) == (len(shown), len(cut), sum(cut))
-    metrics = parts[0][2].totals_metrics(totals)
+    metrics = hint_metrics(totals)
     assert metrics["hint/cut_share"] == pytest.approx(len(cut) / len(shown)) and cut
     assert metrics["hint/lost_tokens"] == sum(cut)
 
@@ -62,12 +62,7 @@ def test_every_method_counts_what_it_showed(name: str) -> None:
 def test_a_step_begins_at_zero() -> None:
     _, _, objective = totals_of(METHODS["sdpo"], groups())
     objective.begin_step(1, [])
-    assert set(objective.totals([], {}).values()) == {0.0} and objective.totals_metrics(objective.totals([], {})) == {}
-
-
-def test_a_method_without_hints_has_no_such_metrics() -> None:
-    objective = build_objective(OPSDConfig(), ObjectiveDeps(1.0, 1, StubPrompts()))
-    assert objective.totals([], {}) == {}
+    assert objective.hint_counts.totals() == {} and hint_metrics({}) == {}
 
 
 def test_a_step_with_many_cut_hints_is_said_once() -> None:
