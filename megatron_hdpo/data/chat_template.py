@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 
 import jinja2
@@ -15,7 +16,14 @@ from megatron_hdpo.types.errors import DataError
 
 _OURS = frozenset({"messages", "add_generation_prompt"})
 """Variables of a chat template that every prompt sets itself."""
-_CLOCK = "strftime_now"
+_CLOCK, _DATES = "strftime_now", "pinned_dates"
+# transformers passes only plain data to a template, so a function of ours is written as a macro. It is a line of its
+# own, whose end jinja takes away.
+_CLOCK_MACRO = (
+    "{% macro strftime_now(format) %}{% if format in pinned_dates %}{{ pinned_dates[format] }}{% else %}"
+    "{{ raise_exception('it asks for the date in the format ' ~ format ~ ', which it computes: set the date by "
+    "data.prompts.chat_template_kwargs') }}{% endif %}{% endmacro %}\n"
+)
 _PROBE = "What is the sum of seventeen and twenty five?"
 
 
@@ -26,17 +34,30 @@ class ChatTemplateError(DataError):
 class ChatTemplate:
     """Messages as the text that a model expects.
 
-    system: text of the system message, None for none. variables: more variables of the template. key: of the recipe
-    that names them, for messages. Raises ChatTemplateError for a template that does not parse, does not read such a
-    variable, fails, or leaves out the question or the system message.
+    system: text of the system message, None for none. variables: more variables of the template. date: the day that a
+    template gets when it asks for today's, ISO 8601, so that a run has the same prompts on every day. key: of the
+    recipe that names the variables, for messages. Raises ChatTemplateError for a template that does not parse, does not
+    read such a variable, fails, or leaves out the question or the system message.
     """
 
     def __init__(
-        self, tokenizer: Any, system: str | None, variables: Mapping[str, Any], key: str = "chat_template_kwargs"
+        self,
+        tokenizer: Any,
+        system: str | None,
+        variables: Mapping[str, Any],
+        *,
+        date: str,
+        key: str = "chat_template_kwargs",
     ) -> None:
-        self.tokenizer, self.system, self.variables, self._key = tokenizer, system, dict(variables), key
-        self._read = self._variables_read()
+        self.tokenizer, self.system, self.variables = tokenizer, system, dict(variables)
+        self.date, self._key = date, key
+        tree = self._parsed()
+        self._read = frozenset(jinja2.meta.find_undeclared_variables(tree))
         self._check_variables()
+        self._source: str | None = None
+        if _CLOCK in self._read:
+            self._source = _CLOCK_MACRO + self.tokenizer.get_chat_template()
+            self.variables[_DATES] = _in_every_format(tree, date)
         with trial():
             self._check_nothing_is_lost()
 
@@ -53,15 +74,15 @@ class ChatTemplate:
         messages.append({"role": "user", "content": text})
         try:
             rendered = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **variables
+                messages, chat_template=self._source, tokenize=False, add_generation_prompt=True, **variables
             )
         except Exception as error:  # a template may raise whatever Python does
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise ChatTemplateError(f"the tokenizer's chat template cannot be rendered: {reason}") from error
         return str(rendered)
 
-    def _variables_read(self) -> frozenset[str]:
-        """Return the variables that the template reads and does not set."""
+    def _parsed(self) -> jinja2.nodes.Template:
+        """Return the template as jinja reads it. Raises ChatTemplateError for one that it cannot read."""
         try:
             tree = _environment().parse(self.tokenizer.get_chat_template())
             check_powers(tree)
@@ -72,10 +93,10 @@ class ChatTemplate:
         except (ValueError, jinja2.TemplateError, RecursionError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ChatTemplateError(f"the tokenizer's chat template cannot be used: {reason}") from error
-        return frozenset(jinja2.meta.find_undeclared_variables(tree))
+        return tree
 
     def _check_variables(self) -> None:
-        free = self._read - _OURS
+        free = self._read - _OURS - {_CLOCK}
         if unknown := sorted(self.variables.keys() - free):
             raise ChatTemplateError(
                 f"data.prompts.{self._key}: the tokenizer's chat template does not read {', '.join(unknown)}; it "
@@ -117,18 +138,22 @@ class ChatTemplate:
         if _CLOCK not in self._read:
             return False
         try:
-            self._rendered(_PROBE, self.system, self.variables | {_CLOCK: None})
-        except ChatTemplateError:  # it called the clock
+            self._rendered(_PROBE, self.system, self.variables | {_DATES: {}})
+        except ChatTemplateError:  # it asked for a date
             return True
         return False
 
     def _note_of_date(self) -> str:
-        others = ", ".join(sorted(self._read - _OURS - {_CLOCK}))
         return (
-            "the tokenizer's chat template puts today's date into every prompt, so a run that is resumed tomorrow has "
-            "other prompts: pin it by data.prompts.chat_template_kwargs, often {date_string: 1 January 2025} "
-            f"(variables that this template reads: {others or 'none'})"
+            f"the tokenizer's chat template puts a date into every prompt: it gets {self.date} (data.prompts.date) on "
+            "every day, so that a run has the same prompts when it is resumed"
         )
+
+
+def _in_every_format(tree: jinja2.nodes.Template, date: str) -> dict[str, str]:
+    """Return a day in every format of a template: each of its texts with a percent sign may be one."""
+    texts = (node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str))
+    return {text: datetime.fromisoformat(date).strftime(text) for text in texts if "%" in text}
 
 
 def _has_the_words_of(message: str, text: str) -> bool:

@@ -6,6 +6,7 @@ ends in .jinja, .txt, .md, ... is its path.
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -37,6 +38,11 @@ class PromptConfig(BaseModel):
         description="The same for privileged prompts and those with hints, which a teacher reads, over "
         "chat_template_kwargs: enable_thinking: true for the teacher of a student that does not think.",
     )
+    date: str = Field(
+        "2025-01-01",
+        description="The day, as YYYY-MM-DD, that a chat template gets when it asks for today's: all prompts of a run "
+        "are the same on every day.",
+    )
     system: str | None = Field(
         None, description="System message, or the path of a file with it (.txt, .md, ...); for chat only."
     )
@@ -64,6 +70,14 @@ class PromptConfig(BaseModel):
         ge=1,
         description="Longest privileged prompt, its solution or hint is cut to fit; by default 2 x max_prompt_tokens.",
     )
+
+    @field_validator("date")
+    @classmethod
+    def _is_a_day(cls, day: str) -> str:
+        try:
+            return date.fromisoformat(day).isoformat()
+        except ValueError as error:
+            raise ValueError(f"{day!r} is no day as YYYY-MM-DD: {error}") from error
 
     @field_validator("student", "privileged", "hint")
     @classmethod

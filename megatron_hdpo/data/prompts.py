@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jinja2
 import numpy as np
@@ -70,11 +71,12 @@ class PromptBuilder:
         self._control = ControlTexts(tokenizer)
         self._plain = PlainText(tokenizer, self._control)
         self._encoder = TextEncoder(tokenizer, self._plain, vocab_size)
-        self._chat = ChatTemplate(tokenizer, config.system, config.chat_template_kwargs) if config.chat else None
+        template = partial(ChatTemplate, tokenizer, config.system, date=config.date)
+        self._chat = template(config.chat_template_kwargs) if config.chat else None
         self._teachers_chat = self._chat
         if config.chat and config.privileged_chat_template_kwargs:
             variables = config.chat_template_kwargs | config.privileged_chat_template_kwargs
-            self._teachers_chat = ChatTemplate(tokenizer, config.system, variables, "privileged_chat_template_kwargs")
+            self._teachers_chat = template(variables, key="privileged_chat_template_kwargs")
         self._overhead = max(len(wrap("").encode()) for wrap in (self._wrap, self._wrap_for_teacher)) + 2
         with trial():
             self._try_templates()

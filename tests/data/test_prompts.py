@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from datetime import datetime
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from pydantic import ValidationError
 from tiny_tokenizers import CHAT_TEMPLATE, PROBLEM, byte_tokenizer, character_tokenizer
 from tokenizers import AddedToken, Tokenizer, models
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
 from megatron_hdpo.data import trial
 from megatron_hdpo.data.prompts import Hint, PromptBuilder, PromptConfig, PromptTooLong
@@ -211,6 +213,8 @@ def test_raw_prompts_have_no_system_message():
         ("system", "system.txt", r"cannot read the file system\.txt: No such file"),
         ("reference_begin", "", "at least 1 character"),
         ("max_prompt_tokens", 0, "greater than or equal to 1"),
+        ("date", "2025-02-30", r"'2025-02-30' is no day as YYYY-MM-DD"),
+        ("date", "today", "is no day as YYYY-MM-DD"),
         ("chatt", True, "Extra inputs are not permitted"),
     ],
 )
@@ -272,6 +276,11 @@ GENERATION = "{% for m in messages %}{% generation %}{{ m.content }}{% endgenera
             "does not read add_generation_prompt",
         ),
         (CHAT_TEMPLATE, {"chat_template_kwargs": {"tokenize": True}}, "does not read tokenize"),
+        (
+            "{{ strftime_now('%d') }}{{ messages[-1].content }}",
+            {"chat_template_kwargs": {"strftime_now": "1 May"}},
+            "does not read strftime_now",
+        ),
     ],
 )
 def test_chat_templates_that_cannot_be_used(source, config, message):
@@ -303,9 +312,54 @@ DATED = (
 )
 
 
-def test_a_template_with_the_date_of_today_is_said():
-    (note,) = builder(with_template(DATED)).notes()
-    assert "today's date" in note and "date_string" in note
+def every_prompt(**config):
+    """The student's, the privileged and the hinted prompt of a builder that is made anew, as at a resume."""
+    prompts = builder(with_template(DATED), system=None, **config)
+    found = prompts.student(PROBLEM), prompts.privileged_prompt(PROBLEM), prompts.hinted(PROBLEM, Hint("it is 4"))
+    return [BYTES.decode(ids) for ids in found]
+
+
+def test_prompts_are_the_same_on_every_day(monkeypatch):
+    """Llama 3's template asks for today's date."""
+    before = every_prompt()
+
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2031, 12, 24)
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Later)
+    messages = [{"role": "user", "content": "x"}]
+    assert "24 Dec 2031" in with_template(DATED).apply_chat_template(messages, tokenize=False)
+    assert every_prompt() == before and all(text.startswith("Today: 01 Jan 2025 What is 2+2?") for text in before)
+    assert all(text.startswith("Today: 09 May 2026 ") for text in every_prompt(date="2026-05-09"))
+    assert all(text.startswith("Today: 1 May ") for text in every_prompt(chat_template_kwargs={"date_string": "1 May"}))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{%- set day = '%d/%m' %}{{ strftime_now(format=day) }} {{ messages[-1].content }}",
+        "\n  {% if strftime_now is defined %}{{ strftime_now('%d/%m') }}{% endif %}\n {{ messages[-1].content }}",
+        "{% macro when() %}{{ strftime_now('%d/%m') }}{% endmacro %}{{ when() }} {{ messages[-1].content }}",
+    ],
+)
+def test_dates_of_other_templates(source):
+    """The text around the date is what transformers makes of it."""
+    tokenizer = with_template(source)
+    theirs = tokenizer.apply_chat_template([{"role": "user", "content": "What is 2+2?"}], tokenize=False)
+    ours = builder(tokenizer, student="{{ question }}").render_student(PROBLEM)
+    assert ours == theirs.replace(datetime.now().strftime("%d/%m"), "01/01")
+
+
+def test_a_date_whose_format_is_not_known():
+    with pytest.raises(DataError, match=r"format %u, which it computes: set the date by data\.prompts\.chat_template"):
+        builder(with_template("{{ strftime_now('%' ~ messages[-1].role[0]) }}{{ messages[-1].content }}"))
+
+
+def test_a_template_with_a_date_is_said():
+    (note,) = builder(with_template(DATED), date="2026-05-09").notes()
+    assert "a date into every prompt" in note and "gets 2026-05-09 (data.prompts.date)" in note
     pinned = builder(with_template(DATED), chat_template_kwargs={"date_string": "1 May 2025"})
     assert pinned.notes() == [] and "Today: 1 May 2025 What is 2+2?" in pinned.render_student(PROBLEM)
     assert builder().notes() == []
