@@ -24,7 +24,8 @@ _CLOCK_MACRO = (
     "{{ raise_exception('it asks for the date in the format ' ~ format ~ ', which it computes: set the date by "
     "data.prompts.chat_template_kwargs') }}{% endif %}{% endmacro %}\n"
 )
-_PROBE = "What is the sum of seventeen and twenty five?"
+_PROBE = """Is \\frac{1}{2} < "3" & 4 > '2'?\nSay which of seventeen & twenty five."""
+"""A question with the characters that templates for other texts would write in another way."""
 
 
 class ChatTemplateError(DataError):
@@ -110,10 +111,11 @@ class ChatTemplate:
             raise self._without_system_or(error) from error
         except jinja2.TemplateError as error:
             raise ChatTemplateError(f"the tokenizer's chat template cannot be used: {error}") from error
-        if _PROBE not in text:
+        if not _has_the_words_of(_PROBE, text):
             raise ChatTemplateError(
-                f"the tokenizer's chat template leaves out the question (of {_PROBE!r} it makes {text[:200]!r}): it "
-                "may want messages as lists of parts; set data.prompts.chat=false, or use another chat template"
+                f"the tokenizer's chat template leaves out the question or changes it (of {_PROBE!r} it makes "
+                f"{text[:200]!r}): it may want messages as lists of parts; set data.prompts.chat=false, or use another "
+                "chat template"
             )
         if self.system and not _has_the_words_of(self.system, text):
             raise ChatTemplateError(

@@ -95,10 +95,11 @@ class PlainText:
 
     @cached_property
     def _around(self) -> tuple[list[int], list[int]]:
-        """Return the ids that the tokenizer puts before and after a text."""
+        """Return the ids that the tokenizer puts before and after a text. Raises NotEncodable where it changes it."""
         bare, whole = (list(self.tokenizer.encode("a", add_special_tokens=special)) for special in (False, True))
         places = (place for place in range(len(whole)) if whole[place : place + len(bare)] == bare)
-        start = next(places, 0)
+        if (start := next(places, None)) is None:
+            raise NotEncodable("this tokenizer reads a text in another way when it adds special tokens")
         return whole[:start], whole[start + len(bare) :]
 
 

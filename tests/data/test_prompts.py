@@ -253,6 +253,11 @@ GENERATION = "{% for m in messages %}{% generation %}{{ m.content }}{% endgenera
     [
         (PARTS, {}, "chat template leaves out the question .* it makes 'user:'"),
         ("always the same", {}, "leaves out the question"),
+        ("{{ messages[-1].content | e }}", {}, r"or changes it .* it makes 'Is .*&lt; &#34;3&#34; &amp;"),
+        ("{{ messages[-1].content | tojson }}", {}, "leaves out the question or changes it"),
+        ("{{ messages[-1].content | urlencode }}", {}, "leaves out the question or changes it"),
+        ("{{ messages[-1].content | upper }}", {}, "leaves out the question or changes it"),
+        ("{{ messages[-1].content | truncate(20) }}", {}, "leaves out the question or changes it"),
         (NO_SYSTEM, {"system": "Be brief."}, "leaves out the system message: leave data.prompts.system out"),
         (REFUSES_SYSTEM, {"system": "Be brief."}, "System role not supported: it takes no system message"),
         ("{{ messages[0].content", {}, r"does not parse: .* \(its line 1\)"),
