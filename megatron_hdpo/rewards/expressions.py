@@ -43,7 +43,8 @@ def parse_whole(text: str) -> Any:
         text.endswith("\\%") and text.count("%") == 1 and "=" not in text
     ):  # the parser reads it behind plain numbers only
         number = parse_whole(text.removesuffix("\\%").rstrip())
-        return sympy.Mul(number, _PER_CENT) if isinstance(number, sympy.Expr) else None
+        if isinstance(number, sympy.Expr):
+            return sympy.Mul(number, _PER_CENT)
     latex = normalize_latex(text, _NORMALIZATION)
     if not latex or _NUMBERS_IN_A_ROW.search(latex):
         return None

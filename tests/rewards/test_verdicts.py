@@ -247,6 +247,8 @@ TABLE = [
     (r"33\frac{1}{3}\%", r"\frac{1}{3}", RIGHT, "percentage"),
     (r"\frac{1}{3}", r"33\frac{1}{3}\%", RIGHT, "percentage"),
     (r"34.5\%", "34.5", RIGHT, "percentage"),
+    (r"1, 2\%", r"2\%, 1", RIGHT, "percentage in a list"),
+    (r"1, 2\%", r"3\%, 1", WRONG, "percentage in a list"),
     ("34.5", r"34.5\%", RIGHT, "percentage"),
     (r"34.5\%", r"34.5\text{ percent}", RIGHT, "percentage"),
     (r"34.5\%", "0.345", RIGHT, "percentage"),
