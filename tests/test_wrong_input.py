@@ -167,8 +167,13 @@ TABLE = [
     Wrong(
         "unknown tag of a union",
         "RecipeError: {override}: objective.name: ppo is not one of grpo, hdpo, opd, vopd, akl, opsd, "
-        "sdpo, srpo, rlsd, rlcsd, contrastive_opsd, paced",
+        "sdpo, srpo, rlsd, rlcsd, contrastive_opsd, paced; a class of your own is module:Name or path/to/file.py:Name",
         ["objective.name=ppo"],
+    ),
+    Wrong(
+        "a class in a file that is not there",
+        "RecipeError: {override}: objective.name: there is no file no-such-lab/mine.py in the working directory {cwd}",
+        ["objective.name=no-such-lab/mine.py:Mine"],
     ),
     Wrong(
         "wrong type",

@@ -28,6 +28,7 @@ LAUGHS = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in zip("abcdef", "bcdefg", strict=True)
 )
 METHODS = "grpo, hdpo, opd, vopd, akl, opsd, sdpo, srpo, rlsd, rlcsd, contrastive_opsd, paced"
+OWN = "; a class of your own is module:Name or path/to/file.py:Name"
 
 
 @dataclass(frozen=True)
@@ -473,7 +474,7 @@ TABLE = [
     ),
     Wrong(
         "a number for a method",
-        "{override}: objective.name: 3 is not one of " + METHODS,
+        "{override}: objective.name: 3 is not one of " + METHODS + OWN,
         overrides=["objective.name=3"],
     ),
     Wrong(
@@ -494,7 +495,7 @@ TABLE = [
     Wrong(
         "a task that is not there",
         "{override}: data.train.0.kind: sums is not one of digit_sums, knights_knaves, letter_choice, "
-        "reasoning_gym, jsonl, json, csv, parquet, huggingface",
+        "reasoning_gym, jsonl, json, csv, parquet, huggingface" + OWN,
         overrides=["data.train.0.kind=sums"],
     ),
     Wrong(
