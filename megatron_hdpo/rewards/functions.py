@@ -127,7 +127,7 @@ class OverlongPenalty(RewardFunction):
     def value(self, tokens: int) -> float:
         """Return the value of a response of so many tokens, the stop token included."""
         free = self.max_tokens - self.buffer_tokens
-        return -min(1.0, max(0, tokens - free) / self.buffer_tokens)
+        return max(-1.0, min(0, free - tokens) / self.buffer_tokens)
 
 
 class HttpService(RewardFunction):
