@@ -25,6 +25,7 @@ from megatron_hdpo.rewards.spelling import Spelling, spell
 from megatron_hdpo.rewards.words import is_words, words_of
 
 _LOOSE_SPACE = re.compile(r" (?!\w)|(?<!\w) ")
+_WORDS = re.compile(r"\\text\s*\{[^{}]*[A-Za-z]|(?<![\\A-Za-z])[A-Za-z]{2,}")
 _ONE_CHARACTER = re.compile(r"\{(\w)\}")
 
 
@@ -90,6 +91,8 @@ def _equals(gold: Gold, found: ExtractedAnswer) -> bool:
         check_size(answer.text)
     except TooLargeError:
         return False  # what the answer says is at fault, not the check
+    if gold.expression == 0 and _WORDS.search(answer.text.rpartition("=")[2]):
+        return False  # the parser takes words for letters, and 0 times a letter is 0: `\text{not } 0`
     expression = parse_whole(answer.text)
     if expression is not None and equal(gold.expression, expression):
         return True

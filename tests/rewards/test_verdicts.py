@@ -27,6 +27,12 @@ TABLE = [
     ("-1", r"\begin{matrix} 2 & -1", WRONG, "noise"),
     (r"\frac{1}{2}", r"6 @ \frac{1}{2}", WRONG, "noise"),
     ("12", r"\text{either } 11 \text{ or so, maybe } 12", WRONG, "noise"),
+    ("0", r"\text{less than } 0", WRONG, "words before 0"),
+    ("0", "not 0", WRONG, "words before 0"),
+    ("0", r"x = \text{never } 0", WRONG, "words before 0"),
+    ("0", r"\text{Area} = 5 - 5 = 0", RIGHT, "words before 0"),
+    ("0", r"0 \text{ units}", RIGHT, "words before 0"),
+    ("0", r"\sin(0)", RIGHT, "words before 0"),
     ("7", "", WRONG, "empty"),
     ("7", ".", WRONG, "empty"),
     # Whole numbers before fractions.
