@@ -15,10 +15,11 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import _environment  # noqa: F401
 from _published_rewards import Judge, quietly, trl, verl
-from bench_rewards import math_verify_alone
+from bench_rewards import PER, math_verify_alone
 
 BY_HAND = ["rule", "gold", "answer", "right?"]
 OTHERS = ["math-verify", "verl, MATH", "verl, DAPO", "TRL"]
@@ -68,6 +69,18 @@ def rows(lines: list[str]) -> Iterator[tuple[int, Row]]:
             inside = False
         elif inside and set(line) - set("|-: "):
             yield place, _row(cells, place + 1)
+
+
+def rates(report: dict[str, Any]) -> list[str]:
+    """Return the rows of the page's table of errors, from a report of bench_rewards.py."""
+    lines = []
+    for name, found in report["sets"].items():
+        cells = [name, str(found["golds"]), str(found["refused"])]
+        for part in ("other_spellings", "wrong_answers"):
+            errors = [f"{found[part][judge][f'per_{PER}']:.0f}" for judge in ("ours", "math_verify")]
+            cells += [f"{found[part]['pairs']:,}", *errors]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def _row(cells: list[str], line: int) -> Row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import compare_rewards
 import pytest
 from bench_rewards import math_verify_alone
-from compare_rewards import BY_HAND, OTHERS, filled, rows
+from compare_rewards import BY_HAND, OTHERS, filled, rates, rows
 
 from megatron_hdpo.rewards.math import GoldError, parse_gold, score_math
 
@@ -46,6 +47,12 @@ def test_the_table_is_whole():
     assert {row.right for _, row in ROWS} == {True, False}
     for _, row in ROWS:
         assert all(re.fullmatch(r"yes|no|none|\*\*(?:yes|no|none)\*\*", row.others[name]) for name in OTHERS), row
+
+
+def test_the_rates_of_the_page_are_those_of_the_record():
+    report = json.loads((PAGE.parents[1] / "benchmarks" / "rewards.json").read_text())
+    made = rates(report)
+    assert made and [line for line in LINES if line in made] == made
 
 
 def test_golds_that_the_page_calls_refused_are_refused():
