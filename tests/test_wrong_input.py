@@ -562,7 +562,7 @@ TABLE = [
     ),
     Wrong(
         "tag in the wrong place",
-        "RecipeError: {override}: objective.hdpo: unknown key; known keys: name, advantage, overlong, "
+        "RecipeError: {override}: objective.hdpo: unknown key; known keys: name, cliff_threshold, advantage, overlong, "
         "overlong_penalty, aggregation, surrogate, kl, privileged, distill, logits_from",
         ["objective.hdpo.distill.top_k=3"],
     ),

@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--show", action="store_true", help="print every wrong verdict")
     parser.add_argument("--json", type=Path, help="write the report to this file; other sets in it are kept")
     options = parser.parse_args()
-    logging.disable(logging.WARNING)  # math-verify warns once for each formula that it does not read
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns once for each formula that it does not read
     sets = {MADE: made_golds(options.made, options.seed)} if options.made else {}
     sets |= dict(read(name, options.most, options.seed) for name in options.golds)
     made_with = {"seed": options.seed, "versions": {name: version(name) for name in JUDGES}}

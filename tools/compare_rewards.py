@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--verl", type=Path, metavar="REPOSITORY")
     parser.add_argument("--trl", type=Path, metavar="REPOSITORY")
     options = parser.parse_args()
-    logging.disable(logging.WARNING)
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns once for each formula that it does not read
     judges: dict[str, Judge] = {"math-verify": math_verify_alone}
     judges |= verl(options.verl) if options.verl else {}
     judges |= trl(options.trl) if options.trl else {}

@@ -16,7 +16,7 @@ from megatron_hdpo.model.architecture import Architecture
 _FP32 = 4
 _INT64 = 8
 # model/step_metrics.py in float64: the two normalisers; thirteen sums and the tokens; one maximum.
-_METRIC_BYTES = (16, 112, 8)
+_METRIC_BYTES = (16, 136, 8)
 
 
 @dataclass(frozen=True)

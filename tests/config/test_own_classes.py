@@ -196,6 +196,7 @@ def test_sections_are_typed_and_complete() -> None:
         tree = recipe.model_dump(mode="json")
     assert tree["objective"] == {
         "name": "lab/mine.py:Mine",
+        "cliff_threshold": 0.0,
         "strength": 3,
         "part": {"share": 0.5},
         "parts": [{"share": 0.25}],
