@@ -33,7 +33,7 @@ def follow(folder: str, commands: list[list[str]]) -> None:
         cli.main(arguments)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_a_reader_who_follows_the_page_trains(document: str, tmp_path: Path) -> None:
     write_files(document, tmp_path)
@@ -54,7 +54,7 @@ def test_a_reader_who_follows_the_page_trains(document: str, tmp_path: Path) -> 
     assert section["name" if name == "rejection" else "kind"].endswith(f"my-lab/{name}.py:{name.capitalize()}")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_ranks_train_and_resume_but_not_with_changed_code(tmp_path: Path) -> None:
     """With both files in one recipe; the edit is of the one with the objective."""
     for document in DOCUMENTS:

@@ -25,11 +25,12 @@ GROUPS = {
 INTRODUCTION = """\
 # Faults
 
-What happens when something breaks. Each row is a test that breaks it; all of them are part of `make test`. "Nothing" as
-what is lost means that the numbers of the run are those of a run without the fault, or that the samples that come
-instead are drawn from the same distribution. A sample or a check that failed is never a reward of 0. Tests of whole
-runs (`test_run`, `test_wrong_servers`, `test_stalls`) hold messages and exit codes; those of a part hold what the part
-says and does, and the exit code is that of every error which a user can mend.
+What happens when something breaks. Each row is a test that breaks it; all of them are part of `make test`, but the soak
+(`test_soak`), which is part of `make test-long`. "Nothing" as what is lost means that the numbers of the run are those
+of a run without the fault, or that the samples that come instead are drawn from the same distribution. A sample or a
+check that failed is never a reward of 0. Tests of whole runs (`test_run`, `test_wrong_servers`, `test_stalls`) hold
+messages and exit codes; those of a part hold what the part says and does, and the exit code is that of every error
+which a user can mend.
 
 The page is made from the tests, in a shell in which `source .venv/bin/activate` was run, by
 

@@ -111,6 +111,7 @@ def _without_sync(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if not name.startswith("sync/")} for line in lines]
 
 
+@pytest.mark.long
 @pytest.mark.fault(
     "six faults in thirty steps: kills, signals, dead checking processes, a full disk, damage to files",
     phase="all",
