@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from megatron_hdpo.rollout.engine import EngineLostWeights
-from megatron_hdpo.rollout.sglang import breaker as breaker_module
 from megatron_hdpo.rollout.sglang.dispatcher import Dispatcher, ServersFail
 from megatron_hdpo.rollout.sglang.replica import Replica
+from megatron_hdpo.types import breaker as breaker_module
 from megatron_hdpo.types.breaker import FAILURES
 
 
